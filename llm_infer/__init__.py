@@ -1,0 +1,27 @@
+"""Large language model inference in JAX: paged attention on CPUs, NVIDIA GPUs and Cloud TPUs from one code base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_infer.decoding.sampling_params import SamplingParams
+    from llm_infer.llm import LLM
+    from llm_infer.outputs import RequestOutput
+
+__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+
+_HOME = {
+    "LLM": "llm_infer.llm",
+    "SamplingParams": "llm_infer.decoding.sampling_params",
+    "RequestOutput": "llm_infer.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the host layer and `llm-infer --help` do not load JAX.
+    if name in _HOME:
+        import importlib
+
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'llm_infer' has no attribute {name!r}")

@@ -1,0 +1,94 @@
+"""Configuration of an engine: frozen after start, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_infer.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Size and sharing of the KV page pool.
+
+    Attributes:
+        page_size: tokens in a page.
+        num_pages: pages per data-parallel shard including the null page; None sizes the pool from `memory_bytes`.
+        memory_bytes: bytes of the pool; None takes the platform's default (CPU: the smaller of 1 GiB and 25 % of RAM).
+        enable_prefix_caching: keep full pages of finished sequences and share them with later prompts.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_bytes: int | None = None
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        _require(
+            self.page_size in (8, 16, 32, 64, 128),
+            f"page_size={self.page_size} is not supported: set CacheConfig.page_size to 8, 16, 32, 64 or 128",
+        )
+        _require(
+            self.num_pages is None or self.num_pages >= 2,
+            f"num_pages={self.num_pages} leaves no usable page beside the null page: set CacheConfig.num_pages to 2 or more",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step.
+
+    Attributes:
+        max_num_seqs: sequences that run at the same time, per data-parallel shard.
+        max_num_batched_tokens: tokens of one step, per data-parallel shard; longer prompts are prefilled in chunks.
+        max_model_len: longest sequence in tokens (prompt and output); None takes the model's context length.
+        policy: order of waiting requests, "fcfs" or "priority" (smaller value first).
+        watermark: share of the pages kept free when a waiting sequence is admitted, so that it is not preempted at once.
+    """
+
+    max_num_seqs: int = 32
+    max_num_batched_tokens: int = 512
+    max_model_len: int | None = None
+    policy: str = "fcfs"
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_seqs >= 1, f"max_num_seqs={self.max_num_seqs}: must be at least 1")
+        _require(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens={self.max_num_batched_tokens} is smaller than max_num_seqs={self.max_num_seqs}: "
+            "every running sequence needs one token a step; raise max_num_batched_tokens or lower max_num_seqs",
+        )
+        _require(
+            self.max_model_len is None or self.max_model_len >= 2,
+            f"max_model_len={self.max_model_len}: must hold at least one prompt token and one new token",
+        )
+        _require(
+            self.policy in ("fcfs", "priority"), f"policy={self.policy!r}: expected 'fcfs' (first come) or 'priority'"
+        )
+        _require(0.0 <= self.watermark < 1.0, f"watermark={self.watermark}: expected a share from 0 to below 1")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine is built from.
+
+    Attributes:
+        cache, scheduler: see there.
+        seed: seeds requests that bring no seed of their own.
+        overlap: prepare step n+1 on the host while the device runs step n.
+        check_every_step: verify the invariants of pages and sequences after each step (slow; for tests and debugging).
+        fused_qkv: store the query, key and value projections as one matrix per layer.
+    """
+
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    seed: int = 0
+    overlap: bool = True
+    check_every_step: bool = False
+    fused_qkv: bool = True
