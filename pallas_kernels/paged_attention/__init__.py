@@ -1,0 +1,190 @@
+"""Ragged paged attention: the contract that every implementation keeps, and the entry points that pick one.
+
+Axis letters: T tokens in the step, S sequences, B pages per block table, P pages, C tokens per page, L layers, Hq and
+Hkv heads (Hq a multiple of Hkv), D head size, N pairs of pages.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention.pages import POOL_DTYPES, kv_pool_dtype, kv_pool_shape
+from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
+
+__all__ = [
+    "AttentionPlan",
+    "PlanShape",
+    "copy_pages",
+    "fill_plan",
+    "kv_pool_dtype",
+    "kv_pool_shape",
+    "paged_attention",
+    "plan_fields",
+]
+
+
+def paged_attention(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    pages: jax.Array,
+    plan: AttentionPlan,
+    *,
+    layer: jax.Array | int,
+    scale: float,
+    window: jax.Array | int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Write a step's K and V into the pages of one layer and attend, for a ragged batch of any mix of phases.
+
+    Row t of sequence s at position p sees the keys at positions 0 … p of s (with `window`: p - window + 1 … p), those
+    written by this call included. Scores and sums are float32 whatever the dtypes. To be called under jit with `pages`
+    donated: they are updated in place.
+
+    Args:
+        q: Float[Array, "T Hq D"]. Query head h reads KV head h // (Hq / Hkv). Rows past the last token may hold
+            anything.
+        k_new: Float[Array, "T Hkv D"], rotary embedding applied.
+        v_new: Float[Array, "T Hkv D"].
+        pages: the whole pool, all layers, of shape `kv_pool_shape(...)` and dtype `kv_pool_dtype(...)`. Page 0 is the
+            null page: it, unused pages and slots past a sequence's last token may hold anything, NaN included.
+        plan: the step's AttentionPlan, from `fill_plan`.
+        layer: Int32 scalar, may be traced: which layer of the pool.
+        scale: factor of the scores, usually D ** -0.5.
+        window: tokens that a row sees, itself included; None for all. May be a traced int32 scalar (layers that differ
+            under `lax.scan`), where a value of at least the context length means all.
+        softcap: scores become softcap * tanh(scores / softcap) before the mask; None for no cap.
+        sinks: Float[Array, "Hq"], one more score per head that takes part in the softmax but has no value (as in
+            gpt-oss).
+        k_scale: Float scalar; K is stored divided by it and multiplied by it when read. None is 1.
+        v_scale: the same for V.
+        implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
+
+    Returns:
+        out Float[Array, "T Hq D"] in q's dtype (padding rows finite but unspecified), and the updated pages.
+
+    Raises:
+        ValueError: at trace time, for shapes, dtypes or values that do not fit together (the message names the
+            argument), or when no implementation, or not the one asked for, can run the case.
+    """
+    _check(q, k_new, v_new, pages, plan, layer, window, softcap, sinks, k_scale, v_scale)
+    platform, device_kind = dispatch.target()
+    arrays = {"q": q, "k_new": k_new, "v_new": v_new, "pages": pages, **plan._asdict()}
+    case = dispatch.Case(
+        platform=platform,
+        device_kind=device_kind,
+        shapes={name: tuple(array.shape) for name, array in arrays.items()},
+        dtypes={name: array.dtype.name for name, array in arrays.items()},
+        options={
+            "q_block": plan.q_block,
+            "window": None if window is None else "traced" if isinstance(window, jax.Array) else window,
+            "softcap": softcap,
+            "sinks": sinks is not None,
+            "kv_scales": k_scale is not None or v_scale is not None,
+        },
+    )
+    choice = dispatch.choose("paged_attention", case, implementation)
+    return dispatch.implementation("paged_attention", choice.name)(
+        q,
+        k_new,
+        v_new,
+        pages,
+        plan,
+        layer=layer,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def copy_pages(
+    pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """Copy pages in all layers (copy-on-write), in place where the caller's jit donates the pool.
+
+    Args:
+        pages: the whole pool, of shape `kv_pool_shape(...)`.
+        src: Int32[Array, "N"] page ids to copy from.
+        dst: Int32[Array, "N"] page ids to copy to: all different, and none of them also a source.
+        count: Int32 scalar, dynamic: the first `count` pairs are copied.
+        implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
+
+    Returns:
+        The updated pages.
+
+    Raises:
+        ValueError: at trace time, for ranks, shapes or dtypes other than these.
+    """
+    for name, array, rank in (("src", src, 1), ("dst", dst, 1), ("count", count, 0)):
+        _expect(array.ndim == rank and array.dtype == jnp.int32, name, f"int32 of rank {rank}", array)
+    _expect(src.shape == dst.shape, "dst", f"the shape of src, {list(src.shape)}", dst)
+    platform, device_kind = dispatch.target()
+    arrays = {"pages": pages, "src": src, "dst": dst}
+    case = dispatch.Case(
+        platform=platform,
+        device_kind=device_kind,
+        shapes={name: tuple(array.shape) for name, array in arrays.items()},
+        dtypes={name: array.dtype.name for name, array in arrays.items()},
+    )
+    choice = dispatch.choose("copy_pages", case, implementation)
+    return dispatch.implementation("copy_pages", choice.name)(pages, src, dst, count)
+
+
+def _check(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    pages: jax.Array,
+    plan: AttentionPlan,
+    layer: jax.Array | int,
+    window: jax.Array | int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    k_scale: jax.Array | float | None,
+    v_scale: jax.Array | float | None,
+) -> None:
+    """Raise ValueError for the first argument that does not fit the others."""
+    for name, array in (("q", q), ("k_new", k_new), ("v_new", v_new)):
+        _expect(array.ndim == 3, name, "rank 3 [T, heads, D]", array)
+        _expect(jnp.issubdtype(array.dtype, jnp.floating), name, "a floating dtype", array)
+    tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_new.shape[1]
+    _expect(k_new.shape == (tokens, num_kv_heads, head_dim), "k_new", f"[T={tokens}, Hkv, D={head_dim}] as in q", k_new)
+    _expect(v_new.shape == k_new.shape, "v_new", f"the shape of k_new, {list(k_new.shape)}", v_new)
+    _expect(num_heads % num_kv_heads == 0, "q", f"a number of heads that is a multiple of Hkv={num_kv_heads}", q)
+    _expect(pages.dtype.name in POOL_DTYPES, "pages", f"a dtype of {', '.join(POOL_DTYPES)}", pages)
+    for name, array in plan._asdict().items():
+        _expect(array.dtype == jnp.int32, f"plan.{name}", "int32", array)
+    _expect(plan.block_tables.ndim == 2, "plan.block_tables", "rank 2 [S, B]", plan.block_tables)
+    sequences = plan.block_tables.shape[0]
+    _expect(plan.q_start.shape == (sequences + 1,), "plan.q_start", f"[S+1={sequences + 1}]", plan.q_start)
+    _expect(plan.kv_len.shape == (sequences,), "plan.kv_len", f"[S={sequences}]", plan.kv_len)
+    _expect(plan.write_slot.shape == (tokens,), "plan.write_slot", f"[T={tokens}] as in q", plan.write_slot)
+    fits = plan.items.ndim == 2 and plan.items.shape[0] > sequences and plan.items.shape[1] == 5
+    _expect(fits, "plan.items", f"[N, 5] with N > S={sequences}", plan.items)
+    _expect(plan.counts.shape == (2,), "plan.counts", "[2]", plan.counts)
+    if sinks is not None:
+        floats = jnp.issubdtype(sinks.dtype, jnp.floating)
+        _expect(sinks.shape == (num_heads,) and floats, "sinks", f"floats of shape [Hq={num_heads}]", sinks)
+    for name, scalar in (("layer", layer), ("window", window), ("k_scale", k_scale), ("v_scale", v_scale)):
+        if isinstance(scalar, jax.Array):
+            kind = jnp.floating if name.endswith("scale") else jnp.integer
+            _expect(scalar.ndim == 0 and jnp.issubdtype(scalar.dtype, kind), name, f"a scalar {kind.__name__}", scalar)
+    if isinstance(window, int) and window < 1:
+        raise ValueError(f"window is {window}, expected at least 1 (the row itself) or None")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap}, expected a positive number or None")
+
+
+def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found.dtype.name} of shape {list(found.shape)}")
