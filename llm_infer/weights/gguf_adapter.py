@@ -1,0 +1,248 @@
+"""GGUF models as Hugging Face would store them: tensor names, row order of queries and keys, and the config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llm_infer.errors import ModelError
+from llm_infer.weights.gguf import GGUFFile, GGUFTensor
+from llm_infer.weights.gguf_rope import rope_scaling
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp's converter renames and rearranges one architecture.
+
+    Attributes:
+        model_type, hf_class: Hugging Face's names of it.
+        layer_names: name within `blk.N.` → name within `model.layers.N.`, both without `.weight` or `.bias`.
+        global_names: the same for tensors outside the layers.
+        interleaved_rope: rows of the query and key projections were reordered from (half, pair) to (pair, half) within
+            each head, because llama.cpp rotates neighbouring elements for this architecture.
+    """
+
+    model_type: str
+    hf_class: str
+    layer_names: Mapping[str, str]
+    global_names: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "token_embd": "model.embed_tokens",
+            "output_norm": "model.norm",
+            "output": "lm_head",
+        }
+    )
+    interleaved_rope: bool = False
+
+
+_DENSE_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+# A further architecture is one more entry: qwen2 has the same names and no interleaving; qwen3 adds attn_q_norm and
+# attn_k_norm.
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", "LlamaForCausalLM", _DENSE_LAYER, interleaved_rope=True),
+}
+
+_ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not a weight
+
+# fmt: off
+# Keys below "<architecture>." that the config is made of. Others may change the computation and are refused.
+_KNOWN_KEYS = frozenset(
+    {
+        "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+        "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+        "attention.layer_norm_rms_epsilon", "rope.dimension_count", "rope.freq_base", "rope.scaling.type",
+        "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_count",
+        "expert_used_count",
+    }
+)
+# fmt: on
+
+
+def architecture_of(file: GGUFFile) -> Architecture:
+    """The table entry for the file's `general.architecture`.
+
+    Raises:
+        ModelError: no entry, or the key is missing.
+    """
+    name = file.require("general.architecture", str)
+    if name not in ARCHITECTURES:
+        raise ModelError(
+            f"{file.path}: architecture {name!r} is not supported from GGUF; supported: {', '.join(ARCHITECTURES)}"
+        )
+    return ARCHITECTURES[name]
+
+
+def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
+    """The metadata of a model as the dict that its Hugging Face `config.json` would hold.
+
+    Raises:
+        ModelError: unknown architecture, a missing key, a value of the wrong type, or a key that is not understood.
+    """
+    architecture = architecture_of(file)
+    prefix = file.require("general.architecture", str) + "."
+    present = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
+    if unknown := sorted(present - _KNOWN_KEYS):
+        raise ModelError(
+            f"{file.path}: metadata keys of {prefix[:-1]!r} that are not understood and may change the computation: "
+            + ", ".join(prefix + key for key in unknown[:10])
+        )
+
+    def integer(key: str, default: int | None = None) -> int:
+        if default is not None and key not in present:
+            return default
+        value = file.require(prefix + key, int)
+        if value < 1:
+            raise ModelError(f"{file.path}: metadata {prefix + key}={value}, expected a positive whole number")
+        return value
+
+    def number(key: str, default: float | None = None) -> float:
+        if default is not None and key not in present:
+            return default
+        # The file holds float32: its shortest decimal form is the number of the original config (1e-05, not 9.99…e-06).
+        value = float(str(np.float32(file.require(prefix + key, (int, float)))))
+        if not (math.isfinite(value) and value > 0):
+            raise ModelError(f"{file.path}: metadata {prefix + key}={value}, expected a finite positive number")
+        return value
+
+    for key in ("expert_count", "expert_used_count"):
+        if key in present and file.require(prefix + key, int) != 0:
+            raise ModelError(f"{file.path}: metadata {prefix + key}: mixtures of experts are not supported from GGUF")
+    heads, width = integer("attention.head_count"), integer("embedding_length")
+    head_dim = integer("attention.key_length", max(width // heads, 1))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if (found := integer(key, head_dim)) != head_dim:
+            raise ModelError(f"{file.path}: metadata {prefix + key}={found}, expected the head size {head_dim}")
+    theta = number("rope.freq_base", 10000.0)
+    config: dict[str, Any] = {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        "vocab_size": integer("vocab_size", _vocab_size(file)),
+        "hidden_size": width,
+        "intermediate_size": integer("feed_forward_length"),
+        "num_hidden_layers": integer("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": integer("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": integer("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "hidden_act": "silu",
+        "rope_theta": theta,
+        "rope_scaling": rope_scaling(file, prefix, theta, head_dim, file.tensors.get(_ROPE_FACTORS)),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+    }
+    for name in ("bos", "eos"):
+        if (key := f"tokenizer.ggml.{name}_token_id") in file.metadata:
+            config[f"{name}_token_id"] = file.require(key, int)
+    return config
+
+
+def _vocab_size(file: GGUFFile) -> int:
+    """Rows of the embedding; files written before 2024 do not state the size."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        raise ModelError(f"{file.path}: tensor 'token_embd.weight' is missing")
+    return embedding.shape[0]
+
+
+class GGUFSource:
+    """The tensors of a GGUF file under Hugging Face names, rows in Hugging Face order (a `TensorSource`).
+
+    Tensors that the architecture's table does not know keep their name in the file, so that the loader reports them.
+
+    Raises:
+        ModelError: the architecture is not supported or the head counts are missing.
+    """
+
+    def __init__(self, file: GGUFFile) -> None:
+        self.file = file
+        architecture = architecture_of(file)
+        self._tensors: dict[str, GGUFTensor] = {}
+        self._heads: dict[str, int] = {}
+        prefix = file.require("general.architecture", str)
+        heads = file.require(f"{prefix}.attention.head_count", int)
+        kv_key = f"{prefix}.attention.head_count_kv"
+        kv_heads = file.require(kv_key, int) if kv_key in file.metadata else heads
+        reordered = {"attn_q": heads, "attn_k": kv_heads} if architecture.interleaved_rope else {}
+        for name, tensor in file.tensors.items():
+            if name == _ROPE_FACTORS:
+                continue
+            hf_name, base = _hf_name(name, architecture)
+            self._tensors[hf_name] = tensor
+            if base in reordered:
+                self._heads[hf_name] = reordered[base]
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        return self._tensors.keys()
+
+    @property
+    def description(self) -> str:
+        """Path of the file."""
+        return str(self.file.path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, row-major."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Type of the values as read; float32 for block-quantised tensors."""
+        return self._tensors[name].dtype
+
+    def tensor(self, name: str) -> GGUFTensor:
+        """The tensor itself, in the file's row order; see `row_order`."""
+        return self._tensors[name]
+
+    def row_order(self, name: str) -> np.ndarray | None:
+        """For row i in Hugging Face order its row in the file, or None where they agree.
+
+        Block rows are whole rows, so quantised blocks may be gathered in this order without decoding them.
+        """
+        if name not in self._heads:
+            return None
+        rows, heads = self._tensors[name].shape[0], self._heads[name]
+        if heads < 1 or rows % (2 * heads):
+            raise ModelError(
+                f"{self.description}: {name}: {rows} rows are not an even number for each of {heads} heads"
+            )
+        # In the file a head's rows are (pair, half); in Hugging Face (half, pair).
+        return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Read all values into `out`, which has the tensor's shape, converting to its type."""
+        self._tensors[name].read_into(out, self.row_order(name))
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._tensors = {}
+        self.file.close()
+
+
+def _hf_name(name: str, architecture: Architecture) -> tuple[str, str]:
+    """(Hugging Face name, name within the block without its suffix); unknown names come back unchanged."""
+    base, _, suffix = name.rpartition(".")
+    if suffix not in ("weight", "bias"):
+        return name, ""
+    if base in architecture.global_names:
+        return f"{architecture.global_names[base]}.{suffix}", base
+    parts = base.split(".", 2)
+    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in architecture.layer_names:
+        return f"model.layers.{int(parts[1])}.{architecture.layer_names[parts[2]]}.{suffix}", parts[2]
+    return name, ""

@@ -1,0 +1,185 @@
+"""Fills a model's parameters from its files, one parameter at a time, with little more memory than they take."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_infer.errors import ModelError
+from llm_infer.weights.progress import Progress, Task
+from llm_infer.weights.rules import Rule
+from llm_infer.weights.tensor_source import TensorSource
+
+Place = Callable[[str, np.ndarray], jax.Array]
+
+_ALIGNMENT = 64  # bytes; XLA's CPU client takes arrays aligned to this over without copying them
+_LISTED = 10  # names shown of each kind of problem
+
+
+class HasShape(Protocol):
+    """`ParamSpec` or `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+def load_parameters(
+    source: TensorSource,
+    specs: Mapping[str, HasShape],
+    rules: Sequence[Rule],
+    *,
+    num_layers: int,
+    ignore: Sequence[str] = (),
+    progress: Progress | None = None,
+    place: Place | None = None,
+) -> dict[str, jax.Array]:
+    """Read all parameters of a model.
+
+    Peak host memory beside the parameters already placed is one parameter and a few MB; on the CPU the parameter
+    becomes the JAX array itself.
+
+    Args:
+        source: the model's tensors.
+        specs: parameter name → shape and type; stacked parameters are [L, …].
+        rules: where each parameter comes from.
+        num_layers: L.
+        ignore: regular expressions (full match) of tensors that no rule uses and that may be there all the same.
+        progress: reports bytes of parameters; None is silent.
+        place: moves a filled host array to its devices; `jax.device_put` to the default device when None.
+
+    Returns:
+        The parameters by name, in the order of `rules`.
+
+    Raises:
+        ModelError: tensors are missing, surplus, of the wrong shape or no floats. Found before anything is read, and
+            all listed in one message.
+    """
+    by_param = {rule.param: rule for rule in rules}
+    unruled = sorted(set(specs) - set(by_param))
+    unknown = sorted(rule.param for rule in rules if rule.param not in specs and not rule.optional)
+    if unruled or unknown or len(by_param) != len(rules):
+        raise ValueError(f"rules and parameters differ: without a rule {unruled}, rules for nothing {unknown}")
+
+    names = set(source.names)
+    if num_layers > len(names):  # before any list as long as the config claims is made
+        raise ModelError(f"{source.description}: the config says {num_layers} layers, there are {len(names)} tensors")
+    # An optional parameter of which the file holds no tensor at all is left out.
+    wanted = [
+        rule
+        for rule in rules
+        if rule.param in specs
+        and not (rule.optional and names.isdisjoint(n for group in rule.tensor_names(num_layers) for n in group))
+    ]
+    _check(source, names, specs, rules, wanted, num_layers, ignore)
+
+    place = place or (lambda _, array: jax.device_put(array))
+    total = sum(_nbytes(specs[rule.param]) for rule in wanted)
+    parameters: dict[str, jax.Array] = {}
+    with (progress or Progress.silent()).task("Loading weights", total=total, unit="bytes") as task:
+        for rule in wanted:
+            spec = specs[rule.param]
+            array = aligned_empty(spec.shape, spec.dtype)
+            _fill(source, rule, array, num_layers, task)
+            # Waiting bounds the host memory: at most one parameter is on its way to the device.
+            parameters[rule.param] = jax.block_until_ready(place(rule.param, array))
+            del array
+    return parameters
+
+
+def aligned_empty(shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
+    """An uninitialised array that starts at a multiple of 64 bytes, so that `jax.device_put` on the CPU shares it."""
+    dtype = np.dtype(dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _nbytes(spec: HasShape) -> int:
+    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+
+
+def _fill(source: TensorSource, rule: Rule, array: np.ndarray, num_layers: int, task: Task) -> None:
+    """Read the tensors of all layers into `array`."""
+    slices = array if rule.stacked else array[None]
+    for out, group in zip(slices, rule.tensor_names(num_layers), strict=True):
+        if rule.arrange is None:
+            source.read_into(group[0], out)
+        else:
+            parts = [np.empty(source.shape(name), array.dtype) for name in group]
+            for name, part in zip(group, parts, strict=True):
+                source.read_into(name, part)
+            out[...] = rule.arrange(parts)
+        task.advance(out.nbytes)
+
+
+def _check(
+    source: TensorSource,
+    names: set[str],
+    specs: Mapping[str, HasShape],
+    rules: Sequence[Rule],
+    wanted: Sequence[Rule],
+    num_layers: int,
+    ignore: Sequence[str],
+) -> None:
+    """Compare names, shapes and types of all tensors with what the parameters need."""
+    missing: list[str] = []
+    misshapen: list[str] = []
+    not_float: list[str] = []
+    for rule in wanted:
+        spec = specs[rule.param]
+        groups = rule.tensor_names(num_layers)
+        expected = tuple(spec.shape[1:] if rule.stacked else spec.shape)
+        if rule.stacked and spec.shape[0] != num_layers:
+            raise ValueError(f"{rule.param} is stacked over {spec.shape[0]} layers, the model has {num_layers}")
+        fits: dict[tuple[tuple[int, ...], ...], bool] = {}
+        for group in groups:
+            absent = [name for name in group if name not in names]
+            missing += absent
+            if absent:
+                continue
+            shapes = tuple(source.shape(name) for name in group)
+            if shapes not in fits:
+                fits[shapes] = _arranged_shape(rule, shapes) == expected
+            if not fits[shapes]:
+                found = " + ".join(f"{name} {list(shape)}" for name, shape in zip(group, shapes, strict=True))
+                misshapen.append(f"{found} for {list(expected)}")
+            if jnp.issubdtype(spec.dtype, jnp.floating):
+                not_float += [
+                    f"{n} ({source.dtype(n)})" for n in group if not jnp.issubdtype(source.dtype(n), jnp.floating)
+                ]
+    used = {name for rule in rules for group in rule.tensor_names(num_layers) for name in group}
+    patterns = [re.compile(pattern) for pattern in ignore]
+    surplus = [n for n in sorted(names - used, key=_natural) if not any(p.fullmatch(n) for p in patterns)]
+    problems = {"missing": missing, "surplus": surplus, "wrong shape": misshapen, "not floats": not_float}
+    if any(problems.values()):
+        lines = [
+            f"  {kind} ({len(found)}): {', '.join(found[:_LISTED])}{' …' if len(found) > _LISTED else ''}"
+            for kind, found in problems.items()
+            if found
+        ]
+        raise ModelError("\n".join([f"{source.description}: the tensors are not those of the model's config", *lines]))
+
+
+def _arranged_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
+    """Shape of the parameter made of tensors of these shapes; None if they do not go together."""
+    if rule.arrange is None:
+        return shapes[0]
+    try:
+        # One byte seen from every index: only the result takes memory, a quarter of one layer's parameter.
+        return rule.arrange([np.broadcast_to(np.uint8(0), shape) for shape in shapes]).shape
+    except ValueError:  # numpy's and `fuse_qkv`'s way to say that shapes do not fit
+        return None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key with layer 2 before layer 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

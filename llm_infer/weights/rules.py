@@ -1,0 +1,76 @@
+"""Rules that say which tensors of a model file make up a parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Arrange = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """Shape and type of a parameter; `jax.ShapeDtypeStruct` serves as well."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One parameter and its tensors.
+
+    Attributes:
+        param: name of the parameter, e.g. "layers.o.weight".
+        sources: names of the tensors. With `{layer}` in them the parameter is stacked, [L, …], and the rule is applied
+            to each layer; either all of the names have it or none.
+        arrange: makes the parameter (of one layer) of the tensors, in the order of `sources`; None takes the only one
+            as it is. It must work for every float type and decide by shapes alone.
+        optional: the parameter may be absent from the file; then it is left out of what the loader returns. A
+            parameter that the model does not have (no spec) is skipped, and its tensors are not surplus.
+    """
+
+    param: str
+    sources: tuple[str, ...]
+    arrange: Arrange | None = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.sources or (self.arrange is None and len(self.sources) != 1):
+            raise ValueError(f"rule for {self.param}: {len(self.sources)} sources need an `arrange`")
+        if len({"{layer}" in source for source in self.sources}) != 1:
+            raise ValueError(f"rule for {self.param}: either all source names contain {{layer}} or none")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter has a leading axis of layers."""
+        return "{layer}" in self.sources[0]
+
+    def tensor_names(self, num_layers: int) -> list[tuple[str, ...]]:
+        """Names of the tensors, one tuple per layer; one tuple in all for a parameter that is not stacked."""
+        if not self.stacked:
+            return [self.sources]
+        return [tuple(s.replace("{layer}", str(layer)) for s in self.sources) for layer in range(num_layers)]
+
+
+def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:
+    """Arrange q [Hq·D, …], k [Hkv·D, …], v [Hkv·D, …] as [(Hq+2·Hkv)·D, …], rows grouped per KV head [q…q|k|v].
+
+    The order lets a tensor-parallel mesh cut the fused matrix between KV heads. Works for matrices and biases.
+
+    Raises (when applied):
+        ValueError: the rows do not divide into the heads.
+    """
+
+    def arrange(tensors: Sequence[np.ndarray]) -> np.ndarray:
+        grouped = []
+        for tensor in tensors:
+            if tensor.shape[0] % (num_kv_heads * head_dim):
+                raise ValueError(f"{tensor.shape[0]} rows for {num_kv_heads} KV heads of size {head_dim}")
+            grouped.append(tensor.reshape(num_kv_heads, -1, *tensor.shape[1:]))
+        fused = np.concatenate(grouped, axis=1)
+        return fused.reshape(-1, *fused.shape[2:])
+
+    return arrange

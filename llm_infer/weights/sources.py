@@ -1,0 +1,187 @@
+"""From the model name a user gives to files on this machine, and from there to a config and tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llm_infer.errors import ModelError
+from llm_infer.weights import default_model
+from llm_infer.weights.gguf import GGUFFile
+from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
+from llm_infer.weights.hub import fetch_from_hub
+from llm_infer.weights.orbax_checkpoint import Checkpoint, is_checkpoint, why_no_checkpoint
+from llm_infer.weights.progress import Progress
+from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsSource
+from llm_infer.weights.tensor_source import TensorSource
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_EXPECTED = (
+    f"expected {default_model.DEFAULT_MODEL.name!r}, a GGUF file, a Hugging Face directory, a directory written by "
+    "`llm-infer convert`, or a hub id org/name"
+)
+
+GGUF_TOKENIZER = "gguf_tokenizer.json"
+"""File of a checkpoint made of a GGUF file: that file's metadata on its tokenizer."""
+
+_HF_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Files of a model on this machine.
+
+    Attributes:
+        name: what the user called it.
+        kind: how it is stored.
+        path: the GGUF file, or the directory.
+    """
+
+    name: str
+    kind: Literal["gguf", "huggingface", "orbax"]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class OpenModel:
+    """A model whose files are open and whose header is checked; no weight has been read.
+
+    Attributes:
+        source: where it is.
+        config: as in Hugging Face's config.json; of a checkpoint, `architectures` and the fields of `ModelConfig`.
+        tensors: the weights under Hugging Face names; of a checkpoint, the stacked parameters.
+        gguf: the GGUF file (its metadata hold tokenizer and chat template), or None for a directory.
+        checkpoint: the checkpoint, or None for other kinds.
+    """
+
+    source: ModelSource
+    config: dict[str, Any]
+    tensors: TensorSource
+    gguf: GGUFFile | None
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def tokenizer_metadata(self) -> Mapping[str, Any] | None:
+        """GGUF metadata that the tokenizer is built from, of this file or of the one a checkpoint was made of."""
+        if self.gguf is not None:
+            return self.gguf.metadata
+        stored = None if self.checkpoint is None else self.checkpoint.tokenizer_directory / GGUF_TOKENIZER
+        return read_json(stored) if stored is not None and stored.is_file() else None
+
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer's files are, for models without GGUF metadata."""
+        return self.source.path if self.checkpoint is None else self.checkpoint.tokenizer_directory
+
+
+def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
+    """Find a model, fetching it when it is not on this machine.
+
+    Args:
+        name: the default model's name, a GGUF file, a Hugging Face directory (config.json and *.safetensors), or a
+            Hugging Face hub id `org/name`. An existing path wins over a hub id.
+        progress: reports downloads; None is silent.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched.
+    """
+    progress = progress or Progress.silent()
+    if name == default_model.DEFAULT_MODEL.name:
+        pinned = default_model.DEFAULT_MODEL
+        return ModelSource(name, "gguf", default_model.find(pinned) or default_model.fetch(pinned, progress))
+    if "\0" in name:  # the operating system's calls refuse it with an error of their own
+        raise ModelError(f"model {name!r}: {_EXPECTED}")
+    path = Path(name).expanduser()
+    if path.is_dir() and is_checkpoint(path):
+        return ModelSource(name, "orbax", path)
+    if path.is_dir():
+        return ModelSource(name, "huggingface", _checked_directory(path))
+    if path.is_file():
+        if path.name.endswith((".safetensors", INDEX_NAME, "config.json")):
+            raise ModelError(f"{path} is one file of a Hugging Face model: give its directory {path.parent}")
+        return ModelSource(name, "gguf", path)
+    # Something that is spelled like a path or a weights file was never meant for the hub.
+    if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors", ".bin", ".pt")):
+        return ModelSource(name, "huggingface", _checked_directory(fetch_from_hub(name, progress)))
+    raise ModelError(f"no model {name!r}: there is no such file or directory; {_EXPECTED}")
+
+
+def open_model(source: ModelSource) -> OpenModel:
+    """Open the files of a model and read its config.
+
+    Raises:
+        ModelError: a file is damaged, or the architecture is not supported.
+    """
+    if source.kind == "gguf":
+        file = GGUFFile(source.path)
+        return OpenModel(source, gguf_to_hf_config(file), GGUFSource(file), file)
+    if source.kind == "orbax":
+        checkpoint = Checkpoint(source.path)
+        config = {"architectures": [checkpoint.model.get("architecture")], **checkpoint.model}
+        return OpenModel(source, config, checkpoint, None, checkpoint)
+    return OpenModel(
+        source, read_json(source.path / "config.json"), SafetensorsSource.from_directory(source.path), None
+    )
+
+
+def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
+    """What a checkpoint needs to build the same tokenizer and chat template: relative path → content.
+
+    GGUF metadata is kept as it is: a tokenizer.json cannot say which ids stand in for missing byte tokens, which
+    tokens end an answer, or that the vocabulary ends before those stand-ins.
+    """
+    if (metadata := opened.tokenizer_metadata) is not None:
+        kept = {
+            key: value.tolist() if hasattr(value, "tolist") else value
+            for key, value in metadata.items()
+            if key.startswith("tokenizer.") or key == "general.name"
+        }
+        return {GGUF_TOKENIZER: json.dumps(kept, ensure_ascii=False).encode()}
+    directory = opened.tokenizer_directory
+    found = [file for pattern in _HF_TOKENIZER for file in sorted(directory.glob(pattern))]
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in found}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file cannot be read or holds no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _checked_directory(directory: Path) -> Path:
+    """The directory, if it has a config and safetensors weights."""
+    has_weights = (directory / INDEX_NAME).is_file() or any(directory.glob("*.safetensors"))
+    if (directory / "config.json").is_file() and has_weights:
+        return directory
+    if problem := why_no_checkpoint(directory):
+        raise ModelError(problem)
+    if not has_weights:
+        ggufs = sorted(directory.glob("*.gguf"))
+        if ggufs:
+            raise ModelError(f"{directory} holds GGUF files: give the path of one of them, e.g. {ggufs[0]}")
+        pickles = [p for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
+        if pickles:
+            raise ModelError(
+                f"{directory} has only pickled weights ({pickles[0].name}), which are never loaded because they can "
+                "run code: save the model with `save_pretrained(..., safe_serialization=True)`"
+            )
+        raise ModelError(f"{directory} has no weights: expected *.safetensors with a config.json, or give a GGUF file")
+    raise ModelError(f"{directory} has no config.json: expected a Hugging Face model directory")

@@ -1,0 +1,47 @@
+"""What every file format of weights offers to the loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+
+class TensorSource(Protocol):
+    """Named tensors in files, under Hugging Face names. Nothing is read before it is asked for.
+
+    Shapes are row-major as in numpy: a matrix is [out, in].
+    """
+
+    @property
+    def names(self) -> Iterable[str]:
+        """Names of all tensors."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """The file or directory, for messages."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        ...
+
+    def dtype(self, name: str) -> np.dtype:
+        """Type of the values as read; block-quantised tensors are float32."""
+        ...
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Read all values into `out`, which has the tensor's shape, converting to its type.
+
+        Temporaries stay below a few MB whatever the size of the tensor.
+
+        Raises:
+            ModelError: the values cannot be read.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of the files. Mapped memory goes away with the last view of it."""
+        ...
