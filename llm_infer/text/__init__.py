@@ -1,0 +1,1 @@
+"""Text layer: tokenizers, chat templates and incremental detokenisation. Imports without jax."""

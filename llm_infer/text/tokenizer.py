@@ -1,0 +1,248 @@
+"""Tokenizer of a model: text to token ids and back, built from a Hugging Face directory or from GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from llm_infer.errors import ModelError, RequestError
+from llm_infer.text.gguf_tokenizer import byte_alphabet, rebuild_tokenizer
+
+
+class Tokenizer:
+    """Token ids of a text, and the exact bytes of every token.
+
+    Attributes:
+        vocab_size: one more than the largest token id.
+        bos_token_id: beginning-of-sequence token, if the model has one.
+        eos_token_id: the token the model names as end of sequence, if any; templates use its text.
+        eos_token_ids: every token that ends generation (end of sequence, end of turn, …).
+        special_tokens: text → id of the tokens that are markers and not text.
+        chat_templates: name → Jinja source; "default" is the usual one.
+        strips_leading_space: a decoded text loses one leading space (SentencePiece adds one when it encodes).
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        eos_token_ids: Iterable[int] = (),
+        chat_templates: Mapping[str, str] | None = None,
+        vocab_size: int | None = None,
+        stand_ins: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Wraps `backend`; `vocab_size` and `stand_ins` are described in `gguf_tokenizer.GgufTokenizer`.
+
+        Raises:
+            ModelError: the decoder of `backend` is of a kind whose tokens have no bytes of their own.
+        """
+        self._backend = backend
+        self._literal_backend: tokenizers.Tokenizer | None = None
+        self._byte_level, self.strips_leading_space = _decoder_kind(backend)
+        self._alphabet = byte_alphabet()
+        self._added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        self._stand_ins = dict(stand_ins or {})
+        self._bytes: dict[int, bytes] = {}
+        if vocab_size is None:
+            vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self.vocab_size = vocab_size
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.special_tokens: Mapping[str, int] = {self._added[i].content: i for i in sorted(self._special_ids)}
+        self.chat_templates: Mapping[str, str] = dict(chat_templates or {})
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the default chat template, None for a model without one."""
+        return self.chat_templates.get("default")
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
+        """Builds the tokenizer a GGUF file carries; `metadata`: key → value, arrays as lists or numpy arrays.
+
+        Raises:
+            ModelError: see `gguf_tokenizer.rebuild_tokenizer`.
+        """
+        parts = rebuild_tokenizer(metadata)
+        return cls(
+            parts.backend,
+            bos_token_id=parts.bos_token_id,
+            eos_token_id=parts.eos_token_id,
+            eos_token_ids=parts.eos_token_ids,
+            chat_templates=parts.chat_templates,
+            vocab_size=parts.vocab_size,
+            stand_ins=parts.stand_ins,
+        )
+
+    @classmethod
+    def from_hf_directory(cls, path: str | Path) -> Tokenizer:
+        """Reads `tokenizer.json` and, where present, the configuration files beside it.
+
+        End-of-sequence ids are united over generation_config.json, config.json and tokenizer_config.json. Which tokens
+        go around a text is what tokenizer.json says; `add_bos_token` beside it counts for nothing, as in transformers 5.
+
+        Raises:
+            ModelError: a file is missing, is not valid, or names a token that does not exist.
+        """
+        directory = Path(path)
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise ModelError(
+                f"{directory} has no tokenizer.json: expected a Hugging Face model directory with a fast tokenizer "
+                "(transformers writes one with AutoTokenizer.from_pretrained(…).save_pretrained(…))"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises plain Exception for every kind of damage
+            raise ModelError(f"{file} is not a tokenizer this version of `tokenizers` can read: {error}") from None
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+        named = {name: _token_text(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+        known = backend.get_vocab(with_added_tokens=True)
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        for text in named.values():
+            if text is not None and text not in added and text in known:
+                backend.add_special_tokens([text])
+        ids = {name: None if text is None else backend.token_to_id(text) for name, text in named.items()}
+
+        eos_ids = set() if ids["eos"] is None else {ids["eos"]}
+        for name in ("config.json", "generation_config.json"):
+            found = _read_json(directory / name)
+            eos = found.get("eos_token_id")
+            eos_ids.update(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
+            if ids["bos"] is None and isinstance(found.get("bos_token_id"), int):
+                ids["bos"] = found["bos_token_id"]
+        return cls(
+            backend,
+            bos_token_id=ids["bos"],
+            eos_token_id=ids["eos"] if ids["eos"] is not None else min(eos_ids, default=None),
+            eos_token_ids=eos_ids,
+            chat_templates=_hf_chat_templates(directory, config),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        Args:
+            text: any text.
+            add_special_tokens: add the tokens the model wants around a sequence (beginning of sequence, …). Pass False
+                for the output of a chat template, which has them already.
+            parse_special: take the text of a special token, such as `<|im_end|>`, for that token, not for plain text.
+
+        Raises:
+            RequestError: the text holds half a surrogate pair and so has no UTF-8 form.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+            raise RequestError(f"the text is not valid Unicode: {found}") from None
+        ids = self._encoder(parse_special).encode(text, add_special_tokens=add_special_tokens).ids
+        if self._stand_ins and ids and max(ids) >= self.vocab_size:
+            return [real for i in ids for real in self._stand_ins.get(i, (i,))]
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary give nothing."""
+        shown = (i for i in ids if not (skip_special_tokens and i in self._special_ids))
+        data = b"".join(map(self.token_bytes, shown))
+        if self.strips_leading_space:
+            data = data.removeprefix(b" ")
+        return data.decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Exact bytes of one token, possibly part of a character; empty for an id outside the vocabulary."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._token_bytes(int(token_id))
+        return data
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is a marker, which `decode` leaves out unless told otherwise."""
+        return token_id in self._special_ids
+
+    def token_id(self, text: str) -> int | None:
+        """Id of the token whose vocabulary entry is `text` (`<|im_end|>`, `Ġthe`, `▁the`), None if there is none."""
+        found = self._backend.token_to_id(text)
+        return found if found is not None and found < self.vocab_size else None
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        if not 0 <= token_id < self.vocab_size:
+            return b""
+        if token_id in self._added:
+            return self._added[token_id].content.encode()
+        text = self._backend.id_to_token(token_id)
+        if text is None:
+            return b""
+        if not self._byte_level:
+            if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+                return bytes.fromhex(text[3:5])
+            return text.replace("▁", " ").encode()
+        if any(char not in self._alphabet for char in text):
+            return text.encode()
+        return bytes(self._alphabet[char] for char in text)
+
+    def _encoder(self, parse_special: bool) -> tokenizers.Tokenizer:
+        if parse_special:
+            return self._backend
+        if self._literal_backend is None:  # the switch is state of the backend, so the other reading needs a copy
+            copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            copy.encode_special_tokens = True
+            self._literal_backend = copy
+        return self._literal_backend
+
+
+def _decoder_kind(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
+    """(byte-level alphabet rather than SentencePiece's, decoding strips one leading space)."""
+    state: dict[str, Any] = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+    steps = state["decoders"] if state.get("type") == "Sequence" else [state]
+    kinds = {step.get("type") for step in steps}
+    if "ByteLevel" in kinds and kinds <= {"ByteLevel", "Fuse"}:
+        return True, False
+    if kinds & {"Replace", "Metaspace"} and kinds <= {"Replace", "Metaspace", "ByteFallback", "Fuse", "Strip"}:
+        prepends = any(step.get("prepend_scheme", "never") != "never" for step in steps)
+        return False, prepends or "Strip" in kinds
+    found = ", ".join(sorted(str(kind) for kind in kinds))
+    raise ModelError(
+        f"the tokenizer's decoder ({found}) is not supported: expected ByteLevel, or SentencePiece's Replace/Metaspace "
+        "with ByteFallback, Fuse and Strip"
+    )
+
+
+def _hf_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Templates of tokenizer_config.json, overruled by chat_template.jinja and additional_chat_templates/*.jinja."""
+    entry = config.get("chat_template")
+    templates = {"default": entry} if isinstance(entry, str) else {t["name"]: t["template"] for t in entry or ()}
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    for extra in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        templates[extra.stem] = extra.read_text(encoding="utf-8")
+    return templates
+
+
+def _token_text(entry: object) -> str | None:
+    """Text of a token in a configuration file: a string, or an object with `content`."""
+    return entry.get("content") if isinstance(entry, dict) else entry  # pyright: ignore[reportReturnType]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON object file, empty when there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a {type(content).__name__}: expected a JSON object")
+    return content
