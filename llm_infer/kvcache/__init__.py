@@ -1,0 +1,1 @@
+"""KV cache: the host's books over the page pool (allocator, page tables, prefix cache); they import without jax."""

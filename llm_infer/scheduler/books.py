@@ -1,0 +1,125 @@
+"""Where every sequence is (waiting, running in a slot, parked) and which pages it has; mechanism without policy."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+
+from llm_infer.kvcache.page_allocator import PageAllocator
+from llm_infer.kvcache.page_table import PageTable
+from llm_infer.kvcache.prefix_cache import PrefixCache
+from llm_infer.scheduler.request import Sequence, Status
+
+
+class Books:
+    """Lists of sequences, each in the order of rank, and the pages behind them.
+
+    Attributes:
+        waiting: sequences to be admitted, new and preempted ones.
+        running: `running[shard]`, sequences that own a slot.
+        parked: `parked[shard]`, the waiting sequences that hold pages: forks that share those of their prompt.
+        free_slots: `free_slots[shard]`.
+        allocator, prefix_cache: the pages; None without prefix caching.
+    """
+
+    def __init__(
+        self, *, num_pages: int, page_size: int, num_shards: int, num_slots: int, enable_prefix_caching: bool
+    ) -> None:
+        self.page_size = page_size
+        self.num_slots = num_slots
+        self.allocator = PageAllocator(num_pages, num_shards)
+        self.prefix_cache = PrefixCache(self.allocator, page_size) if enable_prefix_caching else None
+        self.waiting: list[Sequence] = []
+        self.running: list[list[Sequence]] = [[] for _ in range(num_shards)]
+        self.parked: list[list[Sequence]] = [[] for _ in range(num_shards)]
+        self.free_slots = [list(range(num_slots))[::-1] for _ in range(num_shards)]
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Lets a sequence wait, with its pages if it has any."""
+        insort(self.waiting, sequence, key=_rank)
+        if sequence.table is not None:
+            insort(self.parked[sequence.table.shard], sequence, key=_rank)
+
+    def start(self, sequence: Sequence, shard: int, cached: list[int]) -> PageTable:
+        """Makes a waiting sequence run in a slot; its table has the pages it held, or else those in `cached`."""
+        _remove(self.waiting, sequence)
+        _remove(self.parked[shard], sequence)
+        if sequence.table is None:
+            sequence.table = PageTable(self.allocator, shard, self.page_size)
+            sequence.table.adopt(cached)
+            sequence.num_computed = sequence.table.length
+            sequence.num_cached_pages = len(cached)
+        sequence.request.shard = shard
+        sequence.slot = self.free_slots[shard].pop()
+        sequence.status = Status.RUNNING
+        insort(self.running[shard], sequence, key=_rank)
+        return sequence.table
+
+    def preempt(self, sequence: Sequence) -> None:
+        """A running sequence gives up slot and pages and waits."""
+        self._leave_slot(sequence)
+        self._drop_pages(sequence)
+        sequence.status = Status.PREEMPTED
+        self.enqueue(sequence)
+
+    def unpark(self, sequence: Sequence) -> None:
+        """A waiting fork gives up its pages; it will compute the prompt on its own."""
+        assert sequence.table is not None
+        _remove(self.parked[sequence.table.shard], sequence)
+        self._drop_pages(sequence)
+
+    def fork(self, parent: Sequence, child: Sequence) -> None:
+        """`child`, in no list yet, shares the pages of the prompt but its last token, which it computes for itself."""
+        length = len(parent.request.prompt) - 1
+        assert parent.table is not None
+        child.table = parent.table.fork(length)
+        child.num_computed = length
+        child.digests = list(parent.digests)
+        child.num_cached_pages = parent.num_cached_pages
+
+    def end(self, sequence: Sequence) -> None:
+        """A sequence leaves for good, from wherever it is."""
+        if sequence.status is Status.RUNNING:
+            self._leave_slot(sequence)
+        else:
+            _remove(self.waiting, sequence)
+            if sequence.table is not None:
+                _remove(self.parked[sequence.table.shard], sequence)
+        if sequence.table is not None:
+            self._drop_pages(sequence)
+        sequence.status = Status.FINISHED
+
+    def offer_pages(self, sequence: Sequence, full: int) -> None:
+        """Registers the first `full` pages of a sequence, whose tokens are all computed, with the prefix cache."""
+        cache, table = self.prefix_cache, sequence.table
+        assert table is not None
+        if cache is not None:
+            cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
+            for index in range(sequence.num_cached_pages, full):
+                cache.insert(table.shard, sequence.digests[index], table.pages[index])
+        sequence.num_cached_pages = full
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        assert sequence.table is not None and sequence.slot is not None
+        _remove(self.running[sequence.table.shard], sequence)
+        self.free_slots[sequence.table.shard].append(sequence.slot)
+        sequence.slot = None
+
+    def _drop_pages(self, sequence: Sequence) -> None:
+        assert sequence.table is not None
+        sequence.table.free()
+        sequence.table = None
+        sequence.num_computed = sequence.num_cached_pages = 0
+        request = sequence.request
+        if all(other.table is None for other in request.sequences):
+            request.shard = None  # free to go elsewhere
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
+
+
+def _remove(ranked: list[Sequence], sequence: Sequence) -> None:
+    """Removes a sequence from a list in the order of rank, if it is there."""
+    index = bisect_left(ranked, sequence.rank, key=_rank)
+    if index < len(ranked) and ranked[index] is sequence:
+        del ranked[index]

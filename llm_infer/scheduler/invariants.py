@@ -1,0 +1,72 @@
+"""Verifies that the scheduler's lists, slots and pages agree; run by tests and by the engine's debug switch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from llm_infer.kvcache.page_allocator import InvariantError
+from llm_infer.scheduler.books import Books
+from llm_infer.scheduler.plan import StepPlan
+from llm_infer.scheduler.request import Request, Sequence, Status
+
+
+def check_in_flight(submitted: Iterable[StepPlan], requests: Iterable[Request]) -> None:
+    """Every sequence expects as many tokens as the submitted steps draw for it; else InvariantError."""
+    drawn = Counter(row.sequence for plan in submitted for rows in plan.rows for row in rows if row.samples)
+    for request in requests:
+        for sequence in request.sequences:
+            if sequence.in_flight != drawn[sequence]:
+                raise InvariantError(f"{sequence}: submitted steps draw {drawn[sequence]} tokens for it")
+
+
+def check_books(books: Books, requests: Iterable[Request]) -> None:
+    """Raises InvariantError, with the two sides that differ, if lists, slots and pages do not agree."""
+    for shard, (running, parked) in enumerate(zip(books.running, books.parked, strict=True)):
+        slots = sorted(books.free_slots[shard] + [s.slot for s in running if s.slot is not None])
+        if slots != list(range(books.num_slots)):
+            raise InvariantError(f"shard {shard}: free and owned slots {slots}, expected 0 … {books.num_slots - 1}")
+        holding = [s for s in books.waiting if s.table is not None and s.table.shard == shard]
+        if parked != holding:
+            raise InvariantError(f"shard {shard}: parked {parked}, waiting with pages {holding}")
+    for ranked in (books.waiting, *books.running):
+        if sorted(ranked, key=lambda s: s.rank) != ranked:
+            raise InvariantError(f"out of the order of rank: {ranked}")
+    for request in requests:
+        for sequence in request.sequences:
+            _check_sequence(books, sequence)
+        shards = {s.table.shard for s in request.sequences if s.table is not None}
+        if shards != (set() if request.shard is None else {request.shard}):
+            raise InvariantError(f"request {request.request_id!r} is on shard {request.shard}, its pages on {shards}")
+    owners = [
+        [s.table.pages for s in (*running, *parked) if s.table is not None]
+        for running, parked in zip(books.running, books.parked, strict=True)
+    ]
+    if books.prefix_cache is not None:
+        for shard, lists in enumerate(owners):
+            lists.append(books.prefix_cache.pages(shard))
+    books.allocator.check(owners)
+
+
+def _check_sequence(books: Books, sequence: Sequence) -> None:
+    running = sum(sequence in members for members in books.running)
+    waiting = books.waiting.count(sequence)
+    unborn = sequence.sample_index > 0 and not sequence.request.forked
+    expected = {
+        Status.RUNNING: (1, 0),
+        Status.WAITING: (0, 0 if unborn else 1),
+        Status.PREEMPTED: (0, 1),
+        Status.FINISHED: (0, 0),
+    }[sequence.status]
+    if (running, waiting) != expected:
+        raise InvariantError(f"{sequence} is {running} times running and {waiting} times waiting, expected {expected}")
+    if (sequence.slot is not None) != bool(running):
+        raise InvariantError(f"{sequence} has slot {sequence.slot}")
+    table = sequence.table
+    if table is None:
+        if sequence.num_computed or running:
+            raise InvariantError(f"{sequence} has no pages")
+    elif len(table.pages) != -(-table.length // table.page_size):
+        raise InvariantError(f"{sequence}: {len(table.pages)} pages of {table.page_size} for {table.length} places")
+    elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length:
+        raise InvariantError(f"{sequence} has {table.length} places, and one token at least is not computed")

@@ -1,0 +1,64 @@
+"""Decides on which shard a waiting sequence fits, and what of it the prefix cache has there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llm_infer.scheduler.books import Books
+from llm_infer.scheduler.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Looks at the books of all shards; changes nothing.
+
+    Attributes:
+        books: where the sequences and their pages are.
+        watermark: pages that stay free when a sequence is admitted beside others.
+    """
+
+    books: Books
+    watermark: int
+
+    def find(self, sequence: Sequence, shards: Iterable[int]) -> tuple[int, list[int]] | None:
+        """The best of `shards` on which `sequence` fits, and its cached pages there; None if it fits on none.
+
+        A shard is good if it has much of the prefix and many pages left: a whole hit weighs as much as an empty pool.
+        """
+        allocator, page_size = self.books.allocator, self.books.page_size
+        best, place = 0.0, None
+        for shard in sorted(shards):
+            cached = self._lookup(sequence, shard)
+            num_running = len(self.books.running[shard])
+            if self._fits(sequence, shard, cached, num_running):
+                hit = len(cached) * page_size / len(sequence.tokens)
+                score = 1 + hit + allocator.num_available(shard) / allocator.num_usable
+                score -= 1e-6 * num_running  # a tie goes to the shard with fewer sequences
+                if score > best:
+                    best, place = score, (shard, cached)
+        return place
+
+    def _lookup(self, sequence: Sequence, shard: int) -> list[int]:
+        """Cached pages of a sequence without pages. Its last token is always computed, to have logits to draw from."""
+        cache = self.books.prefix_cache
+        if cache is None or sequence.table is not None:
+            return []
+        full = (len(sequence.tokens) - 1) // self.books.page_size
+        cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
+        return cache.lookup(shard, sequence.digests[:full])
+
+    def _fits(self, sequence: Sequence, shard: int, cached: list[int], num_running: int) -> bool:
+        """All its pages are there, and beside other sequences the watermark and a page for each of them to grow.
+
+        The second part bounds preemption: between an admission and the next shortage every sequence can fill a page.
+        """
+        allocator = self.books.allocator
+        if sequence.table is not None:
+            needed = sequence.table.pages_needed(len(sequence.tokens) - sequence.table.length)
+        else:
+            needed = -(-len(sequence.tokens) // self.books.page_size) - len(cached)
+        reserve = self.watermark + num_running if num_running else 0
+        # Idle cached pages count as available until the sequence itself takes them.
+        available = allocator.num_available(shard) - allocator.num_idle(shard, cached)
+        return needed + reserve <= available

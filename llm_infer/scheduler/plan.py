@@ -1,0 +1,53 @@
+"""What one step computes: the scheduler's decision in plain Python ints, before any array is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llm_infer.scheduler.request import Sequence
+
+
+@dataclass(slots=True)
+class ScheduledRow:
+    """Tokens `start … start + count - 1` of one sequence. Nobody changes it; `frozen` would quadruple its cost.
+
+    Attributes:
+        sequence: whose tokens they are.
+        start: position of the first token (tokens whose K/V are already in the pages).
+        count: number of tokens.
+        samples: the last of them is the last token of the sequence, so the step draws the next one.
+        feeds: the (single) token is still on its way back from the device: the step before drew it.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+    feeds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step.
+
+    Attributes:
+        index: counts steps from 0.
+        rows: `rows[shard]`, the scheduled rows of each data-parallel shard, rows of one token first.
+        copies: `copies[shard]`, pairs (source page, destination page) to copy before anything is written, at most one
+            per row. Their order does not matter: no page occurs twice as a destination, or as source and destination.
+        admitted: sequences that got a slot in this step: their per-slot state on the device starts anew.
+        preempted: sequences that lost their pages while this step was planned.
+    """
+
+    index: int
+    rows: tuple[tuple[ScheduledRow, ...], ...]
+    copies: tuple[tuple[tuple[int, int], ...], ...]
+    admitted: tuple[Sequence, ...] = ()
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the fullest shard: what the token bucket must hold."""
+        return max(sum(row.count for row in rows) for rows in self.rows)

@@ -1,0 +1,166 @@
+"""What a user asked for (Request) and the token sequences that grow from it (Sequence)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from llm_infer.errors import RequestError
+from llm_infer.kvcache.page_table import PageTable
+
+
+class Status(enum.Enum):
+    """Where a sequence is. WAITING → RUNNING → FINISHED, with RUNNING → PREEMPTED → RUNNING when memory is short."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and how to continue it; `n` sequences grow from it, on one data-parallel shard.
+
+    Attributes:
+        request_id: names the request; unique among the unfinished ones.
+        prompt: token ids.
+        max_tokens: most new tokens of each sequence; None goes on to the end of the context.
+        n: number of sequences.
+        stop_token_ids, eos_token_ids: ids that end a sequence (they stay in its output).
+        ignore_eos: `eos_token_ids` do not end it.
+        min_tokens: no id ends a sequence before it has this many new tokens.
+        priority: under the policy "priority" the smaller value goes first.
+        cache_salt: only requests with the same salt share pages of the prefix cache.
+        sampling: what the engine needs for drawing; the scheduler does not look at it.
+
+    The scheduler fills in the rest. Times are in seconds of its clock; None until it has happened.
+
+    Attributes:
+        arrival: counts requests in order of arrival.
+        sequences: by sample index.
+        forked: the samples after the first are queued too (they wait until the first has computed the prompt).
+        shard: where its pages are; None while it has none.
+        num_cached_tokens: prompt tokens whose K/V the prefix cache had.
+        num_preemptions: how often one of its sequences lost its pages.
+    """
+
+    request_id: str
+    prompt: SequenceOf[int]
+    max_tokens: int | None = 16
+    n: int = 1
+    stop_token_ids: frozenset[int] = frozenset()
+    eos_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    priority: int = 0
+    cache_salt: str | None = None
+    sampling: object = None
+
+    arrival: int = field(default=-1, init=False)
+    sequences: list[Sequence] = field(default_factory=list, init=False)
+    forked: bool = field(default=False, init=False)
+    shard: int | None = field(default=None, init=False)
+    num_cached_tokens: int = field(default=0, init=False)
+    num_preemptions: int = field(default=0, init=False)
+    arrival_time: float | None = field(default=None, init=False)
+    first_scheduled_time: float | None = field(default=None, init=False)
+    first_token_time: float | None = field(default=None, init=False)
+    finish_time: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise RequestError("the prompt is empty: expected at least one token")
+        for name, value, least in (("n", self.n, 1), ("min_tokens", self.min_tokens, 0)):
+            if value < least:
+                raise RequestError(f"{name}={value}: expected at least {least}")
+        if self.max_tokens is not None and self.max_tokens < max(1, self.min_tokens):
+            raise RequestError(f"max_tokens={self.max_tokens}: expected at least {max(1, self.min_tokens)}")
+
+    @property
+    def finished(self) -> bool:
+        """All its sequences have ended."""
+        return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+
+class Sequence:
+    """One sample of a request: its tokens, and what of them is computed. Only the scheduler changes it.
+
+    Attributes:
+        request, sample_index: whose sample it is, and which.
+        rank: order among all sequences; the smallest is served first and preempted last.
+        tokens: prompt and output ids that the host knows.
+        max_length: the sequence ends when it has this many tokens.
+        stop_ids: ids that end it.
+        in_flight: tokens drawn by submitted steps that have not come back: 0 or 1, and 2 between the planning of a step
+            and the commit of the step before.
+        num_computed: tokens whose K/V are in the pages, or will be once the submitted steps have run.
+        status: see Status.
+        table: its pages; a waiting sequence has none, unless it is a fork of a sequence that has computed the prompt.
+        slot: row of the device's per-sequence state on its shard (below max_num_seqs), owned while RUNNING.
+        first_step: index of the step at which it was last admitted; tells the engine one residence in a slot from another.
+        digests: prefix-cache digests of its full pages, as far as they were needed.
+        num_cached_pages: pages from the front that were offered to the prefix cache or came from it.
+        finish_reason: "stop", "length" or "abort" once FINISHED.
+    """
+
+    __slots__ = (
+        *("digests", "finish_reason", "first_step", "in_flight", "max_length", "num_cached_pages", "num_computed"),
+        *("rank", "request", "sample_index", "slot", "status", "stop_ids", "table", "tokens"),
+    )
+
+    def __init__(self, request: Request, sample_index: int, rank: tuple[int, int, int], max_length: int) -> None:
+        self.request = request
+        self.sample_index = sample_index
+        self.rank = rank
+        self.tokens: list[int] = list(request.prompt)
+        self.max_length = max_length
+        self.stop_ids = request.stop_token_ids | (frozenset() if request.ignore_eos else request.eos_token_ids)
+        self.in_flight = 0
+        self.num_computed = 0
+        self.status = Status.WAITING
+        self.table: PageTable | None = None
+        self.slot: int | None = None
+        self.first_step = 0
+        self.digests: list[bytes] = []
+        self.num_cached_pages = 0
+        self.finish_reason: str | None = None
+
+    @property
+    def output(self) -> list[int]:
+        """New token ids that the host knows."""
+        return self.tokens[len(self.request.prompt) :]
+
+    @property
+    def length(self) -> int:
+        """Tokens including those that the host does not know yet."""
+        return len(self.tokens) + self.in_flight
+
+    def append(self, token: int) -> str | None:
+        """Takes a drawn token; the reason if the sequence ends with it."""
+        self.tokens.append(token)
+        if token in self.stop_ids and len(self.tokens) - len(self.request.prompt) >= self.request.min_tokens:
+            return "stop"
+        return "length" if len(self.tokens) >= self.max_length else None
+
+    def __repr__(self) -> str:
+        return (
+            f"Sequence({self.request.request_id!r}, sample {self.sample_index}, {self.status.value}, "
+            f"{len(self.tokens)}+{self.in_flight} tokens, {self.num_computed} computed)"
+        )
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """A token came back from the device.
+
+    Attributes:
+        sequence: which sequence it extends; the token is in `sequence.tokens` already.
+        token_id: the drawn id.
+        finish_reason: "stop" or "length" if the sequence ended with it.
+    """
+
+    sequence: Sequence
+    token_id: int
+    finish_reason: str | None

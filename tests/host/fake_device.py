@@ -1,0 +1,172 @@
+"""A device that computes nothing but remembers what lies in every page, to check what each row would attend to."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from llm_infer.config import SchedulerConfig
+from llm_infer.scheduler import Request, Scheduler, Sequence, Status, StepPlan, TokenEvent
+
+VOCABULARY = 7
+EOS = 6
+
+
+def next_token(tokens: list[int], sample_index: int) -> int:
+    """The model: the next token is a hash of all tokens so far. Few ids, so that outputs share pages now and then."""
+    return zlib.crc32(np.array([sample_index, *tokens], np.int32).tobytes()) % VOCABULARY
+
+
+def continuation(request: Request, sample_index: int, limit: int) -> list[int]:
+    """The output that a sample must have, computed without pages."""
+    tokens = list(request.prompt)
+    stops = request.stop_token_ids | (frozenset() if request.ignore_eos else request.eos_token_ids)
+    while len(tokens) < limit:
+        tokens.append(next_token(tokens, sample_index))
+        if tokens[-1] in stops and len(tokens) - len(request.prompt) >= request.min_tokens:
+            break
+    return tokens[len(request.prompt) :]
+
+
+class FakeDevice:
+    """Runs plans in the order of submission on a content model of the pages, and checks every access.
+
+    A slot of a page holds the pair (token, position) that was written to it. What a row attends to is gathered through
+    its page table and must be the tokens of its own sequence; the next token is computed from what was gathered.
+    """
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        allocator = scheduler.allocator
+        self.scheduler = scheduler
+        self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 2), -1, np.int64)
+        self.last_ids = np.full((scheduler.num_shards, scheduler.config.max_num_seqs), -1, np.int64)
+
+    def run(self, plan: StepPlan) -> list[list[int]]:
+        """The ids that the rows draw. To be called when the plan is submitted: it reads the page tables."""
+        return [self._run_shard(shard, plan) for shard in range(self.scheduler.num_shards)]
+
+    def _run_shard(self, shard: int, plan: StepPlan) -> list[int]:
+        size, pages, rows = self.scheduler.page_size, self.pages[shard], plan.rows[shard]
+        counts = [row.count for row in rows]
+        assert sum(counts) <= self.scheduler.config.max_num_batched_tokens
+        assert len(rows) <= self.scheduler.config.max_num_seqs and len({id(row.sequence) for row in rows}) == len(rows)
+        assert sorted(counts, key=lambda count: count > 1) == counts, "rows of one token come first"
+
+        copies = plan.copies[shard]
+        sources, destinations = {pair[0] for pair in copies}, [pair[1] for pair in copies]
+        assert len(set(destinations)) == len(destinations) <= len(rows) and not sources & set(destinations)
+        assert 0 not in sources | set(destinations)
+        for source, destination in copies:
+            pages[destination] = pages[source]
+
+        written: set[tuple[int, int]] = set()
+        for row in rows:
+            table = row.sequence.table
+            assert table is not None and row.sequence.slot is not None and table.shard == shard
+            assert row.start + row.count <= table.length and row.count > 0
+            if row.feeds:
+                assert row.count == 1
+                fed = [int(self.last_ids[shard, row.sequence.slot])]
+            else:
+                fed = row.sequence.tokens[row.start : row.start + row.count]
+            assert len(fed) == row.count
+            for position, token in enumerate(fed, row.start):
+                page, offset = table.pages[position // size], position % size
+                assert page != 0 and (page, offset) not in written
+                self._check_owners(shard, page, position, row.sequence)
+                written.add((page, offset))
+                pages[page, offset] = token, position
+        return [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
+
+    def _check_owners(self, shard: int, page: int, position: int, writer: Sequence) -> None:
+        """Nobody else owns a page that is written, but forks that wait for this very step to compute their prompt."""
+        count = self.scheduler.allocator.refcount(shard, page)
+        if count > 1:
+            owners = [s for s in self.scheduler.books.waiting if s.table is not None and page in s.table.pages]
+            forks = [s for s in owners if s.request is writer.request and s.num_computed == len(s.request.prompt) - 1]
+            assert count == 1 + len(forks), f"{writer} writes page {page}, which has {count} owners"
+            assert writer.sample_index == 0 and position < len(writer.request.prompt)
+
+    def _attend(self, shard: int, sequence: Sequence, length: int) -> int:
+        """Everything that the last token of a row sees must be the sequence's own history."""
+        assert sequence.table is not None and sequence.slot is not None
+        seen = self.pages[shard, sequence.table.pages].reshape(-1, 2)[:length]
+        assert seen[:, 1].tolist() == list(range(length)), f"{sequence}: positions {seen[:, 1]}"
+        tokens = seen[:, 0].tolist()
+        known = sequence.tokens[:length]
+        assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"
+        drawn = next_token(tokens, sequence.sample_index)
+        self.last_ids[shard, sequence.slot] = drawn
+        return drawn
+
+
+class FakeEngine:
+    """Schedule, submit, commit, as the engine does it; `overlap` plans a step before the one before is committed."""
+
+    def __init__(self, *, overlap: bool = True, check: bool = True, **options: Any) -> None:
+        limits = {name: options.pop(name) for name in SchedulerConfig.__dataclass_fields__ if name in options}
+        limits.setdefault("max_num_seqs", 4)
+        limits.setdefault("max_num_batched_tokens", 16)
+        self.max_model_len = limits["max_model_len"] = limits.get("max_model_len", 64)
+        config = SchedulerConfig(**limits)
+        defaults = {"num_pages": 40, "page_size": 4, "max_model_len": self.max_model_len}
+        self.scheduler = Scheduler(config, **(defaults | options))
+        self.device = FakeDevice(self.scheduler)
+        self.overlap = overlap
+        self.check = check
+        self.pending: deque[tuple[StepPlan, list[list[int]]]] = deque()
+        self.plans: list[StepPlan] = []
+        self.requests: list[Request] = []
+        self.num_steps = 0
+        self.failed = False
+
+    def add(self, prompt: list[int], **options: Any) -> Request:
+        """Queues a request; the default is to end by length only."""
+        request = Request(f"r{len(self.requests)}", prompt, **options)
+        self.scheduler.add(request)
+        self.requests.append(request)
+        return request
+
+    def step(self) -> list[TokenEvent]:
+        """One turn of the engine's loop."""
+        self.failed = True
+        plan = self.scheduler.schedule()
+        if plan is None:
+            assert self.pending or not self.scheduler.has_unfinished, "the scheduler is stuck"
+        else:
+            self.pending.append((plan, self.device.run(plan)))
+            self.plans.append(plan)
+        events = []
+        if self.pending and (plan is None or not self.overlap or len(self.pending) > 1):
+            events = self.scheduler.commit(*self.pending.popleft())
+        self.num_steps += 1
+        if self.check:
+            self.scheduler.check()
+        self.failed = False
+        return events
+
+    def run(self, max_steps: int = 100_000) -> list[TokenEvent]:
+        """Steps until nothing is left."""
+        events = []
+        while self.scheduler.has_unfinished or self.pending:
+            events += self.step()
+            max_steps -= 1
+            assert max_steps > 0, "requests do not end"
+        return events
+
+    def verify(self, request: Request) -> None:
+        """Every sample's output is what the model gives without pages (an aborted one's is its beginning)."""
+        limit = self.max_model_len
+        if request.max_tokens is not None:
+            limit = min(limit, len(request.prompt) + request.max_tokens)
+        for sequence in request.sequences:
+            expected = continuation(request, sequence.sample_index, limit)
+            if sequence.status is Status.FINISHED and sequence.finish_reason != "abort":
+                assert sequence.output == expected, f"{sequence}: {sequence.output}, expected {expected}"
+                stopped = expected[-1] in sequence.stop_ids and len(expected) >= request.min_tokens
+                assert sequence.finish_reason == ("stop" if stopped else "length")
+            else:
+                assert sequence.output == expected[: len(sequence.output)]
