@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import mmap
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ class GGUFTensor:
     def dtype(self) -> np.dtype:
         """Type of the values as read: the stored type, or float32 for block-quantised tensors."""
         return stored_dtype(self.format) or np.dtype(np.float32)
+
+    def part(self, index: int) -> GGUFTensor:
+        """Element `index` of the first axis as a tensor of its own, e.g. one expert's matrix of a stack."""
+        part, rows = copy.copy(self), self.blocks.shape[0] // self.shape[0]
+        part.name, part.shape = f"{self.name}[{index}]", self.shape[1:]
+        part.blocks = self.blocks[index * rows : (index + 1) * rows]
+        return part
 
     def read_into(self, out: np.ndarray, row_order: np.ndarray | None = None) -> None:
         """Read the values into `out` (the tensor's shape), converting to its type.

@@ -24,6 +24,8 @@ class Architecture:
         global_names: the same for tensors outside the layers.
         interleaved_rope: rows of the query and key projections were reordered from (half, pair) to (pair, half) within
             each head, because llama.cpp rotates neighbouring elements for this architecture.
+        bias_keys: of "attention_bias" and "mlp_bias", those that the Hugging Face config has.
+        experts: the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor a layer.
     """
 
     model_type: str
@@ -37,6 +39,8 @@ class Architecture:
         }
     )
     interleaved_rope: bool = False
+    bias_keys: tuple[str, ...] = ()
+    experts: bool = False
 
 
 _DENSE_LAYER = {
@@ -51,10 +55,20 @@ _DENSE_LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 
-# A further architecture is one more entry: qwen2 has the same names and no interleaving; qwen3 adds attn_q_norm and
-# attn_k_norm.
+_QWEN3_LAYER = _DENSE_LAYER | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MOE_LAYER = {name: hf for name, hf in _QWEN3_LAYER.items() if not hf.startswith("mlp.")} | {"ffn_gate_inp": "mlp.gate"}
+_EXPERT_STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+
+# A further architecture is one more entry.
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", "LlamaForCausalLM", _DENSE_LAYER, interleaved_rope=True),
+    "llama": Architecture(
+        "llama", "LlamaForCausalLM", _DENSE_LAYER, interleaved_rope=True, bias_keys=("attention_bias", "mlp_bias")
+    ),
+    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _DENSE_LAYER),
+    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _QWEN3_LAYER, bias_keys=("attention_bias",)),
+    "qwen3moe": Architecture(
+        "qwen3_moe", "Qwen3MoeForCausalLM", _MOE_LAYER, bias_keys=("attention_bias",), experts=True
+    ),
 }
 
 _ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not a weight
@@ -96,7 +110,8 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
     architecture = architecture_of(file)
     prefix = file.require("general.architecture", str) + "."
     present = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
-    if unknown := sorted(present - _KNOWN_KEYS):
+    known = _KNOWN_KEYS | {"expert_feed_forward_length"} if architecture.experts else _KNOWN_KEYS
+    if unknown := sorted(present - known):
         raise ModelError(
             f"{file.path}: metadata keys of {prefix[:-1]!r} that are not understood and may change the computation: "
             + ", ".join(prefix + key for key in unknown[:10])
@@ -119,9 +134,11 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
             raise ModelError(f"{file.path}: metadata {prefix + key}={value}, expected a finite positive number")
         return value
 
-    for key in ("expert_count", "expert_used_count"):
+    for key in () if architecture.experts else ("expert_count", "expert_used_count"):
         if key in present and file.require(prefix + key, int) != 0:
-            raise ModelError(f"{file.path}: metadata {prefix + key}: mixtures of experts are not supported from GGUF")
+            raise ModelError(
+                f"{file.path}: metadata {prefix + key}: mixtures of experts are not known of {prefix[:-1]!r}"
+            )
     heads, width = integer("attention.head_count"), integer("embedding_length")
     head_dim = integer("attention.key_length", max(width // heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -144,9 +161,18 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
         "rope_theta": theta,
         "rope_scaling": rope_scaling(file, prefix, theta, head_dim, file.tensors.get(_ROPE_FACTORS)),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
     }
+    for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
+        if key in architecture.bias_keys:
+            config[key] = tensor in file.tensors
+    if architecture.experts:
+        config |= {
+            "num_experts": integer("expert_count"),
+            "num_experts_per_tok": integer("expert_used_count"),
+            "moe_intermediate_size": integer("expert_feed_forward_length"),
+            # The file does not say; llama.cpp normalises the weights of every model of this architecture.
+            "norm_topk_prob": True,
+        }
     for name in ("bos", "eos"):
         if (key := f"tokenizer.ggml.{name}_token_id") in file.metadata:
             config[f"{name}_token_id"] = file.require(key, int)
@@ -182,6 +208,10 @@ class GGUFSource:
         reordered = {"attn_q": heads, "attn_k": kv_heads} if architecture.interleaved_rope else {}
         for name, tensor in file.tensors.items():
             if name == _ROPE_FACTORS:
+                continue
+            if architecture.experts and (stack := _expert_stack(name)) is not None:
+                for expert in range(tensor.shape[0]):
+                    self._tensors[stack.format(expert=expert)] = tensor.part(expert)
                 continue
             hf_name, base = _hf_name(name, architecture)
             self._tensors[hf_name] = tensor
@@ -246,3 +276,11 @@ def _hf_name(name: str, architecture: Architecture) -> tuple[str, str]:
     if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in architecture.layer_names:
         return f"model.layers.{int(parts[1])}.{architecture.layer_names[parts[2]]}.{suffix}", parts[2]
     return name, ""
+
+
+def _expert_stack(name: str) -> str | None:
+    """Hugging Face name, with a place for `expert`, of the matrices stacked in a tensor; None for other tensors."""
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _EXPERT_STACKS and parts[3] == "weight":
+        return f"model.layers.{int(parts[1])}.mlp.experts.{{expert}}.{_EXPERT_STACKS[parts[2]]}.weight"
+    return None

@@ -1,0 +1,1 @@
+"""Benchmarks behind `llm-infer bench`."""

@@ -1,0 +1,240 @@
+"""The command line: `llm-infer generate | chat | convert | bench | doctor`. Answers go to stdout, the rest to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_infer.errors import UserError
+
+if TYPE_CHECKING:
+    from llm_infer.decoding.sampling_params import SamplingParams
+    from llm_infer.llm import LLM
+
+app = typer.Typer(
+    name="llm-infer",
+    help="Runs large language models on CPUs, NVIDIA GPUs and Cloud TPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
+app.add_typer(bench, name="bench", rich_help_panel=None)
+
+DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
+Model = Annotated[str, typer.Option(help="Default model, a GGUF file, a Hugging Face or converted directory, hub id.")]
+MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; -1 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the most likely tokens with this probability mass.")]
+Seed = Annotated[int | None, typer.Option(help="Makes random draws repeatable.")]
+MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's context.")]
+LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights of an architecture of `models`.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
+    model: Model = DEFAULT_MODEL_NAME,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = -1,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    max_model_len: MaxModelLen = None,
+    load_format: LoadFormat = "auto",
+    debug: Debug = False,
+) -> None:
+    """Answers one prompt, streaming the text to standard output."""
+    params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
+    llm = _interactive_llm(model, max_model_len, load_format)
+    ids = llm.tokenizer.encode(text)
+    if not raw and llm.tokenizer.chat_template is not None:
+        ids = llm.chat_prompt([{"role": "user", "content": text}])
+    llm.warm_up([len(ids), 1])
+    for chunk in llm.stream(ids, params):
+        _write(chunk.text)
+    _write("\n")
+
+
+@app.command()
+def chat(
+    model: Model = DEFAULT_MODEL_NAME,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = -1,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    max_model_len: MaxModelLen = None,
+    debug: Debug = False,
+) -> None:
+    """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
+    params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    llm = _interactive_llm(model, max_model_len)
+    start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    llm.chat_prompt([*start, {"role": "user", "content": "hello"}])  # a model without a template fails here, not later
+    messages = list(start)
+    print("Ctrl-C stops an answer, /reset starts anew, /exit or Ctrl-D leaves.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
+            continue
+        if line in ("/exit", "/quit"):
+            break
+        if line == "/reset":
+            messages = list(start)
+        elif line:
+            messages = _answer(llm, [*messages, {"role": "user", "content": line}], params)
+
+
+def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) -> list[dict[str, Any]]:
+    """Streams one answer; returns the conversation with it, or without the question if that does not fit."""
+    answer = []
+    try:
+        stream = llm.stream_chat(messages, params)
+        try:
+            for chunk in stream:
+                _write(chunk.text)
+                answer.append(chunk.text)
+        finally:
+            stream.close()  # type: ignore[attr-defined]
+    except KeyboardInterrupt:
+        print("\n(stopped)", end="", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error} (/reset starts a new conversation)", file=sys.stderr)
+        return messages[:-1]
+    _write("\n")
+    return [*messages, {"role": "assistant", "content": "".join(answer)}]
+
+
+@app.command()
+def models(debug: Debug = False) -> None:
+    """Lists the architectures that run with random weights: parameters, memory of weights and KV pages."""
+    from llm_infer.models.architectures import table
+
+    print(table())
+
+
+@app.command()
+def doctor(debug: Debug = False) -> None:
+    """Reports what this machine has and what is missing for full speed."""
+    from llm_infer.doctor import report
+
+    print(report())
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A model as for --model.")],
+    dest: Annotated[str, typer.Argument(help="Directory to write, new or empty; give it to --model afterwards.")],
+    dtype: Annotated[str, typer.Option(help="Type of the parameters: float32 or bfloat16.")] = "float32",
+    debug: Debug = False,
+) -> None:
+    """Writes a model as an Orbax checkpoint that loads without any conversion."""
+    from llm_infer.llm import convert as run
+    from llm_infer.weights.progress import Progress
+
+    print(run(source, dest, dtype=dtype, progress=Progress()))
+
+
+@bench.command()
+def offline(
+    model: Model = DEFAULT_MODEL_NAME,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the decode runs.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill run.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    load_format: LoadFormat = "auto",
+    debug: Debug = False,
+) -> None:
+    """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
+    from llm_infer.bench.offline import run
+
+    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, load_format)
+
+
+@bench.command()
+def startup(
+    model: Model = DEFAULT_MODEL_NAME,
+    rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Time from starting `llm-infer generate` to its first token: caches empty (cold) and filled (warm)."""
+    from llm_infer.bench.startup import run
+
+    run(model, rounds, json_file)
+
+
+@bench.command()
+def cache(debug: Debug = False) -> None:
+    """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
+    from llm_infer.kvcache.simulate import table
+
+    print(table())
+
+
+def _sampling_params(**values: Any) -> SamplingParams:
+    from llm_infer.decoding.sampling_params import SamplingParams
+
+    return SamplingParams(**values)
+
+
+def _interactive_llm(model: str, max_model_len: int | None, load_format: str = "auto") -> LLM:
+    """An engine for one user: one sequence at a time, so that few rows are computed and little memory is taken."""
+    from llm_infer.llm import LLM
+
+    return LLM(model, max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=512, load_format=load_format)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Entry point: user errors are one line and exit code 1 (2 for a wrong call); `--debug` shows the traceback."""
+    debug = "--debug" in sys.argv[1:]
+    # JAX would print a warning on machines with a TPU library or GPU driver that it does not use.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        # click's own errors (unknown flag, missing argument) carry an exit code and a message for the user.
+        if debug or not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} (see llm-infer --help)", getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The engine: requests of token ids in, events with token ids out. One step is schedule, submit, commit the step before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llm_infer.config import EngineConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.memory import default_num_pages
+from llm_infer.engine.runner import PendingStep, Runner
+from llm_infer.errors import RequestError, UserError
+from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.request import Request, TokenEvent
+from llm_infer.scheduler.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class EngineTimes:
+    """Seconds spent by the host in each part of the steps, summed; `device` is waiting for results."""
+
+    steps: int = 0
+    schedule: float = 0.0
+    device: float = 0.0
+    commit: float = 0.0
+
+
+class Engine:
+    """Continuous batching over paged KV memory.
+
+    Args:
+        model: a loaded model.
+        config: limits, cache and seed.
+        eos_token_ids: tokens that end a sequence.
+
+    Raises:
+        UserError: the configuration does not fit the model.
+    """
+
+    def __init__(
+        self, model: LoadedModel, config: EngineConfig | None = None, eos_token_ids: Iterable[int] = ()
+    ) -> None:
+        config = config or EngineConfig()
+        context = model.config.max_position_embeddings
+        wanted = config.scheduler.max_model_len
+        if wanted is not None and wanted > context:
+            raise UserError(
+                f"max_model_len={wanted} is above the model's context of {context} tokens: lower max_model_len"
+            )
+        self.config, self.max_model_len = config, wanted or context
+        self.vocab_size = model.config.vocab_size
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.times = EngineTimes()
+        num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
+        self.scheduler = Scheduler(
+            config.scheduler,
+            num_pages=num_pages,
+            page_size=config.cache.page_size,
+            max_model_len=self.max_model_len,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        )
+        self.runner = Runner(model, config, num_pages=num_pages, max_model_len=self.max_model_len)
+        self._in_flight: PendingStep | None = None
+        self._num_requests = 0
+
+    def warm_up(self, token_counts: Iterable[int] | None = None) -> Iterator[int]:
+        """Compiles step programs, yielding each one's token bucket: those for steps of these token counts.
+
+        By default compiles all; afterwards nothing compiles.
+        """
+        limit = self.config.scheduler.max_num_batched_tokens
+        counts = None if token_counts is None else [min(count, limit) for count in token_counts]
+        yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts])
+
+    def add_request(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Request:
+        """Queues a request.
+
+        Args:
+            prompt_ids: token ids of the prompt, at least one.
+            params: how to sample; greedy rows have temperature 0.
+            request_id: a name for `abort`; by default a running number.
+            priority: smaller runs earlier under the "priority" policy.
+            cache_salt: requests share cached prefixes only with requests of the same salt.
+
+        Raises:
+            RequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit context or pages.
+        """
+        params = params or SamplingParams()
+        index, self._num_requests = self._num_requests, self._num_requests + 1
+        ids = np.asarray(prompt_ids, np.int64)
+        if ids.ndim != 1 or not len(ids):
+            raise RequestError("the prompt is empty: at least one token is needed")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise RequestError(f"the prompt holds token ids outside the vocabulary of {self.vocab_size} tokens")
+        if params.seed is None:
+            # Unseeded requests still repeat from run to run, and differ from each other.
+            words = np.random.SeedSequence([self.config.seed, index]).generate_state(1, np.uint64)
+            params = replace(params, seed=int(words[0]))
+        request = Request(
+            request_id=request_id if request_id is not None else str(index),
+            prompt=ids.tolist(),
+            max_tokens=params.max_tokens,
+            eos_token_ids=self.eos_token_ids,
+            stop_token_ids=frozenset(params.stop_token_ids),
+            ignore_eos=params.ignore_eos,
+            n=params.n,
+            priority=priority,
+            cache_salt=cache_salt,
+            sampling=params,
+        )
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have finished."""
+        self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a further `step` can produce anything."""
+        return self._in_flight is not None or self.scheduler.has_unfinished
+
+    def step(self) -> list[TokenEvent]:
+        """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        self.times.schedule += time.perf_counter() - started
+        pending = self.runner.submit(plan) if plan is not None else None
+        events = self._commit(self._in_flight)
+        self._in_flight = pending
+        if not self.config.overlap:
+            events += self._commit(self._in_flight)
+            self._in_flight = None
+        self.times.steps += plan is not None
+        if self.config.check_every_step:
+            self.scheduler.check()
+        return events
+
+    def _commit(self, pending: PendingStep | None) -> list[TokenEvent]:
+        if pending is None:
+            return []
+        started = time.perf_counter()
+        outputs = pending.read()
+        read = time.perf_counter()
+        events = self.scheduler.commit(pending.plan, outputs["ids"].tolist())
+        self.times.device += read - started
+        self.times.commit += time.perf_counter() - read
+        return events

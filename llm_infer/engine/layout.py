@@ -1,0 +1,86 @@
+"""Layout of the one int32 buffer that carries everything a step needs from the host to the device.
+
+One transfer of one array costs a fraction of what two dozen small ones cost, and the jitted step has few arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from pallas_kernels.paged_attention.plan import PlanShape, plan_fields
+
+FLOATS = frozenset({"temperature", "top_p"})
+"""Fields whose 32 bits are a float."""
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Where each field of a step lies in the buffer, for one token bucket.
+
+    Attributes:
+        plan: sizes of the attention plan (T, S, B and rows of a work item).
+    """
+
+    plan: PlanShape
+
+    @property
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape, in the order of the buffer.
+
+        `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `logits_row` is the token row whose
+        hidden state a sequence samples from; `slot` is where its drawn id is kept (the last slot takes what nobody reads).
+        """
+        tokens, rows = (self.plan.tokens,), (self.plan.sequences,)
+        per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot"), tokens)
+        per_row = dict.fromkeys(
+            (
+                *("logits_row", "slot", "temperature", "top_p", "top_k", "seed_high", "seed_low", "sample_index"),
+                *("draw_position", "copy_from", "copy_to"),
+            ),
+            rows,
+        )
+        return {**per_token, **per_row, "num_copies": (1,), **plan_fields(self.plan)}
+
+    def _slices(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
+        start = 0
+        for name, shape in self.fields.items():
+            size = math.prod(shape)
+            yield name, shape, start, start + size
+            start += size
+
+    @property
+    def size(self) -> int:
+        """Length of the buffer in int32 words."""
+        return sum(math.prod(shape) for shape in self.fields.values())
+
+    def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
+        """Writable host views of the fields in `buffer` [size] int32."""
+        result = {name: buffer[a:b].reshape(shape) for name, shape, a, b in self._slices()}
+        return {name: view.view(np.float32) if name in FLOATS else view for name, view in result.items()}
+
+    def unpack(self, packed: Int[Array, "N"]) -> dict[str, jax.Array]:
+        """The fields on the device, by static slices."""
+        result = {name: packed[a:b].reshape(shape) for name, shape, a, b in self._slices()}
+        return {
+            name: lax.bitcast_convert_type(value, jnp.float32) if name in FLOATS else value
+            for name, value in result.items()
+        }
+
+
+def token_buckets(max_tokens: int) -> tuple[int, ...]:
+    """Token counts for which a step program exists: powers of two from 2 up to the step's token limit.
+
+    The smallest has two rows because a matrix product with one row takes another code path, with other roundings.
+    """
+    sizes = [2]
+    while sizes[-1] < max_tokens:
+        sizes.append(min(2 * sizes[-1], max(2, max_tokens)))
+    return tuple(sizes)

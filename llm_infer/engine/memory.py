@@ -1,0 +1,35 @@
+"""How many pages the pool gets when the user does not say."""
+
+from __future__ import annotations
+
+import os
+
+from llm_infer.config import EngineConfig
+from llm_infer.errors import CapacityError
+from llm_infer.models.load import LoadedModel
+
+CPU_POOL_BYTES = 1 << 30
+CPU_POOL_SHARE = 0.25
+
+
+def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: int) -> int:
+    """Pages of a shard including the null page.
+
+    The pool takes `CacheConfig.memory_bytes`, or on the CPU the smaller of 1 GiB and a quarter of the machine's memory;
+    never more than all running sequences can fill at full length.
+
+    Raises:
+        CapacityError: not even one page fits beside the null page.
+    """
+    page_size = config.cache.page_size
+    page_bytes = page_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = config.cache.memory_bytes or min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical))
+    per_sequence = -(-max_model_len // page_size)
+    fits = memory // page_bytes
+    if fits < 2:
+        raise CapacityError(
+            f"the page pool of {memory / 1e6:.1f} MB holds {fits} pages of {page_bytes / 1e6:.2f} MB, at least 2 are "
+            "needed: raise CacheConfig.memory_bytes"
+        )
+    return int(min(fits, config.scheduler.max_num_seqs * per_sequence + 1))

@@ -1,0 +1,230 @@
+"""Turns a step's plan into device work: fills the step buffer, keeps pages and last ids on the device, runs the program."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_infer.config import EngineConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.layout import StepLayout, token_buckets
+from llm_infer.engine.steps import make_step
+from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.plan import ScheduledRow, StepPlan
+from llm_infer.scheduler.request import Sequence
+from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
+from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
+
+Q_BLOCK = 32
+"""Query rows of one work item of a prefill."""
+
+
+@dataclass(slots=True)
+class PendingStep:
+    """A step that the device may still be running. `outputs` are device arrays; `read` waits for them."""
+
+    plan: StepPlan
+    outputs: dict[str, jax.Array]
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The outputs on the host: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`."""
+        return {name: np.asarray(value) for name, value in self.outputs.items()}
+
+
+@dataclass(slots=True)
+class RunnerTimes:
+    """Seconds of host work, summed over steps, and how often a program was compiled."""
+
+    prepare: float = 0.0
+    dispatch: float = 0.0
+    compiles: int = 0
+    compiles_after_warmup: int = 0
+
+
+class Runner:
+    """Owns the device side of an engine: parameters, page pool, the last drawn id of each slot, and the step programs.
+
+    One program exists per token bucket; each is compiled ahead of time and called as a compiled program, so a call can
+    never recompile: arguments that do not fit are an error instead.
+
+    Args:
+        model: definition, parameters and configuration of the model.
+        config: limits and cache settings.
+        num_pages: pages of each data-parallel shard, including the null page.
+        max_model_len: longest sequence in tokens.
+        keep_logits: every step also returns its logits, for tests.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig,
+        *,
+        num_pages: int,
+        max_model_len: int,
+        keep_logits: bool = False,
+    ) -> None:
+        self.model, self.config, self.times = model, config, RunnerTimes()
+        self.max_num_seqs = config.scheduler.max_num_seqs
+        self.pages_per_seq = -(-max_model_len // config.cache.page_size)
+        self.buckets = token_buckets(config.scheduler.max_num_batched_tokens)
+        shape = kv_pool_shape(
+            jax.default_backend(),
+            num_layers=model.config.num_layers,
+            num_pages=num_pages,
+            page_size=config.cache.page_size,
+            num_kv_heads=model.config.num_kv_heads,
+            head_dim=model.config.head_dim,
+            dtype=model.dtype,
+        )
+        self.pages = jnp.zeros(shape, kv_pool_dtype(jax.default_backend(), model.dtype))
+        # One slot more than there are sequences: rows whose id nobody reads write there.
+        self.last_ids = jnp.zeros((1, self.max_num_seqs + 1), jnp.int32)
+        self._keep_logits = keep_logits
+        self._programs: dict[int, tuple[StepLayout, Callable]] = {}
+        self._warm = False
+        self._slots = SlotTable(self.max_num_seqs, self.pages_per_seq)
+
+    def layout(self, bucket: int) -> StepLayout:
+        """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
+        sequences = min(bucket, max(2, self.max_num_seqs))
+        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)))
+
+    def compile(self, bucket: int) -> tuple[StepLayout, Callable]:
+        """The program of a bucket; compiled on first use."""
+        if bucket not in self._programs:
+            self.times.compiles += 1
+            self.times.compiles_after_warmup += self._warm
+            layout = self.layout(bucket)
+            step = make_step(self.model.definition, self.model.config, layout, keep_logits=self._keep_logits)
+            packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
+            arguments = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.model.params, self.pages, self.last_ids)
+            )
+            lowered = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, packed)
+            self._programs[bucket] = (layout, lowered.compile())
+        return self._programs[bucket]
+
+    def warm_up(self, buckets: Iterable[int] | None = None) -> Iterator[int]:
+        """Compiles the programs of `buckets` (all by default) side by side, yielding each bucket when it is done.
+
+        After all of them any further compilation is counted in `times.compiles_after_warmup`.
+        """
+        wanted = list(self.buckets if buckets is None else dict.fromkeys(buckets))
+        # XLA compiles outside Python's lock, so a second core halves the time of a start.
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for bucket, _ in zip(wanted, pool.map(self.compile, wanted), strict=True):
+                yield bucket
+        self._warm = buckets is None
+
+    def bucket_of(self, num_tokens: int) -> int:
+        """The smallest bucket that holds `num_tokens`."""
+        return next(bucket for bucket in self.buckets if bucket >= num_tokens)
+
+    def submit(self, plan: StepPlan) -> PendingStep:
+        """Starts a step on the device and returns without waiting for it."""
+        layout, program = self.compile(self.bucket_of(plan.num_tokens))
+        started = time.perf_counter()
+        # A new buffer each step: on the CPU the device array may be this very memory.
+        packed = np.zeros((len(plan.rows), layout.size), np.int32)
+        for shard, rows in enumerate(plan.rows):
+            self._fill(layout, layout.views(packed[shard]), rows, plan.copies[shard])
+        prepared = time.perf_counter()
+        self.pages, self.last_ids, outputs = program(self.model.params, self.pages, self.last_ids, packed)
+        for value in outputs.values():
+            value.copy_to_host_async()
+        self.times.prepare += prepared - started
+        self.times.dispatch += time.perf_counter() - prepared
+        return PendingStep(plan, outputs)
+
+    def _fill(
+        self,
+        layout: StepLayout,
+        f: dict[str, np.ndarray],
+        rows: tuple[ScheduledRow, ...],
+        copies: tuple[tuple[int, int], ...],
+    ) -> None:
+        """Writes one shard's fields; `f` are zeroed views into the step buffer."""
+        n, page_size, slots = len(rows), self.config.cache.page_size, self._slots
+        for row in rows:
+            slots.update(row, page_size)
+        count = np.fromiter((row.count for row in rows), np.int32, n)
+        start = np.fromiter((row.start for row in rows), np.int32, n)
+        slot = np.fromiter((row.sequence.slot for row in rows), np.int32, n)
+        samples = np.fromiter((row.samples for row in rows), bool, n)
+        np.take(slots.tables, slot, axis=0, out=f["block_tables"][:n])
+        fill_plan(layout.plan, f, count, start + count, f["block_tables"], page_size)
+
+        ends = np.cumsum(count)
+        total = int(ends[-1]) if n else 0
+        f["positions"][:total] = np.arange(total, dtype=np.int32) + np.repeat(start - (ends - count), count)
+        first = 0
+        for row in rows:
+            if row.feeds:
+                f["feeds"][first], f["feed_slot"][first] = 1, row.sequence.slot
+            else:
+                f["token_ids"][first : first + row.count] = row.sequence.tokens[row.start : row.start + row.count]
+            first += row.count
+        f["logits_row"][:n] = ends - 1
+        f["slot"][:] = self.max_num_seqs
+        f["slot"][:n] = np.where(samples, slot, self.max_num_seqs)
+        f["draw_position"][:n] = start + count
+        for name, values in slots.sampling.items():
+            np.take(values, slot, out=f[name][:n])
+        # A row whose draw nobody reads must not cost the batch its greedy fast path.
+        f["temperature"][:n] *= samples
+        if copies:
+            f["copy_from"][: len(copies)], f["copy_to"][: len(copies)] = zip(*copies, strict=True)
+            f["num_copies"][0] = len(copies)
+
+
+class SlotTable:
+    """Host copies of what a running sequence brings to every step, by slot: block table and sampling parameters."""
+
+    def __init__(self, slots: int, pages_per_seq: int) -> None:
+        array = partial(np.zeros, slots)
+        self.tables = np.zeros((slots, pages_per_seq), np.int32)
+        self.sampling = {
+            "temperature": array(np.float32),
+            "top_p": array(np.float32),
+            "top_k": array(np.int32),
+            "seed_high": array(np.int32),
+            "seed_low": array(np.int32),
+            "sample_index": array(np.int32),
+        }
+        self._owners: list[tuple[Sequence, int] | None] = [None] * slots
+
+    def update(self, row: ScheduledRow, page_size: int) -> None:
+        """Brings the slot of a row up to date; only pages that this step writes can have changed since the last one."""
+        sequence, pages = row.sequence, row.sequence.table.pages
+        owner = (sequence, sequence.first_step)  # a sequence that was preempted comes back with other pages
+        if self._owners[sequence.slot] != owner:
+            self._owners[sequence.slot] = owner
+            self._set_sampling(sequence)
+            first = 0
+        else:
+            first = row.start // page_size
+            last = (row.start + row.count - 1) // page_size
+            if first == last:
+                self.tables[sequence.slot, first] = pages[first]
+                return
+        self.tables[sequence.slot, first : len(pages)] = pages[first:]
+
+    def _set_sampling(self, sequence: Sequence) -> None:
+        params = sequence.request.sampling
+        assert isinstance(params, SamplingParams) and params.seed is not None
+        slot, values = sequence.slot, self.sampling
+        values["temperature"][slot] = params.temperature
+        values["top_p"][slot] = params.top_p
+        values["top_k"][slot] = params.top_k
+        words = np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        values["seed_high"][slot], values["seed_low"][slot] = words
+        values["sample_index"][slot] = sequence.sample_index

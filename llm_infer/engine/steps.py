@@ -1,0 +1,71 @@
+"""The jitted function of the engine: one step from packed plan to drawn ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llm_infer.decoding.sample import SamplingRows, sample
+from llm_infer.engine.layout import StepLayout
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.decoder import Cache, Layer, LayerLoop, Params, merge_model
+from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
+
+Pages = Float[Array, "L P ..."]
+LastIds = Int[Array, "dp slots"]
+StepFunction = Callable[[Params, Pages, LastIds, Int[Array, "dp N"]], tuple[Pages, LastIds, dict[str, Array]]]
+
+
+def make_step(
+    definition: nnx.GraphDef,
+    config: ModelConfig,
+    layout: StepLayout,
+    *,
+    loop: LayerLoop = "scan",
+    keep_logits: bool = False,
+) -> StepFunction:
+    """The step of one token bucket, to be jitted with pages and last ids donated.
+
+    `step(params, pages, last_ids, packed) -> (pages, last_ids, outputs)`: copies shared pages that are about to be
+    written, fetches ids that are still on the device, runs the model over the pages, draws the next id of each row and
+    keeps it in the row's slot for the next step. `outputs["ids"]` is [dp, S]; with `keep_logits`, also
+    `outputs["logits"]` [dp, S, V].
+    """
+    scale = config.head_dim**-0.5
+
+    def step(
+        params: Params, pages: Pages, last_ids: LastIds, packed: Int[Array, "dp N"]
+    ) -> tuple[Pages, LastIds, dict[str, Array]]:
+        f = layout.unpack(packed[0])
+        plan = AttentionPlan(**{name: f[name] for name in AttentionPlan._fields})
+        model = merge_model(definition, params)
+
+        def attend(query: Array, key: Array, value: Array, pages: Cache, layer: Layer) -> tuple[Array, Cache]:
+            return paged_attention(query, key, value, pages, plan, layer=layer, scale=scale)
+
+        pages = copy_pages(pages, f["copy_from"], f["copy_to"], f["num_copies"][0])
+        token_ids = jnp.where(f["feeds"] == 1, last_ids[0, f["feed_slot"]], f["token_ids"])
+        hidden, pages = model(token_ids, f["positions"], pages, attend, loop=loop)
+        logits = model.logits(hidden[f["logits_row"]])
+        with jax.named_scope("sample"):
+            rows = SamplingRows(
+                temperature=f["temperature"],
+                top_p=f["top_p"],
+                top_k=f["top_k"],
+                seed_high=f["seed_high"],
+                seed_low=f["seed_low"],
+                sample_index=f["sample_index"],
+                position=f["draw_position"],
+            )
+            ids = sample(logits, rows)
+        last_ids = last_ids.at[0, f["slot"]].set(ids)
+        outputs = {"ids": ids[None]}
+        if keep_logits:
+            outputs["logits"] = logits[None]
+        return pages, last_ids, outputs
+
+    return step

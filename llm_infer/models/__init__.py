@@ -1,0 +1,1 @@
+"""Decoder architectures in functional Flax over stacked weights."""

@@ -1,0 +1,63 @@
+"""The published architectures in configs/models: shapes of models that run with random weights, and what they take."""
+
+from __future__ import annotations
+
+import sysconfig
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from llm_infer.errors import ModelError
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.registry import family
+
+
+def architectures_dir() -> Path:
+    """Where the TOML files are: `configs/models` of the repository, or what the installed distribution brought."""
+    repository = Path(__file__).parents[2] / "configs" / "models"
+    installed = Path(sysconfig.get_path("data")) / "share" / "llm_infer" / "models"
+    for directory in (repository, installed):
+        if directory.is_dir():
+            return directory
+    raise ModelError(f"the architecture files are neither in {repository} nor in {installed}: install llm-infer again")
+
+
+def architecture_names() -> list[str]:
+    """Names of all architectures, e.g. "llama-3.1-8b"."""
+    return sorted(path.stem for path in architectures_dir().glob("*.toml"))
+
+
+def read_architecture(name: str) -> dict[str, Any]:
+    """An architecture as its Hugging Face `config.json` would say it.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    if name not in architecture_names():
+        raise ModelError(f"no architecture {name!r}; there are {', '.join(architecture_names())}")
+    with (architectures_dir() / f"{name}.toml").open("rb") as file:
+        return tomllib.load(file)
+
+
+def architecture_config(name: str, *, fused_qkv: bool = True) -> ModelConfig:
+    """The model configuration of an architecture."""
+    values = read_architecture(name)
+    return family(values).config(values, fused_qkv=fused_qkv)
+
+
+def table() -> str:
+    """All architectures with their parameters and the memory of weights and KV pages, as `llm-infer models` prints it.
+
+    Sizes are in GB (10⁹ bytes); KV bytes of one token are over all layers.
+    """
+    head = f"{'architecture':<18}{'parameters':>17}{'float32':>11}{'bfloat16':>11}{'KV B/token':>13}{'KV B/token':>13}"
+    units = f"{'':<18}{'':>17}{'GB':>11}{'GB':>11}{'4-byte pages':>13}{'2-byte pages':>13}{'context':>10}"
+    lines = [head, units]
+    configs = {name: architecture_config(name) for name in architecture_names()}
+    for name, config in sorted(configs.items(), key=lambda item: item[1].num_parameters):
+        lines.append(
+            f"{name:<18}{config.num_parameters:>17,}{config.num_parameters * 4 / 1e9:>11.2f}"
+            f"{config.num_parameters * 2 / 1e9:>11.2f}{config.kv_bytes_per_token(4):>13,}"
+            f"{config.kv_bytes_per_token(2):>13,}{config.max_position_embeddings:>10,}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,238 @@
+"""The architecture of a decoder as plain numbers, and the reader that turns a Hugging Face config into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llm_infer.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al., RoFormer, 2021) with the frequency scaling of Llama 3.1.
+
+    Attributes:
+        theta: base of the frequencies.
+        factor: Llama 3 scaling: low frequencies are divided by it (1 = no scaling).
+        low_freq_factor, high_freq_factor, original_max_position: where the scaling sets in (Llama 3.1 release notes).
+    """
+
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """Mixture of experts in place of each layer's MLP (Shazeer et al., 2017); every token takes the K best of X experts.
+
+    Attributes:
+        num_experts, experts_per_token, intermediate_size: X, K, and F of one expert.
+        norm_topk_prob: the K weights of a token are divided by their sum.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    intermediate_size: int
+    norm_topk_prob: bool = True
+
+    def __post_init__(self) -> None:
+        if self.experts_per_token > self.num_experts:
+            raise ModelError(
+                f"num_experts_per_tok={self.experts_per_token} is more than num_experts={self.num_experts}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder-only transformer.
+
+    Attributes:
+        architecture: name of the Hugging Face class, e.g. "LlamaForCausalLM": the row of the registry.
+        vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size: V E L Hq Hkv D F.
+        max_position_embeddings: context length in tokens.
+        norm_eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
+        rope: rotary positions; None for models that learn their positions.
+        tie_word_embeddings: the output head is the embedding matrix.
+        qkv_bias: the query, key and value projections have biases.
+        qk_norm: queries and keys are RMS-normalised per head before the rotation.
+        moe: experts in place of the MLP; `intermediate_size` is then not used.
+        fused_qkv: query, key and value projections are one matrix, rows grouped per KV head [q…q|k|v].
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    norm_eps: float = 1e-5
+    rope: RopeConfig | None = RopeConfig()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    moe: MoEConfig | None = None
+    fused_qkv: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2 and self.rope is not None:
+            raise ModelError(f"head_dim={self.head_dim} is odd: rotary embedding needs an even head size")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights in closed form; equals what a loaded model holds (tests/models/test_sizes.py)."""
+        width, head_dim = self.hidden_size, self.head_dim
+        qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
+        attention = qkv_rows * width + self.num_heads * head_dim * width
+        attention += qkv_rows * self.qkv_bias + 2 * head_dim * self.qk_norm
+        if self.moe is None:
+            mlp = 3 * self.intermediate_size * width
+        else:
+            mlp = self.moe.num_experts * (3 * self.moe.intermediate_size * width + width)
+        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_layers * (attention + mlp + 2 * width) + width
+
+    def kv_bytes_per_token(self, itemsize: int = 4) -> int:
+        """Bytes of K and V of one token over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+
+class ConfigReader:
+    """Reads a Hugging Face config.json so that no key is passed over in silence.
+
+    Every key is taken, or listed as ignored, or an error at `finish`.
+    """
+
+    # Keys that describe training, generation defaults or the library, and do not change a forward pass.
+    # fmt: off
+    IGNORED = frozenset(
+        {
+            "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+            "dtype", "eos_token_id", "id2label", "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id",
+            "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+            "return_dict", "rope_interleaved", "task_specific_params", "torch_dtype", "transformers.js_config",
+            "transformers_version", "unk_token_id", "use_cache",
+        }
+    )
+    # fmt: on
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self._taken: set[str] = set()
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """Value of `key`; without a default a missing key is an error."""
+        self._taken.add(key)
+        if key in self._values and self._values[key] is not None:
+            return self._values[key]
+        if default is ...:
+            raise ModelError(f"config.json has no {key!r}, which this architecture needs")
+        return default
+
+    def integer(self, key: str, default: Any = ...) -> int:
+        """A positive whole number."""
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ModelError(f"config.json: {key}={value!r}, expected a positive whole number")
+        return value
+
+    def number(self, key: str, default: Any = ...) -> float:
+        """A finite positive number."""
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ModelError(f"config.json: {key}={value!r}, expected a finite positive number")
+        return float(value)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """The key, if present, must have one of these values: others change the computation in a way not built here."""
+        value = self.take(key, allowed[0])
+        if value not in allowed:
+            raise ModelError(f"config.json: {key}={value!r} is not supported, expected one of {list(allowed)}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"config.json: {key}={value!r}, expected true or false")
+        return value
+
+    def full_attention(self) -> None:
+        """Sliding windows must be off, in the older and the newer way to say so."""
+        if self.flag("use_sliding_window", False):
+            raise ModelError("config.json: use_sliding_window=true is not supported, expected false")
+        # Without the switch these two have no effect.
+        self._taken.update(("sliding_window", "max_window_layers"))
+        others = sorted(set(self.take("layer_types", ())) - {"full_attention"})
+        if others:
+            raise ModelError(f"config.json: layer_types has {others[0]!r}, which is not supported")
+
+    def rope(self) -> RopeConfig:
+        """`rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both."""
+        newer = self.take("rope_parameters", {})
+        scaling = dict(newer or self.take("rope_scaling", {}))
+        self._taken.update(("rope_theta", "rope_scaling"))
+        theta = float(scaling.pop("rope_theta", None) or self._values.get("rope_theta") or 10000.0)
+        kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+        scaling.pop("type", None)
+        if kind == "default" and not scaling:
+            return RopeConfig(theta)
+        if kind != "llama3":
+            raise ModelError(f"config.json: rope scaling {kind!r} is not supported, expected 'default' or 'llama3'")
+        try:
+            result = RopeConfig(
+                theta,
+                float(scaling.pop("factor")),
+                float(scaling.pop("low_freq_factor")),
+                float(scaling.pop("high_freq_factor")),
+                int(scaling.pop("original_max_position_embeddings")),
+            )
+        except KeyError as missing:
+            raise ModelError(f"config.json: rope scaling 'llama3' has no {missing}") from None
+        if scaling:
+            raise ModelError(f"config.json: unknown keys in the rope scaling: {sorted(scaling)}")
+        return result
+
+    def llama_like(self) -> dict[str, Any]:
+        """The fields of `ModelConfig` that all Llama-like configs spell the same way."""
+        heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
+        self.expect("hidden_act", "silu")
+        self.expect("attention_bias", False)
+        return {
+            "vocab_size": self.integer("vocab_size"),
+            "hidden_size": width,
+            "num_layers": self.integer("num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_heads": self.integer("num_key_value_heads", heads),
+            "head_dim": self.integer("head_dim", max(1, width // heads)),
+            "intermediate_size": self.integer("intermediate_size"),
+            "max_position_embeddings": self.integer("max_position_embeddings"),
+            "norm_eps": self.number("rms_norm_eps", 1e-6),
+            "rope": self.rope(),
+            "tie_word_embeddings": self.flag("tie_word_embeddings", False),
+        }
+
+    def finish(self) -> None:
+        """Raise for every key that was neither taken nor is known to be harmless."""
+        unknown = sorted(set(self._values) - self._taken - self.IGNORED)
+        if unknown:
+            raise ModelError(
+                f"config.json has keys this architecture does not know: {', '.join(unknown)}. "
+                "They may change the computation, so the model is not loaded."
+            )

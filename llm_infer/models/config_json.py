@@ -1,0 +1,63 @@
+"""Model configurations as JSON values and back, as checkpoints hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from llm_infer.errors import ModelError
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.registry import family
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """All fields by name; nested configurations are objects, tuples are lists."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that `config_to_json` wrote, of the class that the architecture's family uses.
+
+    A field that is absent gets its default: it was added after the checkpoint was written.
+
+    Raises:
+        ModelError: unknown architecture, an unknown field (of a newer version), a missing one, or a wrong type.
+    """
+    module = family({"architectures": [values.get("architecture")]})
+    return _build(get_type_hints(module.config)["return"], values, "config")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` as an instance of the annotation `kind`."""
+    if get_origin(kind) in (types.UnionType, Union):
+        if value is None and type(None) in get_args(kind):
+            return None
+        (kind,) = (each for each in get_args(kind) if each is not type(None))
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        hints = get_type_hints(kind)
+        fields = {field.name for field in dataclasses.fields(kind)}
+        if unknown := sorted(value.keys() - fields):
+            raise ModelError(
+                f"the checkpoint's {where} has unknown fields {', '.join(unknown)}: it was written by a newer "
+                "llm_infer; update this one, or convert the model again"
+            )
+        required = {
+            field.name
+            for field in dataclasses.fields(kind)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - value.keys()):
+            raise ModelError(f"the checkpoint's {where} has no {', '.join(missing)}: convert the model again")
+        return kind(**{name: _build(hints[name], each, f"{where}.{name}") for name, each in value.items()})  # type: ignore[operator]
+    if get_origin(kind) is tuple and isinstance(value, list):
+        items = get_args(kind)
+        each_kind = [items[0]] * len(value) if items[-1] is Ellipsis else items
+        if len(each_kind) == len(value):
+            return tuple(_build(k, v, where) for k, v in zip(each_kind, value, strict=True))
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (bool, int, float, str) and type(value) is kind:
+        return value
+    raise ModelError(f"the checkpoint's {where} is {value!r}, expected {kind}: convert the model again")

@@ -1,0 +1,202 @@
+"""The decoder that all model families share: embed, layers of attention and MLP over stacked weights, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.experts import ExpertsMLP
+from llm_infer.models.layers import (
+    Embedding,
+    Layer,
+    Linear,
+    RMSNorm,
+    rope_angles,
+    rope_frequencies,
+    rotate,
+    silu,
+)
+from llm_infer.models.registry import decoder_class
+
+Cache = Any
+"""Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked page pool."""
+
+Attend = Callable[[Array, Array, Array, Cache, Layer], tuple[Array, Cache]]
+"""`attend(q[T,Hq,D], k[T,Hkv,D], v[T,Hkv,D], cache, layer) -> (out[T,Hq,D], cache)`: writes k and v, attends causally."""
+
+LayerLoop = Literal["scan", "unroll"]
+"""Form of the loop over layers. The one that copies neither weights nor pages differs by platform."""
+
+Angles = tuple[Float[Array, "T H"], Float[Array, "T H"]] | None
+"""Cosine and sine of each position's rotation, [T, D/2]; None for models without rotary positions."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al., 2023); the cache and what attends over it are the caller's."""
+
+    def __init__(self, config: ModelConfig, *, output_bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        layers, width = config.num_layers, config.hidden_size
+        query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        bias = config.qkv_bias
+        if config.fused_qkv:
+            self.qkv = Linear(layers, query_rows + 2 * kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
+        else:
+            self.q = Linear(layers, query_rows, width, bias=bias, dtype=dtype, rngs=rngs)
+            self.k = Linear(layers, kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
+            self.v = Linear(layers, kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
+        self.o = Linear(layers, width, query_rows, bias=output_bias, dtype=dtype, rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(layers, config.head_dim, eps=config.norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(layers, config.head_dim, eps=config.norm_eps, dtype=dtype)
+        self.config = config
+
+    def project(self, x: Float[Array, "T E"], layer: Layer) -> tuple[Array, Array, Array]:
+        """Queries [T, Hq, D], keys and values [T, Hkv, D], before the rotation."""
+        config, tokens = self.config, x.shape[0]
+        if config.fused_qkv:
+            # Rows are grouped per KV head, so a shard of heads is a contiguous run of rows.
+            group = config.group_size
+            grouped = self.qkv(x, layer).reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
+            query, key, value = grouped[:, :, :group], grouped[:, :, group], grouped[:, :, group + 1]
+            return query.reshape(tokens, config.num_heads, config.head_dim), key, value
+        shape = (tokens, -1, config.head_dim)
+        return self.q(x, layer).reshape(shape), self.k(x, layer).reshape(shape), self.v(x, layer).reshape(shape)
+
+    def __call__(
+        self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
+    ) -> tuple[Float[Array, "T E"], Cache]:
+        query, key, value = self.project(x, layer)
+        if self.config.qk_norm:
+            query, key = self.q_norm(query, layer), self.k_norm(key, layer)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        out, cache = attend(query, key, value, cache, layer)
+        return self.o(out.reshape(x.shape[0], -1), layer), cache
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU feed-forward (Shazeer, 2020): down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
+        self.gate = Linear(layers, inner, width, dtype=dtype, rngs=rngs)
+        self.up = Linear(layers, inner, width, dtype=dtype, rngs=rngs)
+        self.down = Linear(layers, width, inner, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
+        return self.down(silu(self.gate(x, layer)) * self.up(x, layer), layer)
+
+
+class DecoderLayers(nnx.Module):
+    """All layers at once: every weight is stacked, `__call__` computes the one that `layer` names."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        layers, width = config.num_layers, config.hidden_size
+        self.attn_norm = RMSNorm(layers, width, eps=config.norm_eps, dtype=dtype)
+        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(layers, width, eps=config.norm_eps, dtype=dtype)
+        mlp = GatedMLP if config.moe is None else ExpertsMLP
+        self.mlp = mlp(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
+    ) -> tuple[Float[Array, "T E"], Cache]:
+        with jax.named_scope("attention"):
+            out, cache = self.attn(self.attn_norm(x, layer), angles, cache, layer, attend)
+            x = x + out
+        with jax.named_scope("mlp"):
+            return x + self.mlp(self.mlp_norm(x, layer), layer), cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer as a function of its parameters.
+
+    `split_model` gives the definition and the parameters apart; `merge_model` puts them together inside a traced
+    function. A family that begins or ends differently overrides `embed_tokens`, `angles` or `logits`.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = DecoderLayers(config, dtype=dtype, rngs=rngs)
+        self.final_norm = RMSNorm(None, config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def embed_tokens(self, token_ids: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T E"]:
+        """Input of the first layer."""
+        return self.embed(token_ids)
+
+    def angles(self, positions: Int[Array, "T"]) -> Angles:
+        """What the layers need to know of the positions; computed once, not per layer."""
+        if self.config.rope is None:
+            return None
+        return rope_angles(positions, rope_frequencies(self.config.rope, self.config.head_dim))
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "T"],
+        positions: Int[Array, "T"],
+        cache: Cache,
+        attend: Attend,
+        *,
+        loop: LayerLoop = "scan",
+    ) -> tuple[Float[Array, "T E"], Cache]:
+        """Hidden state of every token after the last layer (before the final norm), and the cache."""
+        x = self.embed_tokens(token_ids, positions)
+        angles = self.angles(positions)
+
+        def block(carry: tuple[Array, Cache], layer: Layer) -> tuple[tuple[Array, Cache], None]:
+            return self.layers(carry[0], angles, carry[1], layer, attend), None
+
+        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        if loop == "scan":
+            (x, cache), _ = lax.scan(block, (x, cache), layers)
+        else:
+            for index in range(self.config.num_layers):
+                (x, cache), _ = block((x, cache), jnp.int32(index))
+        return x, cache
+
+    def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:
+        """Scores of every token of the vocabulary, float32."""
+        with jax.named_scope("head"):
+            head = self.embed if self.config.tie_word_embeddings else self.head
+            return head.logits(self.final_norm(x))
+
+
+Params = dict[str, Array]
+"""Parameters by dotted name, e.g. `layers.attn.qkv.weight`. Every weight is stacked, so there are about a dozen."""
+
+
+def split_model(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32
+) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
+    """The definition of the model and the shape and dtype of each parameter; nothing is allocated."""
+    abstract = nnx.eval_shape(lambda: decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    definition, state = nnx.split(abstract)
+    return definition, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+
+def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
+    """The callable model; cheap, meant to be called inside a traced function."""
+    flat = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
+    return nnx.merge(definition, nnx.from_flat_state(flat))
+
+
+def random_params(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Params:
+    """Random weights made on the device, for tests and benchmarks (`--load-format dummy`)."""
+
+    @jax.jit
+    def init() -> Params:
+        _, state = nnx.split(decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
+        return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+    return init()

@@ -1,0 +1,90 @@
+"""Mixture of experts: the router, and an MLP in which every token runs through the few experts that it is routed to."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.layers import Layer, Linear, matmul_rows, silu
+
+
+def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """Weights (float32) and numbers of each token's experts: the K largest of a softmax over all experts."""
+    weights, experts = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), config.experts_per_token)
+    if config.norm_topk_prob:
+        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, experts
+
+
+def block_rows(assignments: int, num_experts: int) -> int:
+    """Rows of one block of work for `assignments` (token, expert) pairs: about an expert's share, at least 4, at most 64.
+
+    A block reads its expert's weights once whatever its rows; the last block of each expert is filled up with padding.
+    """
+    share = -(-assignments // num_experts)
+    return int(np.clip(1 << (share - 1).bit_length(), 4, 64))
+
+
+class ExpertsMLP(nnx.Module):
+    """SwiGLU experts behind a softmax router; only the weights of experts that some token chose are read.
+
+    The (token, expert) pairs are sorted by expert and cut into blocks of rows of one expert each; a loop with a dynamic
+    trip count goes over the blocks that exist. Nothing the size of tokens × experts × F is ever made.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        assert config.moe is not None
+        layers, width = config.num_layers, config.hidden_size
+        experts, inner = config.moe.num_experts, config.moe.intermediate_size
+        self.router = Linear(layers, experts, width, dtype=dtype, rngs=rngs)
+        # The experts' matrices lie below each other, so that every weight is 2-D per layer: rows x·F … (x+1)·F.
+        self.gate = Linear(layers, experts * inner, width, dtype=dtype, rngs=rngs)
+        self.up = Linear(layers, experts * inner, width, dtype=dtype, rngs=rngs)
+        self.down = Linear(layers, experts * width, inner, dtype=dtype, rngs=rngs)
+        self.config = config.moe
+
+    def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
+        (tokens, width), moe = x.shape, self.config
+        weights, experts = route(self.router(x, layer), moe)
+        rows = block_rows(experts.size, moe.num_experts)
+        # Each expert that is used adds less than one block of padding.
+        max_blocks = min(experts.size, -(-experts.size // rows) + moe.num_experts)
+        place, expert_of_block, num_blocks = _blocks(experts.reshape(-1), moe.num_experts, rows, max_blocks)
+        token = jnp.arange(experts.size, dtype=jnp.int32) // moe.experts_per_token
+        # Padding rows read token 0; nobody reads what becomes of them.
+        source = jnp.zeros(max_blocks * rows, jnp.int32).at[place].set(token)
+
+        def matrix(weight: Float[Array, "L R I"], expert: Int[Array, ""], out: int) -> Float[Array, "O I"]:
+            return lax.dynamic_slice(weight, (layer, expert * out, jnp.int32(0)), (1, out, weight.shape[2]))[0]
+
+        def block(index: Int[Array, ""], out: Float[Array, "N E"]) -> Float[Array, "N E"]:
+            expert = expert_of_block[index]
+            inputs = x[lax.dynamic_slice(source, (index * rows,), (rows,))]
+            gate = matmul_rows(inputs, matrix(self.gate.weight[...], expert, moe.intermediate_size))
+            up = matmul_rows(inputs, matrix(self.up.weight[...], expert, moe.intermediate_size))
+            down = matmul_rows(silu(gate) * up, matrix(self.down.weight[...], expert, width))
+            return lax.dynamic_update_slice(out, down, (index * rows, jnp.int32(0)))
+
+        out = lax.fori_loop(0, num_blocks, block, jnp.zeros((max_blocks * rows, width), x.dtype))
+        chosen = out[place].reshape(tokens, moe.experts_per_token, width).astype(jnp.float32)
+        return jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype)
+
+
+def _blocks(
+    experts: Int[Array, "A"], num_experts: int, rows: int, max_blocks: int
+) -> tuple[Int[Array, "A"], Int[Array, "B"], Int[Array, ""]]:
+    """Where each of the A pairs goes (block · rows + row), the expert of each block, and how many blocks there are."""
+    counts = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
+    ends = jnp.cumsum((counts + rows - 1) // rows)  # blocks up to and including each expert
+    first_row = (ends - (counts + rows - 1) // rows) * rows
+    order = jnp.argsort(experts, stable=True)
+    rank = jnp.arange(experts.size, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[experts[order]]
+    place = jnp.zeros_like(experts).at[order].set(first_row[experts[order]] + rank)
+    expert_of_block = jnp.searchsorted(ends, jnp.arange(max_blocks, dtype=jnp.int32), side="right")
+    return place, expert_of_block.astype(jnp.int32), ends[-1]

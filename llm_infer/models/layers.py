@@ -1,0 +1,137 @@
+"""Layers of a decoder over stacked weights: each takes `(stacked, layer)`, so no layer's weights are sliced out by the model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from llm_infer.models.config import RopeConfig
+
+Layer = Int[Array, ""]
+
+
+def linear(x: Float[Array, "T I"], stacked: Float[Array, "L O I"], layer: Layer) -> Float[Array, "T O"]:
+    """`x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`."""
+    weight = lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+    return matmul_rows(x, weight)
+
+
+def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
+    """`x @ weight.T`, accumulated in float32, in the dtype of `x`."""
+    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "... E"], weight: Float[Array, "E"], eps: float) -> Float[Array, "... E"]:
+    """Root-mean-square normalisation in float32 (Zhang and Sennrich, 2019)."""
+    x32 = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
+    return (x32 * scale * weight).astype(x.dtype)
+
+
+def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+    """Angular frequencies [D/2] in float32; Llama 3 scaling stretches the low ones (formula of Meta's release)."""
+    frequencies = 1.0 / config.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if config.factor != 1.0:
+        wavelength = 2 * np.pi / frequencies
+        low, high = config.low_freq_factor, config.high_freq_factor
+        smooth = np.clip((config.original_max_position / wavelength - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * (smooth + (1 - smooth) / config.factor)
+    return frequencies.astype(np.float32)
+
+
+def rope_angles(positions: Int[Array, "T"], frequencies: np.ndarray) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
+    """Cosine and sine [T, D/2] of the rotation of each position, float32."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "T H D"], angles: tuple[Array, Array]) -> Float[Array, "T H D"]:
+    """Rotary embedding on the two halves of each head, computed in float32."""
+    cos, sin = (a[:, None, :] for a in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """Matrices of all layers, `weight: [L, O, I]` with a row per output feature, and maybe `bias: [L, O]`."""
+
+    def __init__(
+        self,
+        layers: int,
+        out_features: int,
+        in_features: int,
+        *,
+        bias: bool = False,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
+        init = nnx.initializers.normal(in_features**-0.5)
+        self.weight = nnx.Param(init(rngs.params(), (layers, out_features, in_features), dtype))
+        self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if bias else None
+
+    def __call__(self, x: Float[Array, "T I"], layer: Layer) -> Float[Array, "T O"]:
+        out = linear(x, self.weight[...], layer)
+        if self.bias is not None:
+            out = out + lax.dynamic_index_in_dim(self.bias[...], layer)
+        return out
+
+
+class RMSNorm(nnx.Module):
+    """Scales of all layers, `weight: [L, E]`, or of a single norm, `weight: [E]` (`layers` None; call without layer)."""
+
+    def __init__(self, layers: int | None, features: int, *, eps: float, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.ones((features,) if layers is None else (layers, features), dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... E"], layer: Layer | None = None) -> Float[Array, "... E"]:
+        weight = self.weight[...]
+        if layer is not None:
+            weight = lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+        return rms_norm(x, weight, self.eps)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation (Ba et al., 2016) of all layers, `weight, bias: [L, E]`; [E] where `layers` is None."""
+
+    def __init__(self, layers: int | None, features: int, *, eps: float, dtype: DTypeLike) -> None:
+        shape = (features,) if layers is None else (layers, features)
+        self.weight = nnx.Param(jnp.ones(shape, dtype))
+        self.bias = nnx.Param(jnp.zeros(shape, dtype))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "T E"], layer: Layer | None = None) -> Float[Array, "T E"]:
+        weight, bias = self.weight[...], self.bias[...]
+        if layer is not None:
+            weight, bias = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (weight, bias))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        scale = lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        out = centred * scale * weight.astype(jnp.float32)[None] + bias.astype(jnp.float32)[None]
+        return out.astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A row per token, `weight: [V, E]`; also an output head."""
+
+    def __init__(self, vocab: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        init = nnx.initializers.normal(features**-0.5)
+        self.weight = nnx.Param(init(rngs.params(), (vocab, features), dtype))
+
+    def __call__(self, ids: Int[Array, "T"]) -> Float[Array, "T E"]:
+        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+
+    def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:
+        """Scores of every token, float32."""
+        return lax.dot_general(x, self.weight[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x · sigmoid(x), in float32."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)

@@ -1,0 +1,71 @@
+"""What a generation returns; names as in vLLM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request.
+
+    Attributes:
+        index: sample index, 0 … n-1.
+        text: new text, special tokens left out.
+        token_ids: new token ids, an ending end-of-sequence id included.
+        finish_reason: "stop" (end-of-sequence or stop token), "length" (max_tokens or end of the context), "abort";
+            None while it runs.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Times of a request in seconds.
+
+    Attributes:
+        queue: from arrival to the first scheduled token.
+        time_to_first_token: from arrival to the first new token on the host.
+        total: from arrival to the end of the last sample.
+        num_preemptions: how often one of its samples lost its pages and computed its tokens again.
+    """
+
+    queue: float
+    time_to_first_token: float
+    total: float
+    num_preemptions: int
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """Result of one prompt.
+
+    Attributes:
+        request_id: the engine's name of the request.
+        prompt: its text, None when token ids were given.
+        prompt_token_ids: its token ids.
+        outputs: the samples, by index.
+        num_cached_tokens: prompt tokens that the prefix cache had.
+        metrics: times; None until the request has finished.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+
+
+@dataclass(slots=True)
+class StreamChunk:
+    """New text of one sample while it is generated: only whole characters, so it may lag a token behind."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None

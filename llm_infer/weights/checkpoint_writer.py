@@ -1,0 +1,121 @@
+"""Writes a checkpoint so that it is there completely or not at all, whenever the process ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm_infer.errors import ModelError
+from llm_infer.weights.orbax_checkpoint import DTYPES, FORMAT_VERSION, MANIFEST, PARAMS, TOKENIZER, write_parameters
+from llm_infer.weights.progress import Progress
+
+if TYPE_CHECKING:
+    import jax
+
+
+def checked_destination(destination: str | Path) -> Path:
+    """Absolute path of a directory that a checkpoint can be written to: it does not exist, or is empty.
+
+    Raises:
+        ModelError: there is something.
+    """
+    path = Path(destination).expanduser().resolve()
+    if path.is_dir() and any(path.iterdir()):
+        raise ModelError(f"{path} exists and is not empty: give a new directory, or remove it first")
+    if path.exists() and not path.is_dir():
+        raise ModelError(f"{path} is a file: give a new directory for the checkpoint")
+    return path
+
+
+def write_checkpoint(
+    destination: str | Path,
+    parameters: Mapping[str, jax.Array],
+    *,
+    model: Mapping[str, Any],
+    tokenizer_files: Mapping[str, bytes],
+    progress: Progress | None = None,
+) -> None:
+    """Write a checkpoint that appears at `destination` only when it is complete and on disk.
+
+    Everything is written to `destination.tmp-…`, which is renamed; then the manifest, without which nothing loads, is
+    renamed into place. An error removes all of it; a killed process leaves a directory that does not load.
+
+    Args:
+        destination: directory that does not exist or is empty.
+        parameters: by dotted name, on any mesh, all of one type out of `DTYPES`.
+        model: the model's configuration as JSON values.
+        tokenizer_files: relative path → content, found again in `Checkpoint.tokenizer_directory`.
+        progress: reports bytes written; None is silent.
+
+    Raises:
+        ModelError: the destination is in use or cannot be written.
+    """
+    path = checked_destination(destination)
+    dtypes = {str(array.dtype) for array in parameters.values()}
+    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+        raise ModelError(f"parameters of type {', '.join(sorted(dtypes))}: a checkpoint has one of {', '.join(DTYPES)}")
+    manifest = {
+        "format": "llm_infer checkpoint",
+        "version": FORMAT_VERSION,
+        "dtype": dtypes.pop(),
+        "model": dict(model),
+        "tokenizer": {name: len(content) for name, content in sorted(tokenizer_files.items())},
+    }
+    total = sum(array.nbytes for array in parameters.values())
+    unfinished = path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+    mine: Path | None = unfinished
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(path.parent).free) < total:
+            raise ModelError(f"{path.parent} has {free / 1e6:.0f} MB left, the checkpoint needs {total / 1e6:.0f} MB")
+        with (progress or Progress.silent()).task("Writing checkpoint", total=total, unit="bytes") as task:
+            _write_files(unfinished / TOKENIZER, tokenizer_files)
+            write_parameters(unfinished / PARAMS, parameters, task)
+            _sync_tree(unfinished)
+            os.replace(unfinished, path)  # fails if something has appeared there meanwhile
+            mine = path
+            _sync(path.parent)
+            _write_manifest(path, manifest)
+        mine = None
+    except OSError as error:
+        raise ModelError(f"cannot write the checkpoint {path}: {error.strerror or error}") from None
+    finally:
+        if mine is not None:
+            shutil.rmtree(mine, ignore_errors=True)
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Completes a checkpoint, in one step."""
+    unfinished = folder / f"{MANIFEST}.tmp"
+    unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
+    _sync(unfinished)
+    os.replace(unfinished, folder / MANIFEST)
+    _sync(folder)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Have everything below a folder on disk: no name may be there before its bytes are."""
+    for directory, _, files in os.walk(folder):
+        for path in (*(os.path.join(directory, name) for name in files), directory):
+            _sync(path)
+
+
+def _sync(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,254 @@
+"""Orbax checkpoints of stacked parameters: complete or not there at all, and loaded by mapping their files.
+
+    DEST/llm_infer.json   format version, model configuration, type of the parameters; written last, it completes DEST
+    DEST/tokenizer/       tokenizer and chat template
+    DEST/params/          an Orbax PyTree checkpoint: one uncompressed Zarr array per parameter
+
+An array written from one device is one file of raw values. It is mapped and becomes the JAX array without being read
+or copied, which is some twenty times faster than Orbax's restore and needs no import of Orbax. An array written from a
+mesh is in several files, which Orbax puts together.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+from llm_infer.errors import ModelError
+from llm_infer.weights.default_model import directory_bytes
+from llm_infer.weights.progress import Progress, Task
+from llm_infer.weights.zarr_arrays import DAMAGED, StoredArray, check_size, read_header, touch_pages
+
+if TYPE_CHECKING:  # JAX and Orbax take seconds to import; the kind of a directory is known without them
+    import jax
+
+    from llm_infer.weights.loader import HasShape
+
+MANIFEST = "llm_infer.json"
+FORMAT_VERSION = 1
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""Types that parameters are stored in."""
+
+PARAMS, TOKENIZER = "params", "tokenizer"
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory is a finished checkpoint, by its manifest."""
+    return (directory / MANIFEST).is_file()
+
+
+def why_no_checkpoint(directory: Path) -> str | None:
+    """What is wrong with a directory that looks like a checkpoint and has no manifest; None for any other directory."""
+    if (directory / PARAMS).is_dir() and (directory / TOKENIZER).is_dir():
+        return f"{directory} is what an interrupted `llm-infer convert` left: remove it and convert again"
+    if any((directory / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA")):
+        return f"{directory} is an Orbax checkpoint without {MANIFEST}: expected one written by `llm-infer convert`"
+    return None
+
+
+class Checkpoint:
+    """An open checkpoint; a `TensorSource` whose tensors are the stacked parameters.
+
+    Attributes:
+        model: the model's configuration as it was given to `write_checkpoint`.
+        stored_dtype: type of all parameters.
+        tokenizer_directory: where the tokenizer's files are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the manifest.
+
+        Raises:
+            ModelError: this is no checkpoint, a newer one, or a damaged one.
+        """
+        self.path = path
+        manifest = read_header(path / MANIFEST)
+        version = manifest.get("version")
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise ModelError(
+                f"{path} has format version {version}, expected at most {FORMAT_VERSION}: it was written by a newer "
+                "llm_infer; update this one, or convert the model again"
+            )
+        if type(version) is not int or version < 1:
+            raise ModelError(f"{path / MANIFEST}: version {version!r}, expected a whole number from 1; {DAMAGED}")
+        try:
+            self.stored_dtype = DTYPES[manifest["dtype"]]
+            self.model: dict[str, Any] = dict(manifest["model"])
+            files = {str(name): int(size) for name, size in manifest["tokenizer"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"{path / MANIFEST}: no valid entry for {error}; {DAMAGED}") from None
+        self.tokenizer_directory = path / TOKENIZER
+        for name, size in files.items():
+            check_size(self.tokenizer_directory / name, size)
+        self._arrays: dict[str, StoredArray] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all stored parameters."""
+        folder = self.path / PARAMS
+        return sorted(f.name for f in folder.iterdir() if (f / ".zarray").exists()) if folder.is_dir() else []
+
+    @property
+    def description(self) -> str:
+        """The directory, for messages."""
+        return str(self.path)
+
+    def array(self, name: str) -> StoredArray:
+        """A parameter as it is stored, its files checked."""
+        if name not in self._arrays:
+            self._arrays[name] = StoredArray.open(self.path / PARAMS / name)
+        return self._arrays[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self.array(name).shape
+
+    def dtype(self, name: str) -> np.dtype:
+        """Type of a parameter."""
+        return self.array(name).dtype
+
+    def read_into(self, name: str, out: np.ndarray) -> None:
+        """Read a parameter, converting it to the type of `out`."""
+        array = self.array(name)
+        file = array.single_file
+        out[...] = array.map(file) if file else np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
+
+    def close(self) -> None:
+        """Nothing stays open; mapped memory goes away with the parameters."""
+
+    def restore(
+        self,
+        specs: Mapping[str, HasShape],
+        *,
+        shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, jax.Array]:
+        """All parameters of a model.
+
+        On one CPU, parameters of the stored type are the mapped files: they take page cache and no memory of their own.
+
+        Args:
+            specs: parameter name → shape and type; another type than the stored one is converted to.
+            shardings: where each parameter goes, whatever mesh it was written from; None is the default device.
+            progress: reports bytes of the checkpoint; None is silent.
+
+        Raises:
+            ModelError: parameters are missing, surplus or of another shape, or a file is damaged.
+        """
+        self._check(specs)
+        total = sum(self.array(name).nbytes for name in specs)
+        with (progress or Progress.silent()).task("Loading weights", total=total, unit="bytes") as task:
+            return {
+                name: self._restore(name, np.dtype(spec.dtype), (shardings or {}).get(name), task)
+                for name, spec in specs.items()
+            }
+
+    def _restore(self, name: str, dtype: np.dtype, sharding: jax.sharding.Sharding | None, task: Task) -> jax.Array:
+        import jax
+
+        from llm_infer.weights.loader import aligned_empty
+
+        array = self.array(name)
+        file = array.single_file
+        if file is None:
+            result = _restore_with_orbax(self.path / PARAMS, name, array, sharding).astype(dtype)
+        else:
+            values = array.map(file)
+            if sharding is not None:
+                result = jax.make_array_from_callback(
+                    array.shape, sharding, lambda index: np.ascontiguousarray(values[index], dtype)
+                )
+            elif array.dtype == dtype:
+                for done in touch_pages(values):
+                    task.advance(done)
+                return jax.device_put(values)
+            else:
+                converted = aligned_empty(array.shape, dtype)
+                converted[...] = values
+                result = jax.device_put(converted)
+        task.advance(array.nbytes)
+        return jax.block_until_ready(result)
+
+    def _check(self, specs: Mapping[str, HasShape]) -> None:
+        names = set(self.names)
+        problems = {
+            "missing": sorted(specs.keys() - names),
+            "surplus": sorted(names - specs.keys()),
+            "wrong shape": [
+                f"{name} {list(self.shape(name))} for {list(spec.shape)}"
+                for name, spec in specs.items()
+                if name in names and self.shape(name) != tuple(spec.shape)
+            ],
+            "wrong type": [
+                f"{name} {self.dtype(name)} for {self.stored_dtype}"
+                for name in specs
+                if name in names and self.dtype(name) != self.stored_dtype
+            ],
+        }
+        if any(problems.values()):
+            lines = [f"  {kind} ({len(found)}): {', '.join(found)}" for kind, found in problems.items() if found]
+            raise ModelError("\n".join([f"{self.path}: not the parameters of its model; {DAMAGED}", *lines]))
+
+
+def _restore_with_orbax(
+    folder: Path, name: str, array: StoredArray, sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    """One parameter, from as many files as it has."""
+    import jax
+    import orbax.checkpoint as ocp
+
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
+    place.shard_shape(array.shape)  # a ValueError here is the caller's, what comes later is the checkpoint's
+    arguments = ocp.ArrayRestoreArgs(sharding=place, global_shape=array.shape)
+    # One at a time: all at once, Orbax holds 1.6 times the parameters.
+    request = ocp.args.PyTreeRestore({name: 0}, restore_args={name: arguments}, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        try:
+            return checkpointer.restore(folder, args=request)[name]
+        except Exception as error:  # of many types; the files of values are known to be whole
+            raise ModelError(f"{folder}: Orbax cannot restore {name} ({error}); {DAMAGED}") from error
+
+
+def write_parameters(folder: Path, parameters: Mapping[str, jax.Array], task: Task) -> None:
+    """One uncompressed array per parameter; a compressed one could not be mapped."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with _watched(folder.parent, task), _quiet(logging.getLogger("absl")), ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.PyTreeSave(dict(parameters)))
+
+
+@contextmanager
+def _watched(folder: Path, task: Task) -> Iterator[None]:
+    """Report the bytes that arrive in a folder while the block runs: Orbax has no progress of its own."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.2):
+            task.set(directory_bytes(folder))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Errors only: Orbax warns of a step that its plain format does not need."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,115 @@
+"""Uncompressed Zarr arrays on disk: header and files checked, values mapped into memory instead of read.
+
+Format: Zarr version 2, https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by name once it is imported
+import numpy as np
+
+from llm_infer.errors import ModelError
+
+DAMAGED = "the checkpoint is damaged or incomplete: write it again with `llm-infer convert`"
+_TOUCHED = 16 << 20  # bytes between two reports of progress
+
+
+@dataclass(frozen=True, slots=True)
+class StoredArray:
+    """One Zarr array (version 2, uncompressed): the header of its folder."""
+
+    folder: Path
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def single_file(self) -> Path | None:
+        """The file that holds all values in C order, None if there are several."""
+        return self.folder / ".".join("0" * len(self.shape)) if self.shape and self.chunks == self.shape else None
+
+    @classmethod
+    def open(cls, folder: Path) -> StoredArray:
+        """Read the header and check that all files are there and have their size.
+
+        Zarr takes a missing file for a run of fill values, so this cannot be left to the reader.
+
+        Raises:
+            ModelError: a file is missing or damaged.
+        """
+        header = read_header(folder / ".zarray")
+        try:
+            shape, chunks = (tuple(int(n) for n in header[key]) for key in ("shape", "chunks"))
+            dtype = np.dtype(header["dtype"])
+            layout = [header[key] for key in ("zarr_format", "compressor", "filters", "order")]
+            separator = header.get("dimension_separator", ".")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{folder / '.zarray'}: not the header of an array ({error}); {DAMAGED}") from None
+        if (
+            layout != [2, None, None, "C"]
+            or separator != "."
+            or len(shape) != len(chunks)
+            or min(chunks, default=1) < 1
+        ):
+            raise ModelError(f"{folder / '.zarray'}: not as `llm-infer convert` writes it; {DAMAGED}")
+        expected = math.prod(chunks) * dtype.itemsize
+        for index in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks, strict=True))):
+            check_size(folder / (".".join(map(str, index)) or "0"), expected)
+        return cls(folder, shape, chunks, dtype)
+
+    def map(self, file: Path) -> np.ndarray:
+        """All values, read from the file when they are touched. The file must not change while they are in use."""
+        with file.open("rb") as handle:
+            mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        if hasattr(mmap, "MADV_WILLNEED"):
+            mapped.madvise(mmap.MADV_WILLNEED)
+        return np.frombuffer(mapped, self.dtype).reshape(self.shape)
+
+
+def touch_pages(values: np.ndarray) -> Iterator[int]:
+    """Have every page of a mapped array in memory before it is first used; yields bytes as they arrive."""
+    data = values.reshape(-1).view(np.uint8)
+    for start in range(0, data.size, _TOUCHED):
+        part = data[start : start + _TOUCHED]
+        part[:: mmap.PAGESIZE].max()
+        yield part.size
+
+
+def check_size(file: Path, expected: int) -> None:
+    """Raise `ModelError` unless there is a file of exactly so many bytes."""
+    if not file.is_file():
+        raise ModelError(f"{file} is missing; {DAMAGED}")
+    found = file.stat().st_size
+    if found != expected:
+        raise ModelError(f"{file} has {found} bytes, expected {expected}; {DAMAGED}")
+
+
+def read_header(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file is missing, cannot be read or holds no JSON object.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}); {DAMAGED}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not valid JSON ({error}); {DAMAGED}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{file}: expected a JSON object, found {type(values).__name__}; {DAMAGED}")
+    return values

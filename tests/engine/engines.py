@@ -1,0 +1,69 @@
+"""Engines for tests that share compiled programs: compiling one takes longer than most tests run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.engine import Engine
+from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.scheduler import Scheduler
+
+
+class EngineFactory:
+    """Makes engines over one model whose programs have the same shapes and are compiled once.
+
+    `seqs` limits what runs at the same time and `pages` what the scheduler may hand out, below what the programs allow.
+    """
+
+    def __init__(self, model: LoadedModel, *, max_num_seqs: int, num_pages: int, max_model_len: int) -> None:
+        self.model, self.max_num_seqs = model, max_num_seqs
+        self.num_pages, self.max_model_len = num_pages, max_model_len
+        self._programs: dict[int, Any] = {}
+
+    def __call__(
+        self,
+        *,
+        chunk: int = 64,
+        seqs: int | None = None,
+        pages: int | None = None,
+        cache: bool = True,
+        overlap: bool = True,
+        policy: str = "fcfs",
+    ) -> Engine:
+        config = EngineConfig(
+            CacheConfig(num_pages=self.num_pages, enable_prefix_caching=cache),
+            SchedulerConfig(self.max_num_seqs, max(chunk, self.max_num_seqs), self.max_model_len, policy),
+            overlap=overlap,
+            check_every_step=True,
+        )
+        engine = Engine(self.model, config)
+        engine.runner._programs = self._programs
+        engine.scheduler = Scheduler(
+            SchedulerConfig(seqs or min(self.max_num_seqs, chunk), chunk, self.max_model_len, policy),
+            num_pages=pages or self.num_pages,
+            page_size=config.cache.page_size,
+            max_model_len=self.max_model_len,
+            enable_prefix_caching=cache,
+        )
+        return engine
+
+
+def run_all(
+    engine: Engine, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]
+) -> list[list[list[int]]]:
+    """New tokens of each sample of each prompt; verifies that no page is lost at the end."""
+    each = params if isinstance(params, list) else [params] * len(prompts)
+    requests = [engine.add_request(prompt, param) for prompt, param in zip(prompts, each, strict=True)]
+    while engine.has_work:
+        engine.step()
+    engine.scheduler.check()
+    assert engine.scheduler.usage(0) == 0.0, "pages are still in use although nothing runs"
+    return [[sequence.output for sequence in request.sequences] for request in requests]
+
+
+def greedy(engine: Engine, prompts: list[list[int]], counts: list[int]) -> list[list[int]]:
+    """Greedy continuations of exactly these lengths."""
+    params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for count in counts]
+    return [samples[0] for samples in run_all(engine, prompts, params)]

@@ -1,0 +1,178 @@
+"""Make the tiny checkpoints of this folder and what `transformers` computes with them (float32).
+
+Usage: python make_family_goldens.py [NAME …]      (needs torch, transformers; see CONTRIBUTING.md)
+
+NAME/ is a Hugging Face directory: config.json and model.safetensors with random bfloat16 weights, scaled so that every
+parameter shows in the logits. NAME/golden.npz holds, for two prompts: ids, greedy tokens with their top-two margins,
+the logits of all prompt tokens, and of the first prompt the output of every layer.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+STEPS = 12
+PROMPT_LENGTHS = (21, 9)  # no multiples of a page or of a chunk
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+MHA = {"num_attention_heads": 4, "num_key_value_heads": 4}
+GQA = {"num_attention_heads": 8, "num_key_value_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+OPT = {"num_attention_heads": 4, "ffn_dim": 64, "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
+OPT |= {"max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0}
+
+MODELS = {
+    "llama_mha": (LlamaForCausalLM, LlamaConfig(**COMMON, **MHA, intermediate_size=64)),
+    "llama_gqa": (
+        LlamaForCausalLM,
+        LlamaConfig(
+            **{**COMMON, **GQA, "num_hidden_layers": 3},
+            intermediate_size=64,
+            tie_word_embeddings=True,
+            rope_parameters=LLAMA3_ROPE,
+        ),
+    ),
+    "qwen2_mha": (Qwen2ForCausalLM, Qwen2Config(**COMMON, **MHA, intermediate_size=64)),
+    "qwen2_gqa": (Qwen2ForCausalLM, Qwen2Config(**COMMON, **GQA, intermediate_size=64, tie_word_embeddings=True)),
+    # The head size, 16, is neither 32 / 4 nor 32 / 8.
+    "qwen3_mha": (Qwen3ForCausalLM, Qwen3Config(**COMMON, **MHA, head_dim=16, intermediate_size=64)),
+    "qwen3_gqa": (
+        Qwen3ForCausalLM,
+        Qwen3Config(**COMMON, **GQA, head_dim=16, intermediate_size=64, tie_word_embeddings=True),
+    ),
+    "qwen3_moe_mha": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **COMMON,
+            **MHA,
+            head_dim=16,
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+        ),
+    ),
+    "qwen3_moe_gqa": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig(
+            **COMMON,
+            num_attention_heads=8,
+            num_key_value_heads=1,
+            head_dim=8,
+            intermediate_size=64,
+            moe_intermediate_size=8,
+            num_experts=16,
+            num_experts_per_tok=4,
+            norm_topk_prob=True,
+        ),
+    ),
+    "opt_pre": (OPTForCausalLM, OPTConfig(**OPT, word_embed_proj_dim=32)),
+    # As the 350m size: narrow embeddings and norms after the residual sums.
+    "opt_post": (OPTForCausalLM, OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
+}
+
+
+def fill(model: torch.nn.Module, seed: int) -> None:
+    """Random parameters that bfloat16 holds exactly: norms around one, matrices that keep the size of their input."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            values = 0.3 * noise
+        elif parameter.ndim == 1:
+            values = 1 + 0.3 * noise
+        elif "embed" in name:
+            values = 0.7 * noise
+        else:
+            values = noise * parameter.shape[-1] ** -0.5
+        parameter.data = values.to(torch.bfloat16).float()
+
+
+def compute(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
+    """Everything that golden.npz holds."""
+    rng = np.random.default_rng(seed)
+    base = model.model.decoder if hasattr(model.model, "decoder") else model.model
+    hidden: list[np.ndarray] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda _, __, out: hidden.append((out[0] if isinstance(out, tuple) else out)[0].numpy().copy())
+        )
+        for layer in base.layers
+    ]
+    arrays: dict[str, np.ndarray] = {}
+    with torch.inference_mode():
+        for index, length in enumerate(PROMPT_LENGTHS):
+            ids = rng.integers(3, model.config.vocab_size, length).tolist()
+            arrays[f"prompt_{index}"] = np.array(ids, np.int32)
+            arrays[f"logits_{index}"] = model(torch.tensor([ids])).logits[0].numpy()
+            if index == 0:
+                arrays["hidden"] = np.stack(hidden)
+                for hook in hooks:
+                    hook.remove()
+            tokens, margins = [], []
+            for _ in range(STEPS):
+                scores = model(torch.tensor([ids + tokens])).logits[0, -1]
+                top = torch.topk(scores, 2)
+                tokens.append(int(top.indices[0]))
+                margins.append(float(top.values[0] - top.values[1]))
+            arrays[f"tokens_{index}"] = np.array(tokens, np.int32)
+            arrays[f"margins_{index}"] = np.array(margins, np.float32)
+    return arrays
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    for seed, (name, (model_class, config)) in enumerate(MODELS.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        config._attn_implementation = "eager"
+        model = model_class(config).eval()
+        # The first random model whose greedy choices are clear, so that no rounding decides a token.
+        for attempt in range(seed, seed + 1000, 100):
+            fill(model, attempt)
+            arrays = compute(model, attempt)
+            margin = min(arrays["margins_0"].min(), arrays["margins_1"].min())
+            if margin > 0.01:
+                break
+        folder = here / name
+        shutil.rmtree(folder, ignore_errors=True)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        (folder / "model.safetensors").chmod(0o644)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        np.savez_compressed(folder / "golden.npz", **arrays)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        print(f"{name}: {size / 1e3:.0f} kB, smallest margin {margin:.4f}")
+
+
+if __name__ == "__main__":
+    main()

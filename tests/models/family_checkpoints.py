@@ -1,0 +1,78 @@
+"""The tiny checkpoints of every family and what transformers computed with them (tests/goldens/families)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_infer.models.decoder import merge_model
+from llm_infer.models.load import LoadedModel, load_model
+from llm_infer.weights.sources import open_model, resolve
+
+FOLDER = Path(__file__).parents[1] / "goldens" / "families"
+NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Prompts, greedy tokens, logits [T, V] of each prompt, and every layer's output [L, T, E] for the first."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logits: list[np.ndarray]
+    hidden: np.ndarray
+
+
+@cache
+def golden(name: str) -> Golden:
+    data = np.load(FOLDER / name / "golden.npz")
+    return Golden(
+        [data[f"prompt_{i}"].tolist() for i in range(2)],
+        [data[f"tokens_{i}"].tolist() for i in range(2)],
+        [data[f"logits_{i}"] for i in range(2)],
+        data["hidden"],
+    )
+
+
+@cache
+def load(name: str, *, fused_qkv: bool = True, dtype: str = "float32") -> LoadedModel:
+    """A checkpoint through the loader, as a user's directory."""
+    opened = open_model(resolve(str(FOLDER / name)))
+    return load_model(opened, dtype=jnp.dtype(dtype), fused_qkv=fused_qkv)
+
+
+def dense_attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, layer: object) -> tuple:
+    """Causal attention over the keys of this call alone, in float32: no pages, no cache."""
+    group, scale = query.shape[1] // key.shape[1], query.shape[2] ** -0.5
+    key, value = (jnp.repeat(a.astype(jnp.float32), group, axis=1) for a in (key, value))
+    scores = jnp.einsum("qhd,khd->hqk", query.astype(jnp.float32), key) * scale
+    seen = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("hqk,khd->qhd", weights, value).astype(query.dtype), cache
+
+
+def dense(model: LoadedModel, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T, V] and the output of every layer [L, T, E], without pages."""
+
+    @jax.jit
+    def run(params: dict[str, jax.Array], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        decoder = merge_model(model.definition, params)
+        positions = jnp.arange(len(ids), dtype=jnp.int32)
+        angles = decoder.angles(positions)
+
+        def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x, _ = decoder.layers(x, angles, None, index, dense_attend)
+            return x, x
+
+        layers = jnp.arange(model.config.num_layers, dtype=jnp.int32)
+        last, hidden = jax.lax.scan(layer, decoder.embed_tokens(ids, positions), layers)
+        return decoder.logits(last), hidden
+
+    logits, hidden = run(model.params, jnp.asarray(ids, jnp.int32))
+    return np.asarray(logits), np.asarray(hidden.astype(jnp.float32))

@@ -1,0 +1,110 @@
+"""Configurations: every key is handled, ignored by name or refused; architectures are the published ones, to the weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from llm_infer.errors import ModelError
+from llm_infer.models.architectures import architecture_config, architecture_names, read_architecture, table
+from llm_infer.models.decoder import random_params, split_model
+from llm_infer.models.registry import family
+from llm_infer.weights.sources import read_json
+from tests.models.family_checkpoints import FOLDER, NAMES, load
+
+# Numbers of parameters as the Hugging Face hub states them.
+PUBLISHED = {
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "opt-125m": 125_239_296,
+    "opt-13b": 12_853_473_280,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-8b": 8_190_735_360,
+    "smollm2-1.7b": 1_711_376_384,
+    "smollm2-135m": 134_515_008,
+}
+
+
+def test_the_architectures_are_those_published() -> None:
+    assert {name: architecture_config(name).num_parameters for name in architecture_names()} == PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_closed_form_equals_the_parameters_of_the_model(name: str) -> None:
+    for fused_qkv in (True, False):
+        config = architecture_config(name, fused_qkv=fused_qkv)
+        _, specs = split_model(config, jnp.bfloat16)
+        assert sum(math.prod(spec.shape) for spec in specs.values()) == config.num_parameters
+        assert all(spec.dtype == jnp.bfloat16 for spec in specs.values())
+        assert len(specs) <= 22
+    # The rules name every parameter once and no other.
+    rules = family(read_architecture(name)).rules(config)
+    assert sorted(rule.param for rule in rules) == sorted(specs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_what_a_loaded_model_takes(name: str) -> None:
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        model = load(name, dtype=dtype)
+        assert sum(array.nbytes for array in model.params.values()) == itemsize * model.config.num_parameters
+
+
+def test_memory_of_random_weights() -> None:
+    config = architecture_config("smollm2-135m")
+    assert sum(array.nbytes for array in random_params(config, jnp.bfloat16).values()) == 269_030_016
+
+
+def test_the_table() -> None:
+    lines = {line.split()[0]: line.split() for line in table().splitlines() if line.strip()}
+    assert lines["opt-13b"][1:] == ["12,853,473,280", "51.41", "25.71", "1,638,400", "819,200", "2,048"]
+    assert lines.keys() >= PUBLISHED.keys()
+    with pytest.raises(ModelError, match=r"no architecture 'gpt-5'; there are llama-3\.1-405b"):
+        read_architecture("gpt-5")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_key_is_refused(name: str) -> None:
+    values = read_json(FOLDER / name / "config.json")
+    with pytest.raises(ModelError, match="keys this architecture does not know: attention_twist"):
+        family(values).config(values | {"attention_twist": 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("llama_mha", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ("llama_mha", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama_mha", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
+        ("llama_mha", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ("llama_mha", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan, expected a finite positive number"),
+        ("llama_mha", {"vocab_size": "many"}, "vocab_size='many', expected a positive whole number"),
+        ("llama_mha", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes', expected true or false"),
+        ("qwen2_mha", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ("qwen2_mha", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
+        ("qwen3_mha", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3_moe_mha", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
+        ("qwen3_moe_mha", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ("qwen3_moe_mha", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_experts=8"),
+        ("opt_pre", {"activation_function": "gelu"}, "activation_function='gelu'"),
+        ("opt_pre", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
+    ],
+)
+def test_what_would_change_the_computation_is_refused(name: str, change: dict[str, Any], message: str) -> None:
+    values = read_json(FOLDER / name / "config.json")
+    with pytest.raises(ModelError, match=message):
+        family(values).config(values | change)
+
+
+def test_unknown_architectures() -> None:
+    with pytest.raises(ModelError, match="'MambaForCausalLM' is not supported; supported: LlamaForCausalLM, OPT"):
+        family({"architectures": ["MambaForCausalLM"]})
+    with pytest.raises(ModelError, match="expected a list with one name"):
+        family({})

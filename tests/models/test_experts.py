@@ -1,0 +1,69 @@
+"""The mixture of experts against the obvious computation: every token through each of its experts."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.experts import ExpertsMLP, _blocks, block_rows
+
+E, F, L = 16, 12, 2
+
+
+def make(experts: int, chosen: int, *, normalise: bool = True) -> ExpertsMLP:
+    moe = MoEConfig(experts, chosen, F, normalise)
+    config = ModelConfig("Qwen3MoeForCausalLM", 32, E, L, 2, 2, 8, F, 64, moe=moe)
+    return ExpertsMLP(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def expected(mlp: ExpertsMLP, x: np.ndarray, layer: int) -> np.ndarray:
+    """In float64, token by token."""
+    moe = mlp.config
+    router, gate, up, down = (
+        np.asarray(m.weight[...][layer], np.float64) for m in (mlp.router, mlp.gate, mlp.up, mlp.down)
+    )
+    gate, up, down = gate.reshape(-1, F, E), up.reshape(-1, F, E), down.reshape(-1, E, F)
+    out = np.zeros(x.shape)
+    for t, token in enumerate(x.astype(np.float64)):
+        scores = np.exp(router @ token)
+        scores /= scores.sum()
+        best = np.argsort(-scores, kind="stable")[: moe.experts_per_token]
+        total = scores[best].sum() if moe.norm_topk_prob else 1.0
+        for expert in best:
+            g = gate[expert] @ token
+            out[t] += scores[expert] / total * (down[expert] @ (g / (1 + np.exp(-g)) * (up[expert] @ token)))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "chosen", "normalise"), [(2, 8, 2, True), (33, 8, 2, False), (70, 4, 4, True)]
+)
+def test_equals_the_obvious_computation(tokens: int, experts: int, chosen: int, normalise: bool) -> None:
+    mlp = make(experts, chosen, normalise=normalise)
+    x = np.random.default_rng(0).standard_normal((tokens, E)).astype(np.float32)
+    found = jax.jit(lambda x, layer: mlp(x, layer))(x, jnp.int32(1))
+    np.testing.assert_allclose(found, expected(mlp, x, 1), atol=2e-6)
+
+
+@pytest.mark.parametrize("experts", [[3] * 11, [0, 1, 2, 3], [3, 3, 0, 3, 2, 0, 3, 3, 3]])
+def test_blocks_hold_one_expert_each(experts: list[int]) -> None:
+    rows, number = 4, 4
+    bound = min(len(experts), -(-len(experts) // rows) + number)
+    place, expert_of_block, count = _blocks(jnp.array(experts, jnp.int32), number, rows, bound)
+    assert len(set(place.tolist())) == len(experts) and int(count) <= bound
+    assert [int(expert_of_block[p // rows]) for p in place] == experts
+    assert {p // rows for p in place.tolist()} == set(range(int(count)))
+
+
+def test_block_rows() -> None:
+    assert [block_rows(a, 8) for a in (2, 32, 40, 10**6)] == [4, 4, 8, 64]
+
+
+def test_nothing_of_tokens_times_experts_times_width_is_made() -> None:
+    mlp = make(64, 2)
+    text = jax.jit(lambda x: mlp(x, jnp.int32(0))).lower(jax.ShapeDtypeStruct((32, E), jnp.float32)).as_text()
+    assert "while" in text and f"32x64x{E}" not in text and f"32x64x{F}" not in text

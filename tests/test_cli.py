@@ -1,0 +1,99 @@
+"""The command line: bad input gives one clear line and a non-zero exit, answers go to stdout and nothing else does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_infer import cli
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `llm-infer ARGS` in this process."""
+    monkeypatch.setattr(sys, "argv", ["llm-infer", *args])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    code = stop.value.code
+    return (code if isinstance(code, int) else 0 if code is None else 1), out, err
+
+
+def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    assert code != 0
+    assert out == ""
+    lines = [line for line in err.splitlines() if not line.startswith("Loading weights")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--temperature", "nan"], ["temperature"]),
+        (["--temperature", "-1"], ["temperature"]),
+        (["--top-p", "1.5"], ["top_p"]),
+        (["--max-tokens", "0"], ["max_tokens"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--max-tokens", "many"], ["--max-tokens"]),
+        (["--model", "missing.gguf"], ["missing.gguf"]),
+        (["--max-model-len", "1"], ["max_model_len"]),
+    ],
+)
+def test_bad_arguments(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str], words: list[str]
+) -> None:
+    assert_one_line_error(run(monkeypatch, capsys, "generate", "hello", *flags), *words)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_empty_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompt: str) -> None:
+    assert_one_line_error(run(monkeypatch, capsys, "generate", prompt), "empty")
+
+
+def test_broken_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, default_gguf: Path
+) -> None:
+    truncated = tmp_path / "truncated.gguf"
+    truncated.write_bytes(default_gguf.read_bytes()[:5_000_000])
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.json").write_text("{}")
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "config.json").write_text(json.dumps({"architectures": ["WhateverForCausalLM"]}))
+    (unknown / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    for model, word in ((truncated, "truncated"), (empty, "weights"), (unknown, "WhateverForCausalLM")):
+        assert_one_line_error(run(monkeypatch, capsys, "generate", "hello", "--model", str(model)), word)
+
+
+@pytest.mark.real
+def test_prompt_longer_than_the_context(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], default_gguf: Path
+) -> None:
+    flags = ["--model", str(default_gguf), "--max-model-len", "64"]
+    assert_one_line_error(run(monkeypatch, capsys, "generate", "word " * 100, *flags), "max_model_len")
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["llm-infer", "generate", "x", "--temperature", "-1", "--debug"])
+    with pytest.raises(cli.UserError):
+        cli.main()
+
+
+@pytest.mark.real
+def test_generate_streams_the_answer_to_stdout(default_gguf: Path) -> None:
+    command = [sys.executable, "-m", "llm_infer.cli", "generate", "--raw", "The capital of France is"]
+    command += ["--model", str(default_gguf), "--max-tokens", "5", "--max-model-len", "512"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert result.stdout.startswith(" Paris")
+
+
+def test_help_does_not_load_jax() -> None:
+    code = "import sys, llm_infer.cli; assert 'jax' not in sys.modules, 'jax was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,79 @@
+"""`LLM` from text to text on the default model's real weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_infer import LLM, SamplingParams
+from llm_infer.errors import RequestError
+
+pytestmark = pytest.mark.real
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def llm(default_gguf: Path) -> LLM:
+    return LLM(str(default_gguf), max_model_len=256, max_num_seqs=4, max_num_batched_tokens=64, progress=False)
+
+
+def test_generate_returns_one_result_per_prompt_in_order(llm: LLM) -> None:
+    results = llm.generate(["The capital of France is", "1, 2, 3, 4,"], GREEDY)
+    assert [r.prompt for r in results] == ["The capital of France is", "1, 2, 3, 4,"]
+    assert results[0].outputs[0].text.startswith(" Paris")
+    assert results[1].outputs[0].text.startswith(" 5")
+    for result in results:
+        output = result.outputs[0]
+        assert output.finish_reason in ("length", "stop")
+        assert llm.tokenizer.decode(output.token_ids) == output.text
+        assert result.prompt_token_ids == llm.tokenizer.encode(result.prompt or "")
+        assert result.metrics is not None
+        assert 0 <= result.metrics.queue <= result.metrics.time_to_first_token <= result.metrics.total
+
+
+def test_stream_equals_generate_and_token_ids_equal_text(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("The capital of France is")
+    chunks = list(llm.stream(ids, GREEDY))
+    whole = llm.generate(ids, GREEDY)[0].outputs[0]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert [i for chunk in chunks for i in chunk.token_ids] == whole.token_ids
+    assert chunks[-1].finish_reason == whole.finish_reason
+
+
+def test_chat_uses_the_template_and_ends_at_the_end_of_turn(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    (result,) = llm.chat(messages, params)
+    prompt = llm.tokenizer.decode(result.prompt_token_ids, skip_special_tokens=False)
+    assert prompt.startswith("<|im_start|>system") and prompt.endswith("<|im_start|>assistant\n")
+    assert "Paris" in result.outputs[0].text
+    assert result.outputs[0].finish_reason == "stop"
+    assert "<|im_end|>" not in result.outputs[0].text
+    again = llm.chat([messages, messages], params)
+    assert [r.outputs[0].text for r in again] == [result.outputs[0].text] * 2
+    assert again[0].num_cached_tokens >= 16
+
+
+def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:
+    stream = llm.stream("Once upon a time", SamplingParams(temperature=0.0, max_tokens=100))
+    next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    while llm.engine.has_work:
+        llm.engine.step()
+    assert llm.engine.scheduler.usage(0) == 0.0
+
+
+def test_seeded_samples_repeat_and_differ(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.95, seed=11, n=2, max_tokens=8)
+    first, again = (llm.generate("My favourite animal is", params)[0].outputs for _ in range(2))
+    assert [o.token_ids for o in first] == [o.token_ids for o in again]
+    assert first[0].token_ids != first[1].token_ids
+
+
+def test_a_bad_request_runs_nothing(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="max_model_len"):
+        llm.generate(["fine", "word " * 300], GREEDY)
+    assert not llm.engine.scheduler.has_unfinished
+    with pytest.raises(RequestError, match="2 sampling parameters for 1 prompts"):
+        llm.generate(["fine"], [GREEDY, GREEDY])
