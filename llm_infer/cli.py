@@ -60,7 +60,6 @@ def generate(
     ids = llm.tokenizer.encode(text)
     if not raw and llm.tokenizer.chat_template is not None:
         ids = llm.chat_prompt([{"role": "user", "content": text}])
-    llm.warm_up([len(ids), 1])
     for chunk in llm.stream(ids, params):
         _write(chunk.text)
     _write("\n")
@@ -145,7 +144,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Writes a model as an Orbax checkpoint that loads without any conversion."""
-    from llm_infer.llm import convert as run
+    from llm_infer.loading import convert as run
     from llm_infer.weights.progress import Progress
 
     print(run(source, dest, dtype=dtype, progress=Progress()))

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
-from llm_infer.errors import ModelError, RequestError, UserError
-from llm_infer.models.load import LoadedModel, dummy_model, dummy_source, load_model, save_model
-from llm_infer.models.registry import family
+from llm_infer.errors import RequestError
+from llm_infer.interrupts import uninterrupted
+from llm_infer.loading import load
 from llm_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
 from llm_infer.scheduler.request import Request, TokenEvent
-from llm_infer.text.byte_tokenizer import byte_tokenizer
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.text.detokenizer import IncrementalDetokenizer
 from llm_infer.text.tokenizer import Tokenizer
-from llm_infer.weights.checkpoint_writer import checked_destination
 from llm_infer.weights.default_model import DEFAULT_MODEL
-from llm_infer.weights.orbax_checkpoint import DTYPES
 from llm_infer.weights.progress import Progress
-from llm_infer.weights.sources import OpenModel, open_model, resolve, tokenizer_files
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
-
-LOAD_FORMATS = ("auto", "dummy")
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
@@ -78,8 +73,6 @@ class LLM:
         load_format: str = "auto",
         progress: bool = True,
     ) -> None:
-        if load_format not in LOAD_FORMATS:
-            raise UserError(f"load_format={load_format!r}: expected one of {', '.join(LOAD_FORMATS)}")
         config = EngineConfig(
             cache=CacheConfig(page_size, num_pages, kv_cache_memory, enable_prefix_caching),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, policy),
@@ -90,15 +83,9 @@ class LLM:
         )
         enable_compile_cache()
         self._progress = Progress(enabled=progress)
-        if load_format == "dummy":
-            self.tokenizer, loaded = _dummy(model, fused_qkv)
-        else:
-            opened = open_model(resolve(model, progress=self._progress))
-            family(opened.config)  # an unknown architecture is the first thing to hear of
-            self.tokenizer = _tokenizer(opened)
-            loaded = load_model(opened, fused_qkv=fused_qkv, progress=self._progress)
-            opened.tensors.close()
+        self.tokenizer, loaded = load(model, load_format=load_format, fused_qkv=fused_qkv, progress=self._progress)
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
+        self._tracked: dict[str, _Tracked] = {}
 
     def warm_up(self, token_counts: Sequence[int] | None = None) -> None:
         """Compiles step programs now; a program that is missing is compiled when it is first needed.
@@ -132,20 +119,25 @@ class LLM:
             RequestError: a prompt or a parameter is not acceptable; nothing has run then.
         """
         many = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(many))
-        with self._requests(many, params) as running:
+        with self._track(many, _per_prompt(sampling_params, len(many))) as tracked:
             shown = self._progress if progress is None else Progress(enabled=progress)
             with shown.task("Generating", total=len(many)) as bar:
-                while running.unfinished:
-                    for request in running.take(self.engine.step()):
-                        bar.advance(request.finished)
-            return [running.output(request) for request in running.requests]
+                while not all(one.request.finished for one in tracked):
+                    self._advance()
+                    bar.set(sum(one.request.finished for one in tracked))
+            return [one.result() for one in tracked]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Continues one raw prompt and yields text as it comes; closing the iterator aborts the request."""
-        with self._requests([prompt], [sampling_params or SamplingParams()]) as running:
-            while running.unfinished:
-                yield from running.chunks(self.engine.step())
+        """Continues one raw prompt and yields text as it comes; closing the iterator aborts the request.
+
+        Several streams may be read in turn: all of them advance together.
+        """
+        with self._track([prompt], [sampling_params or SamplingParams()]) as (one,):
+            while one.chunks or not one.request.finished:
+                if not one.chunks:
+                    self._advance()
+                while one.chunks:
+                    yield one.chunks.popleft()
 
     def chat(
         self,
@@ -179,100 +171,49 @@ class LLM:
         text = apply_chat_template(tokenizer.chat_template, messages, tools=tools, bos_token=bos, eos_token=eos)
         return tokenizer.encode(text, add_special_tokens=False)
 
-    def _requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> _Running:
-        ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        return _Running(self, prompts, ids, params)
-
-
-def convert(source: str, destination: str | Path, *, dtype: str = "float32", progress: Progress | None = None) -> Path:
-    """Writes a model as a checkpoint of stacked, fused parameters that loads without any conversion.
-
-    Args:
-        source: a model as for `LLM`.
-        destination: a directory that does not exist or is empty.
-        dtype: "float32", or "bfloat16" for half the size; a model that runs in another type is converted when it loads.
-        progress: reports what is read and written; None is silent.
-
-    Returns:
-        The absolute path of the checkpoint.
-
-    Raises:
-        ModelError: the source cannot be loaded, or the destination is in use or cannot be written.
-    """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
-    path = checked_destination(destination)
-    opened = open_model(resolve(source, progress=progress))
-    _tokenizer(opened)  # a model whose tokenizer is not supported fails here, not after minutes of writing
-    files = tokenizer_files(opened)
-    model = load_model(opened, dtype=DTYPES[dtype], progress=progress)
-    opened.tensors.close()
-    save_model(model, path, files, progress=progress)
-    return path
-
-
-def _dummy(name: str, fused_qkv: bool) -> tuple[Tokenizer, LoadedModel]:
-    """A model of random weights, with the tokenizer of its directory where there is one."""
-    values, directory = dummy_source(name)
-    config = family(values).config(values, fused_qkv=fused_qkv)
-    if directory is not None and (directory / "tokenizer.json").is_file():
-        return Tokenizer.from_hf_directory(directory), dummy_model(config)
-    return byte_tokenizer(config.vocab_size), dummy_model(config)
-
-
-def _tokenizer(opened: OpenModel) -> Tokenizer:
-    metadata = opened.tokenizer_metadata
-    if metadata is not None:
-        return Tokenizer.from_gguf(metadata)
-    return Tokenizer.from_hf_directory(opened.tokenizer_directory)
-
-
-class _Running:
-    """Requests on their way through the engine, with the text of each sample; leaving the context aborts the rest."""
-
-    def __init__(
-        self, llm: LLM, prompts: Sequence[Prompt], ids: Sequence[list[int]], params: Sequence[SamplingParams]
-    ) -> None:
-        self._llm, self._prompts = llm, {}
-        self.requests: list[Request] = []
+    @contextmanager
+    def _track(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[list[_Tracked]]:
+        """Requests for these prompts; on leaving, those that have not finished are aborted."""
+        prompt_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        tracked: list[_Tracked] = []
         try:
-            for prompt, prompt_ids, param in zip(prompts, ids, params, strict=True):
-                request = llm.engine.add_request(prompt_ids, param)
-                self.requests.append(request)
-                self._prompts[request.request_id] = prompt if isinstance(prompt, str) else None
-        except BaseException:
-            self.__exit__()
-            raise
-        self._texts = {r.request_id: [_Sample(llm, i) for i in range(r.n)] for r in self.requests}
-        self.unfinished = {r.request_id for r in self.requests}
+            for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
+                one = _Tracked(self.engine.add_request(ids, param), prompt, self.tokenizer)
+                self._tracked[one.request.request_id] = one
+                tracked.append(one)
+            # The first step and the decode steps after it: compiled side by side, and with a word about it.
+            self.warm_up([sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)])
+            yield tracked
+        finally:
+            for one in tracked:
+                del self._tracked[one.request.request_id]
+                self.engine.abort(one.request.request_id)
 
-    def __enter__(self) -> _Running:
-        return self
+    def _advance(self) -> None:
+        """One engine step; its tokens go to the requests they belong to, whoever called."""
+        with uninterrupted():
+            for event in self.engine.step():
+                one = self._tracked.get(event.sequence.request.request_id)
+                if one is not None:
+                    one.push(event)
 
-    def __exit__(self, *_: object) -> None:
-        for request in self.requests:
-            if not request.finished:
-                self._llm.engine.abort(request.request_id)
 
-    def chunks(self, events: Iterable[TokenEvent]) -> Iterator[StreamChunk]:
-        """Adds events to their samples; yields what each made visible."""
-        for event in events:
-            request = event.sequence.request
-            if request.request_id in self._texts:
-                chunk = self._texts[request.request_id][event.sequence.sample_index].push(event)
-                if request.finished:
-                    self.unfinished.discard(request.request_id)
-                yield chunk
+class _Tracked:
+    """A request on its way through the engine, with the text of its samples and what a stream has not read yet."""
 
-    def take(self, events: Iterable[TokenEvent]) -> Iterator[Request]:
-        """Adds events to their samples; yields the requests that finished with them."""
-        events = list(events)
-        for event, _ in zip(events, self.chunks(events), strict=False):
-            if event.finish_reason is not None and event.sequence.request.finished:
-                yield event.sequence.request
+    def __init__(self, request: Request, prompt: Prompt, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.chunks: deque[StreamChunk] = deque()
+        self._prompt = prompt if isinstance(prompt, str) else None
+        self._samples = [_Sample(tokenizer, index) for index in range(request.n)]
 
-    def output(self, request: Request) -> RequestOutput:
-        """The result of a request."""
+    def push(self, event: TokenEvent) -> None:
+        """Takes in a token."""
+        self.chunks.append(self._samples[event.sequence.sample_index].push(event))
+
+    def result(self) -> RequestOutput:
+        """The finished request's result."""
+        request = self.request
         metrics = None
         if request.finish_time is not None and request.first_token_time is not None:
             start = request.arrival_time or 0.0
@@ -284,9 +225,9 @@ class _Running:
             )
         return RequestOutput(
             request_id=request.request_id,
-            prompt=self._prompts[request.request_id],
+            prompt=self._prompt,
             prompt_token_ids=list(request.prompt),
-            outputs=[sample.output for sample in self._texts[request.request_id]],
+            outputs=[sample.output for sample in self._samples],
             num_cached_tokens=request.num_cached_tokens,
             metrics=metrics,
         )
@@ -295,9 +236,9 @@ class _Running:
 class _Sample:
     """One sample's output and the detokenizer that extends its text."""
 
-    def __init__(self, llm: LLM, index: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, index: int) -> None:
         self.output = CompletionOutput(index)
-        self._detokenizer = IncrementalDetokenizer(llm.tokenizer)
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
 
     def push(self, event: TokenEvent) -> StreamChunk:
         text = self._detokenizer.push([event.token_id])

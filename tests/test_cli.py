@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,25 @@ def test_generate_streams_the_answer_to_stdout(default_gguf: Path) -> None:
     command += ["--model", str(default_gguf), "--max-tokens", "5", "--max-model-len", "512"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout.startswith(" Paris")
+
+
+@pytest.mark.real
+def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(default_gguf: Path) -> None:
+    command = [sys.executable, "-u", "-m", "llm_infer.cli", "chat", "--model", str(default_gguf)]
+    command += ["--max-model-len", "512", "--max-tokens", "200"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdin and process.stdout and process.stderr
+    process.stdin.write(b"Write a very long story about a dragon.\n")
+    process.stdin.flush()
+    process.stdout.read(20)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    process.stdin.write(b"My name is Ada. What is my name?\n")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+    assert b"(stopped)" in err
+    assert b"Traceback" not in err
+    answers = out.decode().split("\n", 1)
+    assert len(answers) == 2 and len(answers[1].strip()) > 10, "the second question got no answer"
 
 
 def test_help_does_not_load_jax() -> None:

@@ -34,11 +34,13 @@ HOST = (
 ORDER = (
     ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py"),
     ("llm_infer/llm.py",),
+    ("llm_infer/loading.py",),
     ("llm_infer/engine/",),
     ("llm_infer/models/", "llm_infer/text/"),
     ("llm_infer/weights/", "llm_infer/scheduler/", "llm_infer/decoding/"),
     ("llm_infer/kvcache/",),
-    ("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/__init__.py"),
+    ("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
+    ("llm_infer/__init__.py",),
     ("pallas_kernels/",),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,38 @@ def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:
     stream.close()  # type: ignore[attr-defined]
     while llm.engine.has_work:
         llm.engine.step()
+    assert llm.engine.scheduler.usage(0) == 0.0
+
+
+def test_streams_read_in_turn_lose_nothing(llm: LLM) -> None:
+    prompts = ["The capital of France is", "1, 2, 3, 4,"]
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts]
+    texts = ["", ""]
+    open_streams = {0, 1}
+    while open_streams:
+        for i in sorted(open_streams):
+            chunk = next(streams[i], None)
+            if chunk is None:
+                open_streams.discard(i)
+            else:
+                texts[i] += chunk.text
+    assert texts == [r.outputs[0].text for r in llm.generate(prompts, GREEDY)]
+
+
+def test_ctrl_c_strikes_between_steps(llm: LLM) -> None:
+    step = llm.engine.step
+
+    def interrupted_step() -> list:
+        signal.raise_signal(signal.SIGINT)  # in the middle of everything a step does
+        return step()
+
+    llm.engine.step = interrupted_step  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("Once upon a time", GREEDY)
+    finally:
+        llm.engine.step = step  # type: ignore[method-assign]
+    assert llm.generate("The capital of France is", GREEDY)[0].outputs[0].text.startswith(" Paris")
     assert llm.engine.scheduler.usage(0) == 0.0
 
 

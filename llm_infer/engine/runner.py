@@ -123,7 +123,7 @@ class Runner:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for bucket, _ in zip(wanted, pool.map(self.compile, wanted), strict=True):
                 yield bucket
-        self._warm = buckets is None
+        self._warm = self._warm or buckets is None
 
     def bucket_of(self, num_tokens: int) -> int:
         """The smallest bucket that holds `num_tokens`."""
@@ -204,24 +204,27 @@ class SlotTable:
 
     def update(self, row: ScheduledRow, page_size: int) -> None:
         """Brings the slot of a row up to date; only pages that this step writes can have changed since the last one."""
-        sequence, pages = row.sequence, row.sequence.table.pages
+        sequence, slot = row.sequence, row.sequence.slot
+        assert slot is not None and sequence.table is not None, "a scheduled sequence has a slot and pages"
+        pages = sequence.table.pages
         owner = (sequence, sequence.first_step)  # a sequence that was preempted comes back with other pages
-        if self._owners[sequence.slot] != owner:
-            self._owners[sequence.slot] = owner
-            self._set_sampling(sequence)
+        if self._owners[slot] != owner:
+            self._owners[slot] = owner
+            self._set_sampling(sequence, slot)
+            self.tables[slot] = 0
             first = 0
         else:
             first = row.start // page_size
             last = (row.start + row.count - 1) // page_size
             if first == last:
-                self.tables[sequence.slot, first] = pages[first]
+                self.tables[slot, first] = pages[first]
                 return
-        self.tables[sequence.slot, first : len(pages)] = pages[first:]
+        self.tables[slot, first : len(pages)] = pages[first:]
 
-    def _set_sampling(self, sequence: Sequence) -> None:
+    def _set_sampling(self, sequence: Sequence, slot: int) -> None:
         params = sequence.request.sampling
         assert isinstance(params, SamplingParams) and params.seed is not None
-        slot, values = sequence.slot, self.sampling
+        values = self.sampling
         values["temperature"][slot] = params.temperature
         values["top_p"][slot] = params.top_p
         values["top_k"][slot] = params.top_k

@@ -103,7 +103,9 @@ def test_peak_memory(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    print(f"{result['bytes'] / 1e9:.2f} GB, peak {result['peak'] / result['bytes']:.3f} of that, {result['wall']:.1f} s")
+    print(
+        f"{result['bytes'] / 1e9:.2f} GB, peak {result['peak'] / result['bytes']:.3f} of that, {result['wall']:.1f} s"
+    )
     print(repr(result["shown"]))
     assert 0.9e9 < result["bytes"] < 1.2e9
     assert result["peak"] <= 1.3 * result["bytes"]

@@ -20,7 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llm_infer.errors import ModelError
-from llm_infer.llm import convert
+from llm_infer.loading import convert
 from llm_infer.models.config import ModelConfig, MoEConfig, RopeConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
 from llm_infer.models.decoder import split_model

@@ -1,0 +1,78 @@
+"""From a model's name to a tokenizer and a loaded model; and from there to a checkpoint that loads faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llm_infer.errors import ModelError, UserError
+from llm_infer.models.load import LoadedModel, dummy_model, dummy_source, load_model, save_model
+from llm_infer.models.registry import family
+from llm_infer.text.byte_tokenizer import byte_tokenizer
+from llm_infer.text.tokenizer import Tokenizer
+from llm_infer.weights.checkpoint_writer import checked_destination
+from llm_infer.weights.orbax_checkpoint import DTYPES
+from llm_infer.weights.progress import Progress
+from llm_infer.weights.sources import OpenModel, open_model, resolve, tokenizer_files
+
+LOAD_FORMATS = ("auto", "dummy")
+
+
+def load(name: str, *, load_format: str, fused_qkv: bool, progress: Progress) -> tuple[Tokenizer, LoadedModel]:
+    """Tokenizer and model of a name as for `LLM`.
+
+    Raises:
+        UserError: the model cannot be found or loaded, or `load_format` is not one of LOAD_FORMATS.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise UserError(f"load_format={load_format!r}: expected one of {', '.join(LOAD_FORMATS)}")
+    if load_format == "dummy":
+        return _dummy(name, fused_qkv)
+    opened = open_model(resolve(name, progress=progress))
+    family(opened.config)  # an unknown architecture is the first thing to hear of
+    tokenizer = _tokenizer(opened)
+    model = load_model(opened, fused_qkv=fused_qkv, progress=progress)
+    opened.tensors.close()
+    return tokenizer, model
+
+
+def convert(source: str, destination: str | Path, *, dtype: str = "float32", progress: Progress | None = None) -> Path:
+    """Writes a model as a checkpoint of stacked, fused parameters that loads without any conversion.
+
+    Args:
+        source: a model as for `LLM`.
+        destination: a directory that does not exist or is empty.
+        dtype: "float32", or "bfloat16" for half the size; a model that runs in another type is converted when it loads.
+        progress: reports what is read and written; None is silent.
+
+    Returns:
+        The absolute path of the checkpoint.
+
+    Raises:
+        ModelError: the source cannot be loaded, or the destination is in use or cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
+    path = checked_destination(destination)
+    opened = open_model(resolve(source, progress=progress))
+    _tokenizer(opened)  # a model whose tokenizer is not supported fails here, not after minutes of writing
+    files = tokenizer_files(opened)
+    model = load_model(opened, dtype=DTYPES[dtype], progress=progress)
+    opened.tensors.close()
+    save_model(model, path, files, progress=progress)
+    return path
+
+
+def _dummy(name: str, fused_qkv: bool) -> tuple[Tokenizer, LoadedModel]:
+    """A model of random weights, with the tokenizer of its directory where there is one."""
+    values, directory = dummy_source(name)
+    config = family(values).config(values, fused_qkv=fused_qkv)
+    if directory is not None and (directory / "tokenizer.json").is_file():
+        return Tokenizer.from_hf_directory(directory), dummy_model(config)
+    return byte_tokenizer(config.vocab_size), dummy_model(config)
+
+
+def _tokenizer(opened: OpenModel) -> Tokenizer:
+    metadata = opened.tokenizer_metadata
+    if metadata is not None:
+        return Tokenizer.from_gguf(metadata)
+    return Tokenizer.from_hf_directory(opened.tokenizer_directory)
