@@ -14,10 +14,11 @@ from llm_infer.models.experts import ExpertsMLP, _blocks, block_rows
 E, F, L = 16, 12, 2
 
 
-def make(experts: int, chosen: int, *, normalise: bool = True) -> ExpertsMLP:
+def make(experts: int, chosen: int, *, normalise: bool = True) -> tuple[nnx.GraphDef, dict]:
+    """The layer's definition and the shapes of its parameters."""
     moe = MoEConfig(experts, chosen, F, normalise)
     config = ModelConfig("Qwen3MoeForCausalLM", 32, E, L, 2, 2, 8, F, 64, moe=moe)
-    return ExpertsMLP(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    return nnx.split(nnx.eval_shape(lambda: ExpertsMLP(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
 
 
 def expected(mlp: ExpertsMLP, x: np.ndarray, layer: int) -> np.ndarray:
@@ -43,10 +44,12 @@ def expected(mlp: ExpertsMLP, x: np.ndarray, layer: int) -> np.ndarray:
     ("tokens", "experts", "chosen", "normalise"), [(2, 8, 2, True), (33, 8, 2, False), (70, 4, 4, True)]
 )
 def test_equals_the_obvious_computation(tokens: int, experts: int, chosen: int, normalise: bool) -> None:
-    mlp = make(experts, chosen, normalise=normalise)
-    x = np.random.default_rng(0).standard_normal((tokens, E)).astype(np.float32)
-    found = jax.jit(lambda x, layer: mlp(x, layer))(x, jnp.int32(1))
-    np.testing.assert_allclose(found, expected(mlp, x, 1), atol=2e-6)
+    rng = np.random.default_rng(0)
+    definition, specs = make(experts, chosen, normalise=normalise)
+    params = jax.tree.map(lambda spec: (rng.standard_normal(spec.shape) * 0.25).astype(np.float32), specs)
+    x = rng.standard_normal((tokens, E)).astype(np.float32)
+    found = jax.jit(lambda params, x, layer: nnx.merge(definition, params)(x, layer))(params, x, jnp.int32(1))
+    np.testing.assert_allclose(found, expected(nnx.merge(definition, params), x, 1), atol=2e-6)
 
 
 @pytest.mark.parametrize("experts", [[3] * 11, [0, 1, 2, 3], [3, 3, 0, 3, 2, 0, 3, 3, 3]])
@@ -64,6 +67,7 @@ def test_block_rows() -> None:
 
 
 def test_nothing_of_tokens_times_experts_times_width_is_made() -> None:
-    mlp = make(64, 2)
-    text = jax.jit(lambda x: mlp(x, jnp.int32(0))).lower(jax.ShapeDtypeStruct((32, E), jnp.float32)).as_text()
+    definition, specs = make(64, 2)
+    run = jax.jit(lambda params, x: nnx.merge(definition, params)(x, jnp.int32(0)))
+    text = run.lower(specs, jax.ShapeDtypeStruct((32, E), jnp.float32)).as_text()
     assert "while" in text and f"32x64x{E}" not in text and f"32x64x{F}" not in text
