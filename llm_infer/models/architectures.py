@@ -14,12 +14,13 @@ from llm_infer.models.registry import family
 
 def architectures_dir() -> Path:
     """Where the TOML files are: `configs/models` of the repository, or what the installed distribution brought."""
-    repository = Path(__file__).parents[2] / "configs" / "models"
+    repository = Path(__file__).parents[2]
+    if (repository / "pyproject.toml").is_file():
+        return repository / "configs" / "models"
     installed = Path(sysconfig.get_path("data")) / "share" / "llm_infer" / "models"
-    for directory in (repository, installed):
-        if directory.is_dir():
-            return directory
-    raise ModelError(f"the architecture files are neither in {repository} nor in {installed}: install llm-infer again")
+    if not installed.is_dir():
+        raise ModelError(f"the architecture files are not in {installed}: install llm-infer again")
+    return installed
 
 
 def architecture_names() -> list[str]:

@@ -187,7 +187,7 @@ def split_model(
 
 def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
     """The callable model; cheap, meant to be called inside a traced function."""
-    flat = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
+    flat: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
     return nnx.merge(definition, nnx.from_flat_state(flat))
 
 
