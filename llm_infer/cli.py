@@ -1,4 +1,4 @@
-"""The command line: `llm-infer generate | chat | convert | bench | doctor`. Answers go to stdout, the rest to stderr."""
+"""The command line: `llm-infer generate | chat | convert | models | bench | doctor`. Answers go to stdout, the rest to stderr."""
 
 from __future__ import annotations
 

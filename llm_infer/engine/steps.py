@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Shaped
 
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.engine.layout import StepLayout
@@ -15,7 +15,7 @@ from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Cache, Layer, LayerLoop, Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
-Pages = Float[Array, "L P ..."]
+Pages = Shaped[Array, "L P ..."]
 LastIds = Int[Array, "dp slots"]
 StepFunction = Callable[[Params, Pages, LastIds, Int[Array, "dp N"]], tuple[Pages, LastIds, dict[str, Array]]]
 
