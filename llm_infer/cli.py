@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +54,7 @@ def generate(
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
     llm = _interactive_llm(model, max_model_len, load_format)
@@ -202,14 +203,32 @@ def _interactive_llm(model: str, max_model_len: int | None, load_format: str = "
     return LLM(model, max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=512, load_format=load_format)
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
 
 
 def main() -> None:
     """Entry point: user errors are one line and exit code 1 (2 for a wrong call); `--debug` shows the traceback."""
     debug = "--debug" in sys.argv[1:]
+    if sys.argv[1:] in ([], ["bench"]):
+        sys.argv.append("--help")
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
     # JAX would print a warning on machines with a TPU library or GPU driver that it does not use.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
@@ -220,9 +239,6 @@ def main() -> None:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except Exception as error:
         # click's own errors (unknown flag, missing argument) carry an exit code and a message for the user.
         if debug or not hasattr(error, "format_message"):

@@ -12,6 +12,13 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _require_integers(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = value is None or (isinstance(value, int) and not isinstance(value, bool))
+        _require(ok, f"{name}={value!r}: expected a whole number")
+
+
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """Size and sharing of the KV page pool.
@@ -29,13 +36,18 @@ class CacheConfig:
     enable_prefix_caching: bool = True
 
     def __post_init__(self) -> None:
+        _require_integers(self, "page_size", "num_pages", "memory_bytes")
+        _require(
+            self.memory_bytes is None or self.memory_bytes > 0,
+            f"kv_cache_memory={self.memory_bytes}: expected a positive number of bytes",
+        )
         _require(
             self.page_size in (8, 16, 32, 64, 128),
-            f"page_size={self.page_size} is not supported: set CacheConfig.page_size to 8, 16, 32, 64 or 128",
+            f"page_size={self.page_size} is not supported: set page_size to 8, 16, 32, 64 or 128",
         )
         _require(
             self.num_pages is None or self.num_pages >= 2,
-            f"num_pages={self.num_pages} leaves no usable page beside the null page: set CacheConfig.num_pages to 2 or more",
+            f"num_pages={self.num_pages} leaves no usable page beside the null page: set num_pages to 2 or more",
         )
 
 
@@ -58,6 +70,7 @@ class SchedulerConfig:
     watermark: float = 0.01
 
     def __post_init__(self) -> None:
+        _require_integers(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
         _require(self.max_num_seqs >= 1, f"max_num_seqs={self.max_num_seqs}: must be at least 1")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,
@@ -92,3 +105,7 @@ class EngineConfig:
     overlap: bool = True
     check_every_step: bool = False
     fused_qkv: bool = True
+
+    def __post_init__(self) -> None:
+        _require_integers(self, "seed")
+        _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -81,11 +82,14 @@ class LLM:
             check_every_step=check_every_step,
             fused_qkv=fused_qkv,
         )
-        enable_compile_cache()
         self._progress = Progress(enabled=progress)
+        if note := enable_compile_cache():
+            self._progress.note(note)
         self.tokenizer, loaded = load(model, load_format=load_format, fused_qkv=fused_qkv, progress=self._progress)
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
         self._tracked: dict[str, _Tracked] = {}
+        # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
+        self._lock = threading.RLock()
 
     def warm_up(self, token_counts: Sequence[int] | None = None) -> None:
         """Compiles step programs now; a program that is missing is compiled when it is first needed.
@@ -132,7 +136,9 @@ class LLM:
 
         Several streams may be read in turn: all of them advance together.
         """
-        with self._track([prompt], [sampling_params or SamplingParams()]) as (one,):
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
+        with self._track([prompt], _per_prompt(sampling_params, 1)) as (one,):
             while one.chunks or not one.request.finished:
                 if not one.chunks:
                     self._advance()
@@ -147,7 +153,9 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, through the model's chat template."""
-        several = bool(messages) and not isinstance(messages[0], Mapping)
+        if isinstance(messages, Mapping | str) or not messages:
+            raise RequestError(f"expected a list of messages with role and content, found {messages!r:.60}")
+        several = not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
         return self.generate([self.chat_prompt(m, tools=tools) for m in conversations], sampling_params)
 
@@ -162,6 +170,8 @@ class LLM:
             RequestError: the model has no chat template, or the messages do not fit it.
         """
         tokenizer = self.tokenizer
+        if not messages:
+            raise RequestError("the conversation is empty: expected at least one message")
         if tokenizer.chat_template is None:
             raise RequestError("this model has no chat template: use raw prompts (LLM.generate, or --raw)")
         bos, eos = (
@@ -177,21 +187,24 @@ class LLM:
         prompt_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         tracked: list[_Tracked] = []
         try:
-            for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
-                one = _Tracked(self.engine.add_request(ids, param), prompt, self.tokenizer)
-                self._tracked[one.request.request_id] = one
-                tracked.append(one)
-            # The first step and the decode steps after it: compiled side by side, and with a word about it.
-            self.warm_up([sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)])
+            with self._lock:
+                for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
+                    one = _Tracked(self.engine.add_request(ids, param), prompt, self.tokenizer)
+                    self._tracked[one.request.request_id] = one
+                    tracked.append(one)
+                # The first step and the decode steps after it: compiled side by side, and with a word about it.
+                if tracked:
+                    self.warm_up([sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)])
             yield tracked
         finally:
-            for one in tracked:
-                del self._tracked[one.request.request_id]
-                self.engine.abort(one.request.request_id)
+            with self._lock:
+                for one in tracked:
+                    del self._tracked[one.request.request_id]
+                    self.engine.abort(one.request.request_id)
 
     def _advance(self) -> None:
         """One engine step; its tokens go to the requests they belong to, whoever called."""
-        with uninterrupted():
+        with self._lock, uninterrupted():
             for event in self.engine.step():
                 one = self._tracked.get(event.sequence.request.request_id)
                 if one is not None:
@@ -251,14 +264,28 @@ class _Sample:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)):
+    """One prompt or several as a list of prompts."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"expected a prompt or a list of prompts (text or token ids), found {type(prompts).__name__}"
+        )
+    if prompts and not isinstance(prompts[0], str | Sequence):
         return [prompts]  # type: ignore[list-item]
+    for prompt in prompts:
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
     return list(prompts)  # type: ignore[arg-type]
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if not isinstance(params, Sequence) or not all(isinstance(param, SamplingParams) for param in params):
+        raise RequestError(
+            f"sampling_params must be SamplingParams, one for all or one per prompt; found {params!r:.60}"
+        )
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one per prompt")
     return list(params)

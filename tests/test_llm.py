@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,47 @@ def test_a_bad_request_runs_nothing(llm: LLM) -> None:
     assert not llm.engine.scheduler.has_unfinished
     with pytest.raises(RequestError, match="2 sampling parameters for 1 prompts"):
         llm.generate(["fine"], [GREEDY, GREEDY])
+
+
+def test_a_failed_step_ends_its_requests_and_not_the_engine(llm: LLM) -> None:
+    submit = llm.engine.runner.submit
+
+    def failing(plan: object) -> None:
+        raise MemoryError("the device is full")
+
+    llm.engine.runner.submit = failing  # type: ignore[method-assign,assignment]
+    try:
+        with pytest.raises(MemoryError, match="the device is full"):
+            llm.generate("Hi", GREEDY)
+    finally:
+        llm.engine.runner.submit = submit  # type: ignore[method-assign]
+    assert llm.generate("The capital of France is", GREEDY)[0].outputs[0].text.startswith(" Paris")
+
+
+def test_threads_share_an_llm(llm: LLM) -> None:
+    prompts = ["The capital of France is", "1, 2, 3, 4,", "Water boils at"]
+    expected = [llm.generate(prompt, GREEDY)[0].outputs[0].text for prompt in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda prompt: llm.generate(prompt, GREEDY)[0].outputs[0].text, prompts))
+    assert results == expected
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda llm: llm.generate(None),
+        lambda llm: llm.generate(b"abc"),
+        lambda llm: llm.generate([[1.5]]),
+        lambda llm: llm.generate([[True]]),
+        lambda llm: llm.generate(["a", 3]),
+        lambda llm: llm.generate("a", {"max_tokens": 3}),
+        lambda llm: list(llm.stream(["Hi", "a"])),
+        lambda llm: llm.chat([]),
+        lambda llm: llm.chat([[]]),
+        lambda llm: llm.chat({"role": "user", "content": "Hi"}),
+    ],
+)
+def test_malformed_calls_are_request_errors(llm: LLM, call: Callable[[LLM], object]) -> None:
+    with pytest.raises(RequestError):
+        call(llm)
+    assert not llm.engine.scheduler.has_unfinished

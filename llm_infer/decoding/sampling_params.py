@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llm_infer.errors import RequestError
@@ -56,6 +57,8 @@ class SamplingParams:
             _integer("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
+        if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Iterable):
+            raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: expected a list of token ids")
         if not isinstance(self.stop_token_ids, tuple):
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:

@@ -20,12 +20,20 @@ def cache_directory() -> Path | None:
     return cache_dir() / "xla"
 
 
-def enable_compile_cache() -> None:
-    """Points JAX at the cache and keeps every program, however small."""
+def enable_compile_cache() -> str | None:
+    """Points JAX at the cache and keeps every program, however small.
+
+    Returns:
+        A note for the user where programs cannot be kept; the engine runs all the same.
+    """
     directory = cache_directory()
     if directory is None:
-        return
-    directory.mkdir(parents=True, exist_ok=True)
+        return None
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"compiled programs are not kept: {directory} cannot be made ({error.strerror}); set LLM_INFER_CACHE"
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return None

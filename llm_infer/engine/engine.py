@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.memory import default_num_pages
+from llm_infer.engine.memory import check_pool_fits, default_num_pages
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
@@ -55,13 +55,9 @@ class Engine:
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = EngineTimes()
         num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
-        self.scheduler = Scheduler(
-            config.scheduler,
-            num_pages=num_pages,
-            page_size=config.cache.page_size,
-            max_model_len=self.max_model_len,
-            enable_prefix_caching=config.cache.enable_prefix_caching,
-        )
+        check_pool_fits(model, config, num_pages)
+        self._num_pages = num_pages
+        self.scheduler = self._new_scheduler()
         self.runner = Runner(model, config, num_pages=num_pages, max_model_len=self.max_model_len)
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
@@ -98,8 +94,10 @@ class Engine:
         """
         params = params or SamplingParams()
         index, self._num_requests = self._num_requests, self._num_requests + 1
-        ids = np.asarray(prompt_ids, np.int64)
-        if ids.ndim != 1 or not len(ids):
+        ids = np.asarray(prompt_ids)
+        if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+            raise RequestError(f"a prompt of token ids must be a flat list of whole numbers, found {prompt_ids!r:.60}")
+        if not ids.size:
             raise RequestError("the prompt is empty: at least one token is needed")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise RequestError(f"the prompt holds token ids outside the vocabulary of {self.vocab_size} tokens")
@@ -136,16 +134,37 @@ class Engine:
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         self.times.schedule += time.perf_counter() - started
-        pending = self.runner.submit(plan) if plan is not None else None
-        events = self._commit(self._in_flight)
-        self._in_flight = pending
-        if not self.config.overlap:
-            events += self._commit(self._in_flight)
-            self._in_flight = None
+        try:
+            pending = self.runner.submit(plan) if plan is not None else None
+            events = self._commit(self._in_flight)
+            self._in_flight = pending
+            if not self.config.overlap:
+                events += self._commit(self._in_flight)
+                self._in_flight = None
+        except Exception:
+            self._start_anew()
+            raise
         self.times.steps += plan is not None
         if self.config.check_every_step:
             self.scheduler.check()
         return events
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler(
+            self.config.scheduler,
+            num_pages=self._num_pages,
+            page_size=self.config.cache.page_size,
+            max_model_len=self.max_model_len,
+            enable_prefix_caching=self.config.cache.enable_prefix_caching,
+        )
+
+    def _start_anew(self) -> None:
+        """After a step failed: its pages may be lost, so what runs ends with "abort"; later requests find a clean engine."""
+        for request_id in list(self.scheduler.requests):
+            self.scheduler.abort(request_id)
+        self._in_flight = None
+        self.scheduler = self._new_scheduler()
+        self.runner.reset()
 
     def _commit(self, pending: PendingStep | None) -> list[TokenEvent]:
         if pending is None:

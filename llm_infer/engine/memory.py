@@ -12,6 +12,17 @@ CPU_POOL_BYTES = 1 << 30
 CPU_POOL_SHARE = 0.25
 
 
+def check_pool_fits(model: LoadedModel, config: EngineConfig, num_pages: int) -> None:
+    """Raises CapacityError for a pool that is larger than the machine's memory."""
+    pool = num_pages * config.cache.page_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if pool > physical:
+        raise CapacityError(
+            f"num_pages={num_pages} makes a page pool of {pool / 1e9:.1f} GB, the machine has {physical / 1e9:.1f} GB: "
+            "lower num_pages"
+        )
+
+
 def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: int) -> int:
     """Pages of a shard including the null page.
 
@@ -30,6 +41,6 @@ def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: i
     if fits < 2:
         raise CapacityError(
             f"the page pool of {memory / 1e6:.1f} MB holds {fits} pages of {page_bytes / 1e6:.2f} MB, at least 2 are "
-            "needed: raise CacheConfig.memory_bytes"
+            "needed: raise kv_cache_memory"
         )
     return int(min(fits, config.scheduler.max_num_seqs * per_sequence + 1))

@@ -85,12 +85,17 @@ class Runner:
             head_dim=model.config.head_dim,
             dtype=model.dtype,
         )
-        self.pages = jnp.zeros(shape, kv_pool_dtype(jax.default_backend(), model.dtype))
-        # One slot more than there are sequences: rows whose id nobody reads write there.
-        self.last_ids = jnp.zeros((1, self.max_num_seqs + 1), jnp.int32)
+        self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), model.dtype))
+        self.reset()
         self._keep_logits = keep_logits
         self._programs: dict[int, tuple[StepLayout, Callable]] = {}
         self._warm = False
+
+    def reset(self) -> None:
+        """Empty pages and slots; the programs stay."""
+        self.pages = jnp.zeros(self._pool.shape, self._pool.dtype)
+        # One slot more than there are sequences: rows whose id nobody reads write there.
+        self.last_ids = jnp.zeros((1, self.max_num_seqs + 1), jnp.int32)
         self._slots = SlotTable(self.max_num_seqs, self.pages_per_seq)
 
     def layout(self, bucket: int) -> StepLayout:

@@ -132,7 +132,7 @@ class Scheduler:
         if length >= limit:
             raise RequestError(
                 f"the prompt has {length} tokens, the context holds {limit} and one must be left for the output: "
-                "shorten the prompt or raise SchedulerConfig.max_model_len"
+                "shorten the prompt or raise max_model_len"
             )
         if request.max_tokens is not None:
             limit = min(limit, length + request.max_tokens)
@@ -141,8 +141,8 @@ class Scheduler:
         if needed > self.allocator.num_usable:
             raise RequestError(
                 f"the request can grow to {limit} tokens, which need {needed} pages of {self.page_size} tokens; there "
-                f"are {self.allocator.num_usable}: raise CacheConfig.memory_bytes or CacheConfig.num_pages, or lower "
-                "max_tokens or SchedulerConfig.max_model_len"
+                f"are {self.allocator.num_usable}: raise num_pages or kv_cache_memory, or lower "
+                "max_tokens or max_model_len"
             )
         request.arrival = self._num_arrived
         request.arrival_time = self._clock()

@@ -276,10 +276,10 @@ def test_finishing_the_first_sample_early_leaves_the_others() -> None:
 def test_request_that_can_never_fit_is_refused() -> None:
     engine = FakeEngine(num_pages=5, max_model_len=64)
     with pytest.raises(
-        RequestError, match=r"grow to 18 tokens, which need 5 pages.*are 4: raise CacheConfig.memory_byt"
+        RequestError, match=r"grow to 18 tokens, which need 5 pages.*are 4: raise num_pages or kv_cache_mem"
     ):
         engine.add([1] * 10, max_tokens=8)
-    with pytest.raises(RequestError, match=r"the context holds 64.*SchedulerConfig.max_model_len"):
+    with pytest.raises(RequestError, match=r"the context holds 64.*max_model_len"):
         engine.add([1] * 64, max_tokens=1)
     engine.add([1] * 10, max_tokens=7)
     with pytest.raises(RequestError, match="request id 'r0' is in use"):
