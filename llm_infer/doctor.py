@@ -12,7 +12,7 @@ from llm_infer.engine.compile_cache import cache_directory
 from llm_infer.weights.default_model import DEFAULT_MODEL, find
 from llm_infer.weights.environment import cache_dir, offline_variable
 
-PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numba", "gguf", "tokenizers", "safetensors", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "llvmlite", "gguf", "tokenizers", "safetensors", "numpy")
 
 
 def report() -> str:

@@ -75,12 +75,17 @@ _ATTENTION = (
     Implementation("xla", "pallas_kernels.paged_attention.xla"),
     Implementation("reference", "pallas_kernels.paged_attention.reference"),
 )
+_QUANT_MATMUL = (
+    Implementation("cpu", "pallas_kernels.quant_matmul.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("reference", "pallas_kernels.quant_matmul.reference"),
+)
 _COPY_PAGES = (Implementation("xla", "pallas_kernels.paged_attention.copy_pages"),)
 
 # op -> its implementations, the first that can run the case is taken.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "paged_attention": _ATTENTION,
     "copy_pages": _COPY_PAGES,
+    "quant_matmul": _QUANT_MATMUL,
 }
 
 

@@ -1,0 +1,450 @@
+"""A small tracing language for native CPU kernels: Python that runs once and writes LLVM IR with explicit vectors.
+
+A kernel body is ordinary Python over `Value` (an SSA scalar or vector), `Ptr` (typed memory) and `Var` (a mutable local).
+Python loops unroll, `with k.range(...)` makes a loop at run time. Nothing is reassociated or contracted: a sum has the
+order written, which is what makes row results independent of the batch. LLVM splits vectors wider than the machine's, so
+the same source is right on every CPU; only the choice of width is a matter of speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+from pallas_kernels.cpu_ffi.compile import Target
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
+BF16 = I16  # loaded as bits: bf16 -> f32 is a shift (Emitter.bf16_to_f32), and no CPU before Zen 4 has more
+POINTER = ir.PointerType()
+
+FLOAT_TYPES = (ir.HalfType, ir.FloatType, ir.DoubleType)
+
+
+def element_type(type_: Any) -> Any:
+    """The scalar type of a scalar or vector type."""
+    return type_.element if isinstance(type_, ir.VectorType) else type_
+
+
+def element_bytes(type_: Any) -> int:
+    """Size in memory of a scalar or vector type."""
+    if isinstance(type_, ir.VectorType):
+        return type_.count * element_bytes(type_.element)
+    if isinstance(type_, ir.IntType):
+        return type_.width // 8
+    return {ir.HalfType: 2, ir.FloatType: 4, ir.DoubleType: 8, ir.PointerType: 8}[type(type_)]
+
+
+class Value:
+    """An SSA scalar or vector. Integers are signed where it matters (compare, division, conversion, widening)."""
+
+    def __init__(self, k: Emitter, ssa: Any) -> None:
+        self.k, self.ssa = k, ssa
+
+    @property
+    def type(self) -> Any:
+        return self.ssa.type
+
+    @property
+    def is_float(self) -> bool:
+        return isinstance(element_type(self.type), FLOAT_TYPES)
+
+    def _binary(self, other: Value | float, int_op: str, float_op: str | None) -> Value:
+        a, b = self.k.match(self, other)
+        op = float_op if a.is_float else int_op
+        if op is None:
+            raise TypeError(f"{int_op} is not defined on {a.type}")
+        return Value(self.k, getattr(self.k.builder, op)(a.ssa, b.ssa))
+
+    def __add__(self, other: Value | float) -> Value:
+        return self._binary(other, "add", "fadd")
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self._binary(other, "sub", "fsub")
+
+    def __rsub__(self, other: float) -> Value:
+        return self.k.like(self, other) - self
+
+    def __mul__(self, other: Value | float) -> Value:
+        return self._binary(other, "mul", "fmul")
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self._binary(other, "sdiv", "fdiv")
+
+    def __floordiv__(self, other: Value | int) -> Value:
+        """Integer quotient of non-negative values."""
+        return self._binary(other, "udiv", None)
+
+    def __mod__(self, other: Value | int) -> Value:
+        """Integer remainder of non-negative values."""
+        return self._binary(other, "urem", None)
+
+    def __and__(self, other: Value | int) -> Value:
+        return self._binary(other, "and_", None)
+
+    def __or__(self, other: Value | int) -> Value:
+        return self._binary(other, "or_", None)
+
+    def __xor__(self, other: Value | int) -> Value:
+        return self._binary(other, "xor", None)
+
+    def __lshift__(self, other: Value | int) -> Value:
+        return self._binary(other, "shl", None)
+
+    def __rshift__(self, other: Value | int) -> Value:
+        """Logical shift right (zeros come in)."""
+        return self._binary(other, "lshr", None)
+
+    def _compare(self, op: str, other: Value | float) -> Value:
+        a, b = self.k.match(self, other)
+        build = self.k.builder.fcmp_ordered if a.is_float else self.k.builder.icmp_signed
+        return Value(self.k, build(op, a.ssa, b.ssa))
+
+    def __lt__(self, other: Value | float) -> Value:
+        return self._compare("<", other)
+
+    def __le__(self, other: Value | float) -> Value:
+        return self._compare("<=", other)
+
+    def __gt__(self, other: Value | float) -> Value:
+        return self._compare(">", other)
+
+    def __ge__(self, other: Value | float) -> Value:
+        return self._compare(">=", other)
+
+    def eq(self, other: Value | float) -> Value:
+        return self._compare("==", other)
+
+    def ne(self, other: Value | float) -> Value:
+        return self._compare("!=", other)
+
+    def to(self, element: Any, signed: bool = True) -> Value:
+        """Convert every element: widen, truncate, int <-> float (toward zero), float <-> float."""
+        source = element_type(self.type)
+        target = ir.VectorType(element, self.type.count) if isinstance(self.type, ir.VectorType) else element
+        if source == element:
+            return self
+        b = self.k.builder
+        if isinstance(source, ir.IntType) and isinstance(element, ir.IntType):
+            op = b.trunc if element.width < source.width else b.sext if signed else b.zext
+        elif isinstance(source, ir.IntType):
+            op = b.sitofp if signed else b.uitofp
+        elif isinstance(element, ir.IntType):
+            op = b.fptosi if signed else b.fptoui
+        else:
+            op = b.fptrunc if element_bytes(element) < element_bytes(source) else b.fpext
+        return Value(self.k, op(self.ssa, target))
+
+    def bits(self, type_: Any) -> Value:
+        """The same bits as another type of the same size."""
+        return Value(self.k, self.k.builder.bitcast(self.ssa, type_))
+
+    def lane(self, i: int | Value) -> Value:
+        index = i.ssa if isinstance(i, Value) else I32(i)
+        return Value(self.k, self.k.builder.extract_element(self.ssa, index))
+
+    def with_lane(self, i: int, value: Value) -> Value:
+        return Value(self.k, self.k.builder.insert_element(self.ssa, value.ssa, I32(i)))
+
+    def shuffle(self, lanes: Sequence[int], other: Value | None = None) -> Value:
+        """Pick lanes by constant index; indices past the first vector's count go into `other`."""
+        mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
+        second = other.ssa if other is not None else ir.Constant(self.type, ir.Undefined)
+        return Value(self.k, self.k.builder.shuffle_vector(self.ssa, second, mask))
+
+
+class Ptr:
+    """Typed memory: `p[i]`, `p[i] = v`, `p + i`, vectors with `load` and `store`. Vector access needs no alignment."""
+
+    def __init__(self, k: Emitter, ssa: Any, element: Any) -> None:
+        self.k, self.ssa, self.element = k, ssa, element
+
+    def __add__(self, index: Value | int) -> Ptr:
+        address = self.k.builder.gep(self.ssa, [self.k.index(index)], inbounds=True, source_etype=self.element)
+        return Ptr(self.k, address, self.element)
+
+    def load(self, index: Value | int = 0, count: int | None = None) -> Value:
+        """One element, or `count` neighbouring ones as a vector."""
+        type_ = self.element if count is None else ir.VectorType(self.element, count)
+        at = (self + index).ssa
+        return Value(self.k, self.k.builder.load(at, align=element_bytes(self.element), typ=type_))
+
+    def store(self, index: Value | int, value: Value) -> None:
+        self.k.builder.store(value.ssa, (self + index).ssa, align=element_bytes(self.element))
+
+    def __getitem__(self, index: Value | int) -> Value:
+        return self.load(index)
+
+    def __setitem__(self, index: Value | int, value: Value | float) -> None:
+        self.store(index, value if isinstance(value, Value) else self.k.const(self.element, value))
+
+    def as_(self, element: Any) -> Ptr:
+        """The same address, read as another element type."""
+        return Ptr(self.k, self.ssa, element)
+
+    def pointer_at(self, index: Value | int, element: Any) -> Ptr:
+        """The pointer stored at `index` of an array of pointers."""
+        return Ptr(self.k, self.as_(POINTER).load(index).ssa, element)
+
+    def function_at(self, index: Value | int, kind: ir.FunctionType) -> Any:
+        """The function stored at `index` of an array of pointers, to be given to `Emitter.builder.call`."""
+        at = (self.as_(POINTER) + index).ssa
+        return self.k.builder.load(at, typ=ir.PointerType(kind))  # llvmlite wants the function's type on the pointer
+
+    def after(self, *values: Value) -> Ptr:
+        """The same address, but LLVM does not know that, and places what is loaded through it behind the vectors `values`.
+
+        It keeps LLVM from merging equal loads and from hoisting all loads of an unrolled body to its top, where the
+        registers run out. The machine itself does not wait: no instruction is emitted.
+        """
+        target = self.k.target
+        register = {"x86_64": "v" if target.has("avx512f") else "x", "aarch64": "w", "arm64": "w"}
+        letter, width = register.get(target.triple.split("-")[0]), target.register_bytes
+        if letter is None:
+            return self
+        values = tuple(v for v in values if element_bytes(v.type) <= width)
+        kind = ir.FunctionType(POINTER, [POINTER, *(v.type for v in values)])
+        constraints, args = "=r,0" + f",{letter}" * len(values), [self.ssa, *(v.ssa for v in values)]
+        return Ptr(self.k, self.k.builder.asm(kind, "", constraints, args, False), self.element)
+
+    def prefetch(self, index: Value | int) -> None:
+        """Ask for the cache line of an element, which need not be inside the buffer."""
+        args = [(self + index).ssa, I32(0), I32(3), I32(1)]
+        self.k.intrinsic("llvm.prefetch.p0", ir.VoidType(), args)
+
+
+class Var:
+    """A mutable local (a stack slot that LLVM turns into registers): read and assign `.v`."""
+
+    def __init__(self, k: Emitter, initial: Value) -> None:
+        self.k = k
+        self.slot = k.entry_alloca(initial.type)
+        self.type = initial.type
+        self.v = initial
+
+    @property
+    def v(self) -> Value:
+        return Value(self.k, self.k.builder.load(self.slot, typ=self.type))
+
+    @v.setter
+    def v(self, value: Value) -> None:
+        self.k.builder.store(value.ssa, self.slot)
+
+
+class Emitter:
+    """Writes one LLVM function for a target (its `lanes`, `registers` and `unit_lanes` steer how)."""
+
+    def __init__(self, function: ir.Function, target: Target) -> None:
+        self.function, self.target = function, target
+        self.lanes, self.registers, self.unit_lanes = target.lanes, target.registers, target.unit_lanes
+        self.module = function.module
+        self.entry = function.append_basic_block("entry")
+        self.builder = ir.IRBuilder(function.append_basic_block("body"))
+
+    def finish(self) -> None:
+        """Close the function: the entry block, which holds the stack slots, falls through to the body."""
+        if not self.builder.block.is_terminated:
+            self.builder.ret_void()
+        ir.IRBuilder(self.entry).branch(self.function.basic_blocks[1])
+
+    # constants and conversions
+    def const(self, type_: Any, value: float | Sequence[float]) -> Value:
+        """A constant; one number makes a splat of a vector type, a sequence gives every lane."""
+        if isinstance(type_, ir.VectorType) and not isinstance(value, Sequence):
+            value = [value] * type_.count
+        return Value(self, ir.Constant(type_, list(value) if isinstance(value, Sequence) else value))
+
+    def i64(self, value: int) -> Value:
+        return self.const(I64, value)
+
+    def like(self, value: Value, number: float) -> Value:
+        return self.const(value.type, number)
+
+    def index(self, index: Value | int) -> Any:
+        return I64(index) if isinstance(index, int) else index.to(I64).ssa
+
+    def splat(self, value: Value, count: int) -> Value:
+        first = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+        return Value(self, self.builder.insert_element(first, value.ssa, I32(0))).shuffle([0] * count)
+
+    def match(self, a: Value, b: Value | float) -> tuple[Value, Value]:
+        """Bring two operands to one type: numbers become constants, a scalar is splat to a vector, ints widen."""
+        if not isinstance(b, Value):
+            return a, self.like(a, b)
+        if isinstance(a.type, ir.VectorType) and not isinstance(b.type, ir.VectorType):
+            return a, self.splat(b, a.type.count)
+        if isinstance(b.type, ir.VectorType) and not isinstance(a.type, ir.VectorType):
+            return self.splat(a, b.type.count), b
+        if isinstance(a.type, ir.IntType) and isinstance(b.type, ir.IntType) and a.type.width != b.type.width:
+            wide = a.type if a.type.width > b.type.width else b.type
+            return a.to(wide), b.to(wide)
+        return a, b
+
+    def zeros(self, element: Any, count: int | None = None) -> Value:
+        return self.const(element if count is None else ir.VectorType(element, count), 0)
+
+    # control flow
+    @contextmanager
+    def range(self, start: Value | int, stop: Value | int, step: Value | int = 1) -> Iterator[Value]:
+        """A counted loop at run time; yields the int64 counter."""
+        counter = Var(self, Value(self, self.index(start)))
+        end, by = self.index(stop), self.index(step)
+        head, body, tail = (self.function.append_basic_block(name) for name in ("loop", "loop_body", "loop_end"))
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+        now = counter.v
+        self.builder.cbranch(self.builder.icmp_signed("<", now.ssa, end), body, tail)
+        self.builder.position_at_end(body)
+        yield now
+        counter.v = now + Value(self, by)
+        self.builder.branch(head)
+        self.builder.position_at_end(tail)
+
+    @contextmanager
+    def loop_while(self) -> Iterator[Any]:
+        """A loop that runs until the callable it yields is given a false condition: `with ... as go_on: go_on(c); ...`."""
+        head, tail = self.function.append_basic_block("while"), self.function.append_basic_block("while_end")
+        self.builder.branch(head)
+        self.builder.position_at_end(head)
+
+        def go_on(condition: Value) -> None:
+            body = self.function.append_basic_block("while_body")
+            self.builder.cbranch(condition.ssa, body, tail)
+            self.builder.position_at_end(body)
+
+        yield go_on
+        self.builder.branch(head)
+        self.builder.position_at_end(tail)
+
+    @contextmanager
+    def when(self, condition: Value, likely: bool | None = None) -> Iterator[None]:
+        with self.builder.if_then(condition.ssa, likely=likely):
+            yield
+
+    @contextmanager
+    def when_else(self, condition: Value) -> Iterator[tuple[Any, Any]]:
+        """`with k.when_else(c) as (yes, no):`, then `with yes: ...` and `with no: ...`."""
+        with self.builder.if_else(condition.ssa) as branches:
+            yield branches
+
+    def select(self, condition: Value, yes: Value, no: Value | float) -> Value:
+        yes, no = self.match(yes, no)
+        return Value(self, self.builder.select(condition.ssa, yes.ssa, no.ssa))
+
+    # memory
+    def entry_alloca(self, type_: Any, align: int | None = None) -> Any:
+        slot = ir.IRBuilder(self.entry).alloca(type_)
+        slot.type = POINTER  # llvmlite still gives it a typed pointer
+        if align is not None:
+            slot.align = align
+        return slot
+
+    def scratch(self, element: Any, count: int) -> Ptr:
+        """Uninitialised stack memory of this call, aligned to a cache line. Keep it far under a thread's stack (1 MiB)."""
+        return Ptr(self, self.entry_alloca(ir.ArrayType(element, count), align=64), element)
+
+    def var(self, initial: Value) -> Var:
+        return Var(self, initial)
+
+    # arithmetic
+    def intrinsic(self, name: str, result: Any, args: Sequence[Any]) -> Any:
+        """Call a function by name, declaring it on first use (LLVM intrinsics and C library functions)."""
+        function = self.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
+        return self.builder.call(function, list(args))
+
+    def _math(self, name: str, *args: Value) -> Value:
+        type_ = args[0].type
+        element = element_type(type_)
+        letter = {ir.FloatType: "f32", ir.DoubleType: "f64"}.get(type(element)) or f"i{element.width}"
+        suffix = f"v{type_.count}{letter}" if isinstance(type_, ir.VectorType) else letter
+        return Value(self, self.intrinsic(f"llvm.{name}.{suffix}", type_, [a.ssa for a in args]))
+
+    def fma(self, a: Value, b: Value, c: Value) -> Value:
+        """a * b + c, rounded once. Scalars among vectors are splat."""
+        count = next((v.type.count for v in (a, b, c) if isinstance(v.type, ir.VectorType)), None)
+        args = [v if count is None or isinstance(v.type, ir.VectorType) else self.splat(v, count) for v in (a, b, c)]
+        return self._math("fma", *args)
+
+    def max(self, a: Value, b: Value | float) -> Value:
+        a, b = self.match(a, b)
+        return self.select(a > b, a, b) if a.is_float else self._math("smax", a, b)
+
+    def min(self, a: Value, b: Value | float) -> Value:
+        a, b = self.match(a, b)
+        return self.select(a < b, a, b) if a.is_float else self._math("smin", a, b)
+
+    def abs(self, a: Value) -> Value:
+        return self._math("fabs", a)
+
+    def round_even(self, a: Value) -> Value:
+        """Nearest integer, ties to even, as a float."""
+        return self._math("rint", a)
+
+    def sqrt(self, a: Value) -> Value:
+        return self._math("sqrt", a)
+
+    def _fold(self, vector: Value, combine: Any) -> Value:
+        while (count := vector.type.count) > 1:
+            half = count // 2
+            vector = combine(vector.shuffle(range(half)), vector.shuffle(range(half, count)))
+        return vector.lane(0)
+
+    def sum_lanes(self, vector: Value) -> Value:
+        """Sum of all lanes in a fixed tree: upper half onto lower half, again and again."""
+        return self._fold(vector, lambda a, b: a + b)
+
+    def sum4(self, vectors: Sequence[Value]) -> Value:
+        """The sums of four vectors as one vector of four, each by the same tree as `sum_lanes`."""
+        vectors = list(vectors)
+        while vectors[0].type.count > 4:
+            half = vectors[0].type.count // 2
+            vectors = [v.shuffle(range(half)) + v.shuffle(range(half, 2 * half)) for v in vectors]
+        pairs = [a.shuffle([0, 4, 1, 5], b) + a.shuffle([2, 6, 3, 7], b) for a, b in (vectors[:2], vectors[2:])]
+        return pairs[0].shuffle([0, 1, 4, 5], pairs[1]) + pairs[0].shuffle([2, 3, 6, 7], pairs[1])
+
+    def max_lanes(self, vector: Value) -> Value:
+        return self._fold(vector, self.max)
+
+    def concat(self, parts: Sequence[Value]) -> Value:
+        """Join vectors of one length (a power of two of them) end to end."""
+        while len(parts) > 1:
+            n = parts[0].type.count
+            parts = [a.shuffle(range(2 * n), b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
+
+    def bf16_to_f32(self, bits: Value) -> Value:
+        wide = bits.to(I32, signed=False) << 16
+        return wide.bits(ir.VectorType(F32, bits.type.count) if isinstance(bits.type, ir.VectorType) else F32)
+
+    def f32_to_bf16(self, value: Value) -> Value:
+        """Round to nearest even (finite values; NaN stays NaN)."""
+        wide = value.bits(ir.VectorType(I32, value.type.count) if isinstance(value.type, ir.VectorType) else I32)
+        rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
+        quiet = (wide >> 16) | 0x40
+        is_nan = Value(self, self.builder.fcmp_unordered("uno", value.ssa, value.ssa))
+        return self.select(is_nan, quiet, rounded).to(I16)
+
+    def exp(self, x: Value) -> Value:
+        """e**x for finite float32 x (relative error under 2e-7); below -87.3 it is 0, above 88 about 1.65e38.
+
+        Cephes' expf scheme: x = n ln 2 + r with |r| <= ln(2)/2, a degree-6 polynomial in r, then 2**n by exponent bits.
+        """
+        x = self.max(self.min(x, 88.0), -104.0)
+        n = self.round_even(x * 1.4426950408889634)
+        r = self.fma(n, self.like(x, -0.693359375), x)
+        r = self.fma(n, self.like(x, 2.12194440e-4), r)
+        p = self.like(x, 1.9875691500e-4)
+        for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = self.fma(p, r, self.like(x, coefficient))
+        p = self.fma(p * r, r, r) + 1.0
+        int_type = ir.VectorType(I32, x.type.count) if isinstance(x.type, ir.VectorType) else I32
+        power = ((n.to(I32) + 127) << 23).bits(x.type)
+        del int_type
+        return self.select(x > -87.3, p * power, self.like(x, 0.0))

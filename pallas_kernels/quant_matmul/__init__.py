@@ -1,0 +1,73 @@
+"""Matmul with weights that stay in GGUF blocks: the contract that every implementation keeps, and the entry point.
+
+Axis letters: M activation rows, K their width, N output features (weight rows), L layers, R items of a weight row.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
+
+__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "quant_matmul"]
+
+PRECISIONS = ("exact", "fast")
+
+
+def quant_matmul(
+    x: jax.Array,
+    blocks: jax.Array,
+    layer: jax.Array | int = 0,
+    *,
+    kind: str,
+    precision: str = "exact",
+    implementation: str | None = None,
+) -> jax.Array:
+    """x times the transposed weights of one layer, from the file's own blocks.
+
+    `exact`: float32 activations and exactly dequantised weights (relative error about 1e-6, that of a float32 sum).
+    `fast`: the implementation may round activations to int8 in blocks of 32, as llama.cpp does.
+    With the native CPU implementation a row of the result has the same bits whatever M and the number of threads.
+
+    Args:
+        x: Float[Array, "M K"] float32.
+        blocks: UInt8[Array, "L N R"], rows of K weights in GGUF blocks of `kind`, R = FORMATS[kind].row_items(K); for
+            the dense kinds f32, f16 and bf16 the array [L, N, K] of that dtype. K is a multiple of 32 for all of them.
+        layer: Int32 scalar, may be traced.
+        kind: a key of FORMATS.
+        precision: exact or fast.
+        implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
+
+    Returns:
+        Float[Array, "M N"] float32.
+
+    Raises:
+        ValueError: at trace time, for shapes, dtypes or names other than these.
+    """
+    if kind not in FORMATS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(FORMATS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if x.ndim != 2 or x.dtype != jnp.float32:
+        raise ValueError(f"x: expected float32 [M, K], found {x.dtype.name} of shape {list(x.shape)}")
+    fmt = FORMATS[kind]
+    if blocks.ndim != 3 or blocks.dtype.name != fmt.dtype:
+        found = f"{blocks.dtype.name} of shape {list(blocks.shape)}"
+        raise ValueError(f"blocks: expected {fmt.dtype} [L, N, R] for {kind}, found {found}")
+    if blocks.shape[2] != fmt.row_items(x.shape[1]):
+        expected = f"rows of {fmt.row_items(x.shape[1])} {fmt.dtype} (K={x.shape[1]} {kind})"
+        raise ValueError(f"blocks: expected {expected}, found {blocks.shape[2]}")
+    platform, device_kind = dispatch.target()
+    case = dispatch.Case(
+        platform=platform,
+        device_kind=device_kind,
+        shapes={"x": tuple(x.shape), "blocks": tuple(blocks.shape)},
+        dtypes={"x": x.dtype.name, "blocks": blocks.dtype.name},
+        options={"kind": kind, "precision": precision},
+    )
+    choice = dispatch.choose("quant_matmul", case, implementation)
+    return dispatch.implementation("quant_matmul", choice.name)(
+        x, blocks, jnp.asarray(layer, jnp.int32), kind=kind, precision=precision
+    )

@@ -1,0 +1,103 @@
+"""Quantised matmul the obvious way: dequantise every weight to float32, then a float32 dot. The oracle of the others."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.dispatch import Case
+from pallas_kernels.quant_matmul.formats import FORMATS
+
+
+def _f16(bytes_: Array) -> Array:
+    """[..., 2] uint8 → [...] float32 through little-endian float16."""
+    return jax.lax.bitcast_convert_type(bytes_, jnp.float16).astype(jnp.float32)
+
+
+def _nibbles(qs: Array) -> tuple[Array, Array]:
+    """Low and high four bits as float32."""
+    return (qs & 15).astype(jnp.float32), (qs >> 4).astype(jnp.float32)
+
+
+def _q4_0(b: Array) -> Array:
+    low, high = _nibbles(b[..., 2:])
+    return _f16(b[..., 0:2])[..., None] * (jnp.concatenate([low, high], -1) - 8.0)
+
+
+def _q4_1(b: Array) -> Array:
+    low, high = _nibbles(b[..., 4:])
+    return _f16(b[..., 0:2])[..., None] * jnp.concatenate([low, high], -1) + _f16(b[..., 2:4])[..., None]
+
+
+def _q8_0(b: Array) -> Array:
+    return _f16(b[..., 0:2])[..., None] * jax.lax.bitcast_convert_type(b[..., 2:], jnp.int8).astype(jnp.float32)
+
+
+def _k_scales(s: Array) -> tuple[Array, Array]:
+    """[..., 12] packed bytes → eight 6-bit scales and eight 6-bit minima, [..., 8] float32 each."""
+    a, b, c = s[..., 0:4], s[..., 4:8], s[..., 8:12]
+    scale = jnp.concatenate([a & 63, (c & 15) | ((a >> 6) << 4)], -1)
+    minimum = jnp.concatenate([b & 63, (c >> 4) | ((b >> 6) << 4)], -1)
+    return scale.astype(jnp.float32), minimum.astype(jnp.float32)
+
+
+def _k_affine(b: Array, quants: Array) -> Array:
+    """Apply the scales of Q4_K and Q5_K to quants [..., 8, 32]."""
+    scale, minimum = _k_scales(b[..., 4:16])
+    d, dmin = _f16(b[..., 0:2])[..., None], _f16(b[..., 2:4])[..., None]
+    w = (d * scale)[..., None] * quants - (dmin * minimum)[..., None]
+    return w.reshape(*b.shape[:-1], 256)
+
+
+def _q4_k(b: Array) -> Array:
+    low, high = _nibbles(b[..., 16:].reshape(*b.shape[:-1], 4, 32))
+    return _k_affine(b, jnp.stack([low, high], -2).reshape(*b.shape[:-1], 8, 32))
+
+
+def _q5_k(b: Array) -> Array:
+    low, high = _nibbles(b[..., 48:].reshape(*b.shape[:-1], 4, 32))
+    fifth = jnp.stack([b[..., 16:48] >> g & 1 for g in range(8)], -2).astype(jnp.float32) * 16.0
+    return _k_affine(b, jnp.stack([low, high], -2).reshape(*b.shape[:-1], 8, 32) + fifth)
+
+
+def _q6_k(b: Array) -> Array:
+    lead = b.shape[:-1]
+    ql = b[..., 0:128].reshape(*lead, 2, 2, 32)  # half, l or l + 32, l
+    qh = b[..., 128:192].reshape(*lead, 2, 32)
+    scale = jax.lax.bitcast_convert_type(b[..., 192:208], jnp.int8).astype(jnp.float32)
+    lower = jnp.concatenate([ql & 15, ql >> 4], -2)  # [..., half, 4, 32]
+    upper = jnp.stack([qh >> 2 * g & 3 for g in range(4)], -2)
+    q = (lower | (upper << 4)).astype(jnp.float32) - 32.0
+    w = (_f16(b[..., 208:210])[..., None] * scale)[..., None] * q.reshape(*lead, 16, 16)
+    return w.reshape(*lead, 256)
+
+
+_DEQUANTISE = {"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q5_k": _q5_k, "q6_k": _q6_k}
+
+
+def dequantise(blocks: Array, kind: str) -> Array:
+    """Blocks [..., R] of the format's dtype → weights [..., K] float32.
+
+    Raises:
+        ValueError: the row is not a whole number of blocks.
+    """
+    fmt = FORMATS[kind]
+    if fmt.dtype != "uint8":
+        return blocks.astype(jnp.float32)
+    k = fmt.row_elements(blocks.shape[-1])
+    grouped = blocks.reshape(*blocks.shape[:-1], -1, fmt.bytes)
+    return _DEQUANTISE[kind](grouped).reshape(*blocks.shape[:-1], k)
+
+
+def why_not(case: Case) -> str | None:
+    """Runs everywhere; it dequantises a whole layer's matrix for each call."""
+    del case
+    return None
+
+
+def quant_matmul(x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact") -> Array:
+    """See `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
+    del precision
+    weights = dequantise(jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False), kind)
+    return jnp.einsum("mk,nk->mn", x, weights, precision=jax.lax.Precision.HIGHEST)
