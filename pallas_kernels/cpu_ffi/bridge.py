@@ -1,9 +1,19 @@
 """Native CPU kernels as XLA custom calls: declare the buffers, write the body, get a JAX function.
 
-XLA hands a handler an `XLA_FFI_CallFrame`. The handler written here answers the metadata query, acts at the EXECUTE stage
-only, checks count, dtype, rank and sizes of every buffer (a symbolic dimension must agree everywhere) and returns an
-`XLA_FFI_Error` that names kernel and argument; only then does a body see a pointer. Offsets are those of
-`xla/ffi/api/c_api.h` (see `jax.ffi.include_dir()`), the same in jaxlib 0.10 to 0.12.
+The handler written for a kernel answers the metadata query, acts at the EXECUTE stage only, checks count, dtype, rank and
+sizes of every buffer (a symbolic dimension must agree everywhere) and returns an `XLA_FFI_Error` that names kernel and
+argument; only then does a body see a pointer.
+
+    def body(k: Emitter, a: Frame) -> None:
+        def row(k: Emitter, a: Frame, i: Value) -> None:  # runs on the thread pool
+            with k.range(0, a.N) as j:
+                a.y[i * a.N + j] = a.x[i * a.N + j] * 2.0
+
+        a.parallel(a.M, row)
+
+    rows = {"x": Buffer("float32", "M N")}
+    double = Kernel("double", rows, {"y": rows["x"]}, body, sources=(__file__,))
+    (y,) = double(x)  # under jit, scan, shard_map
 """
 
 from __future__ import annotations
@@ -17,30 +27,17 @@ from typing import Any
 import jax
 from llvmlite import ir
 
+from pallas_kernels.cpu_ffi.call_frame import (
+    DTYPES,
+    Buffer,
+    Checker,
+    answer_metadata,
+    return_error,
+    return_unless_execute,
+)
 from pallas_kernels.cpu_ffi.compile import Target, host_target, load
-from pallas_kernels.cpu_ffi.emit import F32, I8, I16, I32, I64, POINTER, Emitter, Ptr, Value
+from pallas_kernels.cpu_ffi.emit import I64, POINTER, Emitter, Ptr, Value
 from pallas_kernels.cpu_ffi.threads import thread_pool
-
-API_MINOR = 3  # of c_api.h 0.3: everything used here
-EXECUTE_STAGE, BUFFER_KIND, METADATA_EXTENSION, INVALID_ARGUMENT = 3, 1, 1, 3
-MESSAGE_BYTES = 256
-# dtype name → (XLA_FFI_DataType, element in memory)
-DTYPES = {
-    "float32": (11, F32), "int32": (4, I32), "uint8": (6, I8), "int8": (2, I8), "bfloat16": (16, I16),
-    "float16": (10, I16), "uint16": (7, I16), "int64": (5, I64), "float8_e4m3fn": (20, I8), "float8_e5m2": (19, I8),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """One argument or result: dtype name and dimensions, "M K 32": names are symbols, numbers are exact, "" a scalar."""
-
-    dtype: str
-    dims: str
-
-    @property
-    def shape(self) -> tuple[str, ...]:
-        return tuple(self.dims.split())
 
 
 class Frame:
@@ -59,7 +56,7 @@ class Frame:
 
     def require(self, condition: Value, message: str) -> None:
         """Return the error `message` (InvalidArgument) to XLA unless the condition holds. Only before any output."""
-        _return_error(self._k, condition ^ 1, f"{self._kernel.name}: {message}")
+        return_error(self._k, condition ^ 1, f"{self._kernel.name}: {message}")
 
     def num_threads(self) -> Value:
         """Threads of the pool: for the size of tasks; a result must not depend on it."""
@@ -118,12 +115,12 @@ class Kernel:
         function = ir.Function(module, ir.FunctionType(POINTER, [POINTER]), "handler")
         k = Emitter(function, target)
         call = Ptr(k, function.args[0], I64)
-        _answer_metadata(k, call)
-        with k.when(call.as_(I32)[8].ne(EXECUTE_STAGE)):
-            k.builder.ret(ir.Constant(POINTER, None))
-        names = _Checker(self, k, call).run()
-        frame_slots = names.pop("")
-        self.body(k, Frame(self, k, frame_slots, list(names)))
+        answer_metadata(k, call)
+        return_unless_execute(k, call)
+        slots = k.scratch(I64, self.slots)
+        checker = Checker(k, call, self.name, slots, self.slots)
+        checker.run(self.args, self.results, self.aliases)
+        self.body(k, Frame(self, k, slots, checker.names))
         k.builder.ret(ir.Constant(POINTER, None))
         k.finish()
         return module
@@ -163,104 +160,3 @@ def _register(name: str, holder: _KernelByName) -> str:
     target = f"llm_infer.{name}"
     jax.ffi.register_ffi_target(target, new_capsule(handler, None, None), platform="cpu")
     return target
-
-
-def _answer_metadata(k: Emitter, call: Ptr) -> None:
-    """XLA asks for the API version through an extension of the call frame, with nothing else filled in."""
-    extension = call.pointer_at(1, I64)
-    with k.when(Value(k, k.builder.icmp_unsigned("!=", extension.ssa, ir.Constant(POINTER, None)))):
-        with k.when(extension.as_(I32)[2].eq(METADATA_EXTENSION)):
-            metadata = extension.pointer_at(3, I32)
-            metadata[6] = 0  # api_version.major_version
-            metadata[7] = API_MINOR
-            metadata[8] = 0  # traits
-            metadata.as_(I64)[5] = 0  # state_type_id: no state
-            k.builder.ret(ir.Constant(POINTER, None))
-
-
-def _return_error(k: Emitter, failed: Value, text: str, *found: Value) -> None:
-    """Return an InvalidArgument error if `failed`; `text` is a printf format for the int64 values `found`."""
-    with k.when(failed, likely=False):
-        data = bytearray(text.encode() + b"\0")
-        kind = ir.ArrayType(I8, len(data))
-        constant = ir.GlobalVariable(k.module, kind, k.module.get_unique_name("message"))
-        constant.global_constant, constant.linkage, constant.initializer = True, "private", ir.Constant(kind, data)
-        constant.type = POINTER
-        message = constant
-        if found:
-            buffer = k.scratch(I8, MESSAGE_BYTES)
-            printf = k.module.globals.get("snprintf")
-            if printf is None:
-                kind = ir.FunctionType(I32, [POINTER, I64, POINTER], var_arg=True)
-                printf = ir.Function(k.module, kind, "snprintf")
-            k.builder.call(printf, [buffer.ssa, I64(MESSAGE_BYTES), constant, *(v.ssa for v in found)])
-            message = buffer.ssa
-        record = k.scratch(I64, 4)  # XLA_FFI_Error_Create_Args
-        record[0], record[1] = 28, 0
-        k.builder.store(message, (record + 2).ssa)
-        record[3] = INVALID_ARGUMENT
-        api = Ptr(k, k.function.args[0], I64).pointer_at(2, I64)
-        create = api.function_at(6, ir.FunctionType(POINTER, [POINTER]))  # XLA_FFI_Error_Create
-        k.builder.ret(k.builder.call(create, [record.ssa]))
-
-
-class _Checker:
-    """Emits the checks of a call frame and gathers pointers and dimensions in one int64 array."""
-
-    def __init__(self, kernel: Kernel, k: Emitter, call: Ptr) -> None:
-        self.kernel, self.k, self.call = kernel, k, call
-        self.slots = k.scratch(I64, kernel.slots)
-        self.names: dict[str, Any] = {}
-        self.sizes: dict[str, tuple[Value, str]] = {}
-
-    def run(self) -> dict[str, Any]:
-        """Slot names in order, and under "" the array itself."""
-        self._group("argument", self.kernel.args, 5)
-        self._group("result", self.kernel.results, 10)
-        position = {name: i for i, name in enumerate(self.kernel.results)}
-        for argument, result in self.kernel.aliases.items():
-            same = self.slots[list(self.names).index(argument)].eq(self.slots[list(self.names).index(result)])
-            text = f"{self.kernel.name}: argument {argument} and result {position[result]} must be one buffer"
-            _return_error(self.k, same ^ 1, text)
-        for name, (size, _) in self.sizes.items():
-            self._keep(name, size)
-        return {**self.names, "": self.slots}
-
-    def _keep(self, name: str, value: Value) -> None:
-        if len(self.names) >= self.kernel.slots or name in self.names:
-            raise ValueError(f"kernel {self.kernel.name}: {name} is declared twice, or too many buffers")
-        self.slots[len(self.names)] = value
-        self.names[name] = None
-
-    def _group(self, what: str, buffers: Mapping[str, Buffer], word: int) -> None:
-        """Check XLA_FFI_Args or XLA_FFI_Rets, which begins at `word` of the call frame."""
-        k, title = self.k, self.kernel.name
-        count = self.call[word + 2]
-        text = f"{title}: expected {len(buffers)} {what}s, found %lld"
-        _return_error(k, count.ne(len(buffers)), text, count)
-        kinds, values = self.call.pointer_at(word + 3, I32), self.call.pointer_at(word + 4, I64)
-        for i, (name, buffer) in enumerate(buffers.items()):
-            label = f"{title}: {what} {name}"
-            _return_error(k, kinds[i].ne(BUFFER_KIND), f"{label} is not a buffer")
-            record = values.pointer_at(i, I64)
-            code, dtype = DTYPES[buffer.dtype][0], record.as_(I32)[4]
-            text = f"{label} has XLA_FFI_DataType %lld, expected {code} ({buffer.dtype})"
-            _return_error(k, dtype.ne(code), text, dtype.to(I64))
-            rank = record[4]
-            text = f"{label} has rank %lld, expected {len(buffer.shape)} [{buffer.dims}]"
-            _return_error(k, rank.ne(len(buffer.shape)), text, rank)
-            sizes = record.pointer_at(5, I64)
-            for axis, symbol in enumerate(buffer.shape):
-                self._dimension(label, axis, symbol, sizes[axis])
-            self._keep(name, record[3])
-
-    def _dimension(self, label: str, axis: int, symbol: str, size: Value) -> None:
-        if symbol.isdigit():
-            text = f"{label} has size %lld on axis {axis}, expected {symbol}"
-            _return_error(self.k, size.ne(int(symbol)), text, size)
-        elif symbol in self.sizes:
-            expected, where = self.sizes[symbol]
-            text = f"{label} has size %lld on axis {axis}, expected {symbol} = %lld as in {where}"
-            _return_error(self.k, size.ne(expected), text, size, expected)
-        else:
-            self.sizes[symbol] = (size, label.split(": ")[1])

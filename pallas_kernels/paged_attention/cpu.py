@@ -16,6 +16,7 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 PAGE_DTYPES = ("float32", "bfloat16", "uint16", "float16", "int8")
 MOST_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
+_SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py"))
 EVERYTHING = 2**30  # a window that hides nothing
 
 
@@ -75,10 +76,11 @@ def paged_attention(
 @cache
 def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool, scales: bool) -> Any:
     """The kernel for one set of static properties."""
-    from pallas_kernels.cpu_ffi.bridge import Buffer, Kernel
-    from pallas_kernels.paged_attention import cpu_kernel
+    from pallas_kernels.cpu_ffi.bridge import Kernel
+    from pallas_kernels.cpu_ffi.call_frame import Buffer
+    from pallas_kernels.paged_attention import cpu_kernel, cpu_softmax
 
-    variant = cpu_kernel.Variant(head_dim, page_dtype, softcap, sinks, scales)
+    variant = cpu_softmax.Variant(head_dim, page_dtype, softcap, sinks, scales)
     pool = Buffer(page_dtype, f"L P 2 Hkv C {head_dim}")
     rows, kv_rows = Buffer("float32", f"T Hq {head_dim}"), Buffer("float32", f"T Hkv {head_dim}")
     scalar_names = ("scale", "softcap", "k_scale", "v_scale")
@@ -100,7 +102,7 @@ def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool,
         results={"out": rows, "pages_out": pool, "partial": Buffer("float32", "slots width")},
         aliases={"pages": "pages_out"},
         body=partial(cpu_kernel.body, variant=variant),
-        sources=(str(Path(__file__).parent / "cpu_kernel.py"),),
+        sources=_SOURCES,
     )
 
 
@@ -113,7 +115,8 @@ def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Arra
 @cache
 def copy_kernel(dtype: str, rank: int, itemsize: int) -> Any:
     """The kernel that copies pages of a pool [L, P, ...] of one dtype and rank."""
-    from pallas_kernels.cpu_ffi.bridge import Buffer, Kernel
+    from pallas_kernels.cpu_ffi.bridge import Kernel
+    from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.paged_attention import cpu_kernel
 
     pool = Buffer(dtype, " ".join(["L", "P", *(f"X{i}" for i in range(rank - 2))]))
@@ -123,5 +126,5 @@ def copy_kernel(dtype: str, rank: int, itemsize: int) -> Any:
         results={"pages_out": pool},
         aliases={"pages": "pages_out"},
         body=partial(cpu_kernel.copy_pages_body, inner=[f"X{i}" for i in range(rank - 2)], itemsize=itemsize),
-        sources=(str(Path(__file__).parent / "cpu_kernel.py"),),
+        sources=_SOURCES,
     )

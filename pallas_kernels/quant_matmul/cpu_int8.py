@@ -8,19 +8,18 @@ whatever M and the number of threads.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
-from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value, element_bytes
+from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value
 from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.cpu_unpack import half_scales, k_scales
 from pallas_kernels.quant_matmul.formats import BlockFormat
 
-# 4-bit weights: eight products of them and int8 fit 16 bits. q8_0: two do, and the sums are in 32 bits from there on.
-KINDS = ("q4_0", "q4_1", "q4_k", "q8_0")
-DIRECT_KINDS = ("q4_0", "q4_1", "q8_0")  # their blocks are read as they are when M = 1
+DIRECT_KINDS = ("q4_0", "q4_1")  # their blocks are read as they are when M = 1
 BLOCK = 32
 TILE_K = 2048  # weights of a tile row: at most 16 rows * 2 KiB
 BLOCK_M = 96
@@ -50,7 +49,7 @@ def quantise_row(k: Emitter, a: Frame, m: Value) -> None:
         a.xs[m * a.G + g] = scale * k.sum_lanes(total).to(F32)
 
 
-class _Rows:
+class _Rows(ABC):
     """As many weight rows as a vector has lanes, as the dot product wants them: row r in 128-bit lane r // 4 of slot r % 4.
 
     `block(b)` gives the four slots' weights of block b, 0 … 15 and 16 … 31 of it, and per row the scale and the offset.
@@ -64,8 +63,8 @@ class _Rows:
         index = self.a.layer[0].to(I64) * self.a.N + self.k.min(n, self.a.N - 1)
         return self.a.blocks + index * self.a.row_bytes
 
-    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value]:
-        raise NotImplementedError
+    @abstractmethod
+    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value]: ...
 
 
 class _Direct(_Rows):
@@ -89,14 +88,9 @@ class _Direct(_Rows):
         return self._slots(blocks), scale, offset
 
     def _slots(self, blocks: list[Ptr]) -> Iterator[tuple[Value, Value]]:
-        start = self.fmt.bytes - (32 if self.fmt.kind == "q8_0" else 16)
         for slot in range(4):
-            mine = blocks[slot::4]
-            bytes_ = self.k.concat([block.load(start, 16) for block in mine])
-            if self.fmt.kind == "q8_0":
-                yield bytes_, self.k.concat([block.load(start + 16, 16) for block in mine])
-            else:
-                yield bytes_ & 15, bytes_ >> 4
+            qs = self.k.concat([block.load(self.fmt.bytes - 16, 16) for block in blocks[slot::4]])
+            yield qs & 15, qs >> 4
 
 
 class _Tile(_Rows):
@@ -133,9 +127,6 @@ class _Tile(_Rows):
 
 def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value, Value]]:
     """A block as groups of 32: weights 0 … 15 and 16 … 31 as bytes, scale and offset: w = scale * q + offset."""
-    if kind == "q8_0":
-        (d,) = half_scales(block, 1)
-        return [(block.load(2, 16), block.load(18, 16), d, d)]  # no offset: it is not read
     if kind == "q4_0":
         (d,) = half_scales(block, 1)
         qs = block.load(2, 16)
@@ -157,7 +148,6 @@ def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value
 
 def _multiply(k: Emitter, a: Frame, rows: _Rows, m: Value, count: int, n: Value, k0: Value, length: Value) -> None:
     """Add x[m …] · rows to the results of `count` activation rows; out holds the sum between tiles along K."""
-    signed = rows.fmt.kind == "q8_0"
     acc = [k.var(k.zeros(F32, rows.count)) for _ in range(count)]
     with k.when(k0 > 0):
         for i, sum_ in enumerate(acc):
@@ -170,17 +160,11 @@ def _multiply(k: Emitter, a: Frame, rows: _Rows, m: Value, count: int, n: Value,
         slots, scale, offset = rows.block(b)
         for low, high in slots:
             for i, (x_low, x_high) in enumerate(halves):
-                if signed:
-                    sums[i].append(_dot_s8(k, low, x_low) + _dot_s8(k, high, x_high))
-                else:
-                    sums[i].append(multiply_add_u8_s8(k, low, x_low) + multiply_add_u8_s8(k, high, x_high))
+                sums[i].append(_multiply_add(k, low, x_low) + _multiply_add(k, high, x_high))
         for i, parts in enumerate(sums):
             at = (m + i) * a.G + k0 // BLOCK + b
-            total = _fold_rows(k, parts)
-            total = (total if signed else _add_pairs(k, total)).to(F32)
-            acc[i].v = k.fma(total, scale * a.xd[at], acc[i].v)
-            if not signed:
-                acc[i].v = k.fma(offset, a.xs[at], acc[i].v)
+            total = _fold_rows(k, parts).to(F32)
+            acc[i].v = k.fma(offset, a.xs[at], k.fma(total, scale * a.xd[at], acc[i].v))
     for i, sum_ in enumerate(acc):
         _store_out(k, a, (m + i) * a.N + n, sum_.v, n, rows.count)
 
@@ -208,7 +192,7 @@ def _store_out(k: Emitter, a: Frame, at: Value, value: Value, n: Value, count: i
                     a.out.store(at + i, value.lane(i))
 
 
-def multiply_add_u8_s8(k: Emitter, u: Value, s: Value) -> Value:
+def _multiply_add(k: Emitter, u: Value, s: Value) -> Value:
     """Unsigned bytes times signed bytes, neighbouring products added in 16 bits (which must hold them)."""
     count = u.type.count
     names = {16: "ssse3.pmadd.ub.sw.128", 32: "avx2.pmadd.ub.sw", 64: "avx512.pmaddubs.w.512"}
@@ -217,18 +201,6 @@ def multiply_add_u8_s8(k: Emitter, u: Value, s: Value) -> Value:
     even, odd = range(0, count, 2), range(1, count, 2)
     u, s = u.to(I16, signed=False), s.to(I16)
     return u.shuffle(even) * s.shuffle(even) + u.shuffle(odd) * s.shuffle(odd)
-
-
-def _dot_s8(k: Emitter, w: Value, x: Value) -> Value:
-    """Signed bytes times signed bytes (x not -128), four neighbouring products added as int32: |w| · (x with w's sign)."""
-    count = w.type.count
-    size = Value(k, k.intrinsic(f"llvm.abs.v{count}i8", w.type, [w.ssa, ir.Constant(ir.IntType(1), 0)]))
-    if _has_bytes(k, count) and count < 64:
-        name = {16: "ssse3.psign.b.128", 32: "avx2.psign.b"}[count]
-        x = Value(k, k.intrinsic(f"llvm.x86.{name}", x.type, [x.ssa, w.ssa]))
-    else:
-        x = k.select(w < 0, k.zeros(I8, count) - x, x)
-    return _add_pairs(k, multiply_add_u8_s8(k, size, x))
 
 
 def _has_bytes(k: Emitter, count: int) -> bool:
@@ -247,12 +219,15 @@ def _add_pairs(k: Emitter, x: Value) -> Value:
 
 
 def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
-    """Four vectors, of each row 128 bits → one vector in row order, of each row 32 bits (one int32, or two int16)."""
+    """Four vectors, of each row eight int16 → the sum of each row as int32, in row order.
+
+    Sixteen products of 15 and 127 are at most 30480: all sums but the last fit 16 bits.
+    """
 
     def zip_add(a: Value, b: Value, element: ir.IntType) -> Value:
         """In each 128-bit lane: (a0 b0 a1 b1 …) of the lower half plus the same of the upper half, in units of `element`."""
         words, per_lane = a.type, 128 // element.width
-        count = words.count * element_bytes(words.element) * 8 // element.width
+        count = words.count * 16 // element.width
         a, b = (v.bits(ir.VectorType(element, count)) for v in (a, b))
         picks = []
         for upper in (0, per_lane // 2):
@@ -260,7 +235,7 @@ def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
             picks.append([j for i in lanes for j in (i, count + i)])
         return a.shuffle(picks[0], b).bits(words) + a.shuffle(picks[1], b).bits(words)
 
-    return zip_add(zip_add(slots[0], slots[1], I32), zip_add(slots[2], slots[3], I32), I64)
+    return _add_pairs(k, zip_add(zip_add(slots[0], slots[1], I32), zip_add(slots[2], slots[3], I32), I64))
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:

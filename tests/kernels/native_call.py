@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pallas_kernels.cpu_ffi.bridge import DTYPES, EXECUTE_STAGE, Kernel
+from pallas_kernels.cpu_ffi.bridge import Kernel
+from pallas_kernels.cpu_ffi.call_frame import DTYPES, EXECUTE_STAGE
 from pallas_kernels.cpu_ffi.compile import host_target, load
 from pallas_kernels.cpu_ffi.threads import thread_pool
 

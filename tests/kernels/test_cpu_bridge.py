@@ -18,7 +18,8 @@ pytest.importorskip("llvmlite")
 
 from pallas_kernels.cpu_ffi import compile as native_compile
 from pallas_kernels.cpu_ffi import why_not
-from pallas_kernels.cpu_ffi.bridge import DTYPES, Buffer, Frame, Kernel
+from pallas_kernels.cpu_ffi.bridge import Frame, Kernel
+from pallas_kernels.cpu_ffi.call_frame import DTYPES, Buffer
 from pallas_kernels.cpu_ffi.emit import F32, Emitter, Value
 from pallas_kernels.cpu_ffi.threads import THREADS_VARIABLE, default_threads, thread_pool
 from tests.kernels import native_call
@@ -71,7 +72,7 @@ MATH = Kernel(
 )  # fmt: skip
 
 
-def test_a_kernel_runs_under_jit_vmapless_and_in_a_scan():
+def test_a_kernel_runs_under_jit_and_in_a_scan():
     x = jnp.arange(12.0, dtype=jnp.float32).reshape(4, 3)
     step = jax.jit(lambda x, s: SCALE(x, s)[0])
     np.testing.assert_array_equal(np.asarray(step(x, jnp.int32(5))), np.asarray(x) * 5 + 6)
@@ -221,9 +222,8 @@ def test_object_files_are_cached_and_a_damaged_one_is_built_again(tmp_path, monk
     assert load() and len(builds) == 2 and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_a_fresh_process_needs_neither_numba_nor_a_compiler(tmp_path, threads):
-    """Started from a warm cache with building forbidden; sleeping helpers do not disturb the exit."""
+def test_a_fresh_process_needs_neither_numba_nor_a_compiler(tmp_path):
+    """From a cold cache with one thread; then from the warm one with building forbidden, and sleeping helpers at exit."""
     program = (
         "import sys; sys.modules['numba'] = None\n"
         "import jax.numpy as jnp\n"
@@ -233,8 +233,8 @@ def test_a_fresh_process_needs_neither_numba_nor_a_compiler(tmp_path, threads):
         "x, blocks = jnp.ones((1, 32)), jnp.zeros((1, 4, 34), jnp.uint8)\n"
         "print(quant_matmul(x, blocks, jnp.int32(0), kind='q8_0').tolist())\n"
     )
-    root = str(Path(__file__).parents[2])
-    environ = os.environ | {"PYTHONPATH": root, THREADS_VARIABLE: threads, native_compile.CACHE_VARIABLE: str(tmp_path)}
-    for when in ("cold", "warm"):
-        done = subprocess.run([sys.executable, "-c", program, when], env=environ, capture_output=True, text=True)
+    environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), native_compile.CACHE_VARIABLE: str(tmp_path)}
+    for when, threads in (("cold", "1"), ("warm", "3")):
+        command, environ[THREADS_VARIABLE] = [sys.executable, "-c", program, when], threads
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and done.stdout.strip() == "[[0.0, 0.0, 0.0, 0.0]]", done.stderr[-2000:]

@@ -14,7 +14,7 @@ pytest.importorskip("llvmlite")
 
 from pallas_kernels.cpu_ffi import why_not
 from pallas_kernels.cpu_ffi.threads import thread_pool
-from pallas_kernels.quant_matmul import FORMATS, cpu, reference
+from pallas_kernels.quant_matmul import FORMATS, cpu, quant_matmul, reference
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows, shapes
 from tests.kernels import native_call
 
@@ -144,3 +144,22 @@ def test_wrong_buffers_are_errors():
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((2, 3), jnp.float32))(*args))
     assert cpu.quant_matmul(x, blocks, layer, kind="q4_1").shape == (2, 3)
+
+
+def test_the_op_picks_the_native_kernel_and_checks_its_arguments():
+    x, blocks = random_rows(3, 64), random_blocks("q4_1", 2, 5, 64)
+    chosen = jax.jit(lambda x, blocks: quant_matmul(x, blocks, 1, kind="q4_1"))(x, blocks)
+    np.testing.assert_array_equal(np.asarray(chosen), native("q4_1", x, blocks, 1))
+    plain = quant_matmul(jnp.asarray(x), jnp.asarray(blocks), 1, kind="q4_1", implementation="reference")
+    np.testing.assert_allclose(np.asarray(chosen), np.asarray(plain), rtol=1e-4, atol=1e-5)
+    wrong = {
+        "kind is 'q3_k'": dict(kind="q3_k"),
+        "precision is 'best'": dict(kind="q4_1", precision="best"),
+        "x: expected float32": dict(kind="q4_1", x=jnp.zeros((3, 64), jnp.int32)),
+        "expected rows of 36 uint8": dict(kind="q4_0"),
+        "blocks: expected float32": dict(kind="f32"),
+        "row of 48 weights": dict(kind="q4_1", x=jnp.zeros((3, 48))),
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            quant_matmul(**({"x": jnp.asarray(x), "blocks": jnp.asarray(blocks)} | change))
