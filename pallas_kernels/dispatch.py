@@ -72,6 +72,7 @@ class Choice:
 
 
 _ATTENTION = (
+    Implementation("cpu", "pallas_kernels.paged_attention.cpu", ("cpu",), ("llvmlite",)),
     Implementation("xla", "pallas_kernels.paged_attention.xla"),
     Implementation("reference", "pallas_kernels.paged_attention.reference"),
 )
@@ -79,7 +80,10 @@ _QUANT_MATMUL = (
     Implementation("cpu", "pallas_kernels.quant_matmul.cpu", ("cpu",), ("llvmlite",)),
     Implementation("reference", "pallas_kernels.quant_matmul.reference"),
 )
-_COPY_PAGES = (Implementation("xla", "pallas_kernels.paged_attention.copy_pages"),)
+_COPY_PAGES = (
+    Implementation("cpu", "pallas_kernels.paged_attention.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("xla", "pallas_kernels.paged_attention.copy_pages"),
+)
 
 # op -> its implementations, the first that can run the case is taken.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {

@@ -53,7 +53,7 @@ def kv_pool_dtype(platform: str, dtype: Any) -> np.dtype:
 
     It is `dtype` itself, but for bfloat16 on the CPU: there the pool is an array of uint16 that holds the same bits.
     XLA on the CPU widens a whole bfloat16 array to float32 for each update of a few of its rows (seen on jax 0.10.2),
-    and Numba has no bfloat16 at all, while integers are left alone by both.
+    while it leaves integers alone.
     """
     return np.dtype(np.uint16) if platform == "cpu" and np.dtype(dtype).name == "bfloat16" else np.dtype(dtype)
 

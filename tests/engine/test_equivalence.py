@@ -16,7 +16,7 @@ from llm_infer.models.decoder import merge_model
 from llm_infer.models.load import LoadedModel, dummy_model
 from tests.engine.engines import EngineFactory, greedy, run_all
 
-CONFIG = ModelConfig("LlamaForCausalLM", 131, 32, 2, 4, 2, 8, 64, 256, tie_word_embeddings=True)
+CONFIG = ModelConfig("LlamaForCausalLM", 131, 32, 2, 4, 2, 16, 64, 256, tie_word_embeddings=True)
 LENGTH = 96
 COUNT = 20
 
@@ -104,6 +104,15 @@ def test_greedy_tokens_equal_the_naive_forward(
             assert output == expected, f"prompt of {len(prompt)} tokens, smallest margin {margin:.2e}"
     # Short chunks spread the starts, so that even nine pages may suffice there.
     assert engine.scheduler.num_preemptions > 0 or pages > 9 or seqs == 1 or chunk == 8
+
+
+def test_the_xla_kernels_give_the_same_tokens(
+    model: LoadedModel, make_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = greedy(make_engine(chunk=16, seqs=3, pages=10), prompts(), [COUNT] * len(prompts()))
+    monkeypatch.setenv("LLM_INFER_KERNELS", "paged_attention=xla,copy_pages=xla")
+    through_xla = EngineFactory(model, max_num_seqs=8, num_pages=64, max_model_len=LENGTH)
+    assert greedy(through_xla(chunk=16, seqs=3, pages=10), prompts(), [COUNT] * len(prompts())) == expected
 
 
 @pytest.mark.parametrize(("chunk", "seqs", "pages", "cache", "overlap"), ROWS[:9:2])
