@@ -19,6 +19,9 @@ def _require_integers(config: object, *names: str) -> None:
         _require(ok, f"{name}={value!r}: expected a whole number")
 
 
+PAGE_DTYPES = ("float32", "bfloat16", "float16")
+
+
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """Size and sharing of the KV page pool.
@@ -28,15 +31,21 @@ class CacheConfig:
         num_pages: pages per data-parallel shard including the null page; None sizes the pool from `memory_bytes`.
         memory_bytes: bytes of the pool; None takes the platform's default (CPU: the smaller of 1 GiB and 25 % of RAM).
         enable_prefix_caching: keep full pages of finished sequences and share them with later prompts.
+        dtype: of keys and values in the pages, one of PAGE_DTYPES; None takes the model's.
     """
 
     page_size: int = 16
     num_pages: int | None = None
     memory_bytes: int | None = None
     enable_prefix_caching: bool = True
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         _require_integers(self, "page_size", "num_pages", "memory_bytes")
+        _require(
+            self.dtype is None or self.dtype in PAGE_DTYPES,
+            f"kv_cache_dtype={self.dtype!r}: expected auto, {', '.join(PAGE_DTYPES)}",
+        )
         _require(
             self.memory_bytes is None or self.memory_bytes > 0,
             f"kv_cache_memory={self.memory_bytes}: expected a positive number of bytes",

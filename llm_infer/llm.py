@@ -46,6 +46,10 @@ class LLM:
         policy: order of waiting requests, "fcfs" or "priority".
         seed: seeds requests without a seed of their own.
         fused_qkv: store query, key and value projections as one matrix.
+        precision: "exact" computes in float32 with the file's weights; "fast" also rounds activations to int8 before
+            they meet 4-bit weights, and keeps bfloat16 pages, on CPUs with the native kernels.
+        kv_cache_dtype: type of keys and values in the pages: "float32", "bfloat16" or "float16"; "auto" follows
+            `precision`.
         overlap: prepare the next step on the host while the device runs one.
         load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
             architecture (see `llm-infer models`) or a directory with a config.json.
@@ -69,13 +73,16 @@ class LLM:
         policy: str = "fcfs",
         seed: int = 0,
         fused_qkv: bool = True,
+        precision: str = "exact",
+        kv_cache_dtype: str = "auto",
         overlap: bool = True,
         check_every_step: bool = False,
         load_format: str = "auto",
         progress: bool = True,
     ) -> None:
+        pages = kv_cache_dtype if kv_cache_dtype != "auto" else "bfloat16" if precision == "fast" else None
         config = EngineConfig(
-            cache=CacheConfig(page_size, num_pages, kv_cache_memory, enable_prefix_caching),
+            cache=CacheConfig(page_size, num_pages, kv_cache_memory, enable_prefix_caching, pages),
             scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, policy),
             seed=seed,
             overlap=overlap,
@@ -85,7 +92,9 @@ class LLM:
         self._progress = Progress(enabled=progress)
         if note := enable_compile_cache():
             self._progress.note(note)
-        self.tokenizer, loaded = load(model, load_format=load_format, fused_qkv=fused_qkv, progress=self._progress)
+        self.tokenizer, loaded = load(
+            model, load_format=load_format, fused_qkv=fused_qkv, precision=precision, progress=self._progress
+        )
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
         self._tracked: dict[str, _Tracked] = {}
         # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.

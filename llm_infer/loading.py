@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llm_infer.errors import ModelError, UserError
-from llm_infer.models.load import LoadedModel, dummy_model, dummy_source, load_model, save_model
+from llm_infer.models.load import LoadedModel, dummy_model, dummy_source, load_model, save_model, stored_precision
 from llm_infer.models.registry import family
 from llm_infer.text.byte_tokenizer import byte_tokenizer
 from llm_infer.text.tokenizer import Tokenizer
@@ -17,20 +17,24 @@ from llm_infer.weights.sources import OpenModel, open_model, resolve, tokenizer_
 LOAD_FORMATS = ("auto", "dummy")
 
 
-def load(name: str, *, load_format: str, fused_qkv: bool, progress: Progress) -> tuple[Tokenizer, LoadedModel]:
+def load(
+    name: str, *, load_format: str, fused_qkv: bool, precision: str, progress: Progress
+) -> tuple[Tokenizer, LoadedModel]:
     """Tokenizer and model of a name as for `LLM`.
 
     Raises:
-        UserError: the model cannot be found or loaded, or `load_format` is not one of LOAD_FORMATS.
+        UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, or `precision` is not
+            to be had here.
     """
+    stored = stored_precision(precision)
     if load_format not in LOAD_FORMATS:
         raise UserError(f"load_format={load_format!r}: expected one of {', '.join(LOAD_FORMATS)}")
     if load_format == "dummy":
-        return _dummy(name, fused_qkv)
+        return _dummy(name, fused_qkv, stored)
     opened = open_model(resolve(name, progress=progress))
     family(opened.config)  # an unknown architecture is the first thing to hear of
     tokenizer = _tokenizer(opened)
-    model = load_model(opened, fused_qkv=fused_qkv, progress=progress)
+    model = load_model(opened, fused_qkv=fused_qkv, stored=stored, progress=progress)
     opened.tensors.close()
     return tokenizer, model
 
@@ -62,13 +66,13 @@ def convert(source: str, destination: str | Path, *, dtype: str = "float32", pro
     return path
 
 
-def _dummy(name: str, fused_qkv: bool) -> tuple[Tokenizer, LoadedModel]:
+def _dummy(name: str, fused_qkv: bool, stored: str | None) -> tuple[Tokenizer, LoadedModel]:
     """A model of random weights, with the tokenizer of its directory where there is one."""
     values, directory = dummy_source(name)
     config = family(values).config(values, fused_qkv=fused_qkv)
     if directory is not None and (directory / "tokenizer.json").is_file():
-        return Tokenizer.from_hf_directory(directory), dummy_model(config)
-    return byte_tokenizer(config.vocab_size), dummy_model(config)
+        return Tokenizer.from_hf_directory(directory), dummy_model(config, stored=stored)
+    return byte_tokenizer(config.vocab_size), dummy_model(config, stored=stored)
 
 
 def _tokenizer(opened: OpenModel) -> Tokenizer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import jax.numpy as jnp
+
 from llm_infer.config import EngineConfig
 from llm_infer.errors import CapacityError
 from llm_infer.models.load import LoadedModel
@@ -12,9 +14,14 @@ CPU_POOL_BYTES = 1 << 30
 CPU_POOL_SHARE = 0.25
 
 
+def page_dtype(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
+    """Type of the keys and values in the pages."""
+    return model.dtype if config.cache.dtype is None else jnp.dtype(config.cache.dtype)
+
+
 def check_pool_fits(model: LoadedModel, config: EngineConfig, num_pages: int) -> None:
     """Raises CapacityError for a pool that is larger than the machine's memory."""
-    pool = num_pages * config.cache.page_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
+    pool = num_pages * config.cache.page_size * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if pool > physical:
         raise CapacityError(
@@ -33,7 +40,7 @@ def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: i
         CapacityError: not even one page fits beside the null page.
     """
     page_size = config.cache.page_size
-    page_bytes = page_size * model.config.kv_bytes_per_token(model.dtype.itemsize)
+    page_bytes = page_size * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = config.cache.memory_bytes or min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical))
     per_sequence = -(-max_model_len // page_size)

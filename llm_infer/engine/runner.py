@@ -16,6 +16,7 @@ import numpy as np
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.layout import StepLayout, token_buckets
+from llm_infer.engine.memory import page_dtype
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
@@ -83,9 +84,9 @@ class Runner:
             page_size=config.cache.page_size,
             num_kv_heads=model.config.num_kv_heads,
             head_dim=model.config.head_dim,
-            dtype=model.dtype,
+            dtype=page_dtype(model, config),
         )
-        self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), model.dtype))
+        self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), page_dtype(model, config)))
         self.reset()
         self._keep_logits = keep_logits
         self._programs: dict[int, tuple[StepLayout, Callable]] = {}

@@ -172,8 +172,10 @@ class Decoder(nnx.Module):
             return head.logits(self.final_norm(x))
 
 
-Params = dict[str, Array]
-"""Parameters by dotted name, e.g. `layers.attn.qkv.weight`. Every weight is stacked, so there are about a dozen."""
+Params = dict[str, Any]
+"""Parameters by dotted name, e.g. `layers.attn.qkv.weight`: arrays, or matrices as `StoredWeights`.
+
+Every weight is stacked, so there are about a dozen."""
 
 
 def split_model(

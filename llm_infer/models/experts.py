@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.layers import Layer, Linear, matmul_rows, silu
+from llm_infer.models.layers import Layer, Linear, linear, silu
 
 
 def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
@@ -60,15 +60,14 @@ class ExpertsMLP(nnx.Module):
         # Padding rows read token 0; nobody reads what becomes of them.
         source = jnp.zeros(max_blocks * rows, jnp.int32).at[place].set(token)
 
-        def matrix(weight: Float[Array, "L R I"], expert: Int[Array, ""], out: int) -> Float[Array, "O I"]:
-            return lax.dynamic_slice(weight, (layer, expert * out, jnp.int32(0)), (1, out, weight.shape[2]))[0]
+        def expert_rows(matrices: Linear, inputs: Float[Array, "R I"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
+            return linear(inputs, matrices.weight.get_value(), layer, (moe.num_experts, expert))
 
         def block(index: Int[Array, ""], out: Float[Array, "N E"]) -> Float[Array, "N E"]:
             expert = expert_of_block[index]
             inputs = x[lax.dynamic_slice(source, (index * rows,), (rows,))]
-            gate = matmul_rows(inputs, matrix(self.gate.weight[...], expert, moe.intermediate_size))
-            up = matmul_rows(inputs, matrix(self.up.weight[...], expert, moe.intermediate_size))
-            down = matmul_rows(silu(gate) * up, matrix(self.down.weight[...], expert, width))
+            gated = silu(expert_rows(self.gate, inputs, expert)) * expert_rows(self.up, inputs, expert)
+            down = expert_rows(self.down, gated, expert)
             return lax.dynamic_update_slice(out, down, (index * rows, jnp.int32(0)))
 
         out = lax.fori_loop(0, num_blocks, block, jnp.zeros((max_blocks * rows, width), x.dtype))

@@ -11,13 +11,28 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import RopeConfig
+from llm_infer.quant import StoredWeights
 
 Layer = Int[Array, ""]
 
 
-def linear(x: Float[Array, "T I"], stacked: Float[Array, "L O I"], layer: Layer) -> Float[Array, "T O"]:
-    """`x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`."""
-    weight = lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+def linear(
+    x: Float[Array, "T I"],
+    stacked: Float[Array, "L O I"] | StoredWeights,
+    layer: Layer,
+    part: tuple[int, Array] | None = None,
+) -> Float[Array, "T O"]:
+    """`x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`.
+
+    `part` = (P, p) takes the p-th of P equal runs of rows: one expert's matrix of those that lie below each other.
+    """
+    if isinstance(stacked, StoredWeights):
+        return stacked.matmul(x, layer, part).astype(x.dtype)
+    if part is None:
+        weight = lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+    else:
+        rows = stacked.shape[1] // part[0]
+        weight = lax.dynamic_slice(stacked, (layer, part[1] * rows, jnp.int32(0)), (1, rows, stacked.shape[2]))[0]
     return matmul_rows(x, weight)
 
 
@@ -77,7 +92,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "T I"], layer: Layer) -> Float[Array, "T O"]:
-        out = linear(x, self.weight[...], layer)
+        out = linear(x, self.weight.get_value(), layer)
         if self.bias is not None:
             out = out + lax.dynamic_index_in_dim(self.bias[...], layer)
         return out
@@ -125,11 +140,17 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (vocab, features), dtype))
 
     def __call__(self, ids: Int[Array, "T"]) -> Float[Array, "T E"]:
-        return jnp.take(self.weight[...], ids, axis=0, mode="clip")
+        weight = self.weight.get_value()
+        if isinstance(weight, StoredWeights):
+            return weight.rows(ids)
+        return jnp.take(weight, ids, axis=0, mode="clip")
 
     def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:
         """Scores of every token, float32."""
-        return lax.dot_general(x, self.weight[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        weight = self.weight.get_value()
+        if isinstance(weight, StoredWeights):
+            return weight.matmul(x, 0)
+        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import Array
 from jax.typing import DTypeLike
 
-from llm_infer.errors import ModelError
+from llm_infer.errors import ModelError, UserError
 from llm_infer.models.architectures import architecture_names, read_architecture
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
 from llm_infer.models.decoder import Params, random_params, split_model
 from llm_infer.models.registry import family
+from llm_infer.quant.stored import StoredWeights, store_dense
 from llm_infer.weights.checkpoint_writer import write_checkpoint
 from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.orbax_checkpoint import Checkpoint
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.sources import OpenModel, read_json
+from pallas_kernels import cpu_ffi
+from pallas_kernels.quant_matmul import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -35,19 +40,36 @@ class LoadedModel:
 
 
 def load_model(
-    opened: OpenModel, *, dtype: DTypeLike = jnp.float32, fused_qkv: bool = True, progress: Progress | None = None
+    opened: OpenModel,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    fused_qkv: bool = True,
+    stored: str | None = None,
+    progress: Progress | None = None,
 ) -> LoadedModel:
     """Reads the configuration, then the weights straight into stacked parameters.
 
     A checkpoint that stores `dtype` is mapped as it is.
 
+    Args:
+        opened: the model's files.
+        dtype: type of parameters and activations.
+        fused_qkv: one matrix for query, key and value projections; a file that holds them in blocks of different
+            kinds has three all the same when `stored` keeps them so.
+        stored: keep matrices in the form of the file and multiply with them in this precision (see `stored_precision`);
+            None reads values of `dtype`.
+        progress: reports what is read.
+
     Raises:
         ModelError: unknown architecture or config key; missing, surplus or misshapen tensors; a damaged file.
     """
     if opened.checkpoint is not None:
-        return _load_checkpoint(opened.checkpoint, dtype, fused_qkv, progress)
+        loaded = _load_checkpoint(opened.checkpoint, dtype, fused_qkv, progress)
+        return loaded if stored is None else _with_stored(loaded, stored)
     module = family(opened.config)
     config = module.config(opened.config, fused_qkv=fused_qkv)
+    if stored is not None and fused_qkv and _mixed_qkv(opened, config):
+        config = module.config(opened.config, fused_qkv=False)
     definition, specs = split_model(config, dtype)
     params = load_parameters(
         opened.tensors,
@@ -56,8 +78,44 @@ def load_model(
         num_layers=config.num_layers,
         ignore=module.IGNORED_TENSORS,
         progress=progress,
+        stored=stored,
     )
     return LoadedModel(config, definition, params, jnp.dtype(dtype))
+
+
+def stored_precision(precision: str) -> str | None:
+    """`precision` where this platform's kernels multiply with weights in the form of the file, else None.
+
+    Raises:
+        UserError: it is no precision, or one that needs those kernels.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    reason = cpu_ffi.why_not() if jax.default_backend() == "cpu" else f"does not run on {jax.default_backend()}"
+    if reason is not None and precision != "exact":
+        raise UserError(f"precision={precision!r} needs the native CPU kernels, which are not usable: {reason}")
+    return precision if reason is None else None
+
+
+def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:
+    """Some layer's query, key and value projections are stored in blocks of different kinds."""
+    (rule,) = [rule for rule in family(opened.config).rules(config) if rule.param == "layers.attn.qkv.weight"]
+    names = set(opened.tensors.names)
+    for group in rule.tensor_names(config.num_layers if config.num_layers < len(names) else 0):
+        found = [opened.tensors.stored(name) for name in group if name in names]
+        if len({None if stored is None else stored[0] for stored in found}) > 1:
+            return True
+    return False
+
+
+def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
+    """The model with its dense matrices handed to the kernels that multiply with stored weights; nothing is copied."""
+
+    def wrap(name: str, value: Array) -> Array | StoredWeights:
+        matrix = name in ("embed.weight", "head.weight") or (name.endswith(".weight") and value.ndim == 3)
+        return (store_dense(value, precision) if matrix else None) or value
+
+    return replace(model, params={name: wrap(name, value) for name, value in model.params.items()})
 
 
 def _load_checkpoint(
@@ -90,10 +148,13 @@ def save_model(
     )
 
 
-def dummy_model(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> LoadedModel:
-    """A model with random weights made on the device; nothing is read."""
+def dummy_model(
+    config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0, stored: str | None = None
+) -> LoadedModel:
+    """A model with random weights made on the device; nothing is read. `stored` as for `load_model`."""
     definition, _ = split_model(config, dtype)
-    return LoadedModel(config, definition, random_params(config, dtype, seed), jnp.dtype(dtype))
+    model = LoadedModel(config, definition, random_params(config, dtype, seed), jnp.dtype(dtype))
+    return model if stored is None else _with_stored(model, stored)
 
 
 def dummy_source(name: str) -> tuple[dict[str, Any], Path | None]:

@@ -12,6 +12,7 @@ import numpy as np
 from llm_infer.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 from llm_infer.weights.gguf_rope import rope_scaling
+from pallas_kernels.quant_matmul.formats import FORMATS
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,15 @@ class GGUFSource:
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Read all values into `out`, which has the tensor's shape, converting to its type."""
         self._tensors[name].read_into(out, self.row_order(name))
+
+    def stored(self, name: str) -> tuple[str, np.ndarray] | None:
+        """Kind and block rows [N, R] of a matrix, gathered in Hugging Face order; None for other tensors."""
+        tensor = self._tensors[name]
+        kind = tensor.type.lower()
+        if len(tensor.shape) != 2 or kind not in FORMATS or FORMATS[kind].dtype != "uint8":
+            return None
+        order = self.row_order(name)
+        return kind, tensor.blocks if order is None else tensor.blocks[order]
 
     def close(self) -> None:
         """Let go of the file."""

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.errors import ModelError
+from llm_infer.quant import StoredWeights
+from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.progress import Progress, Task
-from llm_infer.weights.rules import Rule
+from llm_infer.weights.rules import HasShape, Rule
+from llm_infer.weights.stored_blocks import read_stored, stored_bytes, stored_kinds
 from llm_infer.weights.tensor_source import TensorSource
 
 Place = Callable[[str, np.ndarray], jax.Array]
 
-_ALIGNMENT = 64  # bytes; XLA's CPU client takes arrays aligned to this over without copying them
 _LISTED = 10  # names shown of each kind of problem
-
-
-class HasShape(Protocol):
-    """`ParamSpec` or `jax.ShapeDtypeStruct`."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> np.dtype: ...
 
 
 def load_parameters(
@@ -40,7 +31,8 @@ def load_parameters(
     ignore: Sequence[str] = (),
     progress: Progress | None = None,
     place: Place | None = None,
-) -> dict[str, jax.Array]:
+    stored: str | None = None,
+) -> dict[str, jax.Array | StoredWeights]:
     """Read all parameters of a model.
 
     Peak host memory beside the parameters already placed is one parameter and a few MB; on the CPU the parameter
@@ -54,6 +46,8 @@ def load_parameters(
         ignore: regular expressions (full match) of tensors that no rule uses and that may be there all the same.
         progress: reports bytes of parameters; None is silent.
         place: moves a filled host array to its devices; `jax.device_put` to the default device when None.
+        stored: keep matrices as the file stores them, to be multiplied in this precision (see `StoredWeights`); None
+            reads all values into the type of their spec.
 
     Returns:
         The parameters by name, in the order of `rules`.
@@ -81,30 +75,24 @@ def load_parameters(
     _check(source, names, specs, rules, wanted, num_layers, ignore)
 
     place = place or (lambda _, array: jax.device_put(array))
-    total = sum(_nbytes(specs[rule.param]) for rule in wanted)
-    parameters: dict[str, jax.Array] = {}
+    kept = {rule.param: stored_kinds(source, rule, num_layers) for rule in wanted} if stored is not None else {}
+    total = sum(stored_bytes(kept.get(rule.param), specs[rule.param]) for rule in wanted)
+    parameters: dict[str, jax.Array | StoredWeights] = {}
     with (progress or Progress.silent()).task("Loading weights", total=total, unit="bytes") as task:
         for rule in wanted:
             spec = specs[rule.param]
+            if (kinds := kept.get(rule.param)) is not None:
+                assert stored is not None
+                stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task)
+                blocks = tuple(jax.block_until_ready(place(rule.param, stack)) for stack in stacks.values())
+                parameters[rule.param] = StoredWeights(blocks, tuple(stacks), places, stored)
+                continue
             array = aligned_empty(spec.shape, spec.dtype)
             _fill(source, rule, array, num_layers, task)
             # Waiting bounds the host memory: at most one parameter is on its way to the device.
             parameters[rule.param] = jax.block_until_ready(place(rule.param, array))
             del array
     return parameters
-
-
-def aligned_empty(shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
-    """An uninitialised array that starts at a multiple of 64 bytes, so that `jax.device_put` on the CPU shares it."""
-    dtype = np.dtype(dtype)
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _nbytes(spec: HasShape) -> int:
-    return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
 
 
 def _fill(source: TensorSource, rule: Rule, array: np.ndarray, num_layers: int, task: Task) -> None:

@@ -29,7 +29,7 @@ from llm_infer.weights.zarr_arrays import DAMAGED, StoredArray, check_size, read
 if TYPE_CHECKING:  # JAX and Orbax take seconds to import; the kind of a directory is known without them
     import jax
 
-    from llm_infer.weights.loader import HasShape
+    from llm_infer.weights.rules import HasShape
 
 MANIFEST = "llm_infer.json"
 FORMAT_VERSION = 1
@@ -120,6 +120,10 @@ class Checkpoint:
         file = array.single_file
         out[...] = array.map(file) if file else np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
 
+    def stored(self, name: str) -> None:
+        """Plain values only."""
+        return None
+
     def close(self) -> None:
         """Nothing stays open; mapped memory goes away with the parameters."""
 
@@ -153,7 +157,7 @@ class Checkpoint:
     def _restore(self, name: str, dtype: np.dtype, sharding: jax.sharding.Sharding | None, task: Task) -> jax.Array:
         import jax
 
-        from llm_infer.weights.loader import aligned_empty
+        from llm_infer.weights.aligned import aligned_empty
 
         array = self.array(name)
         file = array.single_file

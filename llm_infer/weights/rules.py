@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 Arrange = Callable[[Sequence[np.ndarray]], np.ndarray]
+
+
+class HasShape(Protocol):
+    """`ParamSpec` or `jax.ShapeDtypeStruct`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,6 +204,10 @@ class SafetensorsSource:
         # numpy converts through a small buffer of its own, so this makes no temporary of the tensor's size.
         np.copyto(out, values, casting="unsafe")
 
+    def stored(self, name: str) -> None:
+        """Plain values only."""
+        return None
+
     def close(self) -> None:
         """Let go of the files. Mapped memory goes away with the last view of it."""
         self._files = {}

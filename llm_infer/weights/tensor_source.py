@@ -42,6 +42,13 @@ class TensorSource(Protocol):
         """
         ...
 
+    def stored(self, name: str) -> tuple[str, np.ndarray] | None:
+        """A matrix as the file stores it: its kind (see `pallas_kernels.quant_matmul`) and its rows [N, R] in blocks.
+
+        None where the file holds plain values, or blocks that no kernel multiplies with: then read the values.
+        """
+        ...
+
     def close(self) -> None:
         """Let go of the files. Mapped memory goes away with the last view of it."""
         ...

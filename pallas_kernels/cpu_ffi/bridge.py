@@ -21,7 +21,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import jax
@@ -37,6 +36,7 @@ from pallas_kernels.cpu_ffi.call_frame import (
 )
 from pallas_kernels.cpu_ffi.compile import Target, host_target, load
 from pallas_kernels.cpu_ffi.emit import I64, POINTER, Emitter, Ptr, Value
+from pallas_kernels.cpu_ffi.once import once
 from pallas_kernels.cpu_ffi.threads import thread_pool
 
 
@@ -151,7 +151,7 @@ class _KernelByName:
     kernel: Kernel = field(compare=False)
 
 
-@cache
+@once
 def _register(name: str, holder: _KernelByName) -> str:
     kernel = holder.kernel
     handler = load(name, kernel.sources, kernel.build, ("handler",), thread_pool().symbols)["handler"]

@@ -11,12 +11,13 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
+
+from pallas_kernels.cpu_ffi.once import once
 
 CACHE_VARIABLE = "LLM_INFER_CPU_CACHE_DIR"
 SPLIT_AVX_CPUS = ("znver1", "bdver1", "bdver2", "bdver3", "bdver4", "btver2")  # LLVM's names; 128-bit units under AVX
@@ -46,7 +47,7 @@ class Target:
         return 64 if self.has("avx512f") else 32 if self.has("avx2") else 16
 
 
-@cache
+@once
 def host_target() -> Target:
     """The machine this process runs on. AVX-512 is used where the CPU has it (BW, VL and DQ included)."""
     llvm.initialize_native_target()
@@ -63,7 +64,7 @@ def host_target() -> Target:
     return Target(llvm.get_process_triple(), cpu, flags.flatten(), lanes, registers, unit_lanes)
 
 
-@cache
+@once
 def _target_machine(target: Target) -> llvm.TargetMachine:
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small", jit=True
@@ -101,7 +102,7 @@ def cache_directory() -> Path:
     return Path(base) / "llm_infer" / "cpu_kernels"
 
 
-@cache
+@once
 def _source_hash(paths: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in paths:

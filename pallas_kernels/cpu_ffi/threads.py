@@ -12,10 +12,10 @@ import ctypes
 import os
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 from pallas_kernels.cpu_ffi.compile import load
+from pallas_kernels.cpu_ffi.once import once
 from pallas_kernels.cpu_ffi.pool_code import LIMIT, SPIN, build_pool
 
 THREADS_VARIABLE = "LLM_INFER_NUM_THREADS"
@@ -85,7 +85,7 @@ class ThreadPool:
         self._write(LIMIT, ctypes.c_int32, threads)
 
 
-@cache
+@once
 def thread_pool() -> ThreadPool:
     """The pool, made on first use with `default_threads()`."""
     if sys.platform == "win32":

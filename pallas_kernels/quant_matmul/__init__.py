@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
+from pallas_kernels.quant_matmul.reference import dequantise
 
-__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "quant_matmul"]
+__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul"]
 
 PRECISIONS = ("exact", "fast")
 

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ from pallas_kernels.cpu_ffi import why_not
 from pallas_kernels.cpu_ffi.bridge import Frame, Kernel
 from pallas_kernels.cpu_ffi.call_frame import DTYPES, Buffer
 from pallas_kernels.cpu_ffi.emit import F32, Emitter, Value
+from pallas_kernels.cpu_ffi.once import once
 from pallas_kernels.cpu_ffi.threads import THREADS_VARIABLE, default_threads, thread_pool
 from tests.kernels import native_call
 
@@ -238,3 +241,17 @@ def test_a_fresh_process_needs_neither_numba_nor_a_compiler(tmp_path):
         command, environ[THREADS_VARIABLE] = [sys.executable, "-c", program, when], threads
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and done.stdout.strip() == "[[0.0, 0.0, 0.0, 0.0]]", done.stderr[-2000:]
+
+
+def test_threads_that_ask_at_once_get_one_kernel():
+    made = []
+
+    @once
+    def make(name: str) -> str:
+        time.sleep(0.05)
+        made.append(name)
+        return name
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(make, ["a", "b"] * 8)) == ["a", "b"] * 8
+    assert sorted(made) == ["a", "b"]

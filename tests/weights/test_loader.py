@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from llm_infer.errors import ModelError
+from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource
-from llm_infer.weights.loader import aligned_empty, load_parameters
+from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.rules import ParamSpec, Rule, fuse_qkv
 from tests.weights.tiny_models import HKV, HQ, D, E, F, L, V, hf_tensors, write_gguf
@@ -46,6 +47,10 @@ class Arrays:
     def read_into(self, name: str, out: np.ndarray) -> None:
         self.reads += 1
         np.copyto(out, self.tensors[name], casting="unsafe")
+
+    def stored(self, name: str) -> None:
+        """Plain values only."""
+        return None
 
     def close(self) -> None:
         self.tensors = {}

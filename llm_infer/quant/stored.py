@@ -1,0 +1,84 @@
+"""Matrices of all layers in the form in which their file stores them, for kernels that multiply with that form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels.quant_matmul import FORMATS, dequantise, quant_matmul
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["kinds", "places", "precision"])
+@dataclass(frozen=True)
+class StoredWeights:
+    """Matrices [L, N, K], never dequantised as a whole; a pytree, so it travels like an array.
+
+    Files that keep some layers in more bits than others (the "_M" types of llama.cpp) need one stack a kind.
+
+    Attributes:
+        blocks: a stack [layers of this kind, N, R] for each entry of `kinds`.
+        kinds: keys of `pallas_kernels.quant_matmul.FORMATS`.
+        places: for each layer its stack and its index there.
+        precision: how to multiply, see `quant_matmul`.
+    """
+
+    blocks: tuple[Shaped[Array, "_ N R"], ...]
+    kinds: tuple[str, ...]
+    places: tuple[tuple[int, int], ...]
+    precision: str = "exact"
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, N, K) of the weights."""
+        first = self.blocks[0]
+        return len(self.places), first.shape[1], FORMATS[self.kinds[0]].row_elements(first.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights take."""
+        return sum(block.nbytes for block in self.blocks)
+
+    def matmul(
+        self, x: Float[Array, "T K"], layer: Int[Array, ""] | int, part: tuple[int, Array] | None = None
+    ) -> Array:
+        """`x @ weights[layer].T` in float32, [T, N].
+
+        Args:
+            x: activations.
+            layer: index of the layer.
+            part: (P, p) takes the p-th of P equal runs of rows of the layer's matrix, e.g. one expert's.
+        """
+        x = x.astype(jnp.float32)
+        branches = [partial(self._matmul, stack, part=part) for stack in range(len(self.blocks))]
+        if len(branches) == 1:
+            return branches[0](x, jnp.asarray(layer, jnp.int32))
+        stack, index = (jnp.asarray(column)[layer] for column in np.array(self.places, np.int32).T)
+        return lax.switch(stack, branches, x, index)
+
+    def _matmul(self, stack: int, x: Array, index: Array, part: tuple[int, Array] | None) -> Array:
+        blocks = self.blocks[stack]
+        if part is not None:
+            count, number = part
+            blocks = blocks.reshape(blocks.shape[0] * count, -1, blocks.shape[2])
+            index = index * count + number
+        return quant_matmul(x, blocks, index, kind=self.kinds[stack], precision=self.precision)
+
+    def rows(self, ids: Int[Array, "T"]) -> Float[Array, "T K"]:
+        """Rows of the only layer's matrix as float32; ids outside are clipped."""
+        (blocks,) = self.blocks
+        return dequantise(jnp.take(blocks.reshape(blocks.shape[1:]), ids, axis=0, mode="clip"), self.kinds[0])
+
+
+def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact") -> StoredWeights | None:
+    """A dense matrix or stack of them as it is; None where the kernels do not take it."""
+    kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(array.dtype.name)
+    if kind is None or array.shape[-1] % FORMATS[kind].elements:
+        return None
+    stack = array if array.ndim == 3 else array[None]
+    return StoredWeights((stack,), (kind,), tuple((0, layer) for layer in range(stack.shape[0])), precision)

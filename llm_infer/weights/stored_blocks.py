@@ -1,0 +1,91 @@
+"""Reads matrices in the form their file stores them: which kinds a parameter has, and its stacks of blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+
+from llm_infer.weights.aligned import aligned_empty
+from llm_infer.weights.progress import Task
+from llm_infer.weights.rules import HasShape, Rule
+from llm_infer.weights.tensor_source import TensorSource
+from pallas_kernels.quant_matmul.formats import FORMATS
+
+_DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_TABLES = ("embed.weight", "head.weight")  # rows of these are looked up or multiplied with, like any matrix
+
+Kinds = tuple[str, ...]
+"""Kind of each layer's matrix; keys of FORMATS."""
+
+
+def stored_kinds(source: TensorSource, rule: Rule, num_layers: int) -> Kinds | None:
+    """The kinds of a parameter's matrices, or None for a parameter that is no matrix or that no kernel takes.
+
+    Tensors of different kinds that make up one matrix are read as float32.
+    """
+    if not (rule.param.endswith(".weight") and (rule.stacked or rule.param in _TABLES)):
+        return None
+    kinds = []
+    for group in rule.tensor_names(num_layers):
+        if any(len(source.shape(name)) != 2 for name in group):
+            return None
+        width = source.shape(group[0])[1]
+        found = {_kind(source, name) for name in group}
+        kind = found.pop() if len(found) == 1 else "f32"
+        if width % FORMATS[kind].elements:
+            return None
+        kinds.append(kind)
+    return tuple(kinds)
+
+
+def stored_bytes(kinds: Kinds | None, spec: HasShape) -> int:
+    """Bytes that a parameter takes."""
+    if kinds is None:
+        return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
+    rows, width = spec.shape[-2:]
+    return sum(rows * FORMATS[kind].row_items(width) * FORMATS[kind].item_bytes for kind in kinds)
+
+
+def read_stored(
+    source: TensorSource, rule: Rule, num_layers: int, kinds: Kinds, shape: Sequence[int], task: Task
+) -> tuple[dict[str, np.ndarray], tuple[tuple[int, int], ...]]:
+    """A stack [layers of the kind, N, R] for each kind that occurs, and each layer's stack and index in it."""
+    rows, width = shape[-2:]
+    stacks = {
+        kind: aligned_empty((count, rows, FORMATS[kind].row_items(width)), _dtype(FORMATS[kind].dtype))
+        for kind, count in Counter(kinds).items()
+    }
+    filled: Counter[str] = Counter()
+    places = []
+    for kind, group in zip(kinds, rule.tensor_names(num_layers), strict=True):
+        out = stacks[kind][filled[kind]]
+        parts = [_rows(source, name, kind) for name in group]
+        # Arrangements move whole rows, so they do to blocks what they do to values.
+        out[...] = parts[0] if rule.arrange is None else rule.arrange(parts)
+        places.append((list(stacks).index(kind), filled[kind]))
+        filled[kind] += 1
+        task.advance(out.nbytes)
+    return stacks, tuple(places)
+
+
+def _kind(source: TensorSource, name: str) -> str:
+    stored = source.stored(name)
+    return stored[0] if stored is not None else _DENSE.get(source.dtype(name).name, "f32")
+
+
+def _rows(source: TensorSource, name: str, kind: str) -> np.ndarray:
+    stored = source.stored(name)
+    if stored is not None and stored[0] == kind:
+        return stored[1]
+    values = np.empty(source.shape(name), _dtype(FORMATS[kind].dtype))
+    source.read_into(name, values)
+    return values
+
+
+def _dtype(name: str) -> np.dtype:
+    return _DTYPES.get(name) or np.dtype(name)
