@@ -75,12 +75,9 @@ class StepLayout:
         }
 
 
-def token_buckets(max_tokens: int) -> tuple[int, ...]:
-    """Token counts for which a step program exists: powers of two from 2 up to the step's token limit.
-
-    The smallest has two rows because a matrix product with one row takes another code path, with other roundings.
-    """
-    sizes = [2]
+def token_buckets(max_tokens: int, smallest: int = 2) -> tuple[int, ...]:
+    """Token counts for which a step program exists: powers of two from `smallest` up to the step's token limit."""
+    sizes = [smallest]
     while sizes[-1] < max_tokens:
-        sizes.append(min(2 * sizes[-1], max(2, max_tokens)))
+        sizes.append(min(2 * sizes[-1], max(smallest, max_tokens)))
     return tuple(sizes)

@@ -76,7 +76,7 @@ class Runner:
         self.model, self.config, self.times = model, config, RunnerTimes()
         self.max_num_seqs = config.scheduler.max_num_seqs
         self.pages_per_seq = -(-max_model_len // config.cache.page_size)
-        self.buckets = token_buckets(config.scheduler.max_num_batched_tokens)
+        self.buckets = token_buckets(config.scheduler.max_num_batched_tokens, model.smallest_batch)
         shape = kv_pool_shape(
             jax.default_backend(),
             num_layers=model.config.num_layers,
@@ -101,7 +101,7 @@ class Runner:
 
     def layout(self, bucket: int) -> StepLayout:
         """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
-        sequences = min(bucket, max(2, self.max_num_seqs))
+        sequences = min(bucket, max(self.model.smallest_batch, self.max_num_seqs))
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)))
 
     def compile(self, bucket: int) -> tuple[StepLayout, Callable]:

@@ -74,6 +74,7 @@ def test_layout_fields_do_not_overlap_and_floats_survive() -> None:
 def test_token_buckets() -> None:
     assert token_buckets(512) == (2, 4, 8, 16, 32, 64, 128, 256, 512)
     assert token_buckets(1) == (2,)
+    assert token_buckets(1, 1) == (1,) and token_buckets(5, 1) == (1, 2, 4, 5)
     assert token_buckets(100) == (2, 4, 8, 16, 32, 64, 100)
 
 
