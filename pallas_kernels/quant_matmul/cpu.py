@@ -12,7 +12,7 @@ from pallas_kernels import cpu_ffi
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
 
-FAST_KINDS = ("q4_0", "q4_1", "q4_k")  # 4-bit weights gain from int8 activations; the others are computed exactly
+FAST_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # these gain from int8 activations; the others are computed exactly
 
 
 def why_not(case: Case) -> str | None:

@@ -19,7 +19,7 @@ from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.cpu_unpack import half_scales, k_scales
 from pallas_kernels.quant_matmul.formats import BlockFormat
 
-DIRECT_KINDS = ("q4_0", "q4_1")  # their blocks are read as they are when M = 1
+DIRECT_KINDS = ("q4_0", "q4_1", "q8_0")  # their blocks are read as they are when M = 1
 BLOCK = 32
 TILE_K = 2048  # weights of a tile row: at most 16 rows * 2 KiB
 BLOCK_M = 96
@@ -52,7 +52,8 @@ def quantise_row(k: Emitter, a: Frame, m: Value) -> None:
 class _Rows(ABC):
     """As many weight rows as a vector has lanes, as the dot product wants them: row r in 128-bit lane r // 4 of slot r % 4.
 
-    `block(b)` gives the four slots' weights of block b, 0 … 15 and 16 … 31 of it, and per row the scale and the offset.
+    `block(b)` gives the four slots' weights of block b, 0 … 15 and 16 … 31 of it, and per row the scale and the offset
+    (None for the signed bytes of Q8_0, which have none).
     """
 
     def __init__(self, k: Emitter, a: Frame, fmt: BlockFormat) -> None:
@@ -64,7 +65,7 @@ class _Rows(ABC):
         return self.a.blocks + index * self.a.row_bytes
 
     @abstractmethod
-    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value]: ...
+    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value | None]: ...
 
 
 class _Direct(_Rows):
@@ -73,7 +74,7 @@ class _Direct(_Rows):
     def set(self, n: Value) -> None:
         self.pointers = [self.row(n + r) for r in range(self.count)]
 
-    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value]:
+    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value | None]:
         k, fmt = self.k, self.fmt
         blocks = [pointer + b * fmt.bytes for pointer in self.pointers]
         for block in blocks:
@@ -84,6 +85,8 @@ class _Direct(_Rows):
             head = head.with_lane(r, block.as_(I32 if has_minimum else I16)[0])
         halves = ir.VectorType(F16, self.count)
         scale = head.to(I16).bits(halves).to(F32)
+        if fmt.kind == "q8_0":
+            return self._byte_slots(blocks), scale, None
         offset = (head >> 16).to(I16).bits(halves).to(F32) if has_minimum else scale * -8.0
         return self._slots(blocks), scale, offset
 
@@ -91,6 +94,11 @@ class _Direct(_Rows):
         for slot in range(4):
             qs = self.k.concat([block.load(self.fmt.bytes - 16, 16) for block in blocks[slot::4]])
             yield qs & 15, qs >> 4
+
+    def _byte_slots(self, blocks: list[Ptr]) -> Iterator[tuple[Value, Value]]:
+        for slot in range(4):
+            low, high = (self.k.concat([block.load(at, 16) for block in blocks[slot::4]]) for at in (2, 18))
+            yield low, high
 
 
 class _Tile(_Rows):
@@ -116,16 +124,19 @@ class _Tile(_Rows):
                     at = index * (8 * self.vector)
                     place.store(at, low)
                     place.store(at + self.vector, high)
-                    self.scale[index * self.count + r], self.offset[index * self.count + r] = scale, offset
+                    self.scale[index * self.count + r] = scale
+                    if offset is not None:
+                        self.offset[index * self.count + r] = offset
 
-    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value]:
+    def block(self, b: Value) -> tuple[Iterator[tuple[Value, Value]], Value, Value | None]:
         weights = self.bytes + b * (8 * self.vector)
-        scale, offset = (p.load(b * self.count, self.count) for p in (self.scale, self.offset))
+        scale = self.scale.load(b * self.count, self.count)
+        offset = None if self.fmt.kind == "q8_0" else self.offset.load(b * self.count, self.count)
         vectors = (weights.load(i * self.vector, self.vector) for i in range(8))
         return zip(vectors, vectors, strict=True), scale, offset
 
 
-def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value, Value]]:
+def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value, Value | None]]:
     """A block as groups of 32: weights 0 … 15 and 16 … 31 as bytes, scale and offset: w = scale * q + offset."""
     if kind == "q4_0":
         (d,) = half_scales(block, 1)
@@ -135,10 +146,13 @@ def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value
         d, m = half_scales(block, 2)
         qs = block.load(4, 16)
         return [(qs & 15, qs >> 4, d, m)]
+    if kind == "q8_0":
+        (d,) = half_scales(block, 1)
+        return [(block.load(2, 16), block.load(18, 16), d, None)]
     d, dmin = half_scales(block, 2)
     scale, minimum = k_scales(k, block + 4)
     scale, minimum = scale * d, minimum * (dmin * -1.0)
-    groups = []
+    groups: list[tuple[Value, Value, Value, Value | None]] = []
     for i in range(4):
         first, second = (block.load(16 + 32 * i + h, 16) for h in (0, 16))
         groups.append((first & 15, second & 15, scale.lane(2 * i), minimum.lane(2 * i)))
@@ -160,11 +174,16 @@ def _multiply(k: Emitter, a: Frame, rows: _Rows, m: Value, count: int, n: Value,
         slots, scale, offset = rows.block(b)
         for low, high in slots:
             for i, (x_low, x_high) in enumerate(halves):
-                sums[i].append(_multiply_add(k, low, x_low) + _multiply_add(k, high, x_high))
+                if offset is None:
+                    products = (_multiply_add_signed(k, low, x_low), _multiply_add_signed(k, high, x_high))
+                    sums[i].append(_add_pairs(k, products[0]) + _add_pairs(k, products[1]))
+                else:
+                    sums[i].append(_multiply_add(k, low, x_low) + _multiply_add(k, high, x_high))
         for i, parts in enumerate(sums):
             at = (m + i) * a.G + k0 // BLOCK + b
-            total = _fold_rows(k, parts).to(F32)
-            acc[i].v = k.fma(offset, a.xs[at], k.fma(total, scale * a.xd[at], acc[i].v))
+            acc[i].v = k.fma(_fold_rows(k, parts).to(F32), scale * a.xd[at], acc[i].v)
+            if offset is not None:
+                acc[i].v = k.fma(offset, a.xs[at], acc[i].v)
     for i, sum_ in enumerate(acc):
         _store_out(k, a, (m + i) * a.N + n, sum_.v, n, rows.count)
 
@@ -203,6 +222,22 @@ def _multiply_add(k: Emitter, u: Value, s: Value) -> Value:
     return u.shuffle(even) * s.shuffle(even) + u.shuffle(odd) * s.shuffle(odd)
 
 
+def _multiply_add_signed(k: Emitter, w: Value, s: Value) -> Value:
+    """Signed bytes times signed bytes of at most 127, neighbouring products added in 16 bits."""
+    count = w.type.count
+    if not _has_bytes(k, count):
+        even, odd = range(0, count, 2), range(1, count, 2)
+        w, s = w.to(I16), s.to(I16)
+        return w.shuffle(even) * s.shuffle(even) + w.shuffle(odd) * s.shuffle(odd)
+    # |w| · (s with the sign of w): two products of 128 and 127 still fit.
+    if count == 64:
+        negative = w < 0
+        return _multiply_add(k, k.select(negative, w * -1, w), k.select(negative, s * -1, s))
+    name = {16: "llvm.x86.ssse3.psign.b.128", 32: "llvm.x86.avx2.psign.b"}[count]
+    size, signed = (Value(k, k.intrinsic(name, w.type, [v.ssa, w.ssa])) for v in (w, s))
+    return _multiply_add(k, size, signed)
+
+
 def _has_bytes(k: Emitter, count: int) -> bool:
     """Whether this is an x86 with byte multiplication on vectors of `count` bytes."""
     return "x86" in k.target.triple and k.target.has("avx512bw" if count == 64 else "avx2")
@@ -219,7 +254,7 @@ def _add_pairs(k: Emitter, x: Value) -> Value:
 
 
 def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
-    """Four vectors, of each row eight int16 → the sum of each row as int32, in row order.
+    """Four vectors, of each row eight int16 or four int32 → the sum of each row as int32, in row order.
 
     Sixteen products of 15 and 127 are at most 30480: all sums but the last fit 16 bits.
     """
@@ -227,7 +262,7 @@ def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
     def zip_add(a: Value, b: Value, element: ir.IntType) -> Value:
         """In each 128-bit lane: (a0 b0 a1 b1 …) of the lower half plus the same of the upper half, in units of `element`."""
         words, per_lane = a.type, 128 // element.width
-        count = words.count * 16 // element.width
+        count = words.count * words.element.width // element.width
         a, b = (v.bits(ir.VectorType(element, count)) for v in (a, b))
         picks = []
         for upper in (0, per_lane // 2):
@@ -235,7 +270,8 @@ def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
             picks.append([j for i in lanes for j in (i, count + i)])
         return a.shuffle(picks[0], b).bits(words) + a.shuffle(picks[1], b).bits(words)
 
-    return _add_pairs(k, zip_add(zip_add(slots[0], slots[1], I32), zip_add(slots[2], slots[3], I32), I64))
+    folded = zip_add(zip_add(slots[0], slots[1], I32), zip_add(slots[2], slots[3], I32), I64)
+    return folded if folded.type.element == I32 else _add_pairs(k, folded)
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:

@@ -104,7 +104,7 @@ def test_fast_is_exact_but_for_the_rounding_of_activations(kind):
         assert (np.abs(every_row - rounded @ weights.T) <= tolerance).all(), weights.shape
         for m in ROWS:
             np.testing.assert_array_equal(native_int8(kind, x[:m], blocks), every_row[:m])
-        for lanes in (4, 16) if kind == "q4_1" else ():
+        for lanes in (4, 16) if kind in ("q4_1", "q8_0") else ():
             np.testing.assert_array_equal(native_int8(kind, x, blocks, lanes), every_row)
 
 
