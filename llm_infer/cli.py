@@ -183,6 +183,38 @@ def startup(
 
 
 @bench.command()
+def peers(
+    model: Model = DEFAULT_MODEL_NAME,
+    llama_cpp: Annotated[str | None, typer.Option(help="A Python that has llama-cpp-python.")] = None,
+    transformers: Annotated[str | None, typer.Option(help="A Python that has transformers, torch and gguf.")] = None,
+    openvino: Annotated[str | None, typer.Option(help="A Python that has openvino-genai.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds through all engines; medians are reported.", min=1)] = 3,
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine; default: all cores.", min=1)] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Our throughput beside that of other engines on the same GGUF file, measured in turn on this machine."""
+    from llm_infer.bench.peers import run
+
+    pythons = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
+    run(model, pythons, rounds, threads, json_file)
+
+
+@bench.command()
+def quality(
+    model: Model = DEFAULT_MODEL_NAME,
+    text: Annotated[str | None, typer.Option(help="A text file; default: prose that comes with Python.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.", min=2)] = 4096,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """What `--precision fast` changes: agreement of the most likely token, KL divergence and perplexity on a text."""
+    from llm_infer.bench.quality import run
+
+    run(model, text, tokens, json_file)
+
+
+@bench.command()
 def cache(debug: Debug = False) -> None:
     """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
     from llm_infer.kvcache.simulate import table

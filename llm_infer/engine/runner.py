@@ -16,7 +16,7 @@ import numpy as np
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.layout import StepLayout, token_buckets
-from llm_infer.engine.memory import page_dtype
+from llm_infer.engine.memory import page_dtype, release_free_memory
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
@@ -129,6 +129,7 @@ class Runner:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for bucket, _ in zip(wanted, pool.map(self.compile, wanted), strict=True):
                 yield bucket
+        release_free_memory()
         self._warm = self._warm or buckets is None
 
     def bucket_of(self, num_tokens: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.runner import Runner
-from llm_infer.models.load import LoadedModel, load_model
+from llm_infer.models.load import LoadedModel, load_model, stored_precision
 from llm_infer.scheduler.request import Request
 from llm_infer.scheduler.scheduler import Scheduler
 from llm_infer.weights.sources import open_model, resolve
@@ -29,7 +29,8 @@ MOST_FORCED = int((GOLDENS.margins < 2e-3).sum())
 
 @pytest.fixture(scope="module")
 def model(default_gguf: Path) -> LoadedModel:
-    return load_model(open_model(resolve(str(default_gguf))))
+    """As `LLM` loads it: in the blocks of the file where kernels multiply with them."""
+    return load_model(open_model(resolve(str(default_gguf))), stored=stored_precision("exact"))
 
 
 @pytest.fixture(scope="module")
