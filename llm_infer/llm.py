@@ -12,6 +12,7 @@ from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.errors import RequestError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load
@@ -91,15 +92,24 @@ class LLM:
         # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
         self._lock = threading.RLock()
 
-    def warm_up(self, token_counts: Sequence[int] | None = None) -> None:
+    def warm_up(
+        self,
+        token_counts: Sequence[int] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] = (),
+    ) -> None:
         """Compiles step programs now; a program that is missing is compiled when it is first needed.
 
         Args:
             token_counts: for steps of these token counts (prompt lengths, batch sizes); None compiles all.
+            sampling_params: also for requests with these parameters side by side, beyond drawing and stopping.
         """
-        total = len(token_counts or self.engine.runner.buckets)
+        params = [sampling_params] if isinstance(sampling_params, SamplingParams) else sampling_params
+        self._compile(token_counts, [PLAIN, union(map(features_of, params))])
+
+    def _compile(self, token_counts: Sequence[int] | None, features: Sequence[StepFeatures]) -> None:
+        total = len(token_counts or self.engine.runner.buckets) * len(set(features))
         with self._progress.task("Compiling step programs", total=total) as bar:
-            for _ in self.engine.warm_up(token_counts):
+            for _ in self.engine.warm_up(token_counts, features):
                 bar.advance(1)
 
     def generate(
@@ -194,7 +204,8 @@ class LLM:
                     tracked.append(one)
                 # The first step and the decode steps after it: compiled side by side, and with a word about it.
                 if tracked:
-                    self.warm_up([sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)])
+                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)]
+                    self._compile(counts, [self.engine.features])
             yield tracked
         finally:
             with self._lock:

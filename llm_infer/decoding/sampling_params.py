@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from llm_infer.errors import RequestError
 
+MAX_LOGPROBS = 20
+"""Most tokens per position whose log-probabilities a request can ask for (as in vLLM)."""
+
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
     ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -34,6 +37,8 @@ class SamplingParams:
         max_tokens: most new tokens; None goes on to the end of the context.
         stop_token_ids: further tokens that end the output.
         ignore_eos: go on after an end-of-sequence token.
+        logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
+            token's alone), under the model's distribution before any sampling rule; None returns none.
 
     Raises:
         RequestError: a value is out of range; the message names it.
@@ -47,6 +52,7 @@ class SamplingParams:
     max_tokens: int | None = 16
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, 256)
@@ -57,6 +63,8 @@ class SamplingParams:
             _integer("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if isinstance(self.stop_token_ids, str) or not isinstance(self.stop_token_ids, Iterable):
             raise RequestError(f"stop_token_ids={self.stop_token_ids!r}: expected a list of token ids")
         if not isinstance(self.stop_token_ids, tuple):

@@ -10,7 +10,9 @@ import numpy as np
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
+from llm_infer.engine.results import attach_logprobs
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
@@ -62,14 +64,17 @@ class Engine:
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
 
-    def warm_up(self, token_counts: Iterable[int] | None = None) -> Iterator[int]:
+    def warm_up(
+        self, token_counts: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
+    ) -> Iterator[int]:
         """Compiles step programs, yielding each one's token bucket: those for steps of these token counts.
 
-        By default compiles all; afterwards nothing compiles.
+        By default compiles for all counts; afterwards nothing compiles for requests whose features (`features_of` their
+        parameters) together are within one of `features`.
         """
         limit = self.config.scheduler.max_num_batched_tokens
         counts = None if token_counts is None else [min(count, limit) for count in token_counts]
-        yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts])
+        yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts], features)
 
     def add_request(
         self,
@@ -129,6 +134,11 @@ class Engine:
         """Whether a further `step` can produce anything."""
         return self._in_flight is not None or self.scheduler.has_unfinished
 
+    @property
+    def features(self) -> StepFeatures:
+        """What the unfinished requests need of the step programs, all together."""
+        return union(features_of(request.sampling) for request in self.scheduler.requests.values())  # type: ignore[arg-type]
+
     def step(self) -> list[TokenEvent]:
         """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
         started = time.perf_counter()
@@ -173,6 +183,8 @@ class Engine:
         outputs = pending.read()
         read = time.perf_counter()
         events = self.scheduler.commit(pending.plan, outputs["ids"].tolist())
+        if "logprobs" in outputs:
+            attach_logprobs(events, pending.plan, outputs)
         self.times.device += read - started
         self.times.commit += time.perf_counter() - read
         return events

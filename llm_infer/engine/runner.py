@@ -15,6 +15,7 @@ import numpy as np
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
@@ -52,8 +53,9 @@ class RunnerTimes:
 class Runner:
     """Owns the device side of an engine: parameters, page pool, the last drawn id of each slot, and the step programs.
 
-    One program exists per token bucket; each is compiled ahead of time and called as a compiled program, so a call can
-    never recompile: arguments that do not fit are an error instead.
+    A program exists per token bucket and set of features; each is compiled ahead of time and called as a compiled program,
+    so a call can never recompile: arguments that do not fit are an error instead. A step runs the compiled program with
+    the fewest features that has all those its rows need.
 
     Args:
         model: definition, parameters and configuration of the model.
@@ -88,7 +90,7 @@ class Runner:
         self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), model.dtype))
         self.reset()
         self._keep_logits = keep_logits
-        self._programs: dict[int, tuple[StepLayout, Callable]] = {}
+        self._programs: dict[tuple[int, StepFeatures], tuple[StepLayout, Callable]] = {}
         self._warm = False
 
     def reset(self) -> None:
@@ -103,30 +105,38 @@ class Runner:
         sequences = min(bucket, max(2, self.max_num_seqs))
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)))
 
-    def compile(self, bucket: int) -> tuple[StepLayout, Callable]:
-        """The program of a bucket; compiled on first use."""
-        if bucket not in self._programs:
+    def program(self, bucket: int, needed: StepFeatures = PLAIN) -> tuple[StepLayout, Callable]:
+        """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
+        able = [features for b, features in list(self._programs) if b == bucket and needed in features]
+        return self.compile(bucket, min(able, key=lambda features: features.value.bit_count(), default=needed))
+
+    def compile(self, bucket: int, features: StepFeatures = PLAIN) -> tuple[StepLayout, Callable]:
+        """The program of a bucket with exactly these features; compiled on first use."""
+        if (bucket, features) not in self._programs:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self._warm
             layout = self.layout(bucket)
-            step = make_step(self.model.definition, self.model.config, layout, keep_logits=self._keep_logits)
+            step = make_step(self.model.definition, self.model.config, layout, features, keep_logits=self._keep_logits)
             packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.model.params, self.pages, self.last_ids)
             )
             lowered = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, packed)
-            self._programs[bucket] = (layout, lowered.compile())
-        return self._programs[bucket]
+            self._programs[bucket, features] = (layout, lowered.compile())
+        return self._programs[bucket, features]
 
-    def warm_up(self, buckets: Iterable[int] | None = None) -> Iterator[int]:
-        """Compiles the programs of `buckets` (all by default) side by side, yielding each bucket when it is done.
+    def warm_up(
+        self, buckets: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
+    ) -> Iterator[int]:
+        """Compiles programs side by side, yielding the bucket of each when it is done: `buckets` × `features`.
 
-        After all of them any further compilation is counted in `times.compiles_after_warmup`.
+        By default all buckets; after that any further compilation is counted in `times.compiles_after_warmup`.
         """
-        wanted = list(self.buckets if buckets is None else dict.fromkeys(buckets))
+        chosen = self.buckets if buckets is None else tuple(dict.fromkeys(buckets))
+        wanted = [(bucket, each) for each in dict.fromkeys(features) for bucket in chosen]
         # XLA compiles outside Python's lock, so a second core halves the time of a start.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for bucket, _ in zip(wanted, pool.map(self.compile, wanted), strict=True):
+            for (bucket, _), _ in zip(wanted, pool.map(lambda key: self.compile(*key), wanted), strict=True):
                 yield bucket
         self._warm = self._warm or buckets is None
 
@@ -136,8 +146,11 @@ class Runner:
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Starts a step on the device and returns without waiting for it."""
-        layout, program = self.compile(self.bucket_of(plan.num_tokens))
         started = time.perf_counter()
+        page_size = self.config.cache.page_size
+        for row in (row for rows in plan.rows for row in rows):
+            self._slots.update(row, page_size)
+        layout, program = self.program(self.bucket_of(plan.num_tokens), self._slots.features(plan))
         # A new buffer each step: on the CPU the device array may be this very memory.
         packed = np.zeros((len(plan.rows), layout.size), np.int32)
         for shard, rows in enumerate(plan.rows):
@@ -159,8 +172,6 @@ class Runner:
     ) -> None:
         """Writes one shard's fields; `f` are zeroed views into the step buffer."""
         n, page_size, slots = len(rows), self.config.cache.page_size, self._slots
-        for row in rows:
-            slots.update(row, page_size)
         count = np.fromiter((row.count for row in rows), np.int32, n)
         start = np.fromiter((row.start for row in rows), np.int32, n)
         slot = np.fromiter((row.sequence.slot for row in rows), np.int32, n)
@@ -205,6 +216,7 @@ class SlotTable:
             "seed_low": array(np.int32),
             "sample_index": array(np.int32),
         }
+        self._features = array(np.int64)
         self._owners: list[tuple[Sequence, int] | None] = [None] * slots
 
     def update(self, row: ScheduledRow, page_size: int) -> None:
@@ -226,9 +238,15 @@ class SlotTable:
                 return
         self.tables[slot, first : len(pages)] = pages[first:]
 
+    def features(self, plan: StepPlan) -> StepFeatures:
+        """What the rows of a plan need, all of whose slots are up to date."""
+        slots = [row.sequence.slot for rows in plan.rows for row in rows if row.samples]
+        return StepFeatures(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
+
     def _set_sampling(self, sequence: Sequence, slot: int) -> None:
         params = sequence.request.sampling
         assert isinstance(params, SamplingParams) and params.seed is not None
+        self._features[slot] = features_of(params).value
         values = self.sampling
         values["temperature"][slot] = params.temperature
         values["top_p"][slot] = params.top_p

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int, Shaped
 
+from llm_infer.decoding.logprobs import logprobs_of
 from llm_infer.decoding.sample import SamplingRows, sample
+from llm_infer.decoding.sampling_params import MAX_LOGPROBS
+from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Cache, Layer, LayerLoop, Params, merge_model
@@ -24,16 +27,17 @@ def make_step(
     definition: nnx.GraphDef,
     config: ModelConfig,
     layout: StepLayout,
+    features: StepFeatures = PLAIN,
     *,
     loop: LayerLoop = "scan",
     keep_logits: bool = False,
 ) -> StepFunction:
-    """The step of one token bucket, to be jitted with pages and last ids donated.
+    """The step of one token bucket and a set of features, to be jitted with pages and last ids donated.
 
     `step(params, pages, last_ids, packed) -> (pages, last_ids, outputs)`: copies shared pages that are about to be
     written, fetches ids that are still on the device, runs the model over the pages, draws the next id of each row and
-    keeps it in the row's slot for the next step. `outputs["ids"]` is [dp, S]; with `keep_logits`, also
-    `outputs["logits"]` [dp, S, V].
+    keeps it in the row's slot for the next step. `outputs["ids"]` is [dp, S]; with LOGPROBS there are the fields of
+    `Logprobs` with a leading dp axis; with `keep_logits`, also `outputs["logits"]` [dp, S, V].
     """
     scale = config.head_dim**-0.5
 
@@ -64,6 +68,10 @@ def make_step(
             ids = sample(logits, rows)
         last_ids = last_ids.at[0, f["slot"]].set(ids)
         outputs = {"ids": ids[None]}
+        if StepFeatures.LOGPROBS in features:
+            with jax.named_scope("logprobs"):
+                found = logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))
+                outputs |= {name: value[None] for name, value in found._asdict().items()}
         if keep_logits:
             outputs["logits"] = logits[None]
         return pages, last_ids, outputs

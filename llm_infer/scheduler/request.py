@@ -159,8 +159,20 @@ class TokenEvent:
         sequence: which sequence it extends; the token is in `sequence.tokens` already.
         token_id: the drawn id.
         finish_reason: "stop" or "length" if the sequence ended with it.
+        logprobs: log-probabilities, where the request asked for them; the engine adds them.
     """
 
     sequence: Sequence
     token_id: int
     finish_reason: str | None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token that is there, its rank (1 = most likely), and of the top tokens."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()

@@ -20,7 +20,7 @@ class EngineFactory:
     def __init__(self, model: LoadedModel, *, max_num_seqs: int, num_pages: int, max_model_len: int) -> None:
         self.model, self.max_num_seqs = model, max_num_seqs
         self.num_pages, self.max_model_len = num_pages, max_model_len
-        self._programs: dict[int, Any] = {}
+        self._programs: dict[Any, Any] = {}
 
     def __call__(
         self,

@@ -1,0 +1,37 @@
+"""What a step program can do beside drawing ids: each token bucket has a plain program, and variants that do more."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+from llm_infer.decoding.sampling_params import SamplingParams
+
+
+class StepFeatures(enum.Flag):
+    """Features of a step program; the plain one has none. Rows that need no feature may run in any variant.
+
+    Attributes:
+        LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+    """
+
+    LOGPROBS = enum.auto()
+
+
+PLAIN = StepFeatures(0)
+
+
+def features_of(params: SamplingParams) -> StepFeatures:
+    """What steps need that draw for a request with these parameters."""
+    needed = PLAIN
+    if params.logprobs is not None:
+        needed |= StepFeatures.LOGPROBS
+    return needed
+
+
+def union(features: Iterable[StepFeatures]) -> StepFeatures:
+    """All of these features."""
+    result = PLAIN
+    for each in features:
+        result |= each
+    return result
