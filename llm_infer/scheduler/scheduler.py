@@ -8,8 +8,10 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from llm_infer.config import SchedulerConfig
+from llm_infer.decoding.beam import BeamSearch
 from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
+from llm_infer.scheduler.beam_groups import is_ready, most_pages, pages_needed, prefill_end
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.invariants import check_books, check_in_flight
 from llm_infer.scheduler.placement import Placement
@@ -138,6 +140,14 @@ class Scheduler:
             limit = min(limit, length + request.max_tokens)
         # The last token is drawn but its K/V are never computed.
         needed = -(-(limit - 1) // self.page_size)
+        if request.beams is not None:
+            width = request.beams.width
+            if width > self.config.max_num_seqs:
+                raise RequestError(
+                    f"beam_width={width}: {self.config.max_num_seqs} sequences can run at the same time: "
+                    "raise max_num_seqs or lower beam_width"
+                )
+            needed = most_pages(length, limit - 1, width, self.page_size)
         if needed > self.allocator.num_usable:
             raise RequestError(
                 f"the request can grow to {limit} tokens, which need {needed} pages of {self.page_size} tokens; there "
@@ -149,6 +159,13 @@ class Scheduler:
         self._num_arrived += 1
         first = request.priority if self.config.policy == "priority" else 0
         request.sequences = [Sequence(request, i, (first, request.arrival, i), limit) for i in range(request.n)]
+        if request.beams is not None:
+            request.search = BeamSearch(
+                request.beams,
+                stop_ids=request.sequences[0].stop_ids,
+                min_tokens=request.min_tokens,
+                max_tokens=limit - length,
+            )
         self.requests[request.request_id] = request
         self.books.enqueue(request.sequences[0])
 
@@ -162,13 +179,16 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends one sequence, for example at a stop string. No effect if it has ended."""
+        """Ends one sequence, for example at a stop string; of a beam search all. No effect if it has ended."""
         if sequence.status is Status.FINISHED:
             return
         request = sequence.request
-        self.books.end(sequence)
-        sequence.finish_reason = reason
-        if sequence.sample_index == 0 and not request.forked:  # nobody is left whom the other samples could fork
+        for member in request.sequences if request.beams is not None else (sequence,):
+            self.books.end(member)
+            member.finish_reason = reason
+        if (
+            request.beams is None and sequence.sample_index == 0 and not request.forked
+        ):  # nobody is left whom the other samples could fork
             request.forked = True
             for other in request.sequences[1:]:
                 if other.status is Status.WAITING:
@@ -191,6 +211,8 @@ class Scheduler:
         for shard in range(self.num_shards):
             self._schedule_running(shard, draft)
         self._admit_waiting(draft)
+        while any([self._break_stall(shard, draft) for shard in range(self.num_shards)]):
+            self._admit_waiting(draft)
         for sequence in draft.forked:  # only now: the step that computes the prompt comes before the forks' first
             self.books.enqueue(sequence)
         self.allocator.unpin_all()
@@ -207,6 +229,9 @@ class Scheduler:
         """Decodes in the order of rank, so that a victim (always of a lower rank) is not planned yet; then prefills."""
         prefilling = []
         for sequence in tuple(self.books.running[shard]):
+            if sequence.request.beams is not None:
+                self._schedule_beam(sequence, shard, draft, prefilling)
+                continue
             length = len(sequence.tokens) + sequence.in_flight
             # Not running any more: preempted for one before it. Long enough: its last token is in flight.
             if sequence.status is not Status.RUNNING or length >= sequence.max_length:
@@ -217,8 +242,18 @@ class Scheduler:
                 self._plan_row(sequence, shard, 1, draft)
         for sequence in prefilling:
             if sequence.status is Status.RUNNING and draft.budget[shard]:
-                left = sequence.length - sequence.num_computed
+                left = prefill_end(sequence) - sequence.num_computed
                 self._plan_row(sequence, shard, min(left, draft.budget[shard]), draft)
+
+    def _schedule_beam(self, beam: Sequence, shard: int, draft: _Draft, prefilling: list[Sequence]) -> None:
+        """Plans one token of every beam when the first of them is looked at, or puts a returning beam into a list."""
+        if beam.status is not Status.RUNNING or beam.in_flight:
+            return
+        if len(beam.tokens) - beam.num_computed > 1:
+            prefilling.append(beam)
+        elif beam.sample_index == 0 and is_ready(beam.request) and self._make_room_for_beams(beam, shard, draft):
+            for each in beam.request.members:
+                self._plan_row(each, shard, 1, draft)
 
     def _plan_row(self, sequence: Sequence, shard: int, count: int, draft: _Draft) -> None:
         start = sequence.num_computed
@@ -229,7 +264,7 @@ class Scheduler:
         sequence.num_computed = start + count
         if samples:
             sequence.in_flight += 1
-            if not sequence.request.forked:
+            if not sequence.request.forked and sequence.request.beams is None:
                 self._fork(sequence, draft)
 
     def _fork(self, parent: Sequence, draft: _Draft) -> None:
@@ -247,18 +282,55 @@ class Scheduler:
         if table.length > sequence.num_computed or table.append_in_place():
             return True
         while table.pages_needed(1) > self.allocator.num_available(shard):
-            victim = max(books.running[shard][-1:] + books.parked[shard][-1:], key=lambda member: member.rank)
-            if victim.status is Status.RUNNING:
-                books.preempt(victim)
-                victim.request.num_preemptions += 1
-                self.num_preemptions += 1
-                draft.preempted.append(victim)
-                draft.short_of_pages[shard] = True
-            else:
-                books.unpark(victim)
-            if victim is sequence:
+            if self._take_pages(shard, draft) is sequence:
                 return False
         self._append(table, 1, draft)
+        return True
+
+    def _make_room_for_beams(self, first: Sequence, shard: int, draft: _Draft) -> bool:
+        """Places for the next tokens of all beams of a request; False if they had to give up their pages."""
+        beams = first.request.members
+        # A beam that has returned after a preemption has had its place since then.
+        tables = [b.table for b in beams if b.table is not None and b.table.length == b.num_computed]
+        while pages_needed(tables) > self.allocator.num_available(shard):
+            if self._take_pages(shard, draft).request is first.request:
+                return False
+        for table in tables:
+            self._append(table, 1, draft)
+        return True
+
+    def _take_pages(self, shard: int, draft: _Draft) -> Sequence:
+        """The sequence of the lowest rank with pages on a shard gives them up, and with a beam all others of its group."""
+        books = self.books
+        victim = max(books.running[shard][-1:] + books.parked[shard][-1:], key=lambda member: member.rank)
+        if victim.status is not Status.RUNNING:
+            books.unpark(victim)
+            return victim
+        group = (victim,) if victim.request.beams is None else victim.request.members
+        for member in group:
+            if member.status is Status.RUNNING:
+                books.preempt(member)
+                draft.preempted.append(member)
+        victim.request.num_preemptions += 1
+        self.num_preemptions += 1
+        draft.short_of_pages[shard] = True
+        return victim
+
+    def _break_stall(self, shard: int, draft: _Draft) -> bool:
+        """If nothing can run, because beams of several requests wait for the rest of their groups: the last gives way."""
+        books = self.books
+        running = books.running[shard]
+        outstanding = any(plan.rows[shard] for plan in self._submitted)
+        if not running or draft.single[shard] or draft.longer[shard] or outstanding:
+            return False
+        first = running[0].request
+        alone = not books.parked[shard] and all(beam.request is first for beam in running)
+        if alone and books.waiting[0].request is first:
+            raise RuntimeError(
+                f"the beams of request {first.request_id!r} do not fit the pages although they are alone"
+            )
+        self._take_pages(shard, draft)
+        draft.short_of_pages[shard] = False
         return True
 
     def _append(self, table: PageTable, count: int, draft: _Draft) -> None:
@@ -274,14 +346,17 @@ class Scheduler:
         shut = {shard for shard in all_shards if draft.short_of_pages[shard] and books.running[shard]}
         index = 0
         while index < len(books.waiting):
-            shut.update(shard for shard in all_shards if not books.free_slots[shard] or not draft.budget[shard])
+            shut.update(shard for shard in all_shards if not draft.budget[shard])
             if len(shut) == self.num_shards:
                 return
             sequence = books.waiting[index]
             bound = sequence.request.shard
             shards = set(all_shards if bound is None else (bound,)) - shut
             # What the outstanding step did for a sequence that has just been preempted is not committed yet.
-            preempted = sequence in draft.preempted
+            preempted = any(
+                sequence is victim or (sequence.request is victim.request and victim.request.beams is not None)
+                for victim in draft.preempted
+            )
             place = None if preempted else self._placement.find(sequence, shards)
             if place is not None:
                 self._admit(sequence, *place, draft)
@@ -308,30 +383,39 @@ class Scheduler:
             request.num_cached_tokens = sequence.num_computed
         draft.admitted.append(sequence)
         self._append(table, len(sequence.tokens) - table.length, draft)
-        self._plan_row(sequence, shard, min(table.length - sequence.num_computed, draft.budget[shard]), draft)
+        self._plan_row(sequence, shard, min(prefill_end(sequence) - sequence.num_computed, draft.budget[shard]), draft)
 
     # ------------------------------------------------------------------ results
 
-    def commit(self, plan: StepPlan, sampled: SequenceOf[SequenceOf[int]]) -> list[TokenEvent]:
+    def commit(
+        self,
+        plan: StepPlan,
+        sampled: SequenceOf[SequenceOf[int]],
+        candidates: SequenceOf[SequenceOf[SequenceOf[tuple[int, float]]]] = (),
+    ) -> list[TokenEvent]:
         """Takes the result of the oldest submitted step: appends tokens, ends sequences, offers pages to the cache.
 
         Args:
             plan: what `schedule` returned.
             sampled: `sampled[shard][i]` is the id drawn for `plan.rows[shard][i]`; ids of rows that do not sample, and
                 any after the last row, are ignored. Plain ints (`array.tolist()`).
+            candidates: where rows of beams sample, `candidates[shard][i]` are the most likely next tokens of the row and
+                their log-probabilities, best first (see `BeamSearch.advance`).
 
         Returns:
-            The new tokens, in the order of the rows. A sequence that ended meanwhile has none.
+            The new tokens, in the order of the rows. A sequence that ended meanwhile has none. Beams have theirs, all at
+            once, when the search is over.
         """
         if not self._submitted or self._submitted[0] is not plan:
             raise RuntimeError("plans are committed once each, in the order in which they were made")
         self._submitted.popleft()
         now = self._clock()
-        events = []
-        for rows, ids in zip(plan.rows, sampled, strict=True):
+        events: list[TokenEvent] = []
+        searches: dict[Request, list[SequenceOf[tuple[int, float]]]] = {}
+        for shard, (rows, ids) in enumerate(zip(plan.rows, sampled, strict=True)):
             if len(ids) < len(rows):
                 raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
-            for row, token in zip(rows, ids, strict=False):
+            for index, (row, token) in enumerate(zip(rows, ids, strict=False)):
                 sequence = row.sequence
                 if row.samples:
                     sequence.in_flight -= 1
@@ -344,8 +428,32 @@ class Scheduler:
                 if row.samples:
                     if sequence.request.first_token_time is None:
                         sequence.request.first_token_time = now
+                    if sequence.request.beams is not None:
+                        searches.setdefault(sequence.request, []).append(candidates[shard][index])
+                        continue
                     reason = sequence.append(token)
                     events.append(TokenEvent(sequence, token, reason))
                     if reason is not None:
                         self.finish(sequence, reason)
+        for request, found in searches.items():
+            events += self._advance_search(request, found)
+        return events
+
+    def _advance_search(
+        self, request: Request, candidates: SequenceOf[SequenceOf[tuple[int, float]]]
+    ) -> list[TokenEvent]:
+        """Moves a beam search on by one step (rows of a group are in the order of its members)."""
+        search = request.search
+        assert search is not None
+        children = search.advance([beam.output for beam in request.members], candidates)
+        if children is not None:
+            self.books.reorder(request, children, self._num_steps)
+            return []
+        events = []
+        self.finish(request.sequences[0], "stop")
+        for sequence, result in zip(request.sequences, search.results, strict=True):
+            sequence.tokens = [*request.prompt, *result.tokens]
+            sequence.finish_reason, sequence.score = result.finish_reason, result.score
+            events += [TokenEvent(sequence, token, None) for token in result.tokens]
+            events[-1].finish_reason = result.finish_reason
         return events
