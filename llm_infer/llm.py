@@ -141,6 +141,27 @@ class LLM:
                     bar.set(sum(one.request.finished for one in tracked))
             return [one.result() for one in tracked]
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """The most likely continuations by beam search: `beam_width` outputs per prompt, ordered by `score`.
+
+        Same as `generate` with parameters that have a `beam_width`; other requests may run beside it.
+
+        Raises:
+            RequestError: parameters without `beam_width`, and as `generate`.
+        """
+        each = _per_prompt(params, len(_as_list(prompts)))
+        if any(one.beam_width is None for one in each):
+            raise RequestError(
+                "beam_search needs parameters with a beam_width: SamplingParams(beam_width=4, max_tokens=64)"
+            )
+        return self.generate(prompts, each, progress=progress)
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Continues one raw prompt and yields text as it comes; closing the iterator aborts the request.
 
@@ -204,7 +225,7 @@ class LLM:
                     tracked.append(one)
                 # The first step and the decode steps after it: compiled side by side, and with a word about it.
                 if tracked:
-                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)]
+                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.beam_width or param.n for param in params)]
                     self._compile(counts, [self.engine.features])
             yield tracked
         finally:
@@ -271,6 +292,7 @@ class _Sample:
         self.output.text += text
         self.output.token_ids.append(event.token_id)
         self.output.finish_reason = event.finish_reason
+        self.output.score = event.sequence.score
         return StreamChunk(self.output.index, text, [event.token_id], event.finish_reason)
 
 

@@ -15,12 +15,14 @@ class CompletionOutput:
         token_ids: new token ids, an ending end-of-sequence id included.
         finish_reason: "stop" (end-of-sequence or stop token), "length" (max_tokens or end of the context), "abort";
             None while it runs.
+        score: of a beam search: summed log-probability / (number of new tokens) ** length_penalty.
     """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True)

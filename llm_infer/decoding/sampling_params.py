@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Literal
 
+from llm_infer.decoding.beam import MAX_BEAM_WIDTH
 from llm_infer.errors import RequestError
 
 MAX_LOGPROBS = 20
 """Most tokens per position whose log-probabilities a request can ask for (as in vLLM)."""
+
+WITH_BEAMS = frozenset(
+    {
+        *("beam_width", "length_penalty", "early_stopping", "max_tokens", "min_tokens", "ignore_eos", "stop_token_ids"),
+        *("seed", "temperature", "truncate_prompt_tokens"),
+    }
+)
+"""What a beam search takes; everything else shapes a draw, which it does not make."""
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -39,6 +49,12 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
             token's alone), under the model's distribution before any sampling rule; None returns none.
+        beam_width: search for the most likely outputs with this many beams (at most 16) instead of drawing; the request
+            has as many outputs, best first, each with its `score`.
+        length_penalty: beams are compared by their summed log-probability / (number of new tokens) ** length_penalty.
+        early_stopping: when a beam search ends before all beams have: True as soon as there are `beam_width` results;
+            False when the best beam, scored at its length of now, is no better than the worst result; "never" when no
+            beam can become better.
 
     Raises:
         RequestError: a value is out of range; the message names it.
@@ -53,6 +69,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, 256)
@@ -71,3 +90,22 @@ class SamplingParams:
             object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0)
+        self._check_beams()
+
+    def _check_beams(self) -> None:
+        _number("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise RequestError(f"early_stopping={self.early_stopping!r}: expected True, False or 'never'")
+        set_apart = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.beam_width is not None:
+            _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+            if refused := [name for name in set_apart if name not in WITH_BEAMS]:
+                raise RequestError(f"beam_width={self.beam_width} cannot be combined with {', '.join(refused)}")
+            if self.temperature not in (0.0, 1.0):
+                raise RequestError(
+                    f"beam_width cannot be combined with temperature={self.temperature}: beams are not drawn"
+                )
+        elif refused := [name for name in set_apart if name in ("length_penalty", "early_stopping")]:
+            raise RequestError(
+                f"{', '.join(refused)} cannot be set without beam_width: only a beam search knows scores"
+            )

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
-from llm_infer.engine.results import attach_logprobs
+from llm_infer.engine.results import attach_logprobs, beam_candidates
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
@@ -121,9 +122,22 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             sampling=params,
+            beams=self._beams(params),
         )
         self.scheduler.add(request)
         return request
+
+    def _beams(self, params: SamplingParams) -> BeamParams | None:
+        if params.beam_width is None:
+            return None
+        ends = len({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
+        most = min(NUM_CANDIDATES, self.vocab_size)
+        if params.beam_width + ends > most:
+            raise RequestError(
+                f"beam_width={params.beam_width} with {ends} ids that end a sequence: expected at most {most} together; "
+                "lower beam_width or give fewer stop_token_ids"
+            )
+        return BeamParams(params.beam_width, params.length_penalty, params.early_stopping)
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have finished."""
@@ -148,7 +162,7 @@ class Engine:
             pending = self.runner.submit(plan) if plan is not None else None
             events = self._commit(self._in_flight)
             self._in_flight = pending
-            if not self.config.overlap:
+            if not self.config.overlap or self.scheduler.needs_results:
                 events += self._commit(self._in_flight)
                 self._in_flight = None
         except Exception:
@@ -182,7 +196,8 @@ class Engine:
         started = time.perf_counter()
         outputs = pending.read()
         read = time.perf_counter()
-        events = self.scheduler.commit(pending.plan, outputs["ids"].tolist())
+        candidates = beam_candidates(pending.plan, outputs) if "beam_ids" in outputs else ()
+        events = self.scheduler.commit(pending.plan, outputs["ids"].tolist(), candidates)
         if "logprobs" in outputs:
             attach_logprobs(events, pending.plan, outputs)
         self.times.device += read - started

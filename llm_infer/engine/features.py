@@ -13,9 +13,11 @@ class StepFeatures(enum.Flag):
 
     Attributes:
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+        BEAMS: returns the most likely tokens with their log-probabilities, as many as a beam search may need.
     """
 
     LOGPROBS = enum.auto()
+    BEAMS = enum.auto()
 
 
 PLAIN = StepFeatures(0)
@@ -26,6 +28,8 @@ def features_of(params: SamplingParams) -> StepFeatures:
     needed = PLAIN
     if params.logprobs is not None:
         needed |= StepFeatures.LOGPROBS
+    if params.beam_width is not None:
+        needed |= StepFeatures.BEAMS
     return needed
 
 

@@ -29,3 +29,15 @@ def logprobs_at(outputs: Mapping[str, np.ndarray], place: tuple[int, int], count
         tuple(outputs["top_ids"][place][:count].tolist()),
         tuple(outputs["top_logprobs"][place][:count].tolist()),
     )
+
+
+def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[list[list[tuple[int, float]]]]:
+    """Per shard and row the most likely next tokens and their log-probabilities; empty for rows that are no beams."""
+    ids, logprobs = outputs["beam_ids"], outputs["beam_logprobs"]
+    return [
+        [
+            [] if row.sequence.request.beams is None else list(zip(tokens.tolist(), values.tolist(), strict=True))
+            for row, tokens, values in zip(rows, ids[shard], logprobs[shard], strict=False)
+        ]
+        for shard, rows in enumerate(plan.rows)
+    ]

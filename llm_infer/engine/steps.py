@@ -7,11 +7,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Int, Shaped
 
+from llm_infer.decoding.beam import NUM_CANDIDATES
 from llm_infer.decoding.logprobs import logprobs_of
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
+from llm_infer.decoding.top_tokens import top_tokens
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
@@ -37,7 +40,8 @@ def make_step(
     `step(params, pages, last_ids, packed) -> (pages, last_ids, outputs)`: copies shared pages that are about to be
     written, fetches ids that are still on the device, runs the model over the pages, draws the next id of each row and
     keeps it in the row's slot for the next step. `outputs["ids"]` is [dp, S]; with LOGPROBS there are the fields of
-    `Logprobs` with a leading dp axis; with `keep_logits`, also `outputs["logits"]` [dp, S, V].
+    `Logprobs` with a leading dp axis; with BEAMS `beam_ids` and `beam_logprobs` [dp, S, N], best first; with
+    `keep_logits`, also `outputs["logits"]` [dp, S, V].
     """
     scale = config.head_dim**-0.5
 
@@ -72,6 +76,11 @@ def make_step(
             with jax.named_scope("logprobs"):
                 found = logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))
                 outputs |= {name: value[None] for name, value in found._asdict().items()}
+        if StepFeatures.BEAMS in features:
+            with jax.named_scope("beams"):
+                values, top_ids = top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1]))
+                outputs["beam_ids"] = top_ids[None]
+                outputs["beam_logprobs"] = (values - logsumexp(logits, axis=-1, keepdims=True))[None]
         if keep_logits:
             outputs["logits"] = logits[None]
         return pages, last_ids, outputs

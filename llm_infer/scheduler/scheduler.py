@@ -110,6 +110,11 @@ class Scheduler:
         """Sequences that wait to be admitted."""
         return len(self.books.waiting)
 
+    @property
+    def needs_results(self) -> bool:
+        """Something that runs cannot go on before the results of the last step are here: beams need its ids."""
+        return any(sequence.request.beams is not None for running in self.books.running for sequence in running)
+
     def usage(self, shard: int = 0) -> float:
         """Share of the shard's pages that cannot be handed out now."""
         return 1 - self.allocator.num_available(shard) / self.allocator.num_usable
@@ -211,7 +216,7 @@ class Scheduler:
         for shard in range(self.num_shards):
             self._schedule_running(shard, draft)
         self._admit_waiting(draft)
-        while any([self._break_stall(shard, draft) for shard in range(self.num_shards)]):
+        while any(self._break_stall(shard, draft) for shard in range(self.num_shards)):
             self._admit_waiting(draft)
         for sequence in draft.forked:  # only now: the step that computes the prompt comes before the forks' first
             self.books.enqueue(sequence)
@@ -276,7 +281,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, shard: int, draft: _Draft) -> bool:
         """A place for the next token of a running sequence; False if the sequence itself had to give up its pages."""
-        table, books = sequence.table, self.books
+        table = sequence.table
         assert table is not None
         # The first: its last prompt token, which has its place since admission.
         if table.length > sequence.num_computed or table.append_in_place():

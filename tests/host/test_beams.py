@@ -55,22 +55,19 @@ def test_pages_follow_from_the_genealogy(width: int, page_size: int, capsys: pyt
     )
     request = engine.add([1, 2, 3, 4, 5] * 4, beams=BeamParams(width), max_tokens=60)
     lineages: list[tuple[int, ...]] = [()]  # of each beam: which beam it extended at every step
-    advance, most = None, (0, 0)
-    scheduler = engine.scheduler
+    most, scheduler, search = (0, 0), engine.scheduler, request.search
+    assert search is not None
+    advance = search.advance
+
+    def record(*args: Any) -> Any:
+        children = advance(*args)
+        if children is not None:
+            lineages[:] = [(*lineages[child.parent], place) for place, child in enumerate(children)]
+        return children
+
+    search.advance = record  # type: ignore[method-assign]
     while not request.finished:
         engine.step()
-        search = request.search
-        assert search is not None
-        if advance is None:
-            advance = search.advance
-
-            def record(*args: Any) -> Any:
-                children = advance(*args)
-                if children is not None:
-                    lineages[:] = [(*lineages[c.parent], i) for i, c in enumerate(children)]
-                return children
-
-            search.advance = record  # type: ignore[method-assign]
         planned = engine.plans[-1].rows[0]
         if request.forked and len(planned) == width and all(beam.in_flight for beam in request.sequences):
             # The places of this step are there: two beams share a page as far as their lineages agree to its end.
