@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
@@ -48,6 +48,9 @@ class LLM:
         seed: seeds requests without a seed of their own.
         fused_qkv: store query, key and value projections as one matrix.
         overlap: prepare the next step on the host while the device runs one.
+        speculative_config: propose tokens that one step checks together, for the same output in fewer steps:
+            `{"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}` proposes
+            what followed the last tokens when they occurred before.
         load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
             architecture (see `llm-infer models`) or a directory with a config.json.
         progress: show progress bars on stderr.
@@ -72,6 +75,7 @@ class LLM:
         fused_qkv: bool = True,
         overlap: bool = True,
         check_every_step: bool = False,
+        speculative_config: Mapping[str, Any] | None = None,
         load_format: str = "auto",
         progress: bool = True,
     ) -> None:
@@ -82,6 +86,7 @@ class LLM:
             overlap=overlap,
             check_every_step=check_every_step,
             fused_qkv=fused_qkv,
+            speculative=None if speculative_config is None else SpeculativeConfig.of(speculative_config),
         )
         self._progress = Progress(enabled=progress)
         if note := enable_compile_cache():
@@ -226,7 +231,11 @@ class LLM:
                 # The first step and the decode steps after it: compiled side by side, and with a word about it.
                 if tracked:
                     counts = [sum(len(ids) for ids in prompt_ids), sum(param.beam_width or param.n for param in params)]
-                    self._compile(counts, [self.engine.features])
+                    features = self.engine.features
+                    if self.engine.speculator is not None:  # a row becomes many tokens, and proposals pause
+                        most = self.engine.speculator.most_tokens
+                        counts += [min(size, most * counts[1]) for size in (4, 8, 16, 32)]
+                    self._compile(counts, [features])
             yield tracked
         finally:
             with self._lock:
@@ -267,6 +276,8 @@ class _Tracked:
                 time_to_first_token=request.first_token_time - start,
                 total=request.finish_time - start,
                 num_preemptions=request.num_preemptions,
+                num_drafted_tokens=sum(s.speculation.drafted for s in request.sequences if s.speculation),
+                num_accepted_tokens=sum(s.speculation.accepted for s in request.sequences if s.speculation),
             )
         return RequestOutput(
             request_id=request.request_id,

@@ -34,12 +34,15 @@ class RequestMetrics:
         time_to_first_token: from arrival to the first new token on the host.
         total: from arrival to the end of the last sample.
         num_preemptions: how often one of its samples lost its pages and computed its tokens again.
+        num_drafted_tokens, num_accepted_tokens: tokens proposed by speculative decoding, and those that were right.
     """
 
     queue: float
     time_to_first_token: float
     total: float
     num_preemptions: int
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)

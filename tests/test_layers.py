@@ -27,7 +27,12 @@ ONLY_IN = {
 HOST = (
     *("llm_infer/scheduler/", "llm_infer/kvcache/page_", "llm_infer/kvcache/prefix_", "llm_infer/kvcache/simulate"),
     *("llm_infer/text/", "llm_infer/errors.py", "llm_infer/config.py", "llm_infer/outputs.py"),
-    *("llm_infer/decoding/sampling_params.py", "llm_infer/decoding/beam.py", "pallas_kernels/paged_attention/plan.py"),
+    *(
+        "llm_infer/decoding/sampling_params.py",
+        "llm_infer/decoding/beam.py",
+        "llm_infer/decoding/speculative.py",
+        "pallas_kernels/paged_attention/plan.py",
+    ),
 )
 
 # Lower layers may not import higher ones; a module may import from its own layer and from those after it.

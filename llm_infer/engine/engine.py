@@ -11,6 +11,7 @@ import numpy as np
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.decoding.speculative import Speculator
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
 from llm_infer.engine.results import attach_logprobs, beam_candidates
@@ -60,6 +61,10 @@ class Engine:
         num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
         check_pool_fits(model, config, num_pages)
         self._num_pages = num_pages
+        self.speculator: Speculator | None = None
+        if config.speculative is not None:
+            most = config.scheduler.max_num_batched_tokens
+            self.speculator = Speculator(config.speculative, lambda tokens: self.runner.bucket_of(min(tokens, most)))
         self.scheduler = self._new_scheduler()
         self.runner = Runner(model, config, num_pages=num_pages, max_model_len=self.max_model_len)
         self._in_flight: PendingStep | None = None
@@ -122,6 +127,8 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             sampling=params,
+            # Rules that look at the tokens before would have to follow every proposal.
+            speculate=features_of(params) == PLAIN,
             beams=self._beams(params),
         )
         self.scheduler.add(request)
@@ -151,7 +158,8 @@ class Engine:
     @property
     def features(self) -> StepFeatures:
         """What the unfinished requests need of the step programs, all together."""
-        return union(features_of(request.sampling) for request in self.scheduler.requests.values())  # type: ignore[arg-type]
+        drafts = PLAIN if self.speculator is None else StepFeatures.DRAFTS
+        return drafts | union(features_of(request.sampling) for request in self.scheduler.requests.values())  # type: ignore[arg-type]
 
     def step(self) -> list[TokenEvent]:
         """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
@@ -159,12 +167,16 @@ class Engine:
         plan = self.scheduler.schedule()
         self.times.schedule += time.perf_counter() - started
         try:
+            compiles, submitted = self.runner.times.compiles, time.perf_counter()
             pending = self.runner.submit(plan) if plan is not None else None
             events = self._commit(self._in_flight)
             self._in_flight = pending
             if not self.config.overlap or self.scheduler.needs_results:
+                alone = not events
                 events += self._commit(self._in_flight)
                 self._in_flight = None
+                if plan is not None and alone and compiles == self.runner.times.compiles and self.speculator:
+                    self.speculator.observe_time(plan.num_tokens, time.perf_counter() - submitted)
         except Exception:
             self._start_anew()
             raise
@@ -180,6 +192,7 @@ class Engine:
             page_size=self.config.cache.page_size,
             max_model_len=self.max_model_len,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
+            speculator=self.speculator,
         )
 
     def _start_anew(self) -> None:

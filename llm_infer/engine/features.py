@@ -14,10 +14,12 @@ class StepFeatures(enum.Flag):
     Attributes:
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
         BEAMS: returns the most likely tokens with their log-probabilities, as many as a beam search may need.
+        DRAFTS: draws after proposed tokens too, so it has more rows of logits than sequences.
     """
 
     LOGPROBS = enum.auto()
     BEAMS = enum.auto()
+    DRAFTS = enum.auto()
 
 
 PLAIN = StepFeatures(0)

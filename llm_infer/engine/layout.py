@@ -27,9 +27,16 @@ class StepLayout:
 
     Attributes:
         plan: sizes of the attention plan (T, S, B and rows of a work item).
+        draws: rows R of logits: one per sequence, behind them those of proposed tokens; 0 stands for one per sequence.
     """
 
     plan: PlanShape
+    draws: int = 0
+
+    @property
+    def num_draws(self) -> int:
+        """R, rows of logits and of draws."""
+        return self.draws or self.plan.sequences
 
     @property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -38,7 +45,7 @@ class StepLayout:
         `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `logits_row` is the token row whose
         hidden state a sequence samples from; `slot` is where its drawn id is kept (the last slot takes what nobody reads).
         """
-        tokens, rows = (self.plan.tokens,), (self.plan.sequences,)
+        tokens, rows = (self.plan.tokens,), (self.num_draws,)
         per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot"), tokens)
         per_row = dict.fromkeys(
             (

@@ -21,6 +21,7 @@ from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence
+from llm_infer.scheduler.scheduler import MOST_DRAFTS
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
 
@@ -100,10 +101,11 @@ class Runner:
         self.last_ids = jnp.zeros((1, self.max_num_seqs + 1), jnp.int32)
         self._slots = SlotTable(self.max_num_seqs, self.pages_per_seq)
 
-    def layout(self, bucket: int) -> StepLayout:
+    def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
         """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
         sequences = min(bucket, max(2, self.max_num_seqs))
-        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)))
+        draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
+        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)), draws)
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> tuple[StepLayout, Callable]:
         """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
@@ -115,7 +117,7 @@ class Runner:
         if (bucket, features) not in self._programs:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self._warm
-            layout = self.layout(bucket)
+            layout = self.layout(bucket, features)
             step = make_step(self.model.definition, self.model.config, layout, features, keep_logits=self._keep_logits)
             packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
             arguments = jax.tree.map(
@@ -150,7 +152,7 @@ class Runner:
         page_size = self.config.cache.page_size
         for row in (row for rows in plan.rows for row in rows):
             self._slots.update(row, page_size)
-        layout, program = self.program(self.bucket_of(plan.num_tokens), self._slots.features(plan))
+        layout, program = self.program(self.bucket_of(plan.num_tokens), self._features(plan))
         # A new buffer each step: on the CPU the device array may be this very memory.
         packed = np.zeros((len(plan.rows), layout.size), np.int32)
         for shard, rows in enumerate(plan.rows):
@@ -162,6 +164,9 @@ class Runner:
         self.times.prepare += prepared - started
         self.times.dispatch += time.perf_counter() - prepared
         return PendingStep(plan, outputs)
+
+    def _features(self, plan: StepPlan) -> StepFeatures:
+        return self._slots.features(plan) | (StepFeatures.DRAFTS if plan.has_drafts else PLAIN)
 
     def _fill(
         self,
@@ -187,7 +192,8 @@ class Runner:
             if row.feeds:
                 f["feeds"][first], f["feed_slot"][first] = 1, row.sequence.slot
             else:
-                f["token_ids"][first : first + row.count] = row.sequence.tokens[row.start : row.start + row.count]
+                end = row.start + row.count - len(row.drafts)
+                f["token_ids"][first : first + row.count] = (*row.sequence.tokens[row.start : end], *row.drafts)
             first += row.count
         f["logits_row"][:n] = ends - 1
         f["slot"][:] = self.max_num_seqs
@@ -197,9 +203,26 @@ class Runner:
             np.take(values, slot, out=f[name][:n])
         # A row whose draw nobody reads must not cost the batch its greedy fast path.
         f["temperature"][:n] *= samples
+        if any(row.drafts for row in rows):
+            self._fill_drafts(f, rows, ends, slot)
         if copies:
             f["copy_from"][: len(copies)], f["copy_to"][: len(copies)] = zip(*copies, strict=True)
             f["num_copies"][0] = len(copies)
+
+    def _fill_drafts(
+        self, f: dict[str, np.ndarray], rows: tuple[ScheduledRow, ...], ends: np.ndarray, slot: np.ndarray
+    ) -> None:
+        """Behind the draws of the rows: those after every token of a row with drafts but its last."""
+        drafts = np.fromiter((len(row.drafts) for row in rows), np.int32, len(rows))
+        owner = np.repeat(np.arange(len(rows)), drafts)
+        to_end = np.concatenate([np.arange(count, 0, -1) for count in drafts])
+        here = slice(len(rows), len(rows) + len(owner))
+        f["logits_row"][here] = (ends - 1)[owner] - to_end
+        f["draw_position"][here] = f["draw_position"][owner] - to_end
+        for name, values in self._slots.sampling.items():
+            f[name][here] = values[slot[owner]]
+        # Which id is the last one only the host will know.
+        f["slot"][np.flatnonzero(drafts)] = self.max_num_seqs
 
 
 class SlotTable:

@@ -70,5 +70,5 @@ def _check_sequence(books: Books, sequence: Sequence) -> None:
             raise InvariantError(f"{sequence} has no pages")
     elif len(table.pages) != -(-table.length // table.page_size):
         raise InvariantError(f"{sequence}: {len(table.pages)} pages of {table.page_size} for {table.length} places")
-    elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length:
+    elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length + sequence.num_drafts:
         raise InvariantError(f"{sequence} has {table.length} places, and one token at least is not computed")

@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from llm_infer.decoding.beam import BeamParams, BeamSearch
+from llm_infer.decoding.speculative import Speculation
 from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
 
@@ -35,6 +36,7 @@ class Request:
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
         sampling: what the engine needs for drawing; the scheduler does not look at it.
+        speculate: tokens may be proposed for it.
         beams: search with this many beams, one sequence each, instead of drawing `n` samples.
 
     The scheduler fills in the rest. Times are in seconds of its clock; None until it has happened.
@@ -62,6 +64,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     sampling: object = None
+    speculate: bool = False
     beams: BeamParams | None = None
 
     arrival: int = field(default=-1, init=False)
@@ -120,11 +123,25 @@ class Sequence:
         num_cached_pages: pages from the front that were offered to the prefix cache or came from it.
         finish_reason: "stop", "length" or "abort" once FINISHED.
         score: of a result of a beam search.
+        num_drafts: proposed tokens in a step whose result is not here yet; until it is, the sequence is in no other.
+        speculation: what is known of proposals for it.
     """
 
     __slots__ = (
         *("digests", "finish_reason", "first_step", "in_flight", "max_length", "num_cached_pages", "num_computed"),
-        *("rank", "request", "sample_index", "score", "slot", "status", "stop_ids", "table", "tokens"),
+        *(
+            "num_drafts",
+            "rank",
+            "request",
+            "sample_index",
+            "score",
+            "slot",
+            "speculation",
+            "status",
+            "stop_ids",
+            "table",
+        ),
+        "tokens",
     )
 
     def __init__(self, request: Request, sample_index: int, rank: tuple[int, int, int], max_length: int) -> None:
@@ -144,6 +161,8 @@ class Sequence:
         self.num_cached_pages = 0
         self.finish_reason: str | None = None
         self.score: float | None = None
+        self.num_drafts = 0
+        self.speculation: Speculation | None = None
 
     @property
     def output(self) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence as SequenceOf
 
 from llm_infer.config import SchedulerConfig
 from llm_infer.decoding.beam import BeamSearch
+from llm_infer.decoding.speculative import Speculator
 from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.beam_groups import is_ready, most_pages, pages_needed, prefill_end
@@ -17,6 +18,9 @@ from llm_infer.scheduler.invariants import check_books, check_in_flight
 from llm_infer.scheduler.placement import Placement
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Request, Sequence, Status, TokenEvent
+
+MOST_DRAFTS = 32
+"""Proposed tokens of one step, per shard."""
 
 
 class _Draft:
@@ -27,6 +31,7 @@ class _Draft:
         self.single: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
         self.longer: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
         self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_shards)]
+        self.num_drafts = [0] * num_shards
         self.short_of_pages = [False] * num_shards
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -60,6 +65,7 @@ class Scheduler:
         num_shards: data-parallel shards.
         enable_prefix_caching: keep and find full pages by their tokens.
         clock: current time in seconds.
+        speculator: proposes tokens for requests that allow it.
     """
 
     def __init__(
@@ -72,8 +78,10 @@ class Scheduler:
         num_shards: int = 1,
         enable_prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        speculator: Speculator | None = None,
     ) -> None:
         self.config = config
+        self.speculator = speculator
         self.page_size = page_size
         self.max_model_len = max_model_len
         self.num_shards = num_shards
@@ -112,8 +120,14 @@ class Scheduler:
 
     @property
     def needs_results(self) -> bool:
-        """Something that runs cannot go on before the results of the last step are here: beams need its ids."""
-        return any(sequence.request.beams is not None for running in self.books.running for sequence in running)
+        """Something that runs cannot go on before the results of the last step are here: beams and proposals need ids."""
+        return any(self._needs_results(sequence) for running in self.books.running for sequence in running)
+
+    def _needs_results(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        if self.speculator is None or not request.speculate:
+            return request.beams is not None
+        return sequence.num_drafts > 0 or sequence.speculation is None or not sequence.speculation.rest
 
     def usage(self, shard: int = 0) -> float:
         """Share of the shard's pages that cannot be handed out now."""
@@ -239,12 +253,12 @@ class Scheduler:
                 continue
             length = len(sequence.tokens) + sequence.in_flight
             # Not running any more: preempted for one before it. Long enough: its last token is in flight.
-            if sequence.status is not Status.RUNNING or length >= sequence.max_length:
+            if sequence.status is not Status.RUNNING or length >= sequence.max_length or sequence.num_drafts:
                 continue
             if length - sequence.num_computed > 1:
                 prefilling.append(sequence)
             elif self._make_room(sequence, shard, draft):
-                self._plan_row(sequence, shard, 1, draft)
+                self._plan_row(sequence, shard, 1, draft, self._drafts(sequence, shard, draft))
         for sequence in prefilling:
             if sequence.status is Status.RUNNING and draft.budget[shard]:
                 left = prefill_end(sequence) - sequence.num_computed
@@ -260,11 +274,40 @@ class Scheduler:
             for each in beam.request.members:
                 self._plan_row(each, shard, 1, draft)
 
-    def _plan_row(self, sequence: Sequence, shard: int, count: int, draft: _Draft) -> None:
+    def _drafts(self, sequence: Sequence, shard: int, draft: _Draft) -> tuple[int, ...]:
+        """Proposed tokens behind the next one of a sequence, and their places; only as far as pages are there anyway."""
+        speculator, table = self.speculator, sequence.table
+        if speculator is None or not sequence.request.speculate or len(sequence.tokens) == len(sequence.request.prompt):
+            return ()
+        speculation = sequence.speculation = sequence.speculation or speculator.new()
+        if speculation.rest:
+            speculation.rest -= 1
+            return ()
+        if sequence.in_flight:
+            return ()
+        num_running, used = len(self.books.running[shard]), draft.num_drafts[shard]
+        limit = min(
+            MOST_DRAFTS - used,
+            self.config.max_num_batched_tokens - num_running - used,
+            sequence.max_length - len(sequence.tokens) - 1,
+        )
+        drafts = speculator.propose(speculation, sequence.tokens, num_running, limit) if limit > 0 else []
+        assert table is not None
+        if not drafts or table.pages_needed(len(drafts)) > self.allocator.num_available(shard):
+            return ()
+        self._append(table, len(drafts), draft)
+        draft.num_drafts[shard] += len(drafts)
+        sequence.num_drafts = len(drafts)
+        return tuple(drafts)
+
+    def _plan_row(
+        self, sequence: Sequence, shard: int, count: int, draft: _Draft, drafts: tuple[int, ...] = ()
+    ) -> None:
         start = sequence.num_computed
         samples = start + count == len(sequence.tokens) + sequence.in_flight
+        count += len(drafts)
         rows = draft.single[shard] if count == 1 else draft.longer[shard]
-        rows.append(ScheduledRow(sequence, start, count, samples, sequence.in_flight > 0))
+        rows.append(ScheduledRow(sequence, start, count, samples, sequence.in_flight > 0, drafts))
         draft.budget[shard] -= count
         sequence.num_computed = start + count
         if samples:
@@ -403,7 +446,8 @@ class Scheduler:
         Args:
             plan: what `schedule` returned.
             sampled: `sampled[shard][i]` is the id drawn for `plan.rows[shard][i]`; ids of rows that do not sample, and
-                any after the last row, are ignored. Plain ints (`array.tolist()`).
+                any further ones, are ignored. Behind the ids of all rows come those of their drafts: of each row with
+                drafts the ids drawn before its last token, in their order. Plain ints (`array.tolist()`).
             candidates: where rows of beams sample, `candidates[shard][i]` are the most likely next tokens of the row and
                 their log-probabilities, best first (see `BeamSearch.advance`).
 
@@ -420,10 +464,16 @@ class Scheduler:
         for shard, (rows, ids) in enumerate(zip(plan.rows, sampled, strict=True)):
             if len(ids) < len(rows):
                 raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
+            next_draft = len(rows)
             for index, (row, token) in enumerate(zip(rows, ids, strict=False)):
                 sequence = row.sequence
                 if row.samples:
                     sequence.in_flight -= 1
+                if row.drafts:
+                    drawn = [*ids[next_draft : next_draft + len(row.drafts)], token]
+                    next_draft += len(row.drafts)
+                    events += self._commit_drafts(row, drawn)
+                    continue
                 if sequence.status is Status.RUNNING:
                     full = (row.start + row.count) // self.page_size
                     if full > sequence.num_cached_pages:
@@ -442,6 +492,31 @@ class Scheduler:
                         self.finish(sequence, reason)
         for request, found in searches.items():
             events += self._advance_search(request, found)
+        return events
+
+    def _commit_drafts(self, row: ScheduledRow, drawn: list[int]) -> list[TokenEvent]:
+        """Accepts proposed tokens as far as the target drew them itself; the places of the others are given back."""
+        sequence = row.sequence
+        sequence.num_drafts = 0
+        if sequence.status is Status.FINISHED:
+            return []
+        events, reason, accepted = [], None, 0
+        for token, draft in zip(drawn, (*row.drafts, None), strict=True):
+            reason = sequence.append(token)
+            events.append(TokenEvent(sequence, token, reason))
+            if reason is not None or token != draft:
+                break
+            accepted += 1
+        assert self.speculator is not None and sequence.speculation is not None
+        self.speculator.observe(sequence.speculation, len(row.drafts), accepted)
+        if sequence.status is Status.RUNNING and sequence.table is not None:
+            sequence.num_computed = row.start + row.count - len(row.drafts) + accepted
+            sequence.table.truncate(sequence.num_computed)
+            full = sequence.num_computed // self.page_size
+            if full > sequence.num_cached_pages:
+                self.books.offer_pages(sequence, full)
+        if reason is not None:
+            self.finish(sequence, reason)
         return events
 
     def _advance_search(

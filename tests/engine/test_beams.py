@@ -116,7 +116,9 @@ def run(engine: Engine, asked: list[tuple[list[int], SamplingParams]]) -> list[R
 
 def check_results(request: Request, expected: list[tuple[float, list[int]]], tolerance: float) -> None:
     assert [beam.output for beam in request.sequences] == [tokens for _, tokens in expected]
-    np.testing.assert_allclose([b.score for b in request.sequences], [s for s, _ in expected], atol=tolerance, rtol=1e-4)
+    np.testing.assert_allclose(
+        [b.score for b in request.sequences], [s for s, _ in expected], atol=tolerance, rtol=1e-4
+    )
 
 
 # chunk, sequences, pages, prefix cache, overlap, free-running requests beside the searches

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.config import SchedulerConfig
+from llm_infer.config import SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.speculative import Speculator
 from llm_infer.scheduler import Request, Scheduler, Sequence, Status, StepPlan, TokenEvent
 from tests.naive_beam import naive_beam_search
 
@@ -81,7 +82,8 @@ class FakeDevice:
                 assert row.count == 1
                 fed = [int(self.last_ids[shard, row.sequence.slot])]
             else:
-                fed = row.sequence.tokens[row.start : row.start + row.count]
+                end = row.start + row.count - len(row.drafts)
+                fed = [*row.sequence.tokens[row.start : end], *row.drafts]
             assert len(fed) == row.count
             for position, token in enumerate(fed, row.start):
                 page, offset = table.pages[position // size], position % size
@@ -89,7 +91,13 @@ class FakeDevice:
                 self._check_owners(shard, page, position, row.sequence)
                 written.add((page, offset))
                 pages[page, offset] = token, position
-        return [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
+        ids = [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
+        for row in rows:
+            ends = range(row.start + row.count - len(row.drafts), row.start + row.count)
+            ids += [self._attend(shard, row.sequence, end) for end in ends]
+            if row.drafts:  # nobody may use it
+                self.last_ids[shard, row.sequence.slot] = -1
+        return ids
 
     def _check_owners(self, shard: int, page: int, position: int, writer: Sequence) -> None:
         """Nobody else owns a page that is written, but forks that wait for this very step to compute their prompt."""
@@ -124,6 +132,8 @@ class FakeEngine:
         limits.setdefault("max_num_batched_tokens", 16)
         self.max_model_len = limits["max_model_len"] = limits.get("max_model_len", 64)
         config = SchedulerConfig(**limits)
+        if drafts := options.pop("num_drafts", 0):
+            options["speculator"] = Speculator(SpeculativeConfig(num_speculative_tokens=drafts, prompt_lookup_min=1))
         defaults = {"num_pages": 40, "page_size": 4, "max_model_len": self.max_model_len}
         self.scheduler = Scheduler(config, **(defaults | options))
         self.device = FakeDevice(self.scheduler)
@@ -137,6 +147,7 @@ class FakeEngine:
 
     def add(self, prompt: list[int], **options: Any) -> Request:
         """Queues a request; the default is to end by length only."""
+        options.setdefault("speculate", options.get("beams") is None)
         request = Request(f"r{len(self.requests)}", prompt, **options)
         self.scheduler.add(request)
         self.requests.append(request)
@@ -151,9 +162,12 @@ class FakeEngine:
         else:
             self.pending.append((plan, self.device.run(plan), self.device.candidates))
             self.plans.append(plan)
-        events = []
+        events: list[TokenEvent] = []
         if self.pending and (plan is None or not self.overlap or len(self.pending) > 1):
             events = self.scheduler.commit(*self.pending.popleft())
+        # Beams do without, in every second step; proposals need to know the last token.
+        if self.pending and self.scheduler.speculator is not None and self.scheduler.needs_results:
+            events += self.scheduler.commit(*self.pending.popleft())
         self.num_steps += 1
         if self.check:
             self.scheduler.check()

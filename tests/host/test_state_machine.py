@@ -113,6 +113,9 @@ class HostMachine(RuleBasedStateMachine):
         self.totals["requests"] += len(self.engine.requests)
         self.totals["preemptions"] += scheduler.num_preemptions
         self.totals["beam searches"] += sum(request.beams is not None for request in self.engine.requests)
+        if scheduler.speculator is not None:
+            self.totals["drafted"] += scheduler.speculator.num_drafted
+            self.totals["accepted"] += scheduler.speculator.num_accepted
         self.totals["copied pages"] += scheduler.num_copied_pages
         self.totals["cached tokens"] += cache.num_hits if cache else 0
 
@@ -133,6 +136,7 @@ def configuration(number: int) -> dict[str, Any]:
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + draw.choice([0, 3, 12]),
         "max_model_len": 25,
+        "num_drafts": draw.choice([0, 1, 4]),
         "watermark": draw.choice([0.0, 0.1]),
     }
 
