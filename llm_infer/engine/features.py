@@ -13,9 +13,13 @@ class StepFeatures(enum.Flag):
 
     Attributes:
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+        SHAPED: applies penalties and biases, whose per-slot state is kept on the device.
+        MASKED: takes a bit mask of the allowed tokens of each row.
     """
 
     LOGPROBS = enum.auto()
+    SHAPED = enum.auto()
+    MASKED = enum.auto()
 
 
 PLAIN = StepFeatures(0)
@@ -24,8 +28,12 @@ PLAIN = StepFeatures(0)
 def features_of(params: SamplingParams) -> StepFeatures:
     """What steps need that draw for a request with these parameters."""
     needed = PLAIN
-    if params.logprobs is not None:
+    if params.logprobs is not None or params.num_sequences > params.n:
         needed |= StepFeatures.LOGPROBS
+    if params.has_penalties or params.logit_bias:
+        needed |= StepFeatures.SHAPED
+    if params.allowed_token_ids is not None or params.bad_words or params.min_tokens or params.structured_outputs:
+        needed |= StepFeatures.MASKED
     return needed
 
 

@@ -33,7 +33,7 @@ class Request:
         min_tokens: no id ends a sequence before it has this many new tokens.
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
-        sampling: what the engine needs for drawing; the scheduler does not look at it.
+        sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
 
     The scheduler fills in the rest. Times are in seconds of its clock; None until it has happened.
 
@@ -57,6 +57,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     sampling: object = None
+    rules: object = None
 
     arrival: int = field(default=-1, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
