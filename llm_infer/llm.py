@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
@@ -16,11 +16,9 @@ from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.errors import RequestError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load
-from llm_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
-from llm_infer.scheduler.request import Request, TokenEvent
+from llm_infer.outputs import RequestOutput, StreamChunk
 from llm_infer.text.chat_template import apply_chat_template
-from llm_infer.text.detokenizer import IncrementalDetokenizer
-from llm_infer.text.tokenizer import Tokenizer
+from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.progress import Progress
 
@@ -93,9 +91,11 @@ class LLM:
             self._progress.note(note)
         self.tokenizer, loaded = load(model, load_format=load_format, fused_qkv=fused_qkv, progress=self._progress)
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
         self._lock = threading.RLock()
+        self._grammars: GrammarCompiler | None = None  # made by the first request that needs it
+        self._grammar_lock = threading.Lock()
 
     def warm_up(
         self,
@@ -174,12 +174,16 @@ class LLM:
         """
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
-        with self._track([prompt], _per_prompt(sampling_params, 1)) as (one,):
+        params = _per_prompt(sampling_params, 1)
+        if params[0].num_sequences > params[0].n:
+            raise RequestError(f"best_of={params[0].best_of} cannot stream: the best is known at the end only")
+        with self._track([prompt], params) as (one,):
             while one.chunks or not one.request.finished:
                 if not one.chunks:
                     self._advance()
                 while one.chunks:
                     yield one.chunks.popleft()
+            yield from one.ended_without_token()
 
     def chat(
         self,
@@ -218,19 +222,23 @@ class LLM:
         return tokenizer.encode(text, add_special_tokens=False)
 
     @contextmanager
-    def _track(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[list[_Tracked]]:
+    def _track(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[list[TrackedRequest]]:
         """Requests for these prompts; on leaving, those that have not finished are aborted."""
         prompt_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        tracked: list[_Tracked] = []
+        # Before the lock: other threads' steps go on while a grammar is compiled.
+        grammars = {id(param): self._grammar(param) for param in params}
+        tracked: list[TrackedRequest] = []
         try:
             with self._lock:
                 for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
-                    one = _Tracked(self.engine.add_request(ids, param), prompt, self.tokenizer)
+                    words = [word for text in param.bad_words for word in self._spellings(text)]
+                    request = self.engine.add_request(ids, param, bad_words=words, grammar=grammars[id(param)])
+                    one = TrackedRequest(request, prompt, param, self.tokenizer)
                     self._tracked[one.request.request_id] = one
                     tracked.append(one)
                 # The first step and the decode steps after it: compiled side by side, and with a word about it.
                 if tracked:
-                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.beam_width or param.n for param in params)]
+                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.num_sequences for param in params)]
                     features = self.engine.features
                     if self.engine.speculator is not None:  # a row becomes many tokens, and proposals pause
                         most = self.engine.speculator.most_tokens
@@ -248,63 +256,27 @@ class LLM:
         with self._lock, uninterrupted():
             for event in self.engine.step():
                 one = self._tracked.get(event.sequence.request.request_id)
-                if one is not None:
-                    one.push(event)
+                if one is not None and one.push(event):
+                    self.engine.finish(event.sequence, "stop")
 
+    def _spellings(self, text: str) -> list[list[int]]:
+        """Token ids of a text where a text begins and after a space."""
+        texts = {text, text if text.startswith(" ") else f" {text}"}
+        return [self.tokenizer.encode(each, add_special_tokens=False) for each in sorted(texts)]
 
-class _Tracked:
-    """A request on its way through the engine, with the text of its samples and what a stream has not read yet."""
-
-    def __init__(self, request: Request, prompt: Prompt, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.chunks: deque[StreamChunk] = deque()
-        self._prompt = prompt if isinstance(prompt, str) else None
-        self._samples = [_Sample(tokenizer, index) for index in range(request.n)]
-
-    def push(self, event: TokenEvent) -> None:
-        """Takes in a token."""
-        self.chunks.append(self._samples[event.sequence.sample_index].push(event))
-
-    def result(self) -> RequestOutput:
-        """The finished request's result."""
-        request = self.request
-        metrics = None
-        if request.finish_time is not None and request.first_token_time is not None:
-            start = request.arrival_time or 0.0
-            metrics = RequestMetrics(
-                queue=(request.first_scheduled_time or start) - start,
-                time_to_first_token=request.first_token_time - start,
-                total=request.finish_time - start,
-                num_preemptions=request.num_preemptions,
-                num_drafted_tokens=sum(s.speculation.drafted for s in request.sequences if s.speculation),
-                num_accepted_tokens=sum(s.speculation.accepted for s in request.sequences if s.speculation),
-            )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=self._prompt,
-            prompt_token_ids=list(request.prompt),
-            outputs=[sample.output for sample in self._samples],
-            num_cached_tokens=request.num_cached_tokens,
-            metrics=metrics,
-        )
-
-
-class _Sample:
-    """One sample's output and the detokenizer that extends its text."""
-
-    def __init__(self, tokenizer: Tokenizer, index: int) -> None:
-        self.output = CompletionOutput(index)
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-
-    def push(self, event: TokenEvent) -> StreamChunk:
-        text = self._detokenizer.push([event.token_id])
-        if event.finish_reason is not None:
-            text += self._detokenizer.finish()
-        self.output.text += text
-        self.output.token_ids.append(event.token_id)
-        self.output.finish_reason = event.finish_reason
-        self.output.score = event.sequence.score
-        return StreamChunk(self.output.index, text, [event.token_id], event.finish_reason)
+    def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        if params.structured_outputs is None:
+            return None
+        with self._grammar_lock:
+            if self._grammars is None:
+                tokenizer, vocab_size = self.tokenizer, self.engine.vocab_size
+                self._grammars = GrammarCompiler(
+                    [tokenizer.token_bytes(i) for i in range(vocab_size)],
+                    [i for i in range(vocab_size) if tokenizer.is_special(i)],
+                    sorted(tokenizer.eos_token_ids),
+                    lambda text: tokenizer.encode(text, add_special_tokens=False),
+                )
+        return self._grammars.compile(params.structured_outputs)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

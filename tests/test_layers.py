@@ -21,6 +21,7 @@ ONLY_IN = {
     "tokenizers": ("llm_infer/text/",),
     "jinja2": ("llm_infer/text/",),
     "typer": ("llm_infer/cli",),
+    "llguidance": ("llm_infer/decoding/grammar.py",),
 }
 
 # These run without JAX: they can be read, tested and reused on their own.
@@ -31,6 +32,8 @@ HOST = (
         "llm_infer/decoding/sampling_params.py",
         "llm_infer/decoding/beam.py",
         "llm_infer/decoding/speculative.py",
+        "llm_infer/decoding/structured.py",
+        "llm_infer/decoding/token_rules.py",
         "pallas_kernels/paged_attention/plan.py",
     ),
 )
@@ -38,7 +41,7 @@ HOST = (
 # Lower layers may not import higher ones; a module may import from its own layer and from those after it.
 ORDER = (
     ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py"),
-    ("llm_infer/llm.py",),
+    ("llm_infer/llm.py", "llm_infer/tracking.py"),
     ("llm_infer/loading.py",),
     ("llm_infer/engine/",),
     ("llm_infer/models/", "llm_infer/text/"),

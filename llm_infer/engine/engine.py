@@ -12,13 +12,16 @@ from llm_infer.config import EngineConfig
 from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
+from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
 from llm_infer.engine.results import attach_logprobs, beam_candidates
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, TokenEvent
+from llm_infer.scheduler.request import Sequence as LiveSequence
 from llm_infer.scheduler.scheduler import Scheduler
 
 
@@ -90,6 +93,8 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        bad_words: Iterable[Sequence[int]] = (),
+        grammar: Grammar | None = None,
     ) -> Request:
         """Queues a request.
 
@@ -99,11 +104,15 @@ class Engine:
             request_id: a name for `abort`; by default a running number.
             priority: smaller runs earlier under the "priority" policy.
             cache_salt: requests share cached prefixes only with requests of the same salt.
+            bad_words: token sequences that are never completed: the tokens of `params.bad_words`.
+            grammar: what the output must match: the compiled form of `params.structured_outputs`.
 
         Raises:
-            RequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit context or pages.
+            RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, no token is allowed,
+                or the request can never fit context or pages.
         """
         params = params or SamplingParams()
+        params.check_vocabulary(self.vocab_size)
         index, self._num_requests = self._num_requests, self._num_requests + 1
         ids = np.asarray(prompt_ids)
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
@@ -118,12 +127,13 @@ class Engine:
             params = replace(params, seed=int(words[0]))
         request = Request(
             request_id=request_id if request_id is not None else str(index),
-            prompt=ids.tolist(),
+            prompt=ids.tolist()[-(params.truncate_prompt_tokens or 0) :],
             max_tokens=params.max_tokens,
             eos_token_ids=self.eos_token_ids,
             stop_token_ids=frozenset(params.stop_token_ids),
             ignore_eos=params.ignore_eos,
-            n=params.n,
+            n=params.num_sequences,
+            min_tokens=params.min_tokens,
             priority=priority,
             cache_salt=cache_salt,
             sampling=params,
@@ -131,6 +141,7 @@ class Engine:
             speculate=features_of(params) == PLAIN,
             beams=self._beams(params),
         )
+        request.rules = self._rules(request, params, list(bad_words), grammar)
         self.scheduler.add(request)
         return request
 
@@ -146,9 +157,32 @@ class Engine:
             )
         return BeamParams(params.beam_width, params.length_penalty, params.early_stopping)
 
+    def _rules(
+        self, request: Request, params: SamplingParams, bad_words: list[Sequence[int]], grammar: Grammar | None
+    ) -> TokenRules | None:
+        if StepFeatures.MASKED not in features_of(params):
+            return None
+        if (params.structured_outputs is None) != (grammar is None) or bool(params.bad_words) != bool(bad_words):
+            raise RequestError("structured_outputs and bad_words need their compiled forms: grammar and bad_words")
+        rules = TokenRules(
+            self.vocab_size,
+            allowed=params.allowed_token_ids,
+            bad_words=bad_words,
+            min_tokens=params.min_tokens,
+            stop_ids=request.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            grammar=grammar,
+        )
+        if not rules.allows_something:
+            raise RequestError("bad_words forbids every token of allowed_token_ids: allow others")
+        return rules
+
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have finished."""
         self.scheduler.abort(request_id)
+
+    def finish(self, sequence: LiveSequence, reason: str) -> None:
+        """Ends one sequence, for example at a stop string; tokens in flight are dropped."""
+        self.scheduler.finish(sequence, reason)
 
     @property
     def has_work(self) -> bool:
@@ -163,14 +197,21 @@ class Engine:
 
     def step(self) -> list[TokenEvent]:
         """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
-        self.times.schedule += time.perf_counter() - started
+        events: list[TokenEvent] = []
         try:
+            if self._in_flight is not None and _host_comes_first(self._in_flight.plan):
+                events = self._commit(self._in_flight)
+                self._in_flight = None
+            started = time.perf_counter()
+            plan = self.scheduler.schedule()
+            self.times.schedule += time.perf_counter() - started
             compiles, submitted = self.runner.times.compiles, time.perf_counter()
             pending = self.runner.submit(plan) if plan is not None else None
-            events = self._commit(self._in_flight)
+            events += self._commit(self._in_flight)
             self._in_flight = pending
+            if pending is not None:
+                for sequence in pending.dead:
+                    self.scheduler.finish(sequence, "error")
             if not self.config.overlap or self.scheduler.needs_results:
                 alone = not events
                 events += self._commit(self._in_flight)
@@ -216,3 +257,9 @@ class Engine:
         self.times.device += read - started
         self.times.commit += time.perf_counter() - read
         return events
+
+
+def _host_comes_first(plan: StepPlan) -> bool:
+    """Whether the next draw of a row depends, on the host, on the id that this step draws for it."""
+    drawn_for = (row.sequence.request.rules for rows in plan.rows for row in rows if row.samples)
+    return any(isinstance(rules, TokenRules) and rules.needs_last_token for rules in drawn_for)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.features import StepFeatures, features_of
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import TokenEvent, TokenLogprobs
 
@@ -17,8 +18,8 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
     for event in events:
         params = event.sequence.request.sampling
         assert isinstance(params, SamplingParams)
-        if params.logprobs is not None:
-            event.logprobs = logprobs_at(outputs, places[event.sequence], params.logprobs)
+        if StepFeatures.LOGPROBS in features_of(params):
+            event.logprobs = logprobs_at(outputs, places[event.sequence], params.logprobs or 0)
 
 
 def logprobs_at(outputs: Mapping[str, np.ndarray], place: tuple[int, int], count: int) -> TokenLogprobs:

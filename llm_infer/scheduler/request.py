@@ -35,7 +35,7 @@ class Request:
         min_tokens: no id ends a sequence before it has this many new tokens.
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
-        sampling: what the engine needs for drawing; the scheduler does not look at it.
+        sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
         speculate: tokens may be proposed for it.
         beams: search with this many beams, one sequence each, instead of drawing `n` samples.
 
@@ -64,6 +64,7 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     sampling: object = None
+    rules: object = None
     speculate: bool = False
     beams: BeamParams | None = None
 

@@ -31,7 +31,7 @@ def make_engine(model: LoadedModel, tokens: int = 4, seqs: int = 2, pages: int =
 
 def test_pool_is_updated_in_place_and_arguments_are_few(model: LoadedModel) -> None:
     engine = make_engine(model)
-    _, program = engine.runner.compile(2)
+    program = engine.runner.compile(2).run
     memory = program.memory_analysis()
     pool = engine.runner.pages.nbytes
     assert pool > 10_000_000
