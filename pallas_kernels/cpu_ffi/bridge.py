@@ -19,6 +19,7 @@ argument; only then does a body see a pointer.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,6 +39,9 @@ from pallas_kernels.cpu_ffi.call_frame import (
 from pallas_kernels.cpu_ffi.compile import Target, host_target, load
 from pallas_kernels.cpu_ffi.emit import I64, POINTER, Emitter, Ptr, Value
 from pallas_kernels.cpu_ffi.threads import thread_pool
+
+
+_REGISTERING = threading.RLock()
 
 
 class Frame:
@@ -127,7 +131,9 @@ class Kernel:
 
     def register(self) -> str:
         """Compile (or fetch from the cache) and tell XLA about it, once; returns the target's name."""
-        return _register(self.name, _KernelByName(self))
+        # Programs are traced side by side; the cache alone would let two threads register the same name.
+        with _REGISTERING:
+            return _register(self.name, _KernelByName(self))
 
     def __call__(self, *args: Any, dims: Mapping[str, int] | None = None) -> tuple[Any, ...]:
         """Call under JAX; returns the results. `dims` gives sizes of symbols that no argument has."""

@@ -238,3 +238,19 @@ def test_a_fresh_process_needs_neither_numba_nor_a_compiler(tmp_path):
         command, environ[THREADS_VARIABLE] = [sys.executable, "-c", program, when], threads
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and done.stdout.strip() == "[[0.0, 0.0, 0.0, 0.0]]", done.stderr[-2000:]
+
+
+def test_threads_that_meet_register_a_kernel_once() -> None:
+    kernel = Kernel("test_scale_raced", SCALE.args, SCALE.results, scale_body, (__file__,))
+    start, names = threading.Barrier(4), []
+
+    def register() -> None:
+        start.wait()
+        names.append(kernel.register())
+
+    threads = [threading.Thread(target=register) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names == ["llm_infer.test_scale_raced"] * 4
