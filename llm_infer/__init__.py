@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
+    from llm_infer.decoding.structured import StructuredOutputsParams
     from llm_infer.llm import LLM
     from llm_infer.outputs import RequestOutput
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
 _HOME = {
     "LLM": "llm_infer.llm",
     "SamplingParams": "llm_infer.decoding.sampling_params",
+    "StructuredOutputsParams": "llm_infer.decoding.structured",
     "RequestOutput": "llm_infer.outputs",
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from llm_infer.errors import UserError
 
@@ -97,6 +99,45 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Speculative decoding: tokens that are proposed cheaply and checked together in one step. Names as in vLLM.
+
+    Attributes:
+        method: "ngram" proposes what followed the last tokens when they occurred before in the sequence.
+        num_speculative_tokens: most tokens proposed at once; fewer where fewer pay.
+        prompt_lookup_max, prompt_lookup_min: length of the run of tokens that must have occurred before; longest first.
+    """
+
+    method: str = "ngram"
+    num_speculative_tokens: int = 7
+    prompt_lookup_max: int = 4
+    prompt_lookup_min: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.method == "ngram", f"speculative method={self.method!r}: expected 'ngram'")
+        _require_integers(self, "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        _require(
+            1 <= self.num_speculative_tokens <= 31,
+            f"num_speculative_tokens={self.num_speculative_tokens}: expected 1 to 31",
+        )
+        _require(
+            1 <= self.prompt_lookup_min <= self.prompt_lookup_max,
+            f"prompt_lookup_min={self.prompt_lookup_min}, prompt_lookup_max={self.prompt_lookup_max}: expected "
+            "1 <= prompt_lookup_min <= prompt_lookup_max",
+        )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> SpeculativeConfig:
+        """From a mapping; a key that is not known is an error."""
+        unknown = set(values) - {field.name for field in fields(cls)}
+        _require(
+            not unknown,
+            f"speculative_config has unknown keys {sorted(unknown)}: expected {[f.name for f in fields(cls)]}",
+        )
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Everything an engine is built from.
 
@@ -106,6 +147,7 @@ class EngineConfig:
         overlap: prepare step n+1 on the host while the device runs step n.
         check_every_step: verify the invariants of pages and sequences after each step (slow; for tests and debugging).
         fused_qkv: store the query, key and value projections as one matrix per layer.
+        speculative: propose tokens; None computes them one by one.
     """
 
     cache: CacheConfig = CacheConfig()
@@ -114,6 +156,7 @@ class EngineConfig:
     overlap: bool = True
     check_every_step: bool = False
     fused_qkv: bool = True
+    speculative: SpeculativeConfig | None = None
 
     def __post_init__(self) -> None:
         _require_integers(self, "seed")

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.errors import RequestError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load
-from llm_infer.outputs import CompletionOutput, RequestMetrics, RequestOutput, StreamChunk
-from llm_infer.scheduler.request import Request, TokenEvent
+from llm_infer.outputs import RequestOutput, StreamChunk
 from llm_infer.text.chat_template import apply_chat_template
-from llm_infer.text.detokenizer import IncrementalDetokenizer
-from llm_infer.text.tokenizer import Tokenizer
+from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.progress import Progress
 
@@ -51,6 +50,9 @@ class LLM:
         kv_cache_dtype: type of keys and values in the pages: "float32", "bfloat16" or "float16"; "auto" follows
             `precision`.
         overlap: prepare the next step on the host while the device runs one.
+        speculative_config: propose tokens that one step checks together, for the same output in fewer steps:
+            `{"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}` proposes
+            what followed the last tokens when they occurred before.
         load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
             architecture (see `llm-infer models`) or a directory with a config.json.
         progress: show progress bars on stderr.
@@ -77,6 +79,7 @@ class LLM:
         kv_cache_dtype: str = "auto",
         overlap: bool = True,
         check_every_step: bool = False,
+        speculative_config: Mapping[str, Any] | None = None,
         load_format: str = "auto",
         progress: bool = True,
     ) -> None:
@@ -88,6 +91,7 @@ class LLM:
             overlap=overlap,
             check_every_step=check_every_step,
             fused_qkv=fused_qkv,
+            speculative=None if speculative_config is None else SpeculativeConfig.of(speculative_config),
         )
         self._progress = Progress(enabled=progress)
         if note := enable_compile_cache():
@@ -96,19 +100,30 @@ class LLM:
             model, load_format=load_format, fused_qkv=fused_qkv, precision=precision, progress=self._progress
         )
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
-        self._tracked: dict[str, _Tracked] = {}
+        self._tracked: dict[str, TrackedRequest] = {}
         # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
         self._lock = threading.RLock()
+        self._grammars: GrammarCompiler | None = None  # made by the first request that needs it
+        self._grammar_lock = threading.Lock()
 
-    def warm_up(self, token_counts: Sequence[int] | None = None) -> None:
+    def warm_up(
+        self,
+        token_counts: Sequence[int] | None = None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] = (),
+    ) -> None:
         """Compiles step programs now; a program that is missing is compiled when it is first needed.
 
         Args:
             token_counts: for steps of these token counts (prompt lengths, batch sizes); None compiles all.
+            sampling_params: also for requests with these parameters side by side, beyond drawing and stopping.
         """
-        total = len(token_counts or self.engine.runner.buckets)
+        params = [sampling_params] if isinstance(sampling_params, SamplingParams) else sampling_params
+        self._compile(token_counts, [PLAIN, union(map(features_of, params))])
+
+    def _compile(self, token_counts: Sequence[int] | None, features: Sequence[StepFeatures]) -> None:
+        total = len(token_counts or self.engine.runner.buckets) * len(set(features))
         with self._progress.task("Compiling step programs", total=total) as bar:
-            for _ in self.engine.warm_up(token_counts):
+            for _ in self.engine.warm_up(token_counts, features):
                 bar.advance(1)
 
     def generate(
@@ -140,6 +155,27 @@ class LLM:
                     bar.set(sum(one.request.finished for one in tracked))
             return [one.result() for one in tracked]
 
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams],
+        *,
+        progress: bool | None = None,
+    ) -> list[RequestOutput]:
+        """The most likely continuations by beam search: `beam_width` outputs per prompt, ordered by `score`.
+
+        Same as `generate` with parameters that have a `beam_width`; other requests may run beside it.
+
+        Raises:
+            RequestError: parameters without `beam_width`, and as `generate`.
+        """
+        each = _per_prompt(params, len(_as_list(prompts)))
+        if any(one.beam_width is None for one in each):
+            raise RequestError(
+                "beam_search needs parameters with a beam_width: SamplingParams(beam_width=4, max_tokens=64)"
+            )
+        return self.generate(prompts, each, progress=progress)
+
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
         """Continues one raw prompt and yields text as it comes; closing the iterator aborts the request.
 
@@ -147,12 +183,16 @@ class LLM:
         """
         if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
             raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
-        with self._track([prompt], _per_prompt(sampling_params, 1)) as (one,):
+        params = _per_prompt(sampling_params, 1)
+        if params[0].num_sequences > params[0].n:
+            raise RequestError(f"best_of={params[0].best_of} cannot stream: the best is known at the end only")
+        with self._track([prompt], params) as (one,):
             while one.chunks or not one.request.finished:
                 if not one.chunks:
                     self._advance()
                 while one.chunks:
                     yield one.chunks.popleft()
+            yield from one.ended_without_token()
 
     def chat(
         self,
@@ -191,19 +231,28 @@ class LLM:
         return tokenizer.encode(text, add_special_tokens=False)
 
     @contextmanager
-    def _track(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[list[_Tracked]]:
+    def _track(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[list[TrackedRequest]]:
         """Requests for these prompts; on leaving, those that have not finished are aborted."""
         prompt_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        tracked: list[_Tracked] = []
+        # Before the lock: other threads' steps go on while a grammar is compiled.
+        grammars = {id(param): self._grammar(param) for param in params}
+        tracked: list[TrackedRequest] = []
         try:
             with self._lock:
                 for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
-                    one = _Tracked(self.engine.add_request(ids, param), prompt, self.tokenizer)
+                    words = [word for text in param.bad_words for word in self._spellings(text)]
+                    request = self.engine.add_request(ids, param, bad_words=words, grammar=grammars[id(param)])
+                    one = TrackedRequest(request, prompt, param, self.tokenizer)
                     self._tracked[one.request.request_id] = one
                     tracked.append(one)
                 # The first step and the decode steps after it: compiled side by side, and with a word about it.
                 if tracked:
-                    self.warm_up([sum(len(ids) for ids in prompt_ids), sum(param.n for param in params)])
+                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.num_sequences for param in params)]
+                    features = self.engine.features
+                    if self.engine.speculator is not None:  # a row becomes many tokens, and proposals pause
+                        most = self.engine.speculator.most_tokens
+                        counts += [min(size, most * counts[1]) for size in (4, 8, 16, 32)]
+                    self._compile(counts, [features])
             yield tracked
         finally:
             with self._lock:
@@ -216,60 +265,27 @@ class LLM:
         with self._lock, uninterrupted():
             for event in self.engine.step():
                 one = self._tracked.get(event.sequence.request.request_id)
-                if one is not None:
-                    one.push(event)
+                if one is not None and one.push(event):
+                    self.engine.finish(event.sequence, "stop")
 
+    def _spellings(self, text: str) -> list[list[int]]:
+        """Token ids of a text where a text begins and after a space."""
+        texts = {text, text if text.startswith(" ") else f" {text}"}
+        return [self.tokenizer.encode(each, add_special_tokens=False) for each in sorted(texts)]
 
-class _Tracked:
-    """A request on its way through the engine, with the text of its samples and what a stream has not read yet."""
-
-    def __init__(self, request: Request, prompt: Prompt, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.chunks: deque[StreamChunk] = deque()
-        self._prompt = prompt if isinstance(prompt, str) else None
-        self._samples = [_Sample(tokenizer, index) for index in range(request.n)]
-
-    def push(self, event: TokenEvent) -> None:
-        """Takes in a token."""
-        self.chunks.append(self._samples[event.sequence.sample_index].push(event))
-
-    def result(self) -> RequestOutput:
-        """The finished request's result."""
-        request = self.request
-        metrics = None
-        if request.finish_time is not None and request.first_token_time is not None:
-            start = request.arrival_time or 0.0
-            metrics = RequestMetrics(
-                queue=(request.first_scheduled_time or start) - start,
-                time_to_first_token=request.first_token_time - start,
-                total=request.finish_time - start,
-                num_preemptions=request.num_preemptions,
-            )
-        return RequestOutput(
-            request_id=request.request_id,
-            prompt=self._prompt,
-            prompt_token_ids=list(request.prompt),
-            outputs=[sample.output for sample in self._samples],
-            num_cached_tokens=request.num_cached_tokens,
-            metrics=metrics,
-        )
-
-
-class _Sample:
-    """One sample's output and the detokenizer that extends its text."""
-
-    def __init__(self, tokenizer: Tokenizer, index: int) -> None:
-        self.output = CompletionOutput(index)
-        self._detokenizer = IncrementalDetokenizer(tokenizer)
-
-    def push(self, event: TokenEvent) -> StreamChunk:
-        text = self._detokenizer.push([event.token_id])
-        if event.finish_reason is not None:
-            text += self._detokenizer.finish()
-        self.output.text += text
-        self.output.token_ids.append(event.token_id)
-        self.output.finish_reason = event.finish_reason
-        return StreamChunk(self.output.index, text, [event.token_id], event.finish_reason)
+    def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
+        if params.structured_outputs is None:
+            return None
+        with self._grammar_lock:
+            if self._grammars is None:
+                tokenizer, vocab_size = self.tokenizer, self.engine.vocab_size
+                self._grammars = GrammarCompiler(
+                    [tokenizer.token_bytes(i) for i in range(vocab_size)],
+                    [i for i in range(vocab_size) if tokenizer.is_special(i)],
+                    sorted(tokenizer.eos_token_ids),
+                    lambda text: tokenizer.encode(text, add_special_tokens=False),
+                )
+        return self._grammars.compile(params.structured_outputs)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

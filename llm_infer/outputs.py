@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Log-probability of a token at a position, its rank (1 = most likely), and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 @dataclass(slots=True)
 class CompletionOutput:
     """One sample of a request.
@@ -13,14 +22,22 @@ class CompletionOutput:
         index: sample index, 0 … n-1.
         text: new text, special tokens left out.
         token_ids: new token ids, an ending end-of-sequence id included.
-        finish_reason: "stop" (end-of-sequence or stop token), "length" (max_tokens or end of the context), "abort";
-            None while it runs.
+        finish_reason: "stop" (end-of-sequence, stop token or stop string), "length" (max_tokens or end of the context),
+            "abort", "error" (no token could follow); None while it runs.
+        stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for anything else.
+        logprobs: of each new token, by id: its own and those of the most likely ones; None if not asked for.
+        cumulative_logprob: sum over the new tokens; None if neither `logprobs` nor `best_of` asked for it.
+        score: of a beam search: summed log-probability / (number of new tokens) ** length_penalty.
     """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    score: float | None = None
 
 
 @dataclass(slots=True)
@@ -32,12 +49,15 @@ class RequestMetrics:
         time_to_first_token: from arrival to the first new token on the host.
         total: from arrival to the end of the last sample.
         num_preemptions: how often one of its samples lost its pages and computed its tokens again.
+        num_drafted_tokens, num_accepted_tokens: tokens proposed by speculative decoding, and those that were right.
     """
 
     queue: float
     time_to_first_token: float
     total: float
     num_preemptions: int
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -63,9 +83,11 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class StreamChunk:
-    """New text of one sample while it is generated: only whole characters, so it may lag a token behind."""
+    """New text of one sample while it is generated: only whole characters and what cannot become a stop string."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None

@@ -14,7 +14,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes of every annotated function are checked while tests run, and only then.
-install_import_hook(["llm_infer.models", "llm_infer.decoding.sample", "llm_infer.engine.steps"], "beartype.beartype")
+DECODING = [f"llm_infer.decoding.{name}" for name in ("sample", "shape", "logprobs", "top_tokens")]
+install_import_hook(["llm_infer.models", *DECODING, "llm_infer.engine.steps"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -21,19 +21,27 @@ ONLY_IN = {
     "tokenizers": ("llm_infer/text/",),
     "jinja2": ("llm_infer/text/",),
     "typer": ("llm_infer/cli",),
+    "llguidance": ("llm_infer/decoding/grammar.py",),
 }
 
 # These run without JAX: they can be read, tested and reused on their own.
 HOST = (
     *("llm_infer/scheduler/", "llm_infer/kvcache/page_", "llm_infer/kvcache/prefix_", "llm_infer/kvcache/simulate"),
     *("llm_infer/text/", "llm_infer/errors.py", "llm_infer/config.py", "llm_infer/outputs.py"),
-    *("llm_infer/decoding/sampling_params.py", "pallas_kernels/paged_attention/plan.py"),
+    *(
+        "llm_infer/decoding/sampling_params.py",
+        "llm_infer/decoding/beam.py",
+        "llm_infer/decoding/speculative.py",
+        "llm_infer/decoding/structured.py",
+        "llm_infer/decoding/token_rules.py",
+        "pallas_kernels/paged_attention/plan.py",
+    ),
 )
 
 # Lower layers may not import higher ones; a module may import from its own layer and from those after it.
 ORDER = (
     ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py"),
-    ("llm_infer/llm.py",),
+    ("llm_infer/llm.py", "llm_infer/tracking.py"),
     ("llm_infer/loading.py",),
     ("llm_infer/engine/",),
     ("llm_infer/models/", "llm_infer/text/"),

@@ -1,7 +1,9 @@
 """The sampler of a step: one jittable function that serves a batch in which every row has its own parameters.
 
-No sort and no draw over the whole vocabulary: top-k and top-p find their threshold by bisection over the bits of the
-logits, and the draw inverts the cumulative distribution with one uniform number per row.
+No sort of the vocabulary and no random number per token. A row first looks at its most likely tokens only; where these
+provably hold all that its limits keep, it draws among them. Other rows find their thresholds over the whole vocabulary by
+bisection over the bits of the logits. The draw inverts the cumulative distribution with one uniform number per row. What a
+row does depends on nothing but the row itself.
 """
 
 from __future__ import annotations
@@ -13,20 +15,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from llm_infer.decoding.top_tokens import top_tokens
+
 BLOCK = 128
 """Tokens per block of the two-level cumulative sum."""
+
+CANDIDATES = 64
+"""Most likely tokens that a row looks at before it turns to the whole vocabulary."""
 
 
 class SamplingRows(NamedTuple):
     """Parameters of each row, all [S].
 
-    `temperature` 0 is greedy; `top_k` ≤ 0 keeps all; `seed_high`, `seed_low` are the words of the 64-bit seed;
-    `position` is the place of the drawn token in its sequence.
+    `temperature` 0 is greedy; `top_k` ≤ 0 keeps all, as do `top_p` 1, `min_p` 0 and `typical_p` 1; `seed_high`, `seed_low`
+    are the words of the 64-bit seed; `position` is the place of the drawn token in its sequence.
     """
 
     temperature: Float[Array, "S"]
     top_p: Float[Array, "S"]
     top_k: Int[Array, "S"]
+    min_p: Float[Array, "S"]
+    typical_p: Float[Array, "S"]
     seed_high: Int[Array, "S"]
     seed_low: Int[Array, "S"]
     sample_index: Int[Array, "S"]
@@ -63,18 +72,30 @@ def largest_threshold(
     return lax.fori_loop(0, 32, bit, jnp.zeros(keys.shape[0], jnp.uint32))
 
 
+def surprise(scaled: Float[Array, "S V"], kept: Bool[Array, "S V"]) -> tuple[Float[Array, "S V"], Float[Array, "S V"]]:
+    """How far the information of each token is from the mean over the kept ones (the entropy), and its probability.
+
+    The distance is infinite for tokens that are not kept (locally typical sampling, Meister et al., 2023).
+    """
+    logp = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
+    p = jnp.exp(logp)
+    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1, keepdims=True)
+    return jnp.where(p > 0, jnp.abs(-logp - entropy), jnp.inf), p
+
+
 def kept_tokens(scaled: Float[Array, "S V"], rows: SamplingRows) -> Bool[Array, "S V"]:
-    """Tokens that top-k, and then top-p over what top-k left, keep. Ties with the last kept token are kept."""
+    """Tokens that top-k, then top-p, min-p and typical-p over what is left keep. Ties with the last one are kept.
+
+    `scaled` has been divided by the temperature and has maximum 0.
+    """
     keys = ordered_bits(scaled)
     vocab = scaled.shape[-1]
     limited = (rows.top_k > 0) & (rows.top_k < vocab)
     counts = jnp.where(limited, rows.top_k, vocab).astype(jnp.float32)
-    everything = jnp.ones_like(scaled, bool)
+    everything = scaled > -jnp.inf
 
-    def by_count(_: None) -> Array:
-        return keys >= largest_threshold(keys, jnp.ones_like(scaled), counts)[:, None]
-
-    kept = lax.cond(jnp.any(limited), by_count, lambda _: everything, None)
+    def by_count(kept: Array) -> Array:
+        return kept & (keys >= largest_threshold(keys, jnp.ones_like(scaled), counts)[:, None])
 
     def by_mass(kept: Array) -> Array:
         mass = jnp.where(kept, jax.nn.softmax(scaled, axis=-1), 0.0)
@@ -82,7 +103,16 @@ def kept_tokens(scaled: Float[Array, "S V"], rows: SamplingRows) -> Bool[Array, 
         # top_p = 1 keeps all, also what rounding of the mass would lose.
         return kept & ((keys >= threshold[:, None]) | (rows.top_p >= 1.0)[:, None])
 
-    return lax.cond(jnp.any(rows.top_p < 1.0), by_mass, lambda kept: kept, kept)
+    def by_surprise(kept: Array) -> Array:
+        distance, p = surprise(scaled, kept)
+        near = ordered_bits(-distance)
+        threshold = largest_threshold(near, p, rows.typical_p * jnp.sum(p, axis=-1))
+        return kept & ((near >= threshold[:, None]) | (rows.typical_p >= 1.0)[:, None])
+
+    kept = lax.cond(jnp.any(limited), by_count, lambda kept: kept, everything)
+    kept = lax.cond(jnp.any(rows.top_p < 1.0), by_mass, lambda kept: kept, kept)
+    kept = kept & (scaled >= jnp.log(rows.min_p)[:, None])
+    return lax.cond(jnp.any(rows.typical_p < 1.0), by_surprise, lambda kept: kept, kept)
 
 
 def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Array, "S"]:
@@ -105,16 +135,79 @@ def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Arr
     return (block * BLOCK + inside).astype(jnp.int32)
 
 
+def scale(logits: Float[Array, "S V"], rows: SamplingRows) -> Float[Array, "S V"]:
+    """Logits divided by the temperature, less their maximum."""
+    temperature = jnp.where(rows.temperature <= 0.0, 1.0, rows.temperature)
+    scaled = logits.astype(jnp.float32) / temperature[:, None]
+    return scaled - jnp.max(scaled, axis=-1, keepdims=True)
+
+
+def kept_candidates(
+    scaled: Float[Array, "S N"], whole: Float[Array, "S"], rows: SamplingRows
+) -> tuple[Bool[Array, "S N"], Bool[Array, "S"]]:
+    """As `kept_tokens`, among the most likely tokens in descending order; and the rows for which these are enough.
+
+    They are where the last candidate is not kept: nothing below it is then either. `whole` is the sum of `exp(scaled)`
+    over the vocabulary; only rows with top-p but without top-k need it.
+    """
+    size = scaled.shape[-1]
+    limited = rows.top_k > 0
+    kth = jnp.take_along_axis(scaled, jnp.clip(rows.top_k, 1, size)[:, None] - 1, axis=1)
+    kept = (scaled > -jnp.inf) & (~limited[:, None] | (scaled >= kth))
+    mass = jnp.where(kept, jnp.exp(scaled), 0.0)
+    total = jnp.where(limited, jnp.sum(mass, axis=-1), whole)
+    reached = jnp.cumsum(mass, axis=-1) >= (rows.top_p * total)[:, None]
+    # Everything up to the first candidate with which the mass is reached, and what equals it.
+    last = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), size - 1)
+    threshold = jnp.take_along_axis(scaled, last[:, None], axis=1)
+    kept &= (scaled >= threshold) | (rows.top_p >= 1.0)[:, None]
+    kept &= scaled >= jnp.log(rows.min_p)[:, None]
+    enough = ~kept[:, -1]
+
+    def by_surprise(kept: Array) -> Array:
+        distance, p = surprise(scaled, kept)
+        ordered, weights = lax.sort((distance, p), num_keys=1)
+        before = jnp.sum(jnp.cumsum(weights, axis=-1) < rows.typical_p[:, None], axis=-1)
+        furthest = jnp.take_along_axis(ordered, jnp.minimum(before, size - 1)[:, None], axis=1)
+        return kept & ((distance <= furthest) | (rows.typical_p >= 1.0)[:, None])
+
+    return lax.cond(jnp.any(rows.typical_p < 1.0), by_surprise, lambda kept: kept, kept), enough
+
+
+def without_limits(rows: SamplingRows, which: Bool[Array, "S"]) -> SamplingRows:
+    """The rows with the limits of some removed: what nobody reads must not cost the batch a search for thresholds."""
+    neutral = {"top_k": -1, "top_p": 1.0, "typical_p": 1.0}
+    changed = {name: jnp.where(which, value, getattr(rows, name)) for name, value in neutral.items()}
+    return rows._replace(**changed)
+
+
+def draw(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
+    """A random token of each row with a temperature above 0; of the others, any."""
+    uniform = uniforms(rows)
+    drawn = rows.temperature > 0.0
+    rows = without_limits(rows, ~drawn)
+    values, ids = top_tokens(logits, min(CANDIDATES, logits.shape[-1]))
+    scaled = scale(values, rows)
+    by_total = drawn & (rows.top_k <= 0) & (rows.top_p < 1.0)
+
+    def sum_all(_: None) -> Array:
+        return jnp.sum(jnp.exp(scale(logits, rows)), axis=-1)
+
+    whole = lax.cond(jnp.any(by_total), sum_all, lambda _: jnp.ones_like(uniform), None)
+    kept, enough = kept_candidates(scaled, whole, rows)
+    place = invert_cdf(jnp.where(kept, jnp.exp(scaled), 0.0), uniform)
+    chosen = jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
+
+    def from_all(chosen: Array) -> Array:
+        scaled = scale(logits, rows)
+        mass = jnp.where(kept_tokens(scaled, without_limits(rows, enough)), jnp.exp(scaled), 0.0)
+        return jnp.where(enough, chosen, invert_cdf(mass, uniform))
+
+    return lax.cond(jnp.any(drawn & ~enough), from_all, lambda chosen: chosen, chosen)
+
+
 def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
     """The next token of each row. A batch of greedy rows only takes the argmax and nothing else."""
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     is_greedy = rows.temperature <= 0.0
-
-    def draw(_: None) -> Array:
-        temperature = jnp.where(is_greedy, 1.0, rows.temperature)
-        scaled = logits.astype(jnp.float32) / temperature[:, None]
-        scaled = scaled - jnp.max(scaled, axis=-1, keepdims=True)
-        mass = jnp.where(kept_tokens(scaled, rows), jnp.exp(scaled), 0.0)
-        return jnp.where(is_greedy, greedy, invert_cdf(mass, uniforms(rows)))
-
-    return lax.cond(jnp.all(is_greedy), lambda _: greedy, draw, None)
+    return lax.cond(jnp.all(is_greedy), lambda: greedy, lambda: jnp.where(is_greedy, greedy, draw(logits, rows)))

@@ -9,12 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.decoding.speculative import Speculator
+from llm_infer.decoding.token_rules import Grammar, TokenRules
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
+from llm_infer.engine.results import attach_logprobs, beam_candidates
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, TokenEvent
+from llm_infer.scheduler.request import Sequence as LiveSequence
 from llm_infer.scheduler.scheduler import Scheduler
 
 
@@ -57,19 +64,26 @@ class Engine:
         num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
         check_pool_fits(model, config, num_pages)
         self._num_pages = num_pages
+        self.speculator: Speculator | None = None
+        if config.speculative is not None:
+            most = config.scheduler.max_num_batched_tokens
+            self.speculator = Speculator(config.speculative, lambda tokens: self.runner.bucket_of(min(tokens, most)))
         self.scheduler = self._new_scheduler()
         self.runner = Runner(model, config, num_pages=num_pages, max_model_len=self.max_model_len)
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
 
-    def warm_up(self, token_counts: Iterable[int] | None = None) -> Iterator[int]:
+    def warm_up(
+        self, token_counts: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
+    ) -> Iterator[int]:
         """Compiles step programs, yielding each one's token bucket: those for steps of these token counts.
 
-        By default compiles all; afterwards nothing compiles.
+        By default compiles for all counts; afterwards nothing compiles for requests whose features (`features_of` their
+        parameters) together are within one of `features`.
         """
         limit = self.config.scheduler.max_num_batched_tokens
         counts = None if token_counts is None else [min(count, limit) for count in token_counts]
-        yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts])
+        yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts], features)
 
     def add_request(
         self,
@@ -79,6 +93,8 @@ class Engine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str | None = None,
+        bad_words: Iterable[Sequence[int]] = (),
+        grammar: Grammar | None = None,
     ) -> Request:
         """Queues a request.
 
@@ -88,11 +104,15 @@ class Engine:
             request_id: a name for `abort`; by default a running number.
             priority: smaller runs earlier under the "priority" policy.
             cache_salt: requests share cached prefixes only with requests of the same salt.
+            bad_words: token sequences that are never completed: the tokens of `params.bad_words`.
+            grammar: what the output must match: the compiled form of `params.structured_outputs`.
 
         Raises:
-            RequestError: the prompt is empty, holds ids outside the vocabulary, or can never fit context or pages.
+            RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, no token is allowed,
+                or the request can never fit context or pages.
         """
         params = params or SamplingParams()
+        params.check_vocabulary(self.vocab_size)
         index, self._num_requests = self._num_requests, self._num_requests + 1
         ids = np.asarray(prompt_ids)
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
@@ -107,40 +127,97 @@ class Engine:
             params = replace(params, seed=int(words[0]))
         request = Request(
             request_id=request_id if request_id is not None else str(index),
-            prompt=ids.tolist(),
+            prompt=ids.tolist()[-(params.truncate_prompt_tokens or 0) :],
             max_tokens=params.max_tokens,
             eos_token_ids=self.eos_token_ids,
             stop_token_ids=frozenset(params.stop_token_ids),
             ignore_eos=params.ignore_eos,
-            n=params.n,
+            n=params.num_sequences,
+            min_tokens=params.min_tokens,
             priority=priority,
             cache_salt=cache_salt,
             sampling=params,
+            # Rules that look at the tokens before would have to follow every proposal.
+            speculate=features_of(params) == PLAIN,
+            beams=self._beams(params),
         )
+        request.rules = self._rules(request, params, list(bad_words), grammar)
         self.scheduler.add(request)
         return request
+
+    def _beams(self, params: SamplingParams) -> BeamParams | None:
+        if params.beam_width is None:
+            return None
+        ends = len({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
+        most = min(NUM_CANDIDATES, self.vocab_size)
+        if params.beam_width + ends > most:
+            raise RequestError(
+                f"beam_width={params.beam_width} with {ends} ids that end a sequence: expected at most {most} together; "
+                "lower beam_width or give fewer stop_token_ids"
+            )
+        return BeamParams(params.beam_width, params.length_penalty, params.early_stopping)
+
+    def _rules(
+        self, request: Request, params: SamplingParams, bad_words: list[Sequence[int]], grammar: Grammar | None
+    ) -> TokenRules | None:
+        if StepFeatures.MASKED not in features_of(params):
+            return None
+        if (params.structured_outputs is None) != (grammar is None) or bool(params.bad_words) != bool(bad_words):
+            raise RequestError("structured_outputs and bad_words need their compiled forms: grammar and bad_words")
+        rules = TokenRules(
+            self.vocab_size,
+            allowed=params.allowed_token_ids,
+            bad_words=bad_words,
+            min_tokens=params.min_tokens,
+            stop_ids=request.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            grammar=grammar,
+        )
+        if not rules.allows_something:
+            raise RequestError("bad_words forbids every token of allowed_token_ids: allow others")
+        return rules
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have finished."""
         self.scheduler.abort(request_id)
+
+    def finish(self, sequence: LiveSequence, reason: str) -> None:
+        """Ends one sequence, for example at a stop string; tokens in flight are dropped."""
+        self.scheduler.finish(sequence, reason)
 
     @property
     def has_work(self) -> bool:
         """Whether a further `step` can produce anything."""
         return self._in_flight is not None or self.scheduler.has_unfinished
 
+    @property
+    def features(self) -> StepFeatures:
+        """What the unfinished requests need of the step programs, all together."""
+        drafts = PLAIN if self.speculator is None else StepFeatures.DRAFTS
+        return drafts | union(features_of(request.sampling) for request in self.scheduler.requests.values())  # type: ignore[arg-type]
+
     def step(self) -> list[TokenEvent]:
         """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
-        started = time.perf_counter()
-        plan = self.scheduler.schedule()
-        self.times.schedule += time.perf_counter() - started
+        events: list[TokenEvent] = []
         try:
+            if self._in_flight is not None and _host_comes_first(self._in_flight.plan):
+                events = self._commit(self._in_flight)
+                self._in_flight = None
+            started = time.perf_counter()
+            plan = self.scheduler.schedule()
+            self.times.schedule += time.perf_counter() - started
+            compiles, submitted = self.runner.times.compiles, time.perf_counter()
             pending = self.runner.submit(plan) if plan is not None else None
-            events = self._commit(self._in_flight)
+            events += self._commit(self._in_flight)
             self._in_flight = pending
-            if not self.config.overlap:
+            if pending is not None:
+                for sequence in pending.dead:
+                    self.scheduler.finish(sequence, "error")
+            if not self.config.overlap or self.scheduler.needs_results:
+                alone = not events
                 events += self._commit(self._in_flight)
                 self._in_flight = None
+                if plan is not None and alone and compiles == self.runner.times.compiles and self.speculator:
+                    self.speculator.observe_time(plan.num_tokens, time.perf_counter() - submitted)
         except Exception:
             self._start_anew()
             raise
@@ -156,6 +233,7 @@ class Engine:
             page_size=self.config.cache.page_size,
             max_model_len=self.max_model_len,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
+            speculator=self.speculator,
         )
 
     def _start_anew(self) -> None:
@@ -172,7 +250,16 @@ class Engine:
         started = time.perf_counter()
         outputs = pending.read()
         read = time.perf_counter()
-        events = self.scheduler.commit(pending.plan, outputs["ids"].tolist())
+        candidates = beam_candidates(pending.plan, outputs) if "beam_ids" in outputs else ()
+        events = self.scheduler.commit(pending.plan, outputs["ids"].tolist(), candidates)
+        if "logprobs" in outputs:
+            attach_logprobs(events, pending.plan, outputs)
         self.times.device += read - started
         self.times.commit += time.perf_counter() - read
         return events
+
+
+def _host_comes_first(plan: StepPlan) -> bool:
+    """Whether the next draw of a row depends, on the host, on the id that this step draws for it."""
+    drawn_for = (row.sequence.request.rules for rows in plan.rows for row in rows if row.samples)
+    return any(isinstance(rules, TokenRules) and rules.needs_last_token for rules in drawn_for)

@@ -17,7 +17,9 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.paged_attention.plan import PlanShape, plan_fields
 
-FLOATS = frozenset({"temperature", "top_p"})
+FLOATS = frozenset(
+    {"temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+)
 """Fields whose 32 bits are a float."""
 
 
@@ -27,9 +29,16 @@ class StepLayout:
 
     Attributes:
         plan: sizes of the attention plan (T, S, B and rows of a work item).
+        draws: rows R of logits: one per sequence, behind them those of proposed tokens; 0 stands for one per sequence.
     """
 
     plan: PlanShape
+    draws: int = 0
+
+    @property
+    def num_draws(self) -> int:
+        """R, rows of logits and of draws."""
+        return self.draws or self.plan.sequences
 
     @property
     def fields(self) -> dict[str, tuple[int, ...]]:
@@ -37,13 +46,15 @@ class StepLayout:
 
         `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `logits_row` is the token row whose
         hidden state a sequence samples from; `slot` is where its drawn id is kept (the last slot takes what nobody reads).
+        The fields of `SamplingRows` and `ShapeRows` are per row.
         """
-        tokens, rows = (self.plan.tokens,), (self.plan.sequences,)
+        tokens, rows = (self.plan.tokens,), (self.num_draws,)
         per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot"), tokens)
         per_row = dict.fromkeys(
             (
-                *("logits_row", "slot", "temperature", "top_p", "top_k", "seed_high", "seed_low", "sample_index"),
-                *("draw_position", "copy_from", "copy_to"),
+                *("logits_row", "slot", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed_high", "seed_low"),
+                *("sample_index", "position", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+                *("has_bias", "copy_from", "copy_to"),
             ),
             rows,
         )

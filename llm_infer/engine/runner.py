@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +14,17 @@ import numpy as np
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.decoding.shape import SlotState, empty_state, seen_counts, set_slot
+from llm_infer.decoding.token_rules import ALL, mask_words
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import page_dtype, release_free_memory
+from llm_infer.engine.slots import SlotTable
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence
+from llm_infer.scheduler.scheduler import MOST_DRAFTS
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
 
@@ -28,12 +32,26 @@ Q_BLOCK = 32
 """Query rows of one work item of a prefill."""
 
 
+@dataclass(frozen=True, slots=True)
+class StepProgram:
+    """A compiled step, the layout of its buffer, what it can do, and with SHAPED what sets the state of a slot."""
+
+    layout: StepLayout
+    features: StepFeatures
+    run: Callable
+    set_slot: Callable | None
+
+
 @dataclass(slots=True)
 class PendingStep:
-    """A step that the device may still be running. `outputs` are device arrays; `read` waits for them."""
+    """A step that the device may still be running. `outputs` are device arrays; `read` waits for them.
+
+    `dead` are sequences that no token may follow: what the step draws for them is not to be used.
+    """
 
     plan: StepPlan
     outputs: dict[str, jax.Array]
+    dead: list[Sequence]
 
     def read(self) -> dict[str, np.ndarray]:
         """The outputs on the host: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`."""
@@ -53,8 +71,9 @@ class RunnerTimes:
 class Runner:
     """Owns the device side of an engine: parameters, page pool, the last drawn id of each slot, and the step programs.
 
-    One program exists per token bucket; each is compiled ahead of time and called as a compiled program, so a call can
-    never recompile: arguments that do not fit are an error instead.
+    A program exists per token bucket and set of features; each is compiled ahead of time and called as a compiled program,
+    so a call can never recompile: arguments that do not fit are an error instead. A step runs the compiled program with
+    the fewest features that has all those its rows need.
 
     Args:
         model: definition, parameters and configuration of the model.
@@ -87,9 +106,10 @@ class Runner:
             dtype=page_dtype(model, config),
         )
         self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), page_dtype(model, config)))
+        self._vocab = model.config.vocab_size
         self.reset()
         self._keep_logits = keep_logits
-        self._programs: dict[int, tuple[StepLayout, Callable]] = {}
+        self._programs: dict[tuple[int, StepFeatures], StepProgram] = {}
         self._warm = False
 
     def reset(self) -> None:
@@ -97,37 +117,59 @@ class Runner:
         self.pages = jnp.zeros(self._pool.shape, self._pool.dtype)
         # One slot more than there are sequences: rows whose id nobody reads write there.
         self.last_ids = jnp.zeros((1, self.max_num_seqs + 1), jnp.int32)
+        # Made by the first step that needs it: two arrays of slots × vocabulary.
+        self.state: SlotState | None = None
         self._slots = SlotTable(self.max_num_seqs, self.pages_per_seq)
 
-    def layout(self, bucket: int) -> StepLayout:
+    def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
         """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
         sequences = min(bucket, max(self.model.smallest_batch, self.max_num_seqs))
-        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)))
+        draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
+        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)), draws)
 
-    def compile(self, bucket: int) -> tuple[StepLayout, Callable]:
-        """The program of a bucket; compiled on first use."""
-        if bucket not in self._programs:
+    def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
+        """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
+        able = [features for b, features in list(self._programs) if b == bucket and needed in features]
+        return self.compile(bucket, min(able, key=lambda features: features.value.bit_count(), default=needed))
+
+    def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
+        """The program of a bucket with exactly these features; compiled on first use."""
+        if (bucket, features) not in self._programs:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self._warm
-            layout = self.layout(bucket)
-            step = make_step(self.model.definition, self.model.config, layout, keep_logits=self._keep_logits)
+            layout = self.layout(bucket, features)
+            step = make_step(self.model.definition, self.model.config, layout, features, keep_logits=self._keep_logits)
             packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.model.params, self.pages, self.last_ids)
             )
-            lowered = jax.jit(step, donate_argnums=(1, 2)).lower(*arguments, packed)
-            self._programs[bucket] = (layout, lowered.compile())
-        return self._programs[bucket]
+            state = allowed = slot_setter = None
+            if StepFeatures.SHAPED in features:
+                state = jax.eval_shape(self._empty_state)
+                row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
+                setter = jax.jit(set_slot, donate_argnums=0)
+                slot = jax.ShapeDtypeStruct((), jnp.int32)
+                slot_setter = setter.lower(state, slot, row, row.update(dtype=jnp.float32)).compile()
+            if StepFeatures.MASKED in features:
+                allowed = jax.ShapeDtypeStruct((1, layout.num_draws, mask_words(self._vocab)), jnp.int32)
+            lowered = jax.jit(step, donate_argnums=(1, 2, 4)).lower(*arguments, packed, state, allowed)
+            self._programs[bucket, features] = StepProgram(layout, features, lowered.compile(), slot_setter)
+        return self._programs[bucket, features]
 
-    def warm_up(self, buckets: Iterable[int] | None = None) -> Iterator[int]:
-        """Compiles the programs of `buckets` (all by default) side by side, yielding each bucket when it is done.
+    def warm_up(
+        self, buckets: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
+    ) -> Iterator[int]:
+        """Compiles programs side by side, yielding the bucket of each when it is done: `buckets` × `features`.
 
-        After all of them any further compilation is counted in `times.compiles_after_warmup`.
+        By default all buckets; after that any further compilation is counted in `times.compiles_after_warmup`. A program
+        with more than the wanted features serves as well, but for the plain one, which is to stay fast.
         """
-        wanted = list(self.buckets if buckets is None else dict.fromkeys(buckets))
+        chosen = self.buckets if buckets is None else tuple(dict.fromkeys(buckets))
+        wanted = [(bucket, each) for each in dict.fromkeys(features) for bucket in chosen]
+        compile_ = {True: self.program, False: self.compile}
         # XLA compiles outside Python's lock, so a second core halves the time of a start.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for bucket, _ in zip(wanted, pool.map(self.compile, wanted), strict=True):
+            for (bucket, _), _ in zip(wanted, pool.map(lambda key: compile_[bool(key[1])](*key), wanted), strict=True):
                 yield bucket
         release_free_memory()
         self._warm = self._warm or buckets is None
@@ -138,19 +180,50 @@ class Runner:
 
     def submit(self, plan: StepPlan) -> PendingStep:
         """Starts a step on the device and returns without waiting for it."""
-        layout, program = self.compile(self.bucket_of(plan.num_tokens))
         started = time.perf_counter()
+        page_size = self.config.cache.page_size
+        fresh = [row.sequence for rows in plan.rows for row in rows if self._slots.update(row, page_size)]
+        needed = self._features(plan)
+        program = self.program(self.bucket_of(plan.num_tokens), needed)
+        layout = program.layout
+        state = None if program.set_slot is None else self._shaped_state(fresh, program.set_slot)
+        allowed, dead = None, []
+        if StepFeatures.MASKED in program.features:
+            allowed = np.full((len(plan.rows), layout.num_draws, mask_words(self._vocab)), ALL)
+            dead = self._slots.fill_masks(plan, allowed)
         # A new buffer each step: on the CPU the device array may be this very memory.
         packed = np.zeros((len(plan.rows), layout.size), np.int32)
         for shard, rows in enumerate(plan.rows):
             self._fill(layout, layout.views(packed[shard]), rows, plan.copies[shard])
         prepared = time.perf_counter()
-        self.pages, self.last_ids, outputs = program(self.model.params, self.pages, self.last_ids, packed)
+        self.pages, self.last_ids, state, outputs = program.run(
+            self.model.params, self.pages, self.last_ids, packed, state, allowed
+        )
+        self.state = self.state if state is None else state
         for value in outputs.values():
             value.copy_to_host_async()
         self.times.prepare += prepared - started
         self.times.dispatch += time.perf_counter() - prepared
-        return PendingStep(plan, outputs)
+        return PendingStep(plan, outputs, dead)
+
+    def _empty_state(self) -> SlotState:
+        return empty_state(self.max_num_seqs + 1, self._vocab)
+
+    def _shaped_state(self, fresh: list[Sequence], setter: Callable) -> SlotState:
+        """The per-slot state on the device, with the rows of sequences set that have just got their slot."""
+        state = self._empty_state() if self.state is None else self.state
+        for sequence in fresh:
+            params = sequence.request.sampling
+            assert isinstance(params, SamplingParams) and sequence.slot is not None
+            if StepFeatures.SHAPED in features_of(params):
+                seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
+                bias = np.zeros(self._vocab, np.float32)
+                bias[list(params.logit_bias)] = list(params.logit_bias.values())
+                state = setter(state, np.int32(sequence.slot), seen, bias)
+        return state
+
+    def _features(self, plan: StepPlan) -> StepFeatures:
+        return self._slots.features(plan) | (StepFeatures.DRAFTS if plan.has_drafts else PLAIN)
 
     def _fill(
         self,
@@ -161,8 +234,6 @@ class Runner:
     ) -> None:
         """Writes one shard's fields; `f` are zeroed views into the step buffer."""
         n, page_size, slots = len(rows), self.config.cache.page_size, self._slots
-        for row in rows:
-            slots.update(row, page_size)
         count = np.fromiter((row.count for row in rows), np.int32, n)
         start = np.fromiter((row.start for row in rows), np.int32, n)
         slot = np.fromiter((row.sequence.slot for row in rows), np.int32, n)
@@ -178,63 +249,35 @@ class Runner:
             if row.feeds:
                 f["feeds"][first], f["feed_slot"][first] = 1, row.sequence.slot
             else:
-                f["token_ids"][first : first + row.count] = row.sequence.tokens[row.start : row.start + row.count]
+                end = row.start + row.count - len(row.drafts)
+                f["token_ids"][first : first + row.count] = (*row.sequence.tokens[row.start : end], *row.drafts)
             first += row.count
         f["logits_row"][:n] = ends - 1
         f["slot"][:] = self.max_num_seqs
         f["slot"][:n] = np.where(samples, slot, self.max_num_seqs)
-        f["draw_position"][:n] = start + count
+        f["position"][:n] = start + count
         for name, values in slots.sampling.items():
             np.take(values, slot, out=f[name][:n])
         # A row whose draw nobody reads must not cost the batch its greedy fast path.
         f["temperature"][:n] *= samples
+        f["repetition_penalty"][n:] = 1.0
+        if any(row.drafts for row in rows):
+            self._fill_drafts(f, rows, ends, slot)
         if copies:
             f["copy_from"][: len(copies)], f["copy_to"][: len(copies)] = zip(*copies, strict=True)
             f["num_copies"][0] = len(copies)
 
-
-class SlotTable:
-    """Host copies of what a running sequence brings to every step, by slot: block table and sampling parameters."""
-
-    def __init__(self, slots: int, pages_per_seq: int) -> None:
-        array = partial(np.zeros, slots)
-        self.tables = np.zeros((slots, pages_per_seq), np.int32)
-        self.sampling = {
-            "temperature": array(np.float32),
-            "top_p": array(np.float32),
-            "top_k": array(np.int32),
-            "seed_high": array(np.int32),
-            "seed_low": array(np.int32),
-            "sample_index": array(np.int32),
-        }
-        self._owners: list[tuple[Sequence, int] | None] = [None] * slots
-
-    def update(self, row: ScheduledRow, page_size: int) -> None:
-        """Brings the slot of a row up to date; only pages that this step writes can have changed since the last one."""
-        sequence, slot = row.sequence, row.sequence.slot
-        assert slot is not None and sequence.table is not None, "a scheduled sequence has a slot and pages"
-        pages = sequence.table.pages
-        owner = (sequence, sequence.first_step)  # a sequence that was preempted comes back with other pages
-        if self._owners[slot] != owner:
-            self._owners[slot] = owner
-            self._set_sampling(sequence, slot)
-            self.tables[slot] = 0
-            first = 0
-        else:
-            first = row.start // page_size
-            last = (row.start + row.count - 1) // page_size
-            if first == last:
-                self.tables[slot, first] = pages[first]
-                return
-        self.tables[slot, first : len(pages)] = pages[first:]
-
-    def _set_sampling(self, sequence: Sequence, slot: int) -> None:
-        params = sequence.request.sampling
-        assert isinstance(params, SamplingParams) and params.seed is not None
-        values = self.sampling
-        values["temperature"][slot] = params.temperature
-        values["top_p"][slot] = params.top_p
-        values["top_k"][slot] = params.top_k
-        words = np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        values["seed_high"][slot], values["seed_low"][slot] = words
-        values["sample_index"][slot] = sequence.sample_index
+    def _fill_drafts(
+        self, f: dict[str, np.ndarray], rows: tuple[ScheduledRow, ...], ends: np.ndarray, slot: np.ndarray
+    ) -> None:
+        """Behind the draws of the rows: those after every token of a row with drafts but its last."""
+        drafts = np.fromiter((len(row.drafts) for row in rows), np.int32, len(rows))
+        owner = np.repeat(np.arange(len(rows)), drafts)
+        to_end = np.concatenate([np.arange(count, 0, -1) for count in drafts])
+        here = slice(len(rows), len(rows) + len(owner))
+        f["logits_row"][here] = (ends - 1)[owner] - to_end
+        f["position"][here] = f["position"][owner] - to_end
+        for name, values in self._slots.sampling.items():
+            f[name][here] = values[slot[owner]]
+        # Which id is the last one only the host will know.
+        f["slot"][np.flatnonzero(drafts)] = self.max_num_seqs

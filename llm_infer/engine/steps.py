@@ -7,9 +7,16 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.scipy.special import logsumexp
 from jaxtyping import Array, Int, Shaped
 
+from llm_infer.decoding.beam import NUM_CANDIDATES
+from llm_infer.decoding.logprobs import logprobs_of
 from llm_infer.decoding.sample import SamplingRows, sample
+from llm_infer.decoding.sampling_params import MAX_LOGPROBS
+from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_logits, shape_logits
+from llm_infer.decoding.top_tokens import top_tokens
+from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Cache, Layer, LayerLoop, Params, merge_model
@@ -17,29 +24,41 @@ from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_atte
 
 Pages = Shaped[Array, "L P ..."]
 LastIds = Int[Array, "dp slots"]
-StepFunction = Callable[[Params, Pages, LastIds, Int[Array, "dp N"]], tuple[Pages, LastIds, dict[str, Array]]]
+StepFunction = Callable[
+    [Params, Pages, LastIds, Int[Array, "dp N"], SlotState | None, Int[Array, "dp R W"] | None],
+    tuple[Pages, LastIds, SlotState | None, dict[str, Array]],
+]
 
 
 def make_step(
     definition: nnx.GraphDef,
     config: ModelConfig,
     layout: StepLayout,
+    features: StepFeatures = PLAIN,
     *,
     loop: LayerLoop = "scan",
     keep_logits: bool = False,
 ) -> StepFunction:
-    """The step of one token bucket, to be jitted with pages and last ids donated.
+    """The step of one token bucket and a set of features, to be jitted with pages, last ids and
+    state donated.
 
-    `step(params, pages, last_ids, packed) -> (pages, last_ids, outputs)`: copies shared pages that are about to be
-    written, fetches ids that are still on the device, runs the model over the pages, draws the next id of each row and
-    keeps it in the row's slot for the next step. `outputs["ids"]` is [dp, S]; with `keep_logits`, also
-    `outputs["logits"]` [dp, S, V].
+    `step(params, pages, last_ids, packed, state, allowed) -> (pages, last_ids, state, outputs)`: copies shared pages that
+    are about to be written, fetches ids that are still on the device, runs the model over the pages, draws the next id of
+    each row and keeps it in the row's slot for the next step. `state` is there with SHAPED, `allowed` (the packed masks of
+    the rows) with MASKED, else they are None. `outputs["ids"]` is [dp, R], R rows of logits; with LOGPROBS there are the
+    fields of `Logprobs` with a leading dp axis; with BEAMS `beam_ids` and `beam_logprobs` [dp, R, N], best first; with
+    `keep_logits`, also `outputs["logits"]` [dp, R, V].
     """
     scale = config.head_dim**-0.5
 
     def step(
-        params: Params, pages: Pages, last_ids: LastIds, packed: Int[Array, "dp N"]
-    ) -> tuple[Pages, LastIds, dict[str, Array]]:
+        params: Params,
+        pages: Pages,
+        last_ids: LastIds,
+        packed: Int[Array, "dp N"],
+        state: SlotState | None,
+        allowed: Int[Array, "dp R W"] | None,
+    ) -> tuple[Pages, LastIds, SlotState | None, dict[str, Array]]:
         f = layout.unpack(packed[0])
         plan = AttentionPlan(**{name: f[name] for name in AttentionPlan._fields})
         model = merge_model(definition, params)
@@ -52,20 +71,28 @@ def make_step(
         hidden, pages = model(token_ids, f["positions"], pages, attend, loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
         with jax.named_scope("sample"):
-            rows = SamplingRows(
-                temperature=f["temperature"],
-                top_p=f["top_p"],
-                top_k=f["top_k"],
-                seed_high=f["seed_high"],
-                seed_low=f["seed_low"],
-                sample_index=f["sample_index"],
-                position=f["draw_position"],
-            )
-            ids = sample(logits, rows)
+            shaped = logits
+            if state is not None:
+                rows = ShapeRows(**{name: f[name] for name in ShapeRows._fields})
+                shaped = shape_logits(shaped, state, f["slot"], rows)
+            if allowed is not None:
+                shaped = mask_logits(shaped, allowed[0])
+            ids = sample(shaped, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
+            if state is not None:
+                state = count_drawn(state, f["slot"], ids)
         last_ids = last_ids.at[0, f["slot"]].set(ids)
         outputs = {"ids": ids[None]}
+        if StepFeatures.LOGPROBS in features:
+            with jax.named_scope("logprobs"):
+                found = logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))
+                outputs |= {name: value[None] for name, value in found._asdict().items()}
+        if StepFeatures.BEAMS in features:
+            with jax.named_scope("beams"):
+                values, top_ids = top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1]))
+                outputs["beam_ids"] = top_ids[None]
+                outputs["beam_logprobs"] = (values - logsumexp(logits, axis=-1, keepdims=True))[None]
         if keep_logits:
             outputs["logits"] = logits[None]
-        return pages, last_ids, outputs
+        return pages, last_ids, state, outputs
 
     return step

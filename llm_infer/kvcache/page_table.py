@@ -33,6 +33,10 @@ class PageTable:
         shared = offset > 0 and self._allocator.refcount(self.shard, self.pages[-1]) > 1
         return -(-(self.length + count) // self.page_size) - len(self.pages) + shared
 
+    def refcount_of_last(self) -> int:
+        """Owners of the last page."""
+        return self._allocator.refcount(self.shard, self.pages[-1])
+
     def append_in_place(self) -> bool:
         """Makes a place for one more token if that needs no page (the common case of a decode step); else False."""
         if self.length % self.page_size == 0 or self._allocator.refcount(self.shard, self.pages[-1]) > 1:

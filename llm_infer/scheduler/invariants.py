@@ -22,8 +22,10 @@ def check_in_flight(submitted: Iterable[StepPlan], requests: Iterable[Request]) 
 
 def check_books(books: Books, requests: Iterable[Request]) -> None:
     """Raises InvariantError, with the two sides that differ, if lists, slots and pages do not agree."""
+    requests = list(requests)
     for shard, (running, parked) in enumerate(zip(books.running, books.parked, strict=True)):
-        slots = sorted(books.free_slots[shard] + [s.slot for s in running if s.slot is not None])
+        spare = [slot for request in requests if request.shard == shard for slot in request.spare_slots]
+        slots = sorted(books.free_slots[shard] + spare + [s.slot for s in running if s.slot is not None])
         if slots != list(range(books.num_slots)):
             raise InvariantError(f"shard {shard}: free and owned slots {slots}, expected 0 … {books.num_slots - 1}")
         holding = [s for s in books.waiting if s.table is not None and s.table.shard == shard]
@@ -68,5 +70,5 @@ def _check_sequence(books: Books, sequence: Sequence) -> None:
             raise InvariantError(f"{sequence} has no pages")
     elif len(table.pages) != -(-table.length // table.page_size):
         raise InvariantError(f"{sequence}: {len(table.pages)} pages of {table.page_size} for {table.length} places")
-    elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length:
+    elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length + sequence.num_drafts:
         raise InvariantError(f"{sequence} has {table.length} places, and one token at least is not computed")

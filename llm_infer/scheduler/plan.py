@@ -19,6 +19,7 @@ class ScheduledRow:
         count: number of tokens.
         samples: the last of them is the last token of the sequence, so the step draws the next one.
         feeds: the (single) token is still on its way back from the device: the step before drew it.
+        drafts: proposed tokens, which are the last ones of the row. The step then draws after each of them, too.
     """
 
     sequence: Sequence
@@ -26,6 +27,7 @@ class ScheduledRow:
     count: int
     samples: bool
     feeds: bool
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,11 @@ class StepPlan:
     copies: tuple[tuple[tuple[int, int], ...], ...]
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def has_drafts(self) -> bool:
+        """Some row has proposed tokens."""
+        return any(row.drafts for rows in self.rows for row in rows)
 
     @property
     def num_tokens(self) -> int:

@@ -6,6 +6,8 @@ import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from llm_infer.decoding.beam import BeamParams, BeamSearch
+from llm_infer.decoding.speculative import Speculation
 from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
 
@@ -33,17 +35,22 @@ class Request:
         min_tokens: no id ends a sequence before it has this many new tokens.
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
-        sampling: what the engine needs for drawing; the scheduler does not look at it.
+        sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
+        speculate: tokens may be proposed for it.
+        beams: search with this many beams, one sequence each, instead of drawing `n` samples.
 
     The scheduler fills in the rest. Times are in seconds of its clock; None until it has happened.
 
     Attributes:
         arrival: counts requests in order of arrival.
         sequences: by sample index.
-        forked: the samples after the first are queued too (they wait until the first has computed the prompt).
+        forked: the samples after the first are queued too (they wait until the first has computed the prompt); of a
+            beam search: all beams exist.
         shard: where its pages are; None while it has none.
         num_cached_tokens: prompt tokens whose K/V the prefix cache had.
         num_preemptions: how often one of its sequences lost its pages.
+        search: state of the beam search.
+        spare_slots: slots of a beam search that runs, for beams that do not; it gets and gives back all at once.
     """
 
     request_id: str
@@ -57,6 +64,9 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     sampling: object = None
+    rules: object = None
+    speculate: bool = False
+    beams: BeamParams | None = None
 
     arrival: int = field(default=-1, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
@@ -64,6 +74,8 @@ class Request:
     shard: int | None = field(default=None, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
+    search: BeamSearch | None = field(default=None, init=False)
+    spare_slots: list[int] = field(default_factory=list, init=False)
     arrival_time: float | None = field(default=None, init=False)
     first_scheduled_time: float | None = field(default=None, init=False)
     first_token_time: float | None = field(default=None, init=False)
@@ -72,11 +84,18 @@ class Request:
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise RequestError("the prompt is empty: expected at least one token")
+        if self.beams is not None:
+            self.n = self.beams.width
         for name, value, least in (("n", self.n, 1), ("min_tokens", self.min_tokens, 0)):
             if value < least:
                 raise RequestError(f"{name}={value}: expected at least {least}")
         if self.max_tokens is not None and self.max_tokens < max(1, self.min_tokens):
             raise RequestError(f"max_tokens={self.max_tokens}: expected at least {max(1, self.min_tokens)}")
+
+    @property
+    def members(self) -> list[Sequence]:
+        """The sequences that exist: those of a beam search after the first only once the first token is chosen."""
+        return self.sequences if self.forked else self.sequences[:1]
 
     @property
     def finished(self) -> bool:
@@ -99,15 +118,31 @@ class Sequence:
         status: see Status.
         table: its pages; a waiting sequence has none, unless it is a fork of a sequence that has computed the prompt.
         slot: row of the device's per-sequence state on its shard (below max_num_seqs), owned while RUNNING.
-        first_step: index of the step at which it was last admitted; tells the engine one residence in a slot from another.
+        first_step: index of the first step with these pages in this slot (since it was last admitted, or became another
+            beam); tells the engine when to look at all of them.
         digests: prefix-cache digests of its full pages, as far as they were needed.
         num_cached_pages: pages from the front that were offered to the prefix cache or came from it.
         finish_reason: "stop", "length" or "abort" once FINISHED.
+        score: of a result of a beam search.
+        num_drafts: proposed tokens in a step whose result is not here yet; until it is, the sequence is in no other.
+        speculation: what is known of proposals for it.
     """
 
     __slots__ = (
         *("digests", "finish_reason", "first_step", "in_flight", "max_length", "num_cached_pages", "num_computed"),
-        *("rank", "request", "sample_index", "slot", "status", "stop_ids", "table", "tokens"),
+        *(
+            "num_drafts",
+            "rank",
+            "request",
+            "sample_index",
+            "score",
+            "slot",
+            "speculation",
+            "status",
+            "stop_ids",
+            "table",
+        ),
+        "tokens",
     )
 
     def __init__(self, request: Request, sample_index: int, rank: tuple[int, int, int], max_length: int) -> None:
@@ -126,6 +161,9 @@ class Sequence:
         self.digests: list[bytes] = []
         self.num_cached_pages = 0
         self.finish_reason: str | None = None
+        self.score: float | None = None
+        self.num_drafts = 0
+        self.speculation: Speculation | None = None
 
     @property
     def output(self) -> list[int]:
@@ -159,8 +197,20 @@ class TokenEvent:
         sequence: which sequence it extends; the token is in `sequence.tokens` already.
         token_id: the drawn id.
         finish_reason: "stop" or "length" if the sequence ended with it.
+        logprobs: log-probabilities, where the request asked for them; the engine adds them.
     """
 
     sequence: Sequence
     token_id: int
     finish_reason: str | None
+    logprobs: TokenLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: of the token that is there, its rank (1 = most likely), and of the top tokens."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()

@@ -8,13 +8,19 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from llm_infer.config import SchedulerConfig
+from llm_infer.decoding.beam import BeamSearch
+from llm_infer.decoding.speculative import Speculator
 from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
+from llm_infer.scheduler.beam_groups import is_ready, most_pages, pages_needed, prefill_end
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.invariants import check_books, check_in_flight
 from llm_infer.scheduler.placement import Placement
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Request, Sequence, Status, TokenEvent
+
+MOST_DRAFTS = 32
+"""Proposed tokens of one step, per shard."""
 
 
 class _Draft:
@@ -25,6 +31,7 @@ class _Draft:
         self.single: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
         self.longer: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
         self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_shards)]
+        self.num_drafts = [0] * num_shards
         self.short_of_pages = [False] * num_shards
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -58,6 +65,7 @@ class Scheduler:
         num_shards: data-parallel shards.
         enable_prefix_caching: keep and find full pages by their tokens.
         clock: current time in seconds.
+        speculator: proposes tokens for requests that allow it.
     """
 
     def __init__(
@@ -70,8 +78,10 @@ class Scheduler:
         num_shards: int = 1,
         enable_prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        speculator: Speculator | None = None,
     ) -> None:
         self.config = config
+        self.speculator = speculator
         self.page_size = page_size
         self.max_model_len = max_model_len
         self.num_shards = num_shards
@@ -108,6 +118,17 @@ class Scheduler:
         """Sequences that wait to be admitted."""
         return len(self.books.waiting)
 
+    @property
+    def needs_results(self) -> bool:
+        """Something that runs cannot go on before the results of the last step are here: beams and proposals need ids."""
+        return any(self._needs_results(sequence) for running in self.books.running for sequence in running)
+
+    def _needs_results(self, sequence: Sequence) -> bool:
+        request = sequence.request
+        if self.speculator is None or not request.speculate:
+            return request.beams is not None
+        return sequence.num_drafts > 0 or sequence.speculation is None or not sequence.speculation.rest
+
     def usage(self, shard: int = 0) -> float:
         """Share of the shard's pages that cannot be handed out now."""
         return 1 - self.allocator.num_available(shard) / self.allocator.num_usable
@@ -138,6 +159,14 @@ class Scheduler:
             limit = min(limit, length + request.max_tokens)
         # The last token is drawn but its K/V are never computed.
         needed = -(-(limit - 1) // self.page_size)
+        if request.beams is not None:
+            width = request.beams.width
+            if width > self.config.max_num_seqs:
+                raise RequestError(
+                    f"beam_width={width}: {self.config.max_num_seqs} sequences can run at the same time: "
+                    "raise max_num_seqs or lower beam_width"
+                )
+            needed = most_pages(length, limit - 1, width, self.page_size)
         if needed > self.allocator.num_usable:
             raise RequestError(
                 f"the request can grow to {limit} tokens, which need {needed} pages of {self.page_size} tokens; there "
@@ -149,6 +178,13 @@ class Scheduler:
         self._num_arrived += 1
         first = request.priority if self.config.policy == "priority" else 0
         request.sequences = [Sequence(request, i, (first, request.arrival, i), limit) for i in range(request.n)]
+        if request.beams is not None:
+            request.search = BeamSearch(
+                request.beams,
+                stop_ids=request.sequences[0].stop_ids,
+                min_tokens=request.min_tokens,
+                max_tokens=limit - length,
+            )
         self.requests[request.request_id] = request
         self.books.enqueue(request.sequences[0])
 
@@ -162,13 +198,16 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends one sequence, for example at a stop string. No effect if it has ended."""
+        """Ends one sequence, for example at a stop string; of a beam search all. No effect if it has ended."""
         if sequence.status is Status.FINISHED:
             return
         request = sequence.request
-        self.books.end(sequence)
-        sequence.finish_reason = reason
-        if sequence.sample_index == 0 and not request.forked:  # nobody is left whom the other samples could fork
+        for member in request.sequences if request.beams is not None else (sequence,):
+            self.books.end(member)
+            member.finish_reason = reason
+        if (
+            request.beams is None and sequence.sample_index == 0 and not request.forked
+        ):  # nobody is left whom the other samples could fork
             request.forked = True
             for other in request.sequences[1:]:
                 if other.status is Status.WAITING:
@@ -191,6 +230,8 @@ class Scheduler:
         for shard in range(self.num_shards):
             self._schedule_running(shard, draft)
         self._admit_waiting(draft)
+        while any(self._break_stall(shard, draft) for shard in range(self.num_shards)):
+            self._admit_waiting(draft)
         for sequence in draft.forked:  # only now: the step that computes the prompt comes before the forks' first
             self.books.enqueue(sequence)
         self.allocator.unpin_all()
@@ -207,29 +248,71 @@ class Scheduler:
         """Decodes in the order of rank, so that a victim (always of a lower rank) is not planned yet; then prefills."""
         prefilling = []
         for sequence in tuple(self.books.running[shard]):
+            if sequence.request.beams is not None:
+                self._schedule_beam(sequence, shard, draft, prefilling)
+                continue
             length = len(sequence.tokens) + sequence.in_flight
             # Not running any more: preempted for one before it. Long enough: its last token is in flight.
-            if sequence.status is not Status.RUNNING or length >= sequence.max_length:
+            if sequence.status is not Status.RUNNING or length >= sequence.max_length or sequence.num_drafts:
                 continue
             if length - sequence.num_computed > 1:
                 prefilling.append(sequence)
             elif self._make_room(sequence, shard, draft):
-                self._plan_row(sequence, shard, 1, draft)
+                self._plan_row(sequence, shard, 1, draft, self._drafts(sequence, shard, draft))
         for sequence in prefilling:
             if sequence.status is Status.RUNNING and draft.budget[shard]:
-                left = sequence.length - sequence.num_computed
+                left = prefill_end(sequence) - sequence.num_computed
                 self._plan_row(sequence, shard, min(left, draft.budget[shard]), draft)
 
-    def _plan_row(self, sequence: Sequence, shard: int, count: int, draft: _Draft) -> None:
+    def _schedule_beam(self, beam: Sequence, shard: int, draft: _Draft, prefilling: list[Sequence]) -> None:
+        """Plans one token of every beam when the first of them is looked at, or puts a returning beam into a list."""
+        if beam.status is not Status.RUNNING or beam.in_flight:
+            return
+        if len(beam.tokens) - beam.num_computed > 1:
+            prefilling.append(beam)
+        elif beam.sample_index == 0 and is_ready(beam.request) and self._make_room_for_beams(beam, shard, draft):
+            for each in beam.request.members:
+                self._plan_row(each, shard, 1, draft)
+
+    def _drafts(self, sequence: Sequence, shard: int, draft: _Draft) -> tuple[int, ...]:
+        """Proposed tokens behind the next one of a sequence, and their places; only as far as pages are there anyway."""
+        speculator, table = self.speculator, sequence.table
+        if speculator is None or not sequence.request.speculate or len(sequence.tokens) == len(sequence.request.prompt):
+            return ()
+        speculation = sequence.speculation = sequence.speculation or speculator.new()
+        if speculation.rest:
+            speculation.rest -= 1
+            return ()
+        if sequence.in_flight:
+            return ()
+        num_running, used = len(self.books.running[shard]), draft.num_drafts[shard]
+        limit = min(
+            MOST_DRAFTS - used,
+            self.config.max_num_batched_tokens - num_running - used,
+            sequence.max_length - len(sequence.tokens) - 1,
+        )
+        drafts = speculator.propose(speculation, sequence.tokens, num_running, limit) if limit > 0 else []
+        assert table is not None
+        if not drafts or table.pages_needed(len(drafts)) > self.allocator.num_available(shard):
+            return ()
+        self._append(table, len(drafts), draft)
+        draft.num_drafts[shard] += len(drafts)
+        sequence.num_drafts = len(drafts)
+        return tuple(drafts)
+
+    def _plan_row(
+        self, sequence: Sequence, shard: int, count: int, draft: _Draft, drafts: tuple[int, ...] = ()
+    ) -> None:
         start = sequence.num_computed
         samples = start + count == len(sequence.tokens) + sequence.in_flight
+        count += len(drafts)
         rows = draft.single[shard] if count == 1 else draft.longer[shard]
-        rows.append(ScheduledRow(sequence, start, count, samples, sequence.in_flight > 0))
+        rows.append(ScheduledRow(sequence, start, count, samples, sequence.in_flight > 0, drafts))
         draft.budget[shard] -= count
         sequence.num_computed = start + count
         if samples:
             sequence.in_flight += 1
-            if not sequence.request.forked:
+            if not sequence.request.forked and sequence.request.beams is None:
                 self._fork(sequence, draft)
 
     def _fork(self, parent: Sequence, draft: _Draft) -> None:
@@ -241,24 +324,61 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, shard: int, draft: _Draft) -> bool:
         """A place for the next token of a running sequence; False if the sequence itself had to give up its pages."""
-        table, books = sequence.table, self.books
+        table = sequence.table
         assert table is not None
         # The first: its last prompt token, which has its place since admission.
         if table.length > sequence.num_computed or table.append_in_place():
             return True
         while table.pages_needed(1) > self.allocator.num_available(shard):
-            victim = max(books.running[shard][-1:] + books.parked[shard][-1:], key=lambda member: member.rank)
-            if victim.status is Status.RUNNING:
-                books.preempt(victim)
-                victim.request.num_preemptions += 1
-                self.num_preemptions += 1
-                draft.preempted.append(victim)
-                draft.short_of_pages[shard] = True
-            else:
-                books.unpark(victim)
-            if victim is sequence:
+            if self._take_pages(shard, draft) is sequence:
                 return False
         self._append(table, 1, draft)
+        return True
+
+    def _make_room_for_beams(self, first: Sequence, shard: int, draft: _Draft) -> bool:
+        """Places for the next tokens of all beams of a request; False if they had to give up their pages."""
+        beams = first.request.members
+        # A beam that has returned after a preemption has had its place since then.
+        tables = [b.table for b in beams if b.table is not None and b.table.length == b.num_computed]
+        while pages_needed(tables) > self.allocator.num_available(shard):
+            if self._take_pages(shard, draft).request is first.request:
+                return False
+        for table in tables:
+            self._append(table, 1, draft)
+        return True
+
+    def _take_pages(self, shard: int, draft: _Draft) -> Sequence:
+        """The sequence of the lowest rank with pages on a shard gives them up, and with a beam all others of its group."""
+        books = self.books
+        victim = max(books.running[shard][-1:] + books.parked[shard][-1:], key=lambda member: member.rank)
+        if victim.status is not Status.RUNNING:
+            books.unpark(victim)
+            return victim
+        group = (victim,) if victim.request.beams is None else victim.request.members
+        for member in group:
+            if member.status is Status.RUNNING:
+                books.preempt(member)
+                draft.preempted.append(member)
+        victim.request.num_preemptions += 1
+        self.num_preemptions += 1
+        draft.short_of_pages[shard] = True
+        return victim
+
+    def _break_stall(self, shard: int, draft: _Draft) -> bool:
+        """If nothing can run, because beams of several requests wait for the rest of their groups: the last gives way."""
+        books = self.books
+        running = books.running[shard]
+        outstanding = any(plan.rows[shard] for plan in self._submitted)
+        if not running or draft.single[shard] or draft.longer[shard] or outstanding:
+            return False
+        first = running[0].request
+        alone = not books.parked[shard] and all(beam.request is first for beam in running)
+        if alone and books.waiting[0].request is first:
+            raise RuntimeError(
+                f"the beams of request {first.request_id!r} do not fit the pages although they are alone"
+            )
+        self._take_pages(shard, draft)
+        draft.short_of_pages[shard] = False
         return True
 
     def _append(self, table: PageTable, count: int, draft: _Draft) -> None:
@@ -274,14 +394,17 @@ class Scheduler:
         shut = {shard for shard in all_shards if draft.short_of_pages[shard] and books.running[shard]}
         index = 0
         while index < len(books.waiting):
-            shut.update(shard for shard in all_shards if not books.free_slots[shard] or not draft.budget[shard])
+            shut.update(shard for shard in all_shards if not draft.budget[shard])
             if len(shut) == self.num_shards:
                 return
             sequence = books.waiting[index]
             bound = sequence.request.shard
             shards = set(all_shards if bound is None else (bound,)) - shut
             # What the outstanding step did for a sequence that has just been preempted is not committed yet.
-            preempted = sequence in draft.preempted
+            preempted = any(
+                sequence is victim or (sequence.request is victim.request and victim.request.beams is not None)
+                for victim in draft.preempted
+            )
             place = None if preempted else self._placement.find(sequence, shards)
             if place is not None:
                 self._admit(sequence, *place, draft)
@@ -308,33 +431,49 @@ class Scheduler:
             request.num_cached_tokens = sequence.num_computed
         draft.admitted.append(sequence)
         self._append(table, len(sequence.tokens) - table.length, draft)
-        self._plan_row(sequence, shard, min(table.length - sequence.num_computed, draft.budget[shard]), draft)
+        self._plan_row(sequence, shard, min(prefill_end(sequence) - sequence.num_computed, draft.budget[shard]), draft)
 
     # ------------------------------------------------------------------ results
 
-    def commit(self, plan: StepPlan, sampled: SequenceOf[SequenceOf[int]]) -> list[TokenEvent]:
+    def commit(
+        self,
+        plan: StepPlan,
+        sampled: SequenceOf[SequenceOf[int]],
+        candidates: SequenceOf[SequenceOf[SequenceOf[tuple[int, float]]]] = (),
+    ) -> list[TokenEvent]:
         """Takes the result of the oldest submitted step: appends tokens, ends sequences, offers pages to the cache.
 
         Args:
             plan: what `schedule` returned.
             sampled: `sampled[shard][i]` is the id drawn for `plan.rows[shard][i]`; ids of rows that do not sample, and
-                any after the last row, are ignored. Plain ints (`array.tolist()`).
+                any further ones, are ignored. Behind the ids of all rows come those of their drafts: of each row with
+                drafts the ids drawn before its last token, in their order. Plain ints (`array.tolist()`).
+            candidates: where rows of beams sample, `candidates[shard][i]` are the most likely next tokens of the row and
+                their log-probabilities, best first (see `BeamSearch.advance`).
 
         Returns:
-            The new tokens, in the order of the rows. A sequence that ended meanwhile has none.
+            The new tokens, in the order of the rows. A sequence that ended meanwhile has none. Beams have theirs, all at
+            once, when the search is over.
         """
         if not self._submitted or self._submitted[0] is not plan:
             raise RuntimeError("plans are committed once each, in the order in which they were made")
         self._submitted.popleft()
         now = self._clock()
-        events = []
-        for rows, ids in zip(plan.rows, sampled, strict=True):
+        events: list[TokenEvent] = []
+        searches: dict[Request, list[SequenceOf[tuple[int, float]]]] = {}
+        for shard, (rows, ids) in enumerate(zip(plan.rows, sampled, strict=True)):
             if len(ids) < len(rows):
                 raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
-            for row, token in zip(rows, ids, strict=False):
+            next_draft = len(rows)
+            for index, (row, token) in enumerate(zip(rows, ids, strict=False)):
                 sequence = row.sequence
                 if row.samples:
                     sequence.in_flight -= 1
+                if row.drafts:
+                    drawn = [*ids[next_draft : next_draft + len(row.drafts)], token]
+                    next_draft += len(row.drafts)
+                    events += self._commit_drafts(row, drawn)
+                    continue
                 if sequence.status is Status.RUNNING:
                     full = (row.start + row.count) // self.page_size
                     if full > sequence.num_cached_pages:
@@ -344,8 +483,57 @@ class Scheduler:
                 if row.samples:
                     if sequence.request.first_token_time is None:
                         sequence.request.first_token_time = now
+                    if sequence.request.beams is not None:
+                        searches.setdefault(sequence.request, []).append(candidates[shard][index])
+                        continue
                     reason = sequence.append(token)
                     events.append(TokenEvent(sequence, token, reason))
                     if reason is not None:
                         self.finish(sequence, reason)
+        for request, found in searches.items():
+            events += self._advance_search(request, found)
+        return events
+
+    def _commit_drafts(self, row: ScheduledRow, drawn: list[int]) -> list[TokenEvent]:
+        """Accepts proposed tokens as far as the target drew them itself; the places of the others are given back."""
+        sequence = row.sequence
+        sequence.num_drafts = 0
+        if sequence.status is Status.FINISHED:
+            return []
+        events, reason, accepted = [], None, 0
+        for token, draft in zip(drawn, (*row.drafts, None), strict=True):
+            reason = sequence.append(token)
+            events.append(TokenEvent(sequence, token, reason))
+            if reason is not None or token != draft:
+                break
+            accepted += 1
+        assert self.speculator is not None and sequence.speculation is not None
+        self.speculator.observe(sequence.speculation, len(row.drafts), accepted)
+        if sequence.status is Status.RUNNING and sequence.table is not None:
+            sequence.num_computed = row.start + row.count - len(row.drafts) + accepted
+            sequence.table.truncate(sequence.num_computed)
+            full = sequence.num_computed // self.page_size
+            if full > sequence.num_cached_pages:
+                self.books.offer_pages(sequence, full)
+        if reason is not None:
+            self.finish(sequence, reason)
+        return events
+
+    def _advance_search(
+        self, request: Request, candidates: SequenceOf[SequenceOf[tuple[int, float]]]
+    ) -> list[TokenEvent]:
+        """Moves a beam search on by one step (rows of a group are in the order of its members)."""
+        search = request.search
+        assert search is not None
+        children = search.advance([beam.output for beam in request.members], candidates)
+        if children is not None:
+            self.books.reorder(request, children, self._num_steps)
+            return []
+        events = []
+        self.finish(request.sequences[0], "stop")
+        for sequence, result in zip(request.sequences, search.results, strict=True):
+            sequence.tokens = [*request.prompt, *result.tokens]
+            sequence.finish_reason, sequence.score = result.finish_reason, result.score
+            events += [TokenEvent(sequence, token, None) for token in result.tokens]
+            events[-1].finish_reason = result.finish_reason
         return events

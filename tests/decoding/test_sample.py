@@ -7,14 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.decoding.sample import SamplingRows, kept_tokens, sample
+from llm_infer.decoding.sample import CANDIDATES, SamplingRows, kept_candidates, kept_tokens, sample
+from llm_infer.decoding.top_tokens import top_tokens
 
 ROWS, VOCAB = 2048, 300
 SAMPLE = jax.jit(sample)
 
 
 def make_rows(
-    temperature: float | np.ndarray, top_p: float = 1.0, top_k: int = -1, seed: int = 7, first: int = 0
+    temperature: float | np.ndarray,
+    top_p: float = 1.0,
+    top_k: int | np.ndarray = -1,
+    min_p: float = 0.0,
+    typical_p: float = 1.0,
+    *,
+    seed: int = 7,
+    first: int = 0,
 ) -> SamplingRows:
     def fill(value: object, dtype: type) -> jax.Array:
         return jnp.asarray(np.broadcast_to(np.asarray(value, dtype), ROWS))
@@ -23,6 +31,8 @@ def make_rows(
         temperature=fill(temperature, np.float32),
         top_p=fill(top_p, np.float32),
         top_k=fill(top_k, np.int32),
+        min_p=fill(min_p, np.float32),
+        typical_p=fill(typical_p, np.float32),
         seed_high=fill(seed >> 32, np.int32),
         seed_low=fill(seed & 0x7FFFFFFF, np.int32),
         sample_index=fill(0, np.int32),
@@ -30,27 +40,54 @@ def make_rows(
     )
 
 
-def distribution(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
+def distribution(
+    logits: np.ndarray, temperature: float, top_p: float, top_k: int, min_p: float = 0.0, typical_p: float = 1.0
+) -> np.ndarray:
     """Probabilities by sorting, in float64: the definition, independent of the sampler's bisection."""
     scaled = logits.astype(np.float64) / temperature
     order = np.argsort(-scaled, kind="stable")[: top_k if top_k > 0 else None]
     mass = np.exp(scaled[order] - scaled.max())
     mass /= mass.sum()
     count = int(np.searchsorted(np.cumsum(mass), top_p - 1e-12)) + 1
+    mass[count:] = 0.0
+    mass[mass < min_p * mass[0]] = 0.0
+    mass /= mass.sum()
+    information = -np.log(np.where(mass > 0, mass, 1.0))
+    distance = np.where(mass > 0, np.abs(information - (mass * information).sum()), np.inf)
+    nearest = np.argsort(distance, kind="stable")
+    kept = int(np.searchsorted(np.cumsum(mass[nearest]), typical_p - 1e-12)) + 1
+    mass[nearest[kept:]] = 0.0
     result = np.zeros(len(logits))
-    result[order[:count]] = mass[:count] / mass[:count].sum()
+    result[order] = mass / mass.sum()
     return result
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, -1), (0.5, 1.0, -1), (1.0, 0.6, -1), (1.0, 1.0, 10), (1.5, 0.8, 25), (1.0, 1.0, 1), (1.0, 0.01, -1)],
+    ("temperature", "top_p", "top_k", "min_p", "typical_p"),
+    [
+        (1.0, 1.0, -1, 0.0, 1.0),
+        (0.5, 1.0, -1, 0.0, 1.0),
+        (1.0, 0.6, -1, 0.0, 1.0),
+        (1.0, 0.98, -1, 0.0, 1.0),  # more than the candidates
+        (1.0, 1.0, 10, 0.0, 1.0),
+        (1.0, 1.0, 100, 0.0, 1.0),  # more than the candidates
+        (1.5, 0.8, 25, 0.0, 1.0),
+        (1.0, 1.0, 1, 0.0, 1.0),
+        (1.0, 0.01, -1, 0.0, 1.0),
+        (1.0, 1.0, -1, 0.1, 1.0),
+        (1.5, 1.0, -1, 0.02, 1.0),
+        (1.0, 1.0, -1, 0.0, 0.5),
+        (0.9, 0.9, 40, 0.05, 0.8),
+    ],
 )
-def test_frequencies_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
+def test_frequencies_follow_the_distribution(
+    temperature: float, top_p: float, top_k: int, min_p: float, typical_p: float
+) -> None:
     logits = (np.random.default_rng(1).standard_normal(VOCAB) * 2).astype(np.float32)
-    expected = distribution(logits, temperature, top_p, top_k)
+    rules = (temperature, top_p, top_k, min_p, typical_p)
+    expected = distribution(logits, *rules)
     batch = jnp.asarray(np.tile(logits, (ROWS, 1)))
-    draws = [SAMPLE(batch, make_rows(temperature, top_p, top_k, first=i * ROWS)) for i in range(8)]
+    draws = [SAMPLE(batch, make_rows(*rules, first=i * ROWS)) for i in range(8)]
     counts = np.bincount(np.concatenate(draws), minlength=VOCAB)
     assert counts[expected == 0].sum() == 0
     # Merge rare tokens so that every cell expects at least 8 draws; then chi-square at a one in ten thousand level.
@@ -73,9 +110,19 @@ def test_frequencies_follow_the_distribution(temperature: float, top_p: float, t
 def test_kept_sets_equal_those_of_a_sort() -> None:
     rng = np.random.default_rng(2)
     logits = (rng.standard_normal((ROWS, VOCAB)) * 3).astype(np.float32)
-    kept = np.asarray(jax.jit(kept_tokens)(jnp.asarray(logits), make_rows(1.0, 0.85, 40)))
-    for row in range(0, ROWS, 16):
-        np.testing.assert_array_equal(kept[row], distribution(logits[row], 1.0, 0.85, 40) > 0)
+    logits -= logits.max(-1, keepdims=True)
+    for rules in ((1.0, 0.85, 40, 0.0, 1.0), (1.0, 0.9, -1, 0.02, 0.6)):
+        rows = make_rows(*rules)
+        kept = np.asarray(jax.jit(kept_tokens)(jnp.asarray(logits), rows))
+        values, ids = top_tokens(jnp.asarray(logits), CANDIDATES)
+        among, enough = jax.jit(kept_candidates)(values, jnp.sum(jnp.exp(jnp.asarray(logits)), axis=-1), rows)
+        assert enough.mean() > 0.95
+        for row in range(0, ROWS, 16):
+            expected = distribution(logits[row], *rules) > 0
+            np.testing.assert_array_equal(kept[row], expected)
+            if not enough[row]:
+                continue
+            assert set(np.asarray(ids)[row][np.asarray(among)[row]]) == set(np.flatnonzero(expected))
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
@@ -89,6 +136,13 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     np.testing.assert_array_equal(together[~drawn], logits[~drawn].argmax(-1))
     shuffled = np.asarray(SAMPLE(jnp.asarray(logits), make_rows(1.0, 0.9, 50, seed=8)))
     assert (shuffled != alone).mean() > 0.3
+
+
+def test_a_row_that_needs_the_whole_vocabulary_changes_no_other() -> None:
+    logits = jnp.asarray(np.random.default_rng(4).standard_normal((ROWS, VOCAB)).astype(np.float32))
+    limits = np.where(np.arange(ROWS) % 2 == 0, 20, 200).astype(np.int32)
+    mixed, narrow = (np.asarray(SAMPLE(logits, make_rows(1.0, 1.0, top_k))) for top_k in (limits, 20))
+    np.testing.assert_array_equal(mixed[::2], narrow[::2])
 
 
 def test_infinite_logits_are_never_drawn() -> None:

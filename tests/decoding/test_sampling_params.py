@@ -29,6 +29,25 @@ from llm_infer.errors import RequestError
         ("seed", -1),
         ("seed", 2**64),
         ("stop_token_ids", (-1,)),
+        ("best_of", 0),
+        ("min_p", 1.5),
+        ("typical_p", 0.0),
+        ("repetition_penalty", 0.0),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", {"a": 1.0}),
+        ("logit_bias", {3: math.inf}),
+        ("logit_bias", [3]),
+        ("allowed_token_ids", ()),
+        ("allowed_token_ids", "12"),
+        ("bad_words", [""]),
+        ("stop", 3),
+        ("stop", ["a", ""]),
+        ("min_tokens", -1),
+        ("logprobs", 21),
+        ("truncate_prompt_tokens", 0),
+        ("skip_special_tokens", 1),
+        ("include_stop_str_in_output", True),
     ],
 )
 def test_bad_values_are_named(name: str, value: Any) -> None:
@@ -39,3 +58,22 @@ def test_bad_values_are_named(name: str, value: Any) -> None:
 def test_unknown_parameters_are_an_error() -> None:
     with pytest.raises(TypeError, match="best_off"):
         SamplingParams(best_off=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of=2 is below n=3"),
+        ({"best_of": 2, "temperature": 0.0}, "best_of=2 with temperature=0"),
+        ({"min_tokens": 9, "max_tokens": 8}, "min_tokens=9 is above max_tokens=8"),
+    ],
+)
+def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        SamplingParams(**values)
+
+
+def test_forms_of_the_openai_api() -> None:
+    params = SamplingParams(stop="end", logit_bias={"12": 3}, stop_token_ids=[4], bad_words=["a"])  # type: ignore[arg-type,dict-item]
+    assert params.stop == ("end",) and params.logit_bias == {12: 3.0} and params.stop_token_ids == (4,)
+    assert hash(params) == hash(SamplingParams(stop="end", logit_bias={12: 1.0}, stop_token_ids=(4,), bad_words=("a",)))

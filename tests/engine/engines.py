@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.load import LoadedModel
@@ -20,7 +20,7 @@ class EngineFactory:
     def __init__(self, model: LoadedModel, *, max_num_seqs: int, num_pages: int, max_model_len: int) -> None:
         self.model, self.max_num_seqs = model, max_num_seqs
         self.num_pages, self.max_model_len = num_pages, max_model_len
-        self._programs: dict[int, Any] = {}
+        self._programs: dict[Any, Any] = {}
 
     def __call__(
         self,
@@ -31,12 +31,14 @@ class EngineFactory:
         cache: bool = True,
         overlap: bool = True,
         policy: str = "fcfs",
+        speculative: SpeculativeConfig | None = None,
     ) -> Engine:
         config = EngineConfig(
             CacheConfig(num_pages=self.num_pages, enable_prefix_caching=cache),
             SchedulerConfig(self.max_num_seqs, max(chunk, self.max_num_seqs), self.max_model_len, policy),
             overlap=overlap,
             check_every_step=True,
+            speculative=speculative,
         )
         engine = Engine(self.model, config)
         engine.runner._programs = self._programs
@@ -46,6 +48,7 @@ class EngineFactory:
             page_size=config.cache.page_size,
             max_model_len=self.max_model_len,
             enable_prefix_caching=cache,
+            speculator=engine.speculator,
         )
         return engine
 

@@ -9,6 +9,7 @@ import pytest
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
+from llm_infer.engine.features import PLAIN, StepFeatures, features_of
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.config import ModelConfig
@@ -30,7 +31,7 @@ def make_engine(model: LoadedModel, tokens: int = 4, seqs: int = 2, pages: int =
 
 def test_pool_is_updated_in_place_and_arguments_are_few(model: LoadedModel) -> None:
     engine = make_engine(model)
-    _, program = engine.runner.compile(2)
+    program = engine.runner.compile(2).run
     memory = program.memory_analysis()
     pool = engine.runner.pages.nbytes
     assert pool > 10_000_000
@@ -86,3 +87,22 @@ def test_bad_requests_and_settings(model: LoadedModel) -> None:
     assert not engine.has_work
     with pytest.raises(UserError, match="max_model_len"):
         Engine(model, EngineConfig(scheduler=SchedulerConfig(max_model_len=1000)))
+
+
+def test_a_step_runs_the_smallest_compiled_variant_that_its_rows_need(model: LoadedModel) -> None:
+    engine = make_engine(model, tokens=2)
+    with_logprobs = SamplingParams(temperature=0.0, max_tokens=2, logprobs=3)
+    assert list(engine.warm_up(features=[PLAIN, features_of(with_logprobs)])) == [2, 2]
+    plain, richer = (engine.runner.program(2, features) for features in (PLAIN, StepFeatures.LOGPROBS))
+    assert plain is not richer
+    events = []
+    for params in (with_logprobs, SamplingParams(temperature=0.0, max_tokens=2)):
+        request = engine.add_request([1, 2], params)
+        while engine.has_work:
+            events += engine.step()
+        assert request.finished
+    assert [event.logprobs is not None for event in events] == [True, True, False, False]
+    assert engine.runner.times.compiles_after_warmup == 0
+    first = events[0].logprobs
+    assert first is not None and first.rank == 1 and len(first.top_ids) == 3
+    assert first.top_ids[0] == events[0].token_id and first.top_logprobs[0] == first.logprob

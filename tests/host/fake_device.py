@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.config import SchedulerConfig
+from llm_infer.config import SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.speculative import Speculator
 from llm_infer.scheduler import Request, Scheduler, Sequence, Status, StepPlan, TokenEvent
+from tests.naive_beam import naive_beam_search
 
 VOCABULARY = 7
 EOS = 6
@@ -31,6 +33,13 @@ def continuation(request: Request, sample_index: int, limit: int) -> list[int]:
     return tokens[len(request.prompt) :]
 
 
+def log_probabilities(tokens: list[int]) -> np.ndarray:
+    """What beams see: [VOCABULARY] log-probabilities that follow from all tokens so far."""
+    noise = [zlib.crc32(np.array([token, *tokens], np.int32).tobytes()) % 997 for token in range(VOCABULARY)]
+    values = np.array(noise) / 250
+    return values - np.log(np.exp(values).sum())
+
+
 class FakeDevice:
     """Runs plans in the order of submission on a content model of the pages, and checks every access.
 
@@ -42,10 +51,12 @@ class FakeDevice:
         allocator = scheduler.allocator
         self.scheduler = scheduler
         self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 2), -1, np.int64)
+        self.candidates: list[list[list[tuple[int, float]]]] = []
         self.last_ids = np.full((scheduler.num_shards, scheduler.config.max_num_seqs), -1, np.int64)
 
     def run(self, plan: StepPlan) -> list[list[int]]:
         """The ids that the rows draw. To be called when the plan is submitted: it reads the page tables."""
+        self.candidates = [[] for _ in range(self.scheduler.num_shards)]
         return [self._run_shard(shard, plan) for shard in range(self.scheduler.num_shards)]
 
     def _run_shard(self, shard: int, plan: StepPlan) -> list[int]:
@@ -71,7 +82,8 @@ class FakeDevice:
                 assert row.count == 1
                 fed = [int(self.last_ids[shard, row.sequence.slot])]
             else:
-                fed = row.sequence.tokens[row.start : row.start + row.count]
+                end = row.start + row.count - len(row.drafts)
+                fed = [*row.sequence.tokens[row.start : end], *row.drafts]
             assert len(fed) == row.count
             for position, token in enumerate(fed, row.start):
                 page, offset = table.pages[position // size], position % size
@@ -79,7 +91,13 @@ class FakeDevice:
                 self._check_owners(shard, page, position, row.sequence)
                 written.add((page, offset))
                 pages[page, offset] = token, position
-        return [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
+        ids = [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
+        for row in rows:
+            ends = range(row.start + row.count - len(row.drafts), row.start + row.count)
+            ids += [self._attend(shard, row.sequence, end) for end in ends]
+            if row.drafts:  # nobody may use it
+                self.last_ids[shard, row.sequence.slot] = -1
+        return ids
 
     def _check_owners(self, shard: int, page: int, position: int, writer: Sequence) -> None:
         """Nobody else owns a page that is written, but forks that wait for this very step to compute their prompt."""
@@ -96,6 +114,8 @@ class FakeDevice:
         seen = self.pages[shard, sequence.table.pages].reshape(-1, 2)[:length]
         assert seen[:, 1].tolist() == list(range(length)), f"{sequence}: positions {seen[:, 1]}"
         tokens = seen[:, 0].tolist()
+        values = log_probabilities(tokens) if sequence.request.beams is not None else np.zeros(0)
+        self.candidates[shard].append([(int(i), float(values[i])) for i in np.argsort(-values, kind="stable")])
         known = sequence.tokens[:length]
         assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"
         drawn = next_token(tokens, sequence.sample_index)
@@ -112,12 +132,14 @@ class FakeEngine:
         limits.setdefault("max_num_batched_tokens", 16)
         self.max_model_len = limits["max_model_len"] = limits.get("max_model_len", 64)
         config = SchedulerConfig(**limits)
+        if drafts := options.pop("num_drafts", 0):
+            options["speculator"] = Speculator(SpeculativeConfig(num_speculative_tokens=drafts, prompt_lookup_min=1))
         defaults = {"num_pages": 40, "page_size": 4, "max_model_len": self.max_model_len}
         self.scheduler = Scheduler(config, **(defaults | options))
         self.device = FakeDevice(self.scheduler)
         self.overlap = overlap
         self.check = check
-        self.pending: deque[tuple[StepPlan, list[list[int]]]] = deque()
+        self.pending: deque[tuple[StepPlan, list[list[int]], Any]] = deque()
         self.plans: list[StepPlan] = []
         self.requests: list[Request] = []
         self.num_steps = 0
@@ -125,6 +147,7 @@ class FakeEngine:
 
     def add(self, prompt: list[int], **options: Any) -> Request:
         """Queues a request; the default is to end by length only."""
+        options.setdefault("speculate", options.get("beams") is None)
         request = Request(f"r{len(self.requests)}", prompt, **options)
         self.scheduler.add(request)
         self.requests.append(request)
@@ -137,11 +160,14 @@ class FakeEngine:
         if plan is None:
             assert self.pending or not self.scheduler.has_unfinished, "the scheduler is stuck"
         else:
-            self.pending.append((plan, self.device.run(plan)))
+            self.pending.append((plan, self.device.run(plan), self.device.candidates))
             self.plans.append(plan)
-        events = []
+        events: list[TokenEvent] = []
         if self.pending and (plan is None or not self.overlap or len(self.pending) > 1):
             events = self.scheduler.commit(*self.pending.popleft())
+        # Beams do without, in every second step; proposals need to know the last token.
+        if self.pending and self.scheduler.speculator is not None and self.scheduler.needs_results:
+            events += self.scheduler.commit(*self.pending.popleft())
         self.num_steps += 1
         if self.check:
             self.scheduler.check()
@@ -162,6 +188,9 @@ class FakeEngine:
         limit = self.max_model_len
         if request.max_tokens is not None:
             limit = min(limit, len(request.prompt) + request.max_tokens)
+        if request.beams is not None:
+            self._verify_beams(request, limit)
+            return
         for sequence in request.sequences:
             expected = continuation(request, sequence.sample_index, limit)
             if sequence.status is Status.FINISHED and sequence.finish_reason != "abort":
@@ -170,3 +199,21 @@ class FakeEngine:
                 assert sequence.finish_reason == ("stop" if stopped else "length")
             else:
                 assert sequence.output == expected[: len(sequence.output)]
+
+    def _verify_beams(self, request: Request, limit: int) -> None:
+        if not request.finished or request.sequences[0].finish_reason == "abort":
+            return
+        assert request.beams is not None
+        expected = naive_beam_search(
+            log_probabilities,
+            list(request.prompt),
+            width=request.beams.width,
+            max_tokens=limit - len(request.prompt),
+            stop_ids=request.sequences[0].stop_ids,
+            min_tokens=request.min_tokens,
+            length_penalty=request.beams.length_penalty,
+            early_stopping=request.beams.early_stopping,
+        )
+        found = [(sequence.score, sequence.output) for sequence in request.sequences]
+        assert [output for _, output in found] == [output for _, output in expected]
+        np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], atol=1e-9)

@@ -31,6 +31,8 @@ VARIANTS = {
     "one at a time": {"max_num_seqs": 1},
     "two shards": {"num_shards": 2, "num_pages": 15},
     "pages of one token": {"page_size": 1, "num_pages": 60},
+    "speculation": {"num_drafts": 3},
+    "speculation, no overlap, short of pages": {"num_drafts": 3, "overlap": False, "num_pages": 15},
     "pages of 16 tokens": {"page_size": 16, "num_pages": 10},
 }
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from llm_infer.decoding.beam import BeamParams
 from llm_infer.errors import RequestError
 from llm_infer.scheduler import Request, Status
 from tests.host.fake_device import EOS, FakeEngine
@@ -24,7 +25,12 @@ def random_request(draw: random.Random) -> tuple[list[int], dict[str, Any]]:
     prompt = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 2, 0][: draw.randint(0, 12)]
     prompt += [draw.randint(0, 2) for _ in range(draw.randint(0 if prompt else 1, 6))]
     max_tokens = draw.choice([None, draw.randint(1, 12)])
+    beams = None
+    if draw.random() < 0.25:
+        width, penalty = draw.randint(1, 4), draw.choice([0.0, 1.0, -0.5])
+        beams = BeamParams(width, penalty, draw.choice([True, False, "never"]))
     return prompt, {
+        "beams": beams,
         "n": draw.choice([1, 1, 2, 3, 4]),
         "max_tokens": max_tokens,
         "min_tokens": 1 if max_tokens is None else max_tokens // 2,
@@ -58,7 +64,7 @@ class HostMachine(RuleBasedStateMachine):
             try:
                 self.live.append(self.engine.add(prompt, **options))
             except RequestError as error:
-                assert "pages of" in str(error)
+                assert "pages of" in str(error) or "beam_width" in str(error)
         self.take(steps)
 
     @rule(steps=st.integers(1, 40))
@@ -106,6 +112,10 @@ class HostMachine(RuleBasedStateMachine):
         self.totals["steps"] += len(self.engine.plans)
         self.totals["requests"] += len(self.engine.requests)
         self.totals["preemptions"] += scheduler.num_preemptions
+        self.totals["beam searches"] += sum(request.beams is not None for request in self.engine.requests)
+        if scheduler.speculator is not None:
+            self.totals["drafted"] += scheduler.speculator.num_drafted
+            self.totals["accepted"] += scheduler.speculator.num_accepted
         self.totals["copied pages"] += scheduler.num_copied_pages
         self.totals["cached tokens"] += cache.num_hits if cache else 0
 
@@ -126,6 +136,7 @@ def configuration(number: int) -> dict[str, Any]:
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + draw.choice([0, 3, 12]),
         "max_model_len": 25,
+        "num_drafts": draw.choice([0, 1, 4]),
         "watermark": draw.choice([0.0, 0.1]),
     }
 

@@ -255,3 +255,19 @@ def test_threads_that_ask_at_once_get_one_kernel():
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(make, ["a", "b"] * 8)) == ["a", "b"] * 8
     assert sorted(made) == ["a", "b"]
+
+
+def test_threads_that_meet_register_a_kernel_once() -> None:
+    kernel = Kernel("test_scale_raced", SCALE.args, SCALE.results, scale_body, (__file__,))
+    start, names = threading.Barrier(4), []
+
+    def register() -> None:
+        start.wait()
+        names.append(kernel.register())
+
+    threads = [threading.Thread(target=register) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert names == ["llm_infer.test_scale_raced"] * 4

@@ -45,7 +45,9 @@ def check(models: dict[str, LoadedModel], which: list[int]) -> None:
     kl = float((np.exp(exact) * (exact - fast)).sum(-1).mean())
     rows = np.arange(len(golden))
     change = float(np.exp(exact[rows, golden].mean() - fast[rows, golden].mean())) - 1
-    print(f"{len(golden)} golden tokens: top-1 agreement {agreement:.2%}, mean KL {kl:.5f} nat, perplexity {change:+.3%}")
+    print(
+        f"{len(golden)} golden tokens: top-1 agreement {agreement:.2%}, mean KL {kl:.5f} nat, perplexity {change:+.3%}"
+    )
     assert agreement >= 0.97 and kl < 0.01 and change <= 0.005
     assert kl > 0  # the rounding happened
 

@@ -1,0 +1,143 @@
+"""Compiles structured output with llguidance into token masks; anything that goes wrong forbids, it never allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import Any
+
+import numpy as np
+
+from llm_infer.decoding.structured import StructuredOutputsParams
+from llm_infer.errors import RequestError, UserError
+
+COMPILE_SECONDS = 10.0
+"""Longest wait for one grammar."""
+
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""One way to write each value: free white space would let a model fill its tokens with it."""
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer, on a thread of its own.
+
+    Args:
+        token_bytes: exact bytes of each token of the model's vocabulary, by id.
+        special_ids: tokens that are markers and not text; no grammar produces them.
+        eos_ids: tokens that end an output; allowed where it is complete.
+        encode: token ids of a text.
+
+    Raises:
+        UserError: llguidance is not installed, or there is no token to end an output with.
+    """
+
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        special_ids: Sequence[int],
+        eos_ids: Sequence[int],
+        encode: Callable[[str], list[int]],
+    ) -> None:
+        try:
+            import llguidance
+        except ModuleNotFoundError:
+            raise UserError("structured output needs llguidance: pip install 'llm-infer[structured]'") from None
+        if not eos_ids:
+            raise UserError("structured output needs a model whose tokenizer names an end-of-sequence token")
+        self._library = llguidance
+        vocabulary = _Vocabulary(token_bytes, special_ids, eos_ids, encode)
+        wrapper = llguidance.TokenizerWrapper(vocabulary)
+        self._tokenizer = llguidance.LLTokenizer(wrapper, n_vocab=len(token_bytes), eos_token=list(eos_ids))
+        # Fuel limits of the library bound a compilation that goes on after its request has given up on it.
+        self._limits = llguidance.LLParserLimits(max_grammar_size=100_000, max_lexer_states=50_000)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def compile(self, params: StructuredOutputsParams, seconds: float = COMPILE_SECONDS) -> CompiledGrammar:
+        """The grammar of a request; other threads run meanwhile.
+
+        Raises:
+            RequestError: it is malformed, asks for something unsupported, nothing satisfies it, or it takes too long.
+        """
+        where = f"structured_outputs.{params.kind}"
+        try:
+            matcher = self._pool.submit(self._compile, params).result(timeout=seconds)
+        except FutureTimeout:
+            # The thread may be busy for a while yet: those who come next get another.
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            raise RequestError(f"{where} did not compile within {seconds:g} s: simplify it") from None
+        except ValueError as error:
+            raise RequestError(f"{where}: {error}") from None
+        if matcher.is_error():
+            raise RequestError(f"{where}: {_first_line(matcher.get_error())}")
+        if warnings := matcher.get_grammar_warnings():
+            raise RequestError(f"{where} asks for something that would be ignored: {_first_line(str(warnings[0]))}")
+        grammar = CompiledGrammar(matcher)
+        if not grammar.matcher().fill([], np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)):
+            raise RequestError(f"{where}: nothing satisfies it")
+        return grammar
+
+    def _compile(self, params: StructuredOutputsParams) -> Any:
+        library = self._library.LLMatcher
+        if params.json is not None or params.json_object:
+            text = library.grammar_from_json_schema(params.json or '{"type": "object"}', overrides=JSON_FORM)
+        elif params.regex is not None:
+            text = library.grammar_from_regex(params.regex)
+        elif params.choice is not None:
+            text = library.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
+        else:
+            text = library.grammar_from_lark(params.grammar)
+        return library(self._tokenizer, text, log_level=0, limits=self._limits)
+
+
+class CompiledGrammar:
+    """A grammar at its start; sequences take copies."""
+
+    def __init__(self, start: Any) -> None:
+        self._start = start
+
+    def matcher(self) -> GrammarMatcher:
+        """For a sequence that starts."""
+        return GrammarMatcher(self._start.deep_copy())
+
+
+class GrammarMatcher:
+    """How far one sequence has got."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+        self._consumed = 0
+
+    def fill(self, output: Sequence[int], mask: np.ndarray) -> bool:
+        """Writes the tokens that may follow `output` into `mask` [W] int32; False if there are none or a limit is hit."""
+        matcher = self._matcher
+        new = list(output[self._consumed :])
+        self._consumed = len(output)
+        if new and not matcher.consume_tokens(new):
+            return False
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return not matcher.is_error() and bool(mask.any())
+
+
+class _Vocabulary:
+    """What llguidance wants to know of a tokenizer."""
+
+    def __init__(
+        self,
+        token_bytes: Sequence[bytes],
+        special_ids: Sequence[int],
+        eos_ids: Sequence[int],
+        encode: Callable[[str], list[int]],
+    ) -> None:
+        self.tokens = list(token_bytes)
+        self.special_token_ids = sorted({*special_ids, *eos_ids})
+        self.eos_token_id, self.bos_token_id = eos_ids[0], None
+        self._encode = encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text if isinstance(text, str) else text.decode("utf-8"))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0][:300]

@@ -1,0 +1,148 @@
+"""Speculative decoding on the host: who proposes tokens, how many are worth a try, and what came of them.
+
+A proposed token is computed together with the one before it and accepted if and only if the target model itself draws it
+at that position with that position's key, so the output does not depend on what is proposed (Leviathan et al., 2023,
+with equality in place of their acceptance test).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from llm_infer.config import SpeculativeConfig
+
+
+class Proposer(Protocol):
+    """Guesses how sequences go on. What it remembers of a sequence is in a state that it makes."""
+
+    def new_state(self) -> Any:
+        """For a sequence of which it has seen nothing."""
+        ...
+
+    def propose(self, state: Any, tokens: Sequence[int], count: int) -> list[int]:
+        """At most `count` next tokens; `tokens` only grow from call to call with the same state."""
+        ...
+
+
+class NgramProposer:
+    """What followed when the last tokens occurred before (Saxena, 2023, "Prompt lookup decoding"); the longest match wins.
+
+    Args:
+        longest, shortest: tokens that must match.
+    """
+
+    def __init__(self, longest: int, shortest: int) -> None:
+        self._sizes = range(longest, shortest - 1, -1)
+
+    def new_state(self) -> dict[tuple[int, ...], int]:
+        """Where each run of tokens was followed by another one last: the position of that one. () → tokens seen."""
+        return {(): 0}
+
+    def propose(self, state: dict[tuple[int, ...], int], tokens: Sequence[int], count: int) -> list[int]:
+        """See Proposer. Takes a few dictionary accesses per new token, whatever the length."""
+        for end in range(state[()], len(tokens)):
+            for size in self._sizes:
+                if 0 < size <= end:
+                    state[tuple(tokens[end - size : end])] = end
+        state[()] = len(tokens)
+        for size in self._sizes:
+            start = state.get(tuple(tokens[-size:])) if size <= len(tokens) else None
+            if start is not None:
+                return list(tokens[start : start + count])
+        return []
+
+
+class Speculation:
+    """What is known of speculating on one sequence.
+
+    Attributes:
+        state: the proposer's.
+        acceptance: estimated probability that a proposed token is accepted if those before it are.
+        failures: proposals in a row that gave nothing.
+        rest: steps for which nothing is to be tried.
+        drafted, accepted: tokens proposed and accepted.
+    """
+
+    __slots__ = ("acceptance", "accepted", "drafted", "failures", "rest", "state")
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.acceptance = 0.7
+        self.failures = self.rest = 0
+        self.drafted = self.accepted = 0
+
+
+class Speculator:
+    """Decides how many tokens to propose, from measured acceptance and the measured time of a step of that size.
+
+    Attributes:
+        num_drafted, num_accepted: tokens of all sequences.
+    """
+
+    MOST_REST = 32
+    """Steps between two tries on a sequence on which all fail."""
+
+    def __init__(self, config: SpeculativeConfig, bucket_of: Callable[[int], int] = lambda tokens: tokens) -> None:
+        self._most = config.num_speculative_tokens
+        self._proposer: Proposer = NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
+        self._bucket_of = bucket_of
+        self._seconds: dict[int, float] = {}
+        self.num_drafted = self.num_accepted = 0
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of a sequence in a step at most."""
+        return 1 + self._most
+
+    def new(self) -> Speculation:
+        """For a sequence that starts."""
+        return Speculation(self._proposer.new_state())
+
+    def propose(self, speculation: Speculation, tokens: Sequence[int], num_rows: int, limit: int) -> list[int]:
+        """Tokens to compute with the next one, at most `limit`; `num_rows` sequences are in the step."""
+        count = min(limit, self.best_length(speculation.acceptance, num_rows))
+        drafts = self._proposer.propose(speculation.state, tokens, count) if count > 0 else []
+        if not drafts:
+            self._fail(speculation)
+        return drafts
+
+    def best_length(self, acceptance: float, num_rows: int) -> int:
+        """Proposal length with the most expected tokens per second if every one of `num_rows` rows has such a proposal."""
+        expected, best, length = 1.0, 1.0 / self._seconds_of(num_rows), 0
+        for count in range(1, self._most + 1):
+            expected += acceptance**count
+            rate = expected / self._seconds_of(num_rows * (1 + count))
+            if rate >= best:
+                best, length = rate, count
+        return length
+
+    def observe(self, speculation: Speculation, drafted: int, accepted: int) -> None:
+        """Takes in how many of the proposed tokens were accepted."""
+        self.num_drafted += drafted
+        self.num_accepted += accepted
+        speculation.drafted += drafted
+        speculation.accepted += accepted
+        tried = min(drafted, accepted + 1)
+        speculation.acceptance += 0.25 * (accepted / tried - speculation.acceptance)
+        if accepted:
+            speculation.failures = 0
+        else:
+            self._fail(speculation)
+
+    def observe_time(self, num_tokens: int, seconds: float) -> None:
+        """Takes in how long a step of this many tokens took from submission to its result."""
+        bucket = self._bucket_of(num_tokens)
+        before = self._seconds.get(bucket, seconds)
+        self._seconds[bucket] = min(before, seconds) + 0.1 * max(0.0, seconds - before)
+
+    def _fail(self, speculation: Speculation) -> None:
+        speculation.failures += 1
+        if speculation.failures >= 2:
+            speculation.rest = min(self.MOST_REST, 2 ** (speculation.failures - 1))
+
+    def _seconds_of(self, num_tokens: int) -> float:
+        """Of a step of that size: measured, or else of the nearest smaller one that is (a trial will tell)."""
+        bucket = self._bucket_of(num_tokens)
+        known = [size for size in self._seconds if size <= bucket]
+        return self._seconds[max(known)] if known else 1.0

@@ -1,0 +1,77 @@
+"""What an output must look like: JSON schema, JSON object, regular expression, choice or grammar; names as in vLLM."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llm_infer.errors import RequestError
+
+MAX_CHARS = 1 << 16
+"""Longest schema, expression or grammar in characters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """Exactly one of these.
+
+    Attributes:
+        json: a JSON schema, as text or as Python objects.
+        json_object: any JSON object.
+        regex: a regular expression that the whole output matches (Rust syntax, no look-around).
+        choice: one of these texts.
+        grammar: a context-free grammar in Lark's notation, with a rule `start`.
+
+    Raises:
+        RequestError: none or several are given, or one is not of its kind or too long.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("json", "regex", "choice", "grammar") if getattr(self, name) is not None]
+        given += ["json_object"] if self.json_object else []
+        if len(given) != 1:
+            found = ", ".join(given) or "none"
+            raise RequestError(
+                f"structured_outputs: give one of json, json_object, regex, choice, grammar; found {found}"
+            )
+        if self.choice is not None:
+            texts = [] if isinstance(self.choice, str) else list(self.choice)
+            if not texts or not all(isinstance(text, str) and text for text in texts):
+                raise RequestError(f"structured_outputs.choice={self.choice!r:.60}: expected texts that are not empty")
+            object.__setattr__(self, "choice", tuple(texts))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise RequestError(f"structured_outputs.{name}={value!r:.60}: expected a text that is not empty")
+        if self.json is not None:
+            object.__setattr__(self, "json", self._schema_text())
+        if self.size > MAX_CHARS:
+            raise RequestError(f"structured_outputs.{self.kind} has {self.size} characters, the limit is {MAX_CHARS}")
+
+    def _schema_text(self) -> str:
+        try:
+            schema = json.loads(self.json) if isinstance(self.json, str) else self.json
+            text = json.dumps(schema)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise RequestError(f"structured_outputs.json is not valid JSON: {error}") from None
+        if not isinstance(schema, Mapping):
+            raise RequestError(f"structured_outputs.json={text:.60}: expected a JSON schema, an object")
+        return text
+
+    @property
+    def kind(self) -> str:
+        """Which of the fields is given."""
+        return next(name for name in ("json", "json_object", "regex", "choice", "grammar") if getattr(self, name))
+
+    @property
+    def size(self) -> int:
+        """Characters of what is given."""
+        return sum(map(len, self.choice)) if self.choice else len(self.json or self.regex or self.grammar or "")

@@ -1,0 +1,106 @@
+"""Which tokens a sequence may draw next, as a bit mask made on the host: allowed ids, bad words, least length, grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+ALL = np.int32(-1)
+"""A word of the mask that allows all its 32 tokens."""
+
+
+class Matcher(Protocol):
+    """How far one sequence has got in a grammar."""
+
+    def fill(self, output: Sequence[int], mask: np.ndarray) -> bool:
+        """Writes the tokens that may follow `output` into `mask` [W] int32; False if there are none."""
+        ...
+
+
+class Grammar(Protocol):
+    """A compiled grammar, shared by all sequences of a request."""
+
+    def matcher(self) -> Matcher:
+        """For a sequence that starts."""
+        ...
+
+
+def mask_words(vocab_size: int) -> int:
+    """32-bit words of a mask over the vocabulary."""
+    return -(-vocab_size // 32)
+
+
+def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
+    """Forbids tokens in a mask [W] int32."""
+    for token in tokens:
+        mask[token >> 5] &= ~np.array(1 << (token & 31), np.uint32).view(np.int32)
+
+
+class TokenRules:
+    """The rules of one request.
+
+    Args:
+        vocab_size: tokens of the vocabulary.
+        allowed: ids that may be drawn; None allows all.
+        bad_words: token sequences that are never completed.
+        min_tokens: new tokens before one of `stop_ids` may be drawn.
+        stop_ids: ids that end the output.
+        grammar: what the output must match.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        allowed: Sequence[int] | None = None,
+        bad_words: Iterable[Sequence[int]] = (),
+        min_tokens: int = 0,
+        stop_ids: frozenset[int] = frozenset(),
+        grammar: Grammar | None = None,
+    ) -> None:
+        self._base = np.full(mask_words(vocab_size), ALL)
+        if allowed is not None:
+            self._base[:] = 0
+            for token in allowed:
+                self._base[token >> 5] |= np.array(1 << (token & 31), np.uint32).view(np.int32)
+        # The bits behind the vocabulary's end must not make an empty mask look otherwise.
+        clear(self._base, range(vocab_size, 32 * len(self._base)))
+        words = [tuple(word) for word in bad_words]
+        clear(self._base, (word[0] for word in words if len(word) == 1))
+        self._phrases = [(word[:-1], word[-1]) for word in words if len(word) > 1]
+        self._min_tokens, self._stop_ids = min_tokens, stop_ids
+        self.grammar = grammar
+
+    @property
+    def allows_something(self) -> bool:
+        """Whether the rules that never change leave any token."""
+        return bool(self._base.any())
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether the next mask depends on the id drawn last, so that the host must know it first."""
+        return bool(self._phrases) or self.grammar is not None
+
+    def fill(self, mask: np.ndarray, num_new: int, output: Sequence[int], matcher: Matcher | None) -> bool:
+        """Writes the mask [W] int32 of a sequence's next draw; False if no token is left.
+
+        Args:
+            mask: overwritten.
+            num_new: new tokens of the sequence before this draw.
+            output: the new tokens that the host knows; all `num_new` where `needs_last_token`.
+            matcher: of this sequence, if there is a grammar.
+        """
+        if matcher is None:
+            mask[:] = self._base
+        else:
+            if not matcher.fill(output, mask):
+                return False
+            mask &= self._base
+        if num_new < self._min_tokens:
+            clear(mask, self._stop_ids)
+        for prefix, last in self._phrases:
+            if tuple(output[-len(prefix) :]) == prefix:
+                clear(mask, (last,))
+        return bool(mask.any())

@@ -1,0 +1,29 @@
+"""The most likely tokens of each row without sorting the vocabulary."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+BLOCK = 64
+"""Tokens of a block; only the blocks with the largest maxima are looked into."""
+
+
+def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S N"], Int[Array, "S N"]]:
+    """The `count` largest logits of each row in descending order, and their token ids.
+
+    The k largest values lie in the k blocks with the largest maxima, so one pass over the vocabulary finds the blocks and
+    the selection runs over k × BLOCK values.
+    """
+    rows, vocab = logits.shape
+    num_blocks = -(-vocab // BLOCK)
+    if count * 2 >= num_blocks:
+        values, ids = lax.top_k(logits, count)
+        return values, ids.astype(jnp.int32)
+    blocks = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf).reshape(rows, num_blocks, BLOCK)
+    _, chosen = lax.top_k(jnp.max(blocks, axis=-1), count)
+    inside = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, count * BLOCK)
+    values, places = lax.top_k(inside, count)
+    block = jnp.take_along_axis(chosen, places // BLOCK, axis=1)
+    return values, (block * BLOCK + places % BLOCK).astype(jnp.int32)

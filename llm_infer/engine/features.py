@@ -1,0 +1,51 @@
+"""What a step program can do beside drawing ids: each token bucket has a plain program, and variants that do more."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+
+from llm_infer.decoding.sampling_params import SamplingParams
+
+
+class StepFeatures(enum.Flag):
+    """Features of a step program; the plain one has none. Rows that need no feature may run in any variant.
+
+    Attributes:
+        LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+        SHAPED: applies penalties and biases, whose per-slot state is kept on the device.
+        MASKED: takes a bit mask of the allowed tokens of each row.
+        BEAMS: returns the most likely tokens with their log-probabilities, as many as a beam search may need.
+        DRAFTS: draws after proposed tokens too, so it has more rows of logits than sequences.
+    """
+
+    LOGPROBS = enum.auto()
+    SHAPED = enum.auto()
+    MASKED = enum.auto()
+    BEAMS = enum.auto()
+    DRAFTS = enum.auto()
+
+
+PLAIN = StepFeatures(0)
+
+
+def features_of(params: SamplingParams) -> StepFeatures:
+    """What steps need that draw for a request with these parameters."""
+    if params.beam_width is not None:
+        return StepFeatures.BEAMS  # nothing is drawn
+    needed = PLAIN
+    if params.logprobs is not None or params.num_sequences > params.n:
+        needed |= StepFeatures.LOGPROBS
+    if params.has_penalties or params.logit_bias:
+        needed |= StepFeatures.SHAPED
+    if params.allowed_token_ids is not None or params.bad_words or params.min_tokens or params.structured_outputs:
+        needed |= StepFeatures.MASKED
+    return needed
+
+
+def union(features: Iterable[StepFeatures]) -> StepFeatures:
+    """All of these features."""
+    result = PLAIN
+    for each in features:
+        result |= each
+    return result

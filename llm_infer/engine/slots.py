@@ -1,0 +1,99 @@
+"""What a running sequence brings to every step, by slot, on the host: block table, sampling parameters, rules of its tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.decoding.token_rules import Matcher, TokenRules
+from llm_infer.engine.features import StepFeatures, features_of
+from llm_infer.scheduler.plan import ScheduledRow, StepPlan
+from llm_infer.scheduler.request import Sequence
+
+
+class SlotTable:
+    """Rows of `slots` sequences; `sampling` holds the fields of the step's buffer that a sequence brings unchanged."""
+
+    def __init__(self, slots: int, pages_per_seq: int) -> None:
+        array = partial(np.zeros, slots)
+        self.tables = np.zeros((slots, pages_per_seq), np.int32)
+        self.sampling = {
+            "temperature": array(np.float32),
+            "top_p": array(np.float32),
+            "top_k": array(np.int32),
+            "min_p": array(np.float32),
+            "typical_p": array(np.float32),
+            "repetition_penalty": array(np.float32),
+            "presence_penalty": array(np.float32),
+            "frequency_penalty": array(np.float32),
+            "has_bias": array(np.int32),
+            "seed_high": array(np.int32),
+            "seed_low": array(np.int32),
+            "sample_index": array(np.int32),
+        }
+        self._features = array(np.int64)
+        self._matchers: list[Matcher | None] = [None] * slots
+        self._owners: list[tuple[Sequence, int] | None] = [None] * slots
+
+    def update(self, row: ScheduledRow, page_size: int) -> bool:
+        """Brings the slot of a row up to date; True if its sequence has just got the slot.
+
+        Only pages that this step writes can have changed since the last step.
+        """
+        sequence, slot = row.sequence, row.sequence.slot
+        assert slot is not None and sequence.table is not None, "a scheduled sequence has a slot and pages"
+        pages = sequence.table.pages
+        owner = (sequence, sequence.first_step)  # a sequence that was preempted comes back with other pages
+        fresh = self._owners[slot] != owner
+        if fresh:
+            self._owners[slot] = owner
+            self._set_sampling(sequence, slot)
+            self.tables[slot] = 0
+            first = 0
+        else:
+            first = row.start // page_size
+            last = (row.start + row.count - 1) // page_size
+            if first == last:
+                self.tables[slot, first] = pages[first]
+                return False
+        self.tables[slot, first : len(pages)] = pages[first:]
+        return fresh
+
+    def features(self, plan: StepPlan) -> StepFeatures:
+        """What the rows of a plan need, all of whose slots are up to date."""
+        slots = [row.sequence.slot or 0 for rows in plan.rows for row in rows if row.samples]
+        return StepFeatures(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
+
+    def fill_masks(self, plan: StepPlan, masks: np.ndarray) -> list[Sequence]:
+        """Writes the masks [dp, S, W] of the rows that draw and have rules; returns sequences that no token may follow."""
+        dead = []
+        for shard, rows in enumerate(plan.rows):
+            for i, row in enumerate(rows):
+                sequence, rules = row.sequence, row.sequence.request.rules
+                if row.samples and isinstance(rules, TokenRules):
+                    assert sequence.slot is not None
+                    matcher = self._matchers[sequence.slot]
+                    num_new = row.start + row.count - len(sequence.request.prompt)
+                    if not rules.fill(masks[shard, i], num_new, sequence.output, matcher):
+                        masks[shard, i] = -1
+                        dead.append(sequence)
+        return dead
+
+    def _set_sampling(self, sequence: Sequence, slot: int) -> None:
+        params, rules = sequence.request.sampling, sequence.request.rules
+        assert isinstance(params, SamplingParams) and params.seed is not None
+        self._features[slot] = features_of(params).value
+        # A matcher that starts anew reads all of the output: a preempted sequence needs nothing kept.
+        grammar = rules.grammar if isinstance(rules, TokenRules) else None
+        self._matchers[slot] = None if grammar is None else grammar.matcher()
+        values = self.sampling
+        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
+            values[name][slot] = getattr(params, name)
+        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+            values[name][slot] = getattr(params, name)
+        values["has_bias"][slot] = bool(params.logit_bias)
+        words = np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
+        values["seed_high"][slot], values["seed_low"][slot] = words
+        values["sample_index"][slot] = sequence.sample_index

@@ -1,0 +1,31 @@
+"""Log-probabilities and the most likely tokens equal those of a full sort."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_infer.decoding.logprobs import logprobs_of
+from llm_infer.decoding.top_tokens import top_tokens
+
+
+@pytest.mark.parametrize(("vocab", "count"), [(7, 7), (300, 20), (5000, 20), (5037, 33)])
+def test_top_tokens_equal_those_of_a_sort(vocab: int, count: int) -> None:
+    logits = np.random.default_rng(vocab).standard_normal((9, vocab)).astype(np.float32)
+    logits[1, :] = -np.inf
+    logits[1, [2, 5]] = 1.0, 2.0
+    values, ids = jax.jit(top_tokens, static_argnums=1)(jnp.asarray(logits), count)
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[:, :count])
+    np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(ids), axis=1), values)
+
+
+def test_logprobs_of_rows() -> None:
+    logits = (np.random.default_rng(0).standard_normal((5, 3000)) * 3).astype(np.float32)
+    ids = np.array([0, 2999, 17, 5, 1000], np.int32)
+    found = jax.jit(logprobs_of, static_argnums=2)(jnp.asarray(logits), jnp.asarray(ids), 20)
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found.logprobs, exact[np.arange(5), ids], atol=2e-6)
+    np.testing.assert_allclose(found.top_logprobs, -np.sort(-exact, axis=-1)[:, :20], atol=2e-6)
+    np.testing.assert_array_equal(found.ranks, 1 + (exact > exact[np.arange(5), ids][:, None]).sum(-1))

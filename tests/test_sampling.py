@@ -1,0 +1,202 @@
+"""Sampling parameters and structured output through `LLM` on the default model's real weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from llm_infer import LLM, SamplingParams, StructuredOutputsParams
+from llm_infer.decoding.grammar import GrammarCompiler
+from llm_infer.errors import RequestError
+
+pytestmark = pytest.mark.real
+TEXT = "The capital of France is"
+
+
+@pytest.fixture(scope="module")
+def llm(default_gguf: Path) -> LLM:
+    llm = LLM(str(default_gguf), max_model_len=256, max_num_seqs=8, max_num_batched_tokens=8, progress=False)
+    llm.warm_up(None, [SamplingParams(logprobs=1, repetition_penalty=1.1, min_tokens=1)])  # all variants in one
+    return llm
+
+
+def greedy(**values: Any) -> SamplingParams:
+    return SamplingParams(**({"temperature": 0.0, "max_tokens": 16} | values))
+
+
+def structured(**values: Any) -> StructuredOutputsParams:
+    return StructuredOutputsParams(**values)
+
+
+def test_stop_strings_end_the_text_and_the_engine_s_sequence(llm: LLM) -> None:
+    free = llm.generate(TEXT, greedy())[0].outputs[0]
+    word = re.findall(r"\w+", free.text)[3]
+    stop = free.text[free.text.index(word) - 2 : free.text.index(word) + len(word)]  # begins within a token
+    cut, kept = (
+        llm.generate(TEXT, greedy(stop=[stop, "never"], include_stop_str_in_output=include))[0].outputs[0]
+        for include in (False, True)
+    )
+    assert cut.text == free.text[: free.text.index(stop)] and kept.text == cut.text + stop
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    assert len(cut.token_ids) < len(free.token_ids) and cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert llm.engine.scheduler.usage(0) == 0.0
+    chunks = list(llm.stream(TEXT, greedy(stop=stop)))
+    assert "".join(chunk.text for chunk in chunks) == cut.text and chunks[-1].stop_reason == stop
+    late = llm.generate(TEXT, greedy(stop=stop, min_tokens=len(cut.token_ids) + 1))[0].outputs[0]
+    assert late.text.startswith(kept.text)
+    token = free.token_ids[2]
+    ended = llm.generate(TEXT, greedy(stop_token_ids=[token]))[0].outputs[0]
+    assert (ended.finish_reason, ended.stop_reason) == ("stop", token)
+
+
+def test_logprobs_and_best_of(llm: LLM) -> None:
+    output = llm.generate(TEXT, greedy(logprobs=3, max_tokens=4))[0].outputs[0]
+    assert output.logprobs is not None and len(output.logprobs) == 4
+    for token, found in zip(output.token_ids, output.logprobs, strict=True):
+        assert len(found) == 3 and found[token].rank == 1 and found[token].logprob < 0
+        assert sorted(found.values(), key=lambda x: x.rank) == sorted(found.values(), key=lambda x: -x.logprob)
+        assert found[token].decoded_token == llm.tokenizer.decode([token])
+    total = sum(found[token].logprob for token, found in zip(output.token_ids, output.logprobs, strict=True))
+    assert output.cumulative_logprob is not None and math.isclose(output.cumulative_logprob, total)
+    drawn = SamplingParams(n=4, seed=3, max_tokens=6, logprobs=0)
+    every = llm.generate(TEXT, drawn)[0].outputs
+    best = llm.generate(TEXT, SamplingParams(n=2, best_of=4, seed=3, max_tokens=6))[0].outputs
+    ranked = sorted(every, key=lambda o: o.cumulative_logprob or 0.0, reverse=True)[:2]
+    assert [o.token_ids for o in best] == [o.token_ids for o in ranked] and [o.index for o in best] == [0, 1]
+    with pytest.raises(RequestError, match="best_of"):
+        next(llm.stream(TEXT, SamplingParams(n=1, best_of=2)))
+
+
+def test_bad_words_truncation_and_special_tokens(llm: LLM) -> None:
+    assert "Paris" in llm.generate(TEXT, greedy())[0].outputs[0].text
+    assert "Paris" not in llm.generate(TEXT, greedy(bad_words=["Paris"]))[0].outputs[0].text
+    result = llm.generate("x y z " + TEXT, greedy(truncate_prompt_tokens=len(llm.tokenizer.encode(TEXT))))[0]
+    assert result.prompt_token_ids == llm.tokenizer.encode(" " + TEXT)
+    end = sorted(llm.tokenizer.eos_token_ids)[:1]
+    shown = llm.generate(TEXT, greedy(allowed_token_ids=end, skip_special_tokens=False))[0].outputs[0]
+    assert shown.text == llm.tokenizer.decode(end, skip_special_tokens=False) and shown.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("params", "pattern"),
+    [
+        (structured(choice=["green tea", "black tea"]), r"green tea|black tea"),
+        (structured(regex=r"[0-9]{3}-[0-9]{4}"), r"[0-9]{3}-[0-9]{4}"),
+        (structured(grammar='start: "(" NUMBER ("," NUMBER)* ")"\nNUMBER: /[0-9]{1,3}/'), r"\([0-9,]*\)?"),
+    ],
+)
+def test_outputs_match_their_grammar(llm: LLM, params: StructuredOutputsParams, pattern: str) -> None:
+    for rules in (greedy(structured_outputs=params), SamplingParams(seed=1, structured_outputs=params, n=2)):
+        for output in llm.generate("A text: ", rules)[0].outputs:
+            assert re.fullmatch(pattern, output.text), output.text
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        (structured(regex="[a-"), "regex"),
+        (structured(grammar="begin: 'x'"), "grammar"),
+        (structured(json={"type": "whatever"}), "json"),
+        (structured(json={"type": "integer", "minimum": 3, "maximum": 2}), "json"),
+    ],
+)
+def test_a_bad_grammar_is_an_error_of_its_request_alone(llm: LLM, params: StructuredOutputsParams, words: str) -> None:
+    with pytest.raises(RequestError, match=rf"structured_outputs\.{words}"):
+        llm.generate([TEXT, TEXT], [greedy(), greedy(structured_outputs=params)])
+    assert not llm.engine.scheduler.has_unfinished
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"json": "{", "regex": None},
+        {"json": [1]},
+        {"regex": "a", "choice": ["a"]},
+        {"choice": []},
+        {"regex": "a" * 70000},
+    ],
+)
+def test_structured_output_is_checked_when_it_is_made(values: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="structured_outputs"):
+        structured(**values)
+
+
+def test_a_compilation_that_takes_too_long_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = GrammarCompiler([b"a", b"<eos>"], [], [1], lambda text: [0] * len(text))
+    monkeypatch.setattr(compiler, "_compile", lambda params: time.sleep(0.3))
+    with pytest.raises(RequestError, match="did not compile within"):
+        compiler.compile(structured(regex="a"), seconds=0.05)
+    monkeypatch.undo()
+    assert compiler.compile(structured(regex="a")).matcher()
+
+
+def random_schema(rng: random.Random, depth: int = 2) -> dict[str, Any]:
+    """A schema with bounded strings and arrays, of mixed size."""
+    kind = rng.choice(["string", "integer", "boolean", "enum", "array", "object"][: 6 if depth else 4])
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.randint(1, 6)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": 0, "maximum": rng.choice([9, 500])}
+    if kind == "enum":
+        return {"enum": rng.sample(["red", "green", "blue", 7, None], 3)}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(rng, depth - 1), "maxItems": rng.randint(1, 3)}
+    if kind == "object":
+        return object_schema(rng, depth - 1)
+    return {"type": kind}
+
+
+def object_schema(rng: random.Random, depth: int) -> dict[str, Any]:
+    names = rng.sample(["name", "age", "tags", "ok", "colour"], rng.randint(1, 3))
+    properties = {name: random_schema(rng, depth) for name in names}
+    return {"type": "object", "properties": properties, "required": names, "additionalProperties": False}
+
+
+def check_schemas(llm: LLM, count: int) -> None:
+    rng = random.Random(7)
+    schemas: list[Mapping[str, Any] | None] = [object_schema(rng, rng.randint(0, 2)) for _ in range(count)]
+    schemas += [None] * (count // 4)
+    rng.shuffle(schemas)
+    params = [
+        SamplingParams(temperature=0.8, seed=i, max_tokens=8)
+        if schema is None
+        else SamplingParams(temperature=0.8, seed=i, max_tokens=110, structured_outputs=structured(json=schema))
+        for i, schema in enumerate(schemas)
+    ]
+    results = llm.generate(["Write a JSON record about a person:\n"] * len(schemas), params)
+    finished = 0
+    for schema, result in zip(schemas, results, strict=True):
+        output = result.outputs[0]
+        if schema is not None and output.finish_reason == "stop":
+            jsonschema.validate(json.loads(output.text), schema)
+            finished += 1
+        assert output.finish_reason in ("stop", "length")
+    assert finished >= 0.95 * count
+
+
+def test_a_batch_of_schemas(llm: LLM) -> None:
+    check_schemas(llm, 12)
+
+
+@pytest.mark.sweep
+def test_two_hundred_schemas(llm: LLM) -> None:
+    check_schemas(llm, 200)
+
+
+def test_structured_output_does_not_depend_on_the_batch(llm: LLM) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}}, "required": ["name"]}
+    params = SamplingParams(seed=5, max_tokens=40, structured_outputs=structured(json=schema), repetition_penalty=1.1)
+    alone = llm.generate("A person: ", params)[0].outputs[0].text
+    mixed = llm.generate(["A person: ", TEXT, "A person: "], [params, greedy(), params])
+    assert [mixed[0].outputs[0].text, mixed[2].outputs[0].text] == [alone, alone]
+    assert json.loads(alone)
