@@ -40,7 +40,6 @@ from pallas_kernels.cpu_ffi.compile import Target, host_target, load
 from pallas_kernels.cpu_ffi.emit import I64, POINTER, Emitter, Ptr, Value
 from pallas_kernels.cpu_ffi.threads import thread_pool
 
-
 _REGISTERING = threading.RLock()
 
 
