@@ -7,16 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
+from llm_infer.engine.results import PooledPrompt
 from llm_infer.errors import RequestError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load
-from llm_infer.outputs import RequestOutput, StreamChunk
+from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
@@ -230,8 +233,78 @@ class LLM:
         text = apply_chat_template(tokenizer.chat_template, messages, tools=tools, bos_token=bos, eos_token=eos)
         return tokenizer.encode(text, add_special_tokens=False)
 
+    def score(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[ScoreOutput]:
+        """Log-likelihood of each continuation given its context, as evaluation harnesses ask for it.
+
+        The tokens of a continuation are those that context and continuation together have beyond the context's. Where
+        there is no context the model's first token (beginning or end of sequence) stands for it.
+
+        Raises:
+            RequestError: the lists differ in length, or a continuation has no token or does not fit the context.
+        """
+        if len(contexts) != len(continuations):
+            raise RequestError(f"{len(contexts)} contexts for {len(continuations)} continuations: give one for each")
+        prompts, lengths = [], []
+        for context, continuation in zip(contexts, continuations, strict=True):
+            start = self.tokenizer.encode(context) or [self._first_token()]
+            whole = self.tokenizer.encode(context + continuation)
+            if not context and whole[: len(start)] != start:
+                whole = start + whole
+            lengths.append(len(start))
+            if len(whole) <= len(start):
+                raise RequestError(f"the continuation {continuation!r:.60} has no token of its own")
+            prompts.append(whole)
+        results = self.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+        scores = []
+        for result, length in zip(results, lengths, strict=True):
+            ids = result.prompt_token_ids[length:]
+            assert result.prompt_logprobs is not None
+            found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[length:], strict=True)]
+            logprobs = [one.logprob for one in found]
+            scores.append(ScoreOutput(sum(logprobs), ids, logprobs, all(one.rank == 1 for one in found)))
+        return scores
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean", normalize: bool = True
+    ) -> list[EmbeddingOutput]:
+        """A vector for each text, made of the hidden states after the final norm.
+
+        Args:
+            prompts: one text or several, or token ids.
+            pooling: "mean" over all tokens, or "last".
+            normalize: scale to length 1.
+
+        Raises:
+            RequestError: a prompt is not acceptable, or `pooling` is neither.
+        """
+        if pooling not in ("mean", "last"):
+            raise RequestError(f"pooling={pooling!r}: expected 'mean' or 'last'")
+        many = _as_list(prompts)
+        params = SamplingParams(temperature=0.0, max_tokens=1)
+        with self._track(many, [params] * len(many), pooled=True) as tracked:
+            while not all(one.request.finished for one in tracked):
+                self._advance()
+            outputs = []
+            for one in tracked:
+                found = one.request.prompt_results
+                assert isinstance(found, PooledPrompt)
+                vector = found.last if pooling == "last" else found.total / np.float32(found.count)
+                if normalize:
+                    vector = vector / np.linalg.norm(vector)
+                outputs.append(EmbeddingOutput(vector.tolist(), list(one.request.prompt)))
+        return outputs
+
+    def _first_token(self) -> int:
+        token = self.tokenizer.bos_token_id
+        token = self.tokenizer.eos_token_id if token is None else token
+        if token is None:
+            raise RequestError("this model has no first token to score a text without context: give a context")
+        return token
+
     @contextmanager
-    def _track(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> Iterator[list[TrackedRequest]]:
+    def _track(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, pooled: bool = False
+    ) -> Iterator[list[TrackedRequest]]:
         """Requests for these prompts; on leaving, those that have not finished are aborted."""
         prompt_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
         # Before the lock: other threads' steps go on while a grammar is compiled.
@@ -241,7 +314,9 @@ class LLM:
             with self._lock:
                 for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
                     words = [word for text in param.bad_words for word in self._spellings(text)]
-                    request = self.engine.add_request(ids, param, bad_words=words, grammar=grammars[id(param)])
+                    request = self.engine.add_request(
+                        ids, param, bad_words=words, grammar=grammars[id(param)], pooled=pooled
+                    )
                     one = TrackedRequest(request, prompt, param, self.tokenizer)
                     self._tracked[one.request.request_id] = one
                     tracked.append(one)

@@ -71,6 +71,7 @@ class RequestOutput:
         outputs: the samples, by index.
         num_cached_tokens: prompt tokens that the prefix cache had.
         metrics: times; None until the request has finished.
+        prompt_logprobs: of each prompt token, None for the first; None if not asked for.
     """
 
     request_id: str
@@ -79,6 +80,31 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreOutput:
+    """How likely a continuation is.
+
+    Attributes:
+        logprob: log-likelihood of the continuation given its context: the sum over its tokens.
+        token_ids, token_logprobs: its tokens and their log-probabilities.
+        is_greedy: each of them is the most likely one, so greedy decoding would write it.
+    """
+
+    logprob: float
+    token_ids: list[int]
+    token_logprobs: list[float]
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingOutput:
+    """A vector [E] for a text, and the text's token ids."""
+
+    embedding: list[float]
+    prompt_token_ids: list[int]
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ class TrackedRequest:
         self.request = request
         self.chunks: deque[StreamChunk] = deque()
         self._prompt = prompt if isinstance(prompt, str) else None
-        self._params = params
+        self._params, self._tokenizer = params, tokenizer
         self._samples = [_Sample(tokenizer, index, params) for index in range(request.n)]
 
     def push(self, event: TokenEvent) -> bool:
@@ -71,7 +71,17 @@ class TrackedRequest:
             outputs=outputs,
             num_cached_tokens=request.num_cached_tokens,
             metrics=metrics,
+            prompt_logprobs=self._prompt_logprobs(),
         )
+
+    def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:
+        found, prompt = self.request.prompt_results, self.request.prompt
+        if self._params.prompt_logprobs is None or not isinstance(found, list):
+            return None
+        return [
+            None if at is None else position_logprobs(self._tokenizer, token, at)
+            for token, at in zip(prompt, found, strict=True)
+        ]
 
 
 class _Sample:

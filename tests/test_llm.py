@@ -156,3 +156,27 @@ def test_malformed_calls_are_request_errors(llm: LLM, call: Callable[[LLM], obje
     with pytest.raises(RequestError):
         call(llm)
     assert not llm.engine.scheduler.has_unfinished
+
+
+def test_beam_search_returns_results_ordered_by_score(llm: LLM) -> None:
+    params = SamplingParams(beam_width=2, max_tokens=6)
+    (result,) = llm.beam_search("The capital of France is", params)
+    first, second = result.outputs
+    assert first.score is not None and second.score is not None and first.score > second.score
+    assert first.text.startswith(" Paris") and first.token_ids != second.token_ids
+    assert llm.generate("The capital of France is", params)[0].outputs == result.outputs
+    assert "".join(c.text for c in llm.stream("The capital of France is", params) if c.index == 0) == first.text
+    with pytest.raises(RequestError, match="beam_width"):
+        llm.beam_search("The capital of France is", GREEDY)
+
+
+def test_speculation_takes_fewer_steps_for_the_same_output(llm: LLM, default_gguf: Path) -> None:
+    limits = {"max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 16, "progress": False}
+    speculating = LLM(str(default_gguf), speculative_config={"method": "ngram", "num_speculative_tokens": 3}, **limits)
+    prompt = "one two three four five six one two three four five six one two three four"
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    (expected,), (result,) = llm.generate(prompt, params), speculating.generate(prompt, params)
+    assert result.outputs == expected.outputs
+    assert result.metrics is not None
+    assert 0 < result.metrics.num_accepted_tokens <= result.metrics.num_drafted_tokens
+    assert speculating.engine.times.steps < 24

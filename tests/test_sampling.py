@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 
 from llm_infer import LLM, SamplingParams, StructuredOutputsParams
@@ -200,3 +201,28 @@ def test_structured_output_does_not_depend_on_the_batch(llm: LLM) -> None:
     mixed = llm.generate(["A person: ", TEXT, "A person: "], [params, greedy(), params])
     assert [mixed[0].outputs[0].text, mixed[2].outputs[0].text] == [alone, alone]
     assert json.loads(alone)
+
+
+def test_prompt_logprobs_scores_and_embeddings(llm: LLM) -> None:
+    params = greedy(max_tokens=12, logprobs=1)
+    output = llm.generate(TEXT, params)[0].outputs[0]
+    (score,) = llm.score([TEXT], [output.text])
+    assert score.token_ids == output.token_ids and score.is_greedy
+    assert output.cumulative_logprob is not None and math.isclose(
+        score.logprob, output.cumulative_logprob, abs_tol=1e-3
+    )
+    worse, alone = llm.score([TEXT, ""], [" xylophone", "Hello"])
+    assert not worse.is_greedy and worse.logprob < -5 and alone.logprob < 0
+    for _ in range(2):  # the prefix cache gives nothing away
+        result = llm.generate(TEXT + output.text, greedy(max_tokens=1, prompt_logprobs=2))[0]
+        assert result.prompt_logprobs is not None and result.prompt_logprobs[0] is None
+        assert all(at is not None and 2 <= len(at) <= 3 for at in result.prompt_logprobs[1:])
+    texts = ["A dog runs in the park.", "A puppy is running in a park.", "Interest rates rose by a quarter point."]
+    first, near, far = (np.array(each.embedding) for each in llm.embed(texts))
+    assert math.isclose(float(first @ first), 1.0, abs_tol=1e-5) and first @ near > first @ far
+    (again,), (last,) = llm.embed(texts[0]), llm.embed(texts[0], pooling="last", normalize=False)
+    np.testing.assert_allclose(again.embedding, first, atol=1e-5)
+    assert len(last.embedding) == llm.engine.runner.model.config.hidden_size
+    for call in (lambda: llm.embed("a", pooling="max"), lambda: llm.score(["a"], []), lambda: llm.score(["a"], [""])):
+        with pytest.raises(RequestError):
+            call()

@@ -91,6 +91,7 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
             token's alone), under the model's distribution before any sampling rule; None returns none.
+        prompt_logprobs: the same for each token of the prompt, whose pages are then all computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
         structured_outputs: what the output must look like.
         skip_special_tokens: leave markers such as `<|im_end|>` out of the text.
@@ -126,6 +127,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
@@ -150,8 +152,9 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0)
-        if self.logprobs is not None:
-            _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.truncate_prompt_tokens is not None:
             _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):

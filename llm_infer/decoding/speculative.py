@@ -83,6 +83,9 @@ class Speculator:
     MOST_REST = 32
     """Steps between two tries on a sequence on which all fail."""
 
+    REST_WITHOUT_MATCH = 4
+    """The same where there was nothing to try: such a step costs only that the host did not work during the one before."""
+
     def __init__(self, config: SpeculativeConfig, bucket_of: Callable[[int], int] = lambda tokens: tokens) -> None:
         self._most = config.num_speculative_tokens
         self._proposer: Proposer = NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
@@ -102,9 +105,12 @@ class Speculator:
     def propose(self, speculation: Speculation, tokens: Sequence[int], num_rows: int, limit: int) -> list[int]:
         """Tokens to compute with the next one, at most `limit`; `num_rows` sequences are in the step."""
         count = min(limit, self.best_length(speculation.acceptance, num_rows))
-        drafts = self._proposer.propose(speculation.state, tokens, count) if count > 0 else []
+        if count == 0:
+            # Not worth it at this estimate, which grows old: some time later one try shows whether it still holds.
+            speculation.acceptance = min(1.0, 1.2 * speculation.acceptance + 0.02)
+        drafts = self._proposer.propose(speculation.state, tokens, count) if count else []
         if not drafts:
-            self._fail(speculation)
+            self._fail(speculation, self.MOST_REST if count == 0 else self.REST_WITHOUT_MATCH)
         return drafts
 
     def best_length(self, acceptance: float, num_rows: int) -> int:
@@ -128,7 +134,7 @@ class Speculator:
         if accepted:
             speculation.failures = 0
         else:
-            self._fail(speculation)
+            self._fail(speculation, self.MOST_REST)
 
     def observe_time(self, num_tokens: int, seconds: float) -> None:
         """Takes in how long a step of this many tokens took from submission to its result."""
@@ -136,10 +142,10 @@ class Speculator:
         before = self._seconds.get(bucket, seconds)
         self._seconds[bucket] = min(before, seconds) + 0.1 * max(0.0, seconds - before)
 
-    def _fail(self, speculation: Speculation) -> None:
+    def _fail(self, speculation: Speculation, most: int) -> None:
         speculation.failures += 1
         if speculation.failures >= 2:
-            speculation.rest = min(self.MOST_REST, 2 ** (speculation.failures - 1))
+            speculation.rest = min(most, 2 ** (speculation.failures - 1))
 
     def _seconds_of(self, num_tokens: int) -> float:
         """Of a step of that size: measured, or else of the nearest smaller one that is (a trial will tell)."""

@@ -15,7 +15,7 @@ from llm_infer.decoding.speculative import Speculator
 from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
-from llm_infer.engine.results import attach_logprobs, beam_candidates
+from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
@@ -95,6 +95,7 @@ class Engine:
         cache_salt: str | None = None,
         bad_words: Iterable[Sequence[int]] = (),
         grammar: Grammar | None = None,
+        pooled: bool = False,
     ) -> Request:
         """Queues a request.
 
@@ -105,6 +106,7 @@ class Engine:
             priority: smaller runs earlier under the "priority" policy.
             cache_salt: requests share cached prefixes only with requests of the same salt.
             bad_words: token sequences that are never completed: the tokens of `params.bad_words`.
+            pooled: collect hidden states of the prompt: `request.prompt_results` is then a `PooledPrompt`.
             grammar: what the output must match: the compiled form of `params.structured_outputs`.
 
         Raises:
@@ -138,8 +140,10 @@ class Engine:
             cache_salt=cache_salt,
             sampling=params,
             # Rules that look at the tokens before would have to follow every proposal.
-            speculate=features_of(params) == PLAIN,
+            speculate=features_of(params, pooled=pooled) == PLAIN,
             beams=self._beams(params),
+            whole_prompt=pooled or params.prompt_logprobs is not None,
+            pooled=pooled,
         )
         request.rules = self._rules(request, params, list(bad_words), grammar)
         self.scheduler.add(request)
@@ -193,7 +197,10 @@ class Engine:
     def features(self) -> StepFeatures:
         """What the unfinished requests need of the step programs, all together."""
         drafts = PLAIN if self.speculator is None else StepFeatures.DRAFTS
-        return drafts | union(features_of(request.sampling) for request in self.scheduler.requests.values())  # type: ignore[arg-type]
+        return drafts | union(
+            features_of(request.sampling, pooled=request.pooled)  # type: ignore[arg-type]
+            for request in self.scheduler.requests.values()
+        )
 
     def step(self) -> list[TokenEvent]:
         """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
@@ -250,6 +257,7 @@ class Engine:
         started = time.perf_counter()
         outputs = pending.read()
         read = time.perf_counter()
+        collect_prompts(pending.plan, outputs)
         candidates = beam_candidates(pending.plan, outputs) if "beam_ids" in outputs else ()
         events = self.scheduler.commit(pending.plan, outputs["ids"].tolist(), candidates)
         if "logprobs" in outputs:

@@ -15,6 +15,8 @@ class StepFeatures(enum.Flag):
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
         SHAPED: applies penalties and biases, whose per-slot state is kept on the device.
         MASKED: takes a bit mask of the allowed tokens of each row.
+        PROMPT_LOGPROBS: returns log-probabilities of the tokens that follow each token of the step.
+        POOLED: returns the final hidden states of each row's tokens, their sum and the last.
         BEAMS: returns the most likely tokens with their log-probabilities, as many as a beam search may need.
         DRAFTS: draws after proposed tokens too, so it has more rows of logits than sequences.
     """
@@ -22,6 +24,8 @@ class StepFeatures(enum.Flag):
     LOGPROBS = enum.auto()
     SHAPED = enum.auto()
     MASKED = enum.auto()
+    PROMPT_LOGPROBS = enum.auto()
+    POOLED = enum.auto()
     BEAMS = enum.auto()
     DRAFTS = enum.auto()
 
@@ -29,11 +33,17 @@ class StepFeatures(enum.Flag):
 PLAIN = StepFeatures(0)
 
 
-def features_of(params: SamplingParams) -> StepFeatures:
-    """What steps need that draw for a request with these parameters."""
+FOR_PROMPT = StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED
+"""What rows of a prompt need, whether they draw or not; the other features are for rows that draw."""
+
+
+def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures:
+    """What steps need for a request with these parameters."""
     if params.beam_width is not None:
         return StepFeatures.BEAMS  # nothing is drawn
-    needed = PLAIN
+    needed = StepFeatures.POOLED if pooled else PLAIN
+    if params.prompt_logprobs is not None:
+        needed |= StepFeatures.PROMPT_LOGPROBS
     if params.logprobs is not None or params.num_sequences > params.n:
         needed |= StepFeatures.LOGPROBS
     if params.has_penalties or params.logit_bias:

@@ -44,12 +44,13 @@ class StepLayout:
     def fields(self) -> dict[str, tuple[int, ...]]:
         """Name → shape, in the order of the buffer.
 
-        `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `logits_row` is the token row whose
-        hidden state a sequence samples from; `slot` is where its drawn id is kept (the last slot takes what nobody reads).
-        The fields of `SamplingRows` and `ShapeRows` are per row.
+        `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `targets` are the tokens that follow in
+        a prompt (for PROMPT_LOGPROBS); `logits_row` is the token row whose hidden state a sequence samples from; `slot` is
+        where its drawn id is kept (the last slot takes what nobody reads). The fields of `SamplingRows` and `ShapeRows`
+        are per row.
         """
         tokens, rows = (self.plan.tokens,), (self.num_draws,)
-        per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot"), tokens)
+        per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot", "targets"), tokens)
         per_row = dict.fromkeys(
             (
                 *("logits_row", "slot", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed_high", "seed_low"),

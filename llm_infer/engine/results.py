@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.features import StepFeatures, features_of
 from llm_infer.scheduler.plan import StepPlan
-from llm_infer.scheduler.request import TokenEvent, TokenLogprobs
+from llm_infer.scheduler.request import Request, TokenEvent, TokenLogprobs
 
 
 def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
@@ -22,14 +23,62 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
             event.logprobs = logprobs_at(outputs, places[event.sequence], params.logprobs or 0)
 
 
-def logprobs_at(outputs: Mapping[str, np.ndarray], place: tuple[int, int], count: int) -> TokenLogprobs:
+def logprobs_at(
+    outputs: Mapping[str, np.ndarray], place: tuple[int, int], count: int, prefix: str = ""
+) -> TokenLogprobs:
     """The log-probabilities of one row, with the `count` most likely tokens."""
     return TokenLogprobs(
-        float(outputs["logprobs"][place]),
-        int(outputs["ranks"][place]),
-        tuple(outputs["top_ids"][place][:count].tolist()),
-        tuple(outputs["top_logprobs"][place][:count].tolist()),
+        float(outputs[f"{prefix}logprobs"][place]),
+        int(outputs[f"{prefix}ranks"][place]),
+        tuple(outputs[f"{prefix}top_ids"][place][:count].tolist()),
+        tuple(outputs[f"{prefix}top_logprobs"][place][:count].tolist()),
     )
+
+
+@dataclass(slots=True)
+class PooledPrompt:
+    """Final hidden states of a prompt: their sum so far [E], how many, and the last [E]."""
+
+    total: np.ndarray
+    count: int
+    last: np.ndarray
+
+
+def collect_prompts(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
+    """Adds what a step returns about prompts to `request.prompt_results` of the requests that asked for it.
+
+    That is a `PooledPrompt`, or a list with the `TokenLogprobs` of each prompt token, None for the first. A preempted
+    sequence computes its prompt again, and the same results take the places of the old ones.
+    """
+    if "prompt_logprobs" not in outputs and "pooled_sum" not in outputs:
+        return
+    for shard, rows in enumerate(plan.rows):
+        first = 0
+        for i, row in enumerate(rows):
+            request, start = row.sequence.request, row.start
+            count = min(row.count, len(request.prompt) - start)
+            if request.whole_prompt and row.sequence.sample_index == 0 and count > 0:
+                if request.pooled:
+                    total, last = outputs["pooled_sum"][shard, i], outputs["pooled_last"][shard, i]
+                    before = request.prompt_results if start else None
+                    if isinstance(before, PooledPrompt):
+                        total = before.total + total
+                    request.prompt_results = PooledPrompt(total, start + count, last)
+                else:
+                    _collect_logprobs(request, start, count, outputs, (shard, first))
+            first += row.count
+
+
+def _collect_logprobs(
+    request: Request, start: int, count: int, outputs: Mapping[str, np.ndarray], place: tuple[int, int]
+) -> None:
+    params = request.sampling
+    assert isinstance(params, SamplingParams)
+    if not isinstance(request.prompt_results, list):
+        request.prompt_results = [None] * len(request.prompt)
+    for i in range(min(count, len(request.prompt) - start - 1)):
+        at = (place[0], place[1] + i)
+        request.prompt_results[start + i + 1] = logprobs_at(outputs, at, params.prompt_logprobs or 0, "prompt_")
 
 
 def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[list[list[tuple[int, float]]]]:

@@ -246,6 +246,9 @@ class Runner:
         f["positions"][:total] = np.arange(total, dtype=np.int32) + np.repeat(start - (ends - count), count)
         first = 0
         for row in rows:
+            if row.sequence.request.whole_prompt:
+                follow = row.sequence.request.prompt[row.start + 1 : row.start + row.count + 1]
+                f["targets"][first : first + len(follow)] = follow
             if row.feeds:
                 f["feeds"][first], f["feed_slot"][first] = 1, row.sequence.slot
             else:

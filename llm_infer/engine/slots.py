@@ -8,7 +8,7 @@ import numpy as np
 
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Matcher, TokenRules
-from llm_infer.engine.features import StepFeatures, features_of
+from llm_infer.engine.features import FOR_PROMPT, StepFeatures, features_of
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence
 
@@ -63,8 +63,12 @@ class SlotTable:
 
     def features(self, plan: StepPlan) -> StepFeatures:
         """What the rows of a plan need, all of whose slots are up to date."""
-        slots = [row.sequence.slot or 0 for rows in plan.rows for row in rows if row.samples]
-        return StepFeatures(int(np.bitwise_or.reduce(self._features[slots], initial=0)))
+        drawing = [row.sequence.slot or 0 for rows in plan.rows for row in rows if row.samples]
+        needed = StepFeatures(int(np.bitwise_or.reduce(self._features[drawing], initial=0))) & ~FOR_PROMPT
+        for row in (row for rows in plan.rows for row in rows):
+            if row.sequence.request.whole_prompt and row.start < len(row.sequence.request.prompt):
+                needed |= StepFeatures(int(self._features[row.sequence.slot or 0])) & FOR_PROMPT
+        return needed
 
     def fill_masks(self, plan: StepPlan, masks: np.ndarray) -> list[Sequence]:
         """Writes the masks [dp, S, W] of the rows that draw and have rules; returns sequences that no token may follow."""
@@ -84,7 +88,7 @@ class SlotTable:
     def _set_sampling(self, sequence: Sequence, slot: int) -> None:
         params, rules = sequence.request.sampling, sequence.request.rules
         assert isinstance(params, SamplingParams) and params.seed is not None
-        self._features[slot] = features_of(params).value
+        self._features[slot] = features_of(params, pooled=sequence.request.pooled).value
         # A matcher that starts anew reads all of the output: a preempted sequence needs nothing kept.
         grammar = rules.grammar if isinstance(rules, TokenRules) else None
         self._matchers[slot] = None if grammar is None else grammar.matcher()

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
-from llm_infer.decoding.logprobs import logprobs_of
+from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_logits, shape_logits
@@ -23,6 +24,9 @@ from llm_infer.models.decoder import Cache, Layer, LayerLoop, Params, merge_mode
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
 Pages = Shaped[Array, "L P ..."]
+LOGITS_BLOCK = 32
+"""Rows whose logits exist at the same time when all tokens of a step need them."""
+
 LastIds = Int[Array, "dp slots"]
 StepFunction = Callable[
     [Params, Pages, LastIds, Int[Array, "dp N"], SlotState | None, Int[Array, "dp R W"] | None],
@@ -46,8 +50,9 @@ def make_step(
     are about to be written, fetches ids that are still on the device, runs the model over the pages, draws the next id of
     each row and keeps it in the row's slot for the next step. `state` is there with SHAPED, `allowed` (the packed masks of
     the rows) with MASKED, else they are None. `outputs["ids"]` is [dp, R], R rows of logits; with LOGPROBS there are the
-    fields of `Logprobs` with a leading dp axis; with BEAMS `beam_ids` and `beam_logprobs` [dp, R, N], best first; with
-    `keep_logits`, also `outputs["logits"]` [dp, R, V].
+    fields of `Logprobs` with a leading dp axis; with PROMPT_LOGPROBS the same for the `targets`, [dp, T] with names
+    `prompt_…`; with POOLED `pooled_sum` and `pooled_last` [dp, R, E]; with BEAMS `beam_ids` and `beam_logprobs`
+    [dp, R, N], best first; with `keep_logits`, also `outputs["logits"]` [dp, R, V].
     """
     scale = config.head_dim**-0.5
 
@@ -86,6 +91,17 @@ def make_step(
             with jax.named_scope("logprobs"):
                 found = logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))
                 outputs |= {name: value[None] for name, value in found._asdict().items()}
+        if StepFeatures.PROMPT_LOGPROBS in features:
+            with jax.named_scope("prompt_logprobs"):
+                found = logprobs_in_blocks(model.logits, hidden, f["targets"])
+                outputs |= {f"prompt_{name}": value[None] for name, value in found._asdict().items()}
+        if StepFeatures.POOLED in features:
+            with jax.named_scope("pool"):
+                normed = model.normed(hidden).astype(jnp.float32)
+                outputs["pooled_last"] = normed[f["logits_row"]][None]
+                # Padding rows lie behind the last range and fall out of the sum.
+                owner = jnp.searchsorted(f["q_start"][1:], jnp.arange(hidden.shape[0]), side="right")
+                outputs["pooled_sum"] = jax.ops.segment_sum(normed, owner, f["logits_row"].shape[0])[None]
         if StepFeatures.BEAMS in features:
             with jax.named_scope("beams"):
                 values, top_ids = top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1]))
@@ -96,3 +112,20 @@ def make_step(
         return pages, last_ids, state, outputs
 
     return step
+
+
+def logprobs_in_blocks(
+    head: Callable[[Array], Array], hidden: Float[Array, "T E"], targets: Int[Array, "T"]
+) -> Logprobs:
+    """Log-probabilities of `targets` after each token, in blocks: logits of all tokens at once would fill the memory."""
+    tokens = hidden.shape[0]
+    size = min(tokens, LOGITS_BLOCK)
+    padding = -tokens % size
+    blocks = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1])
+
+    def block(pair: tuple[Array, Array]) -> Logprobs:
+        logits = head(pair[0])
+        return logprobs_of(logits, pair[1], min(MAX_LOGPROBS, logits.shape[-1]))
+
+    found = lax.map(block, (blocks, jnp.pad(targets, (0, padding)).reshape(-1, size)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:tokens], found)

@@ -165,11 +165,15 @@ class Decoder(nnx.Module):
                 (x, cache), _ = block((x, cache), jnp.int32(index))
         return x, cache
 
+    def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        """Hidden states after the final norm: what the head reads, and what embeddings are made of."""
+        return self.final_norm(x)
+
     def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:
         """Scores of every token of the vocabulary, float32."""
         with jax.named_scope("head"):
             head = self.embed if self.config.tie_word_embeddings else self.head
-            return head.logits(self.final_norm(x))
+            return head.logits(self.normed(x))
 
 
 Params = dict[str, Any]

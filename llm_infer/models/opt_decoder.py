@@ -84,11 +84,14 @@ class OPTDecoder(Decoder):
             x = self.project_in(x)
         return x + self.positions(positions + POSITION_OFFSET)
 
+    def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        """Hidden states after the final norm, where there is one."""
+        return self.final_norm(x) if self.config.pre_norm else x
+
     def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:
         """Scores of every token of the vocabulary, float32."""
         with jax.named_scope("head"):
-            if self.config.pre_norm:
-                x = self.final_norm(x)
+            x = self.normed(x)
             if self.config.embedding_size != self.config.hidden_size:
                 x = self.project_out(x)
             return (self.embed if self.config.tie_word_embeddings else self.head).logits(x)

@@ -53,7 +53,7 @@ class Placement:
     def _lookup(self, sequence: Sequence, shard: int) -> list[int]:
         """Cached pages of a sequence without pages. Its last token is always computed, to have logits to draw from."""
         cache = self.books.prefix_cache
-        if cache is None or sequence.table is not None:
+        if cache is None or sequence.table is not None or sequence.request.whole_prompt:
             return []
         full = last_shared_page(sequence, self.books.page_size)
         cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)

@@ -35,6 +35,8 @@ class Request:
         min_tokens: no id ends a sequence before it has this many new tokens.
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
+        whole_prompt: compute every token of the prompt, with nothing taken from the prefix cache.
+        pooled, prompt_results: whether the engine collects hidden states of the prompt, and what it has collected.
         sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
         speculate: tokens may be proposed for it.
         beams: search with this many beams, one sequence each, instead of drawing `n` samples.
@@ -65,6 +67,9 @@ class Request:
     cache_salt: str | None = None
     sampling: object = None
     rules: object = None
+    whole_prompt: bool = False
+    pooled: bool = False
+    prompt_results: object = None
     speculate: bool = False
     beams: BeamParams | None = None
 
