@@ -13,6 +13,7 @@ from llm_infer.errors import UserError
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
+    from llm_infer.decoding.structured import StructuredOutputsParams
     from llm_infer.llm import LLM
 
 app = typer.Typer(
@@ -47,13 +48,33 @@ def generate(
     temperature: Temperature = 0.0,
     top_k: TopK = -1,
     top_p: TopP = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens with this share of the most likely one's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that were there before.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
+    json_schema: Annotated[str | None, typer.Option(help="File with a JSON schema that the answer follows.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Also write each token's log-probability, and so many others, to stderr.")
+    ] = None,
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
     load_format: LoadFormat = "auto",
     debug: Debug = False,
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
-    params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    params = _sampling_params(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stop or (),
+        structured_outputs=_structured(json_schema),
+        logprobs=logprobs,
+        seed=seed,
+    )
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
@@ -63,6 +84,8 @@ def generate(
         ids = llm.chat_prompt([{"role": "user", "content": text}])
     for chunk in llm.stream(ids, params):
         _write(chunk.text)
+        for at in chunk.logprobs or ():
+            print("  ".join(f"{one.decoded_token!r} {one.logprob:.3f}" for one in at.values()), file=sys.stderr)
     _write("\n")
 
 
@@ -226,6 +249,18 @@ def _sampling_params(**values: Any) -> SamplingParams:
     from llm_infer.decoding.sampling_params import SamplingParams
 
     return SamplingParams(**values)
+
+
+def _structured(schema_file: str | None) -> StructuredOutputsParams | None:
+    from llm_infer.decoding.structured import StructuredOutputsParams
+
+    if schema_file is None:
+        return None
+    try:
+        with open(schema_file, encoding="utf-8") as file:
+            return StructuredOutputsParams(json=file.read())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--json-schema {schema_file}: {error}") from None
 
 
 def _interactive_llm(model: str, max_model_len: int | None, load_format: str = "auto") -> LLM:

@@ -370,3 +370,22 @@ def test_host_time_of_a_step_is_printed() -> None:
 def _run(engine: FakeEngine) -> list:
     engine.run()
     return engine.plans
+
+
+# The first sample is a step ahead of the others: lengths at which its last token does not begin a page.
+@pytest.mark.parametrize("length", [16, 18, 19, 31])
+def test_pages_of_parallel_samples_equal_the_closed_form(length: int) -> None:
+    size, new = 4, 13
+    for n in (1, 2, 4, 6):
+        engine = FakeEngine(max_num_seqs=8, num_pages=64, enable_prefix_caching=False)
+        engine.add(list(range(length)), n=n, max_tokens=new, ignore_eos=True)
+        allocator, most = engine.scheduler.allocator, 0
+        while engine.scheduler.has_unfinished:
+            engine.step()
+            most = max(most, allocator.num_usable - allocator.num_free(0))
+        # All but the last prompt token are shared; of them whole pages stay shared. The last new token is never written.
+        shared = (length - 1) // size
+        expected = shared + n * (-(-(length + new - 1) // size) - shared)
+        separate = n * -(-(length + new - 1) // size)
+        print(f"prompt {length}, n={n}: {most} pages, {1 - most / separate:.0%} fewer than separate sequences")
+        assert most == expected
