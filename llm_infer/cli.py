@@ -36,6 +36,7 @@ TopP = Annotated[float, typer.Option(help="Keep the most likely tokens with this
 Seed = Annotated[int | None, typer.Option(help="Makes random draws repeatable.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's context.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights of an architecture of `models`.")]
+Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations and bfloat16 pages, on CPUs.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -60,6 +61,7 @@ def generate(
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
     load_format: LoadFormat = "auto",
+    precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
@@ -78,7 +80,7 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
-    llm = _interactive_llm(model, max_model_len, load_format)
+    llm = _interactive_llm(model, max_model_len, load_format, precision)
     ids = llm.tokenizer.encode(text)
     if not raw and llm.tokenizer.chat_template is not None:
         ids = llm.chat_prompt([{"role": "user", "content": text}])
@@ -99,11 +101,12 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
+    precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
     """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = _interactive_llm(model, max_model_len)
+    llm = _interactive_llm(model, max_model_len, precision=precision)
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     llm.chat_prompt([*start, {"role": "user", "content": "hello"}])  # a model without a template fails here, not later
     messages = list(start)
@@ -184,12 +187,13 @@ def offline(
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     load_format: LoadFormat = "auto",
+    precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
     """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
     from llm_infer.bench.offline import run
 
-    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, load_format)
+    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, load_format, precision)
 
 
 @bench.command()
@@ -263,11 +267,18 @@ def _structured(schema_file: str | None) -> StructuredOutputsParams | None:
         raise UserError(f"--json-schema {schema_file}: {error}") from None
 
 
-def _interactive_llm(model: str, max_model_len: int | None, load_format: str = "auto") -> LLM:
+def _interactive_llm(model: str, max_model_len: int | None, load_format: str = "auto", precision: str = "exact") -> LLM:
     """An engine for one user: one sequence at a time, so that few rows are computed and little memory is taken."""
     from llm_infer.llm import LLM
 
-    return LLM(model, max_model_len=max_model_len, max_num_seqs=1, max_num_batched_tokens=512, load_format=load_format)
+    return LLM(
+        model,
+        max_model_len=max_model_len,
+        max_num_seqs=1,
+        max_num_batched_tokens=512,
+        load_format=load_format,
+        precision=precision,
+    )
 
 
 def _standard_input() -> str:

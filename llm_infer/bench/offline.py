@@ -27,6 +27,7 @@ def run(
     rounds: int,
     json_file: str | None,
     load_format: str = "auto",
+    precision: str = "exact",
 ) -> None:
     """Measures and prints a table; rounds go through all settings in turn, so that drift hits them alike."""
     sizes = _batch_sizes(batch)
@@ -38,6 +39,7 @@ def run(
         max_num_batched_tokens=max(512, *sizes),
         enable_prefix_caching=False,
         load_format=load_format,
+        precision=precision,
     )
     llm.warm_up()
     engine, rng = llm.engine, np.random.default_rng(0)

@@ -21,7 +21,7 @@ def linear(
     stacked: Float[Array, "L O I"] | StoredWeights,
     layer: Layer,
     part: tuple[int, Array] | None = None,
-) -> Float[Array, "T O"]:
+) -> Float[Array, "T _"]:
     """`x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`.
 
     `part` = (P, p) takes the p-th of P equal runs of rows: one expert's matrix of those that lie below each other.

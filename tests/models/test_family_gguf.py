@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
 
-from llm_infer.models.load import load_model
+from llm_infer.models.load import load_model, stored_precision
+from llm_infer.quant import StoredWeights
 from llm_infer.weights.safetensors_files import SafetensorsSource
 from llm_infer.weights.sources import open_model, read_json, resolve
-from tests.models.family_checkpoints import FOLDER, load
+from tests.models.family_checkpoints import FOLDER, dense, load
 
 LAYER = {
     "input_layernorm": "attn_norm",
@@ -30,8 +33,8 @@ LAYER = {
 GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(path: Path, name: str, architecture: str) -> None:
-    """One of the tiny checkpoints as GGUF, float32."""
+def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], str] = lambda _: "F32") -> None:
+    """One of the tiny checkpoints as GGUF; `kind` names the block type of a matrix, by its name in the file."""
     config = read_json(FOLDER / name / "config.json")
     source = SafetensorsSource.from_directory(FOLDER / name)
     writer = GGUFWriter(path, architecture)
@@ -57,18 +60,28 @@ def write_gguf(path: Path, name: str, architecture: str) -> None:
         source.read_into(tensor, out)
         return out
 
+    def add(tensor: str, values: np.ndarray) -> None:
+        if (
+            values.ndim == 1
+            or values.shape[-1] % 32
+            or (type_ := GGMLQuantizationType[kind(tensor)]) == GGMLQuantizationType.F32
+        ):
+            writer.add_tensor(tensor, values)
+        else:
+            writer.add_tensor(tensor, quantize(values, type_), raw_dtype=type_)
+
     for tensor in source.names:
         base, suffix = tensor.rsplit(".", 1)
         if base in GLOBAL:
-            writer.add_tensor(f"{GLOBAL[base]}.{suffix}", read(tensor))
+            add(f"{GLOBAL[base]}.{suffix}", read(tensor))
         elif ".experts." not in base:
             _, _, layer, rest = base.split(".", 3)
-            writer.add_tensor(f"blk.{layer}.{LAYER[rest]}.{suffix}", read(tensor))
+            add(f"blk.{layer}.{LAYER[rest]}.{suffix}", read(tensor))
     for layer in range(config["num_hidden_layers"] if experts else 0):
         for part in ("gate", "up", "down"):
             block = f"model.layers.{layer}.mlp.experts"
             stack = np.stack([read(f"{block}.{x}.{part}_proj.weight") for x in range(experts)])
-            writer.add_tensor(f"blk.{layer}.ffn_{part}_exps.weight", stack)
+            add(f"blk.{layer}.ffn_{part}_exps.weight", stack)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -86,3 +99,49 @@ def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str)
     assert found.params.keys() == expected.params.keys()
     for param, values in expected.params.items():
         np.testing.assert_array_equal(found.params[param], values, err_msg=param)
+
+
+def one_kind(_: str) -> str:
+    return "Q4_1"
+
+
+def more_bits_for_some_layers(tensor: str) -> str:
+    return "Q8_0" if tensor in ("blk.0.ffn_down.weight", "blk.1.ffn_up.weight", "token_embd.weight") else "Q4_0"
+
+
+def values_in_more_bits(tensor: str) -> str:
+    return "Q8_0" if "attn_v" in tensor else "F16" if "ffn_down" in tensor else "Q4_1"
+
+
+@pytest.mark.skipif(stored_precision("exact") is None, reason="needs the native CPU kernels")
+@pytest.mark.parametrize(
+    ("name", "architecture", "kind"),
+    [
+        ("qwen2_gqa", "qwen2", one_kind),
+        ("qwen3_mha", "qwen3", more_bits_for_some_layers),
+        ("qwen2_gqa", "qwen2", values_in_more_bits),
+        ("qwen3_moe_gqa", "qwen3moe", one_kind),
+    ],
+)
+def test_weights_that_stay_in_their_blocks_compute_the_same(
+    tmp_path: Path, name: str, architecture: str, kind: Callable[[str], str]
+) -> None:
+    write_gguf(tmp_path / "model.gguf", name, architecture, kind)
+    opened = open_model(resolve(str(tmp_path / "model.gguf")))
+    stored, read = load_model(opened, stored="exact"), load_model(opened)
+    up = stored.params["layers.mlp.up.weight"]
+    assert isinstance(up, StoredWeights) and up.shape == read.params["layers.mlp.up.weight"].shape
+    assert up.nbytes < read.params["layers.mlp.up.weight"].nbytes
+    assert stored.config.fused_qkv == (kind is not values_in_more_bits)
+    assert len(up.kinds) == (2 if kind is more_bits_for_some_layers else 1)
+    for found, expected in zip(dense(stored, range(1, 12)), dense(read, range(1, 12)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(stored_precision("exact") is None, reason="needs the native CPU kernels")
+def test_dense_weights_go_to_the_same_kernels(tmp_path: Path) -> None:
+    source = open_model(resolve(str(FOLDER / "llama_gqa")))
+    stored, read = load_model(source, stored="exact"), load_model(source)
+    assert isinstance(stored.params["layers.mlp.down.weight"], StoredWeights)
+    for found, expected in zip(dense(stored, range(1, 12)), dense(read, range(1, 12)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
