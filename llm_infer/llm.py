@@ -188,7 +188,8 @@ class LLM:
             raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
         params = _per_prompt(sampling_params, 1)
         if params[0].num_sequences > params[0].n:
-            raise RequestError(f"best_of={params[0].best_of} cannot stream: the best is known at the end only")
+            name = "best_of" if params[0].beam_width is None else "beam_width"
+            raise RequestError(f"{name}={getattr(params[0], name)} cannot stream: the best is known at the end only")
         with self._track([prompt], params) as (one,):
             while one.chunks or not one.request.finished:
                 if not one.chunks:
