@@ -32,6 +32,7 @@ def _facts() -> list[tuple[str, str]]:
         *((name, _version(name)) for name in PACKAGES),
         ("devices", f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})"),
         ("cpu", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable, vector units: {_vector_units()}"),
+        ("cpu kernels", _cpu_kernels()),
         ("memory", f"{gib:.1f} GiB"),
         ("cache directory", str(cache_dir())),
         ("default model", f"{DEFAULT_MODEL.name}: {model if model else 'not fetched yet (first use fetches it)'}"),
@@ -42,6 +43,17 @@ def _facts() -> list[tuple[str, str]]:
         ),
     ]
     return facts
+
+
+def _cpu_kernels() -> str:
+    from pallas_kernels import cpu_ffi
+
+    if reason := cpu_ffi.why_not():
+        return f"not usable, XLA serves: {reason}"
+    from pallas_kernels.cpu_ffi.compile import cache_directory
+    from pallas_kernels.cpu_ffi.threads import THREADS_VARIABLE, default_threads
+
+    return f"native, {default_threads()} threads ({THREADS_VARIABLE}), {_directory_size(cache_directory())}"
 
 
 def _version(package: str) -> str:

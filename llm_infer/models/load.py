@@ -26,7 +26,7 @@ from llm_infer.weights.orbax_checkpoint import Checkpoint
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.sources import OpenModel, read_json
 from pallas_kernels import cpu_ffi
-from pallas_kernels.quant_matmul import PRECISIONS
+from pallas_kernels.quant_matmul import FORMATS, PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ def load_model(
     config = module.config(opened.config, fused_qkv=fused_qkv)
     if stored is not None and fused_qkv and _mixed_qkv(opened, config):
         config = module.config(opened.config, fused_qkv=False)
+    if stored is not None and (kinds := _kinds_without_kernel(opened)):
+        note = f"weights of type {', '.join(kinds)} are read as float32: no native kernel multiplies with them"
+        (progress or Progress.silent()).note(note)
     definition, specs = split_model(config, dtype)
     params = load_parameters(
         opened.tensors,
@@ -104,6 +107,12 @@ def stored_precision(precision: str) -> str | None:
     if reason is not None and precision != "exact":
         raise UserError(f"precision={precision!r} needs the native CPU kernels, which are not usable: {reason}")
     return precision if reason is None else None
+
+
+def _kinds_without_kernel(opened: OpenModel) -> list[str]:
+    """Block types of the file's matrices that are not among the formats of `quant_matmul`."""
+    tensors = opened.gguf.tensors.values() if opened.gguf is not None else ()
+    return sorted({t.type for t in tensors if len(t.shape) > 1 and t.type.lower() not in FORMATS})
 
 
 def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:

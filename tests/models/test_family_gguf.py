@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from gguf.quants import quantize
 
 from llm_infer.models.load import load_model, stored_precision
 from llm_infer.quant import StoredWeights
+from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import SafetensorsSource
 from llm_infer.weights.sources import open_model, read_json, resolve
 from tests.models.family_checkpoints import FOLDER, dense, load
@@ -134,6 +136,17 @@ def test_weights_that_stay_in_their_blocks_compute_the_same(
     assert up.nbytes < read.params["layers.mlp.up.weight"].nbytes
     assert stored.config.fused_qkv == (kind is not values_in_more_bits)
     assert len(up.kinds) == (2 if kind is more_bits_for_some_layers else 1)
+    for found, expected in zip(dense(stored, range(1, 12)), dense(read, range(1, 12)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(stored_precision("exact") is None, reason="needs the native CPU kernels")
+def test_a_type_without_a_kernel_is_read_and_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "qwen2_gqa", "qwen2", lambda name: "Q5_0" if "ffn_up" in name else "Q4_0")
+    opened, shown = open_model(resolve(str(tmp_path / "model.gguf"))), StringIO()
+    stored, read = load_model(opened, stored="exact", progress=Progress(stream=shown)), load_model(opened)
+    assert "Q5_0" in shown.getvalue() and "Q4_0" not in shown.getvalue()
+    assert stored.params["layers.mlp.up.weight"].kinds == ("f32",)
     for found, expected in zip(dense(stored, range(1, 12)), dense(read, range(1, 12)), strict=True):
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
