@@ -156,6 +156,19 @@ def models(debug: Debug = False) -> None:
 
 
 @app.command()
+def kernels(
+    tune: Annotated[bool, typer.Option("--tune", help="Measure this machine (under a minute) and keep it.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Which CPU kernel multiplies with which weights, by rows of a step; --tune measures where they cross over."""
+    from llm_infer.kernel_report import report, tune_machine
+
+    if tune:
+        tune_machine()
+    print(report())
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Reports what this machine has and what is missing for full speed."""
     from llm_infer.doctor import report

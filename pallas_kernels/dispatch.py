@@ -78,6 +78,7 @@ _ATTENTION = (
 )
 _QUANT_MATMUL = (
     Implementation("cpu", "pallas_kernels.quant_matmul.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("xla", "pallas_kernels.quant_matmul.xla"),
     Implementation("reference", "pallas_kernels.quant_matmul.reference"),
 )
 _COPY_PAGES = (

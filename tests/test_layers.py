@@ -40,7 +40,7 @@ HOST = (
 
 # Lower layers may not import higher ones; a module may import from its own layer and from those after it.
 ORDER = (
-    ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py"),
+    ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py", "llm_infer/kernel_report.py"),
     ("llm_infer/llm.py", "llm_infer/tracking.py"),
     ("llm_infer/loading.py",),
     ("llm_infer/engine/",),

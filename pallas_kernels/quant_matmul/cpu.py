@@ -8,29 +8,46 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import cpu_ffi
+from pallas_kernels import cpu_ffi, tuned
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
 
-EVERY = 2**31
-FAST_ROWS = {"q4_0": EVERY, "q4_1": EVERY, "q4_k": EVERY, "q8_0": 4}
-"""Most activation rows for which int8 activations are faster than float ones, by kind; other kinds are computed exactly.
+INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # have a kernel with int8 activations; others are computed exactly
 
-Q8_0 spends two instructions on signs that 4-bit weights do not need: on Zen 1 int8 won by 1.7 × at one row and lost by 0.8 ×
-at eight (1536 × 576, 2 threads)."""
+INT8_ROWS: dict[str, int] = {"q8_0": 4}
+"""Most activation rows for which int8 activations pay where nothing was measured; kinds that are not named: always.
+
+Q8_0 spends instructions on signs that 4-bit weights do not need."""
 
 
 def why_not(case: Case) -> str | None:
-    """Needs llvmlite and a CPU its code can be made for."""
-    del case
-    return cpu_ffi.why_not()
+    """Needs llvmlite and a CPU its code can be made for; gives way to XLA where that was measured to be faster."""
+    if reason := cpu_ffi.why_not():
+        return reason
+    kind, rows = case.options["kind"], case.shapes["x"][0]
+    most = _measured(kind).get("native_rows")
+    if most is not None and rows > most and not _rounds(kind, rows, case.options["precision"]):
+        return f"is slower than XLA for more than {most} rows of {kind} on this CPU, found {rows}"
+    return None
+
+
+def _measured(kind: str) -> dict[str, int | None]:
+    from pallas_kernels.cpu_ffi.compile import host_target
+
+    return tuned.crossovers(host_target().cpu).get(kind, {})
+
+
+def _rounds(kind: str, rows: int, precision: str) -> bool:
+    """Whether activations are rounded to int8."""
+    most = _measured(kind).get("int8_rows", INT8_ROWS.get(kind))
+    return precision == "fast" and kind in INT8_KINDS and (most is None or rows <= most)
 
 
 def quant_matmul(
     x: jax.Array, blocks: jax.Array, layer: jax.Array, *, kind: str, precision: str = "exact"
 ) -> jax.Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`."""
-    if precision == "fast" and x.shape[0] <= FAST_ROWS.get(kind, 0):
+    if _rounds(kind, x.shape[0], precision):
         return int8_kernel(kind)(x, blocks, layer, dims={"G": x.shape[1] // 32})[0]
     return matmul_kernel(kind)(x, blocks, layer)[0]
 

@@ -89,7 +89,7 @@ def test_rows_do_not_depend_on_the_batch_or_the_threads(kind):
         pool.set_threads(before)
 
 
-@pytest.mark.parametrize("kind", cpu.FAST_ROWS)
+@pytest.mark.parametrize("kind", cpu.INT8_KINDS)
 def test_fast_is_exact_but_for_the_rounding_of_activations(kind):
     """Equal to a matmul of activations rounded to int8 in blocks of 32; the same bits for every M and vector width."""
     for x, blocks, weights in cases_of(kind):
