@@ -123,6 +123,8 @@ def chat(
             break
         if line == "/reset":
             messages = list(start)
+        elif line.startswith("/"):
+            print(f"unknown command {line.split()[0]}: /reset starts anew, /exit leaves", file=sys.stderr)
         elif line:
             messages = _answer(llm, [*messages, {"role": "user", "content": line}], params)
 

@@ -100,7 +100,12 @@ class LLM:
         if note := enable_compile_cache():
             self._progress.note(note)
         self.tokenizer, loaded = load(
-            model, load_format=load_format, fused_qkv=fused_qkv, precision=precision, progress=self._progress
+            model,
+            load_format=load_format,
+            fused_qkv=fused_qkv,
+            precision=precision,
+            progress=self._progress,
+            max_model_len=max_model_len,
         )
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
         self._tracked: dict[str, TrackedRequest] = {}
@@ -313,11 +318,16 @@ class LLM:
         tracked: list[TrackedRequest] = []
         try:
             with self._lock:
-                for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True):
+                for index, (prompt, ids, param) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
                     words = [word for text in param.bad_words for word in self._spellings(text)]
-                    request = self.engine.add_request(
-                        ids, param, bad_words=words, grammar=grammars[id(param)], pooled=pooled
-                    )
+                    try:
+                        request = self.engine.add_request(
+                            ids, param, bad_words=words, grammar=grammars[id(param)], pooled=pooled
+                        )
+                    except RequestError as error:
+                        if len(prompts) == 1:
+                            raise
+                        raise RequestError(f"prompt {index} (of {len(prompts)}, from 0): {error}") from None
                     one = TrackedRequest(request, prompt, param, self.tokenizer)
                     self._tracked[one.request.request_id] = one
                     tracked.append(one)

@@ -18,9 +18,15 @@ LOAD_FORMATS = ("auto", "dummy")
 
 
 def load(
-    name: str, *, load_format: str, fused_qkv: bool, precision: str, progress: Progress
+    name: str,
+    *,
+    load_format: str,
+    fused_qkv: bool,
+    precision: str,
+    progress: Progress,
+    max_model_len: int | None = None,
 ) -> tuple[Tokenizer, LoadedModel]:
-    """Tokenizer and model of a name as for `LLM`.
+    """Tokenizer and model of a name as for `LLM`. A `max_model_len` that the model cannot have fails before weights are read.
 
     Raises:
         UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, or `precision` is not
@@ -32,7 +38,9 @@ def load(
     if load_format == "dummy":
         return _dummy(name, fused_qkv, stored)
     opened = open_model(resolve(name, progress=progress))
-    family(opened.config)  # an unknown architecture is the first thing to hear of
+    module = family(opened.config)  # an unknown architecture is the first thing to hear of
+    if opened.checkpoint is None:  # whose configuration is read with the weights, which are mapped
+        module.config(opened.config, fused_qkv=fused_qkv).check_context(max_model_len)
     tokenizer = _tokenizer(opened)
     model = load_model(opened, fused_qkv=fused_qkv, stored=stored, progress=progress)
     opened.tensors.close()

@@ -85,6 +85,15 @@ def test_prompt_longer_than_the_context(
     assert_one_line_error(run(monkeypatch, capsys, "generate", "word " * 100, *flags), "max_model_len")
 
 
+@pytest.mark.real
+def test_context_beyond_the_model_is_refused_before_the_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], default_gguf: Path
+) -> None:
+    monkeypatch.setattr("llm_infer.loading.load_model", None)
+    flags = ["--model", str(default_gguf), "--max-model-len", "100000"]
+    assert_one_line_error(run(monkeypatch, capsys, "generate", "hello", *flags), "max_model_len=100000", "8192")
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["llm-infer", "generate", "x", "--temperature", "-1", "--debug"])
     with pytest.raises(cli.UserError):
@@ -109,10 +118,10 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(default_gguf: Pat
     process.stdin.flush()
     process.stdout.read(20)  # the answer has begun
     process.send_signal(signal.SIGINT)
-    process.stdin.write(b"My name is Ada. What is my name?\n")
+    process.stdin.write(b"/restart\nMy name is Ada. What is my name?\n")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
-    assert b"(stopped)" in err
+    assert b"(stopped)" in err and b"unknown command /restart" in err
     assert b"Traceback" not in err
     answers = out.decode().split("\n", 1)
     assert len(answers) == 2 and len(answers[1].strip()) > 10, "the second question got no answer"

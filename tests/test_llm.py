@@ -107,7 +107,7 @@ def test_seeded_samples_repeat_and_differ(llm: LLM) -> None:
 
 
 def test_a_bad_request_runs_nothing(llm: LLM) -> None:
-    with pytest.raises(RequestError, match="max_model_len"):
+    with pytest.raises(RequestError, match=r"prompt 1 \(of 2, from 0\): .*max_model_len"):
         llm.generate(["fine", "word " * 300], GREEDY)
     assert not llm.engine.scheduler.has_unfinished
     with pytest.raises(RequestError, match="2 sampling parameters for 1 prompts"):

@@ -26,7 +26,7 @@ def run(model: str, rounds: int, json_file: str | None) -> None:
         environment = {
             **os.environ,
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla",
-            "NUMBA_CACHE_DIR": f"{folder}/numba",
+            "LLM_INFER_CPU_CACHE_DIR": f"{folder}/kernels",
         }
         cold = time_to_first_token(str(path), environment)
         warm = [time_to_first_token(str(path), environment) for _ in range(max(1, rounds))]

@@ -17,7 +17,7 @@ from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
-from llm_infer.errors import RequestError, UserError
+from llm_infer.errors import RequestError
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, TokenEvent
@@ -51,13 +51,9 @@ class Engine:
         self, model: LoadedModel, config: EngineConfig | None = None, eos_token_ids: Iterable[int] = ()
     ) -> None:
         config = config or EngineConfig()
-        context = model.config.max_position_embeddings
-        wanted = config.scheduler.max_model_len
-        if wanted is not None and wanted > context:
-            raise UserError(
-                f"max_model_len={wanted} is above the model's context of {context} tokens: lower max_model_len"
-            )
-        self.config, self.max_model_len = config, wanted or context
+        model.config.check_context(config.scheduler.max_model_len)
+        self.config = config
+        self.max_model_len = config.scheduler.max_model_len or model.config.max_position_embeddings
         self.vocab_size = model.config.vocab_size
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = EngineTimes()

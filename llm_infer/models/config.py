@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llm_infer.errors import ModelError
+from llm_infer.errors import ModelError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of weights in closed form; equals what a loaded model holds (tests/models/test_sizes.py)."""
+        """Number of weights in closed form; equals what a loaded model holds (tests/models/test_configs.py)."""
         width, head_dim = self.hidden_size, self.head_dim
         qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
         attention = qkv_rows * width + self.num_heads * head_dim * width
@@ -108,6 +108,14 @@ class ModelConfig:
             mlp = self.moe.num_experts * (3 * self.moe.intermediate_size * width + width)
         embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_layers * (attention + mlp + 2 * width) + width
+
+    def check_context(self, max_model_len: int | None) -> None:
+        """Raises UserError for sequences longer than the model's positions."""
+        if max_model_len is not None and max_model_len > self.max_position_embeddings:
+            raise UserError(
+                f"max_model_len={max_model_len} is above the model's context of {self.max_position_embeddings} tokens: "
+                "lower max_model_len"
+            )
 
     def kv_bytes_per_token(self, itemsize: int = 4) -> int:
         """Bytes of K and V of one token over all layers."""
