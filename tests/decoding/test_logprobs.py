@@ -16,6 +16,7 @@ def test_top_tokens_equal_those_of_a_sort(vocab: int, count: int) -> None:
     logits = np.random.default_rng(vocab).standard_normal((9, vocab)).astype(np.float32)
     logits[1, :] = -np.inf
     logits[1, [2, 5]] = 1.0, 2.0
+    logits[2, :-3] = -np.inf  # only the last block holds something
     values, ids = jax.jit(top_tokens, static_argnums=1)(jnp.asarray(logits), count)
     np.testing.assert_array_equal(values, -np.sort(-logits, axis=-1)[:, :count])
     np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(ids), axis=1), values)
