@@ -11,7 +11,7 @@ BLOCK = 64
 
 
 def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S N"], Int[Array, "S N"]]:
-    """The `count` largest logits of each row in descending order, and their token ids.
+    """The `count` largest logits of each row in descending order, and their token ids (any, for logits of -inf).
 
     The k largest values lie in the k blocks with the largest maxima, so one pass over the vocabulary finds the blocks and
     the selection runs over k × BLOCK values.
@@ -29,4 +29,4 @@ def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S
     inside = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(rows, count * BLOCK)
     values, places = lax.top_k(inside, count)
     block = jnp.take_along_axis(chosen, places // BLOCK, axis=1)
-    return values, (block * BLOCK + places % BLOCK).astype(jnp.int32)
+    return values, jnp.minimum(block * BLOCK + places % BLOCK, vocab - 1).astype(jnp.int32)
