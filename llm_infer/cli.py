@@ -201,6 +201,7 @@ def offline(
     prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill run.")] = 512,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
     load_format: LoadFormat = "auto",
     precision: Precision = "exact",
     debug: Debug = False,
@@ -208,7 +209,8 @@ def offline(
     """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
     from llm_infer.bench.offline import run
 
-    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, load_format, precision)
+    limits = (prompt_tokens, new_tokens, prefill_tokens)
+    run(model, batch, *limits, rounds, json_file, load_format, precision, num_scheduler_steps)
 
 
 @bench.command()

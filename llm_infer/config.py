@@ -72,6 +72,7 @@ class SchedulerConfig:
         max_model_len: longest sequence in tokens (prompt and output); None takes the model's context length.
         policy: order of waiting requests, "fcfs" or "priority" (smaller value first).
         watermark: share of the pages kept free when a waiting sequence is admitted, so that it is not preempted at once.
+        num_scheduler_steps: decode steps that run as one program where nothing needs the host in between.
     """
 
     max_num_seqs: int = 32
@@ -79,9 +80,13 @@ class SchedulerConfig:
     max_model_len: int | None = None
     policy: str = "fcfs"
     watermark: float = 0.01
+    num_scheduler_steps: int = 1
 
     def __post_init__(self) -> None:
-        _require_integers(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len")
+        _require_integers(self, "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_scheduler_steps")
+        _require(
+            1 <= self.num_scheduler_steps <= 64, f"num_scheduler_steps={self.num_scheduler_steps}: expected 1 to 64"
+        )
         _require(self.max_num_seqs >= 1, f"max_num_seqs={self.max_num_seqs}: must be at least 1")
         _require(
             self.max_num_batched_tokens >= self.max_num_seqs,

@@ -46,6 +46,8 @@ class LLM:
         kv_cache_memory: bytes of the page pool; None takes the platform's default.
         enable_prefix_caching: share pages of equal prompt beginnings.
         policy: order of waiting requests, "fcfs" or "priority".
+        num_scheduler_steps: decode steps that run as one program where nothing needs the host in between; the output is
+            the same, a stream gets so many tokens at once.
         seed: seeds requests without a seed of their own.
         fused_qkv: store query, key and value projections as one matrix.
         precision: "exact" computes in float32 with the file's weights; "fast" also rounds activations to int8 before
@@ -76,6 +78,7 @@ class LLM:
         kv_cache_memory: int | None = None,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
+        num_scheduler_steps: int = 1,
         seed: int = 0,
         fused_qkv: bool = True,
         precision: str = "exact",
@@ -89,7 +92,13 @@ class LLM:
         pages = kv_cache_dtype if kv_cache_dtype != "auto" else "bfloat16" if precision == "fast" else None
         config = EngineConfig(
             cache=CacheConfig(page_size, num_pages, kv_cache_memory, enable_prefix_caching, pages),
-            scheduler=SchedulerConfig(max_num_seqs, max_num_batched_tokens, max_model_len, policy),
+            scheduler=SchedulerConfig(
+                max_num_seqs,
+                max_num_batched_tokens,
+                max_model_len,
+                policy,
+                num_scheduler_steps=num_scheduler_steps,
+            ),
             seed=seed,
             overlap=overlap,
             check_every_step=check_every_step,

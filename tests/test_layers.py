@@ -14,7 +14,7 @@ MODULES = sorted(
 
 # Who may import a library, by prefix of the module's path.
 ONLY_IN = {
-    "flax": ("llm_infer/models/", "llm_infer/engine/steps.py"),
+    "flax": ("llm_infer/models/", "llm_infer/engine/steps.py", "llm_infer/engine/multi_step.py"),
     "orbax": ("llm_infer/weights/orbax",),
     "numba": ("pallas_kernels/",),
     "llvmlite": ("pallas_kernels/",),

@@ -28,6 +28,7 @@ def run(
     json_file: str | None,
     load_format: str = "auto",
     precision: str = "exact",
+    num_scheduler_steps: int = 1,
 ) -> None:
     """Measures and prints a table; rounds go through all settings in turn, so that drift hits them alike."""
     sizes = _batch_sizes(batch)
@@ -40,6 +41,7 @@ def run(
         enable_prefix_caching=False,
         load_format=load_format,
         precision=precision,
+        num_scheduler_steps=num_scheduler_steps,
     )
     llm.warm_up()
     engine, rng = llm.engine, np.random.default_rng(0)
@@ -68,13 +70,13 @@ def measure(engine: Engine, rng: np.random.Generator, size: int, prompt: int, ne
         step_started = time.perf_counter()
         events = engine.step()
         occupancy = max(occupancy, engine.scheduler.usage(0))
-        if all(request.first_token_time for request in requests) and len(events) == size:
+        if all(request.first_token_time for request in requests) and len(events) >= size:
             decode_steps.append((time.perf_counter() - step_started, len(events)))
     elapsed = time.perf_counter() - started
     after = {**asdict(engine.times), **asdict(engine.runner.times)}
     spent = {key: after[key] - before[key] for key in after}
     # The first and last steps of a batch also carry prefill and the drain of the pipeline.
-    steady = [seconds for seconds, _ in decode_steps[1:-1]]
+    steady = [seconds * size / tokens for seconds, tokens in decode_steps[1:-1]]  # per token of each sequence
     return {
         "ttft_s": statistics.median(_span(r, "first_token_time") for r in requests),
         "tpot_s": statistics.median(steady) if steady else None,

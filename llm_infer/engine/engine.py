@@ -141,7 +141,8 @@ class Engine:
             whole_prompt=pooled or params.prompt_logprobs is not None,
             pooled=pooled,
         )
-        request.rules = self._rules(request, params, list(bad_words), grammar)
+        request.rules = rules = self._rules(request, params, list(bad_words), grammar)
+        request.stepwise = rules is not None and rules.needs_last_token
         self.scheduler.add(request)
         return request
 
@@ -219,7 +220,13 @@ class Engine:
                 alone = not events
                 events += self._commit(self._in_flight)
                 self._in_flight = None
-                if plan is not None and alone and compiles == self.runner.times.compiles and self.speculator:
+                if (
+                    plan is not None
+                    and alone
+                    and compiles == self.runner.times.compiles
+                    and self.speculator
+                    and plan.num_steps == 1
+                ):
                     self.speculator.observe_time(plan.num_tokens, time.perf_counter() - submitted)
         except Exception:
             self._start_anew()

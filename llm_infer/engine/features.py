@@ -19,6 +19,7 @@ class StepFeatures(enum.Flag):
         POOLED: returns the final hidden states of each row's tokens, their sum and the last.
         BEAMS: returns the most likely tokens with their log-probabilities, as many as a beam search may need.
         DRAFTS: draws after proposed tokens too, so it has more rows of logits than sequences.
+        STEPS: draws several tokens for each row, one after the other.
     """
 
     LOGPROBS = enum.auto()
@@ -28,6 +29,7 @@ class StepFeatures(enum.Flag):
     POOLED = enum.auto()
     BEAMS = enum.auto()
     DRAFTS = enum.auto()
+    STEPS = enum.auto()
 
 
 PLAIN = StepFeatures(0)
@@ -35,6 +37,11 @@ PLAIN = StepFeatures(0)
 
 FOR_PROMPT = StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED
 """What rows of a prompt need, whether they draw or not; the other features are for rows that draw."""
+
+
+def for_steps(features: StepFeatures) -> StepFeatures:
+    """Of features that requests need, those of several decode steps in one program."""
+    return (features & (StepFeatures.LOGPROBS | StepFeatures.SHAPED | StepFeatures.MASKED)) | StepFeatures.STEPS
 
 
 def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures:

@@ -23,6 +23,10 @@ FLOATS = frozenset(
 """Fields whose 32 bits are a float."""
 
 
+STOP_IDS = 8
+"""Ids that end a row of several steps on the device."""
+
+
 @dataclass(frozen=True)
 class StepLayout:
     """Where each field of a step lies in the buffer, for one token bucket.
@@ -30,10 +34,12 @@ class StepLayout:
     Attributes:
         plan: sizes of the attention plan (T, S, B and rows of a work item).
         draws: rows R of logits: one per sequence, behind them those of proposed tokens; 0 stands for one per sequence.
+        steps: tokens that are drawn one after the other at most.
     """
 
     plan: PlanShape
     draws: int = 0
+    steps: int = 1
 
     @property
     def num_draws(self) -> int:
@@ -47,7 +53,8 @@ class StepLayout:
         `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `targets` are the tokens that follow in
         a prompt (for PROMPT_LOGPROBS); `logits_row` is the token row whose hidden state a sequence samples from; `slot` is
         where its drawn id is kept (the last slot takes what nobody reads). The fields of `SamplingRows` and `ShapeRows`
-        are per row.
+        are per row. With several steps, `num_steps` is how many tokens to draw for a row, `most_steps` how many for any
+        row of any shard, and `stop_ids` end it, padded with -1 (ids that do not fit only end it later, on the host).
         """
         tokens, rows = (self.plan.tokens,), (self.num_draws,)
         per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot", "targets"), tokens)
@@ -59,7 +66,10 @@ class StepLayout:
             ),
             rows,
         )
-        return {**per_token, **per_row, "num_copies": (1,), **plan_fields(self.plan)}
+        fields = {**per_token, **per_row, "num_copies": (1,), **plan_fields(self.plan)}
+        if self.steps > 1:
+            fields |= {"num_steps": rows, "most_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
+        return fields
 
     def _slices(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
         start = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,21 +11,25 @@ import numpy as np
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.features import StepFeatures, features_of
 from llm_infer.scheduler.plan import StepPlan
-from llm_infer.scheduler.request import Request, TokenEvent, TokenLogprobs
+from llm_infer.scheduler.request import Request, Sequence, TokenEvent, TokenLogprobs
 
 
 def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
     """Gives the events of requests that asked for them their log-probabilities; `outputs` are those of the step."""
     places = {row.sequence: (shard, i) for shard, rows in enumerate(plan.rows) for i, row in enumerate(rows)}
+    steps = Counter[Sequence]()
     for event in events:
         params = event.sequence.request.sampling
         assert isinstance(params, SamplingParams)
+        shard, row = places[event.sequence]
+        place = (shard, row) if plan.num_steps == 1 else (shard, steps[event.sequence], row)
+        steps[event.sequence] += 1
         if StepFeatures.LOGPROBS in features_of(params):
-            event.logprobs = logprobs_at(outputs, places[event.sequence], params.logprobs or 0)
+            event.logprobs = logprobs_at(outputs, place, params.logprobs or 0)
 
 
 def logprobs_at(
-    outputs: Mapping[str, np.ndarray], place: tuple[int, int], count: int, prefix: str = ""
+    outputs: Mapping[str, np.ndarray], place: tuple[int, ...], count: int, prefix: str = ""
 ) -> TokenLogprobs:
     """The log-probabilities of one row, with the `count` most likely tokens."""
     return TokenLogprobs(

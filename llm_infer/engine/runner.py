@@ -16,9 +16,10 @@ from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.shape import SlotState, empty_state, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures, features_of
+from llm_infer.engine.features import PLAIN, StepFeatures, for_steps
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import page_dtype, release_free_memory
+from llm_infer.engine.multi_step import make_steps
 from llm_infer.engine.slots import SlotTable
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
@@ -54,7 +55,7 @@ class PendingStep:
     dead: list[Sequence]
 
     def read(self) -> dict[str, np.ndarray]:
-        """The outputs on the host: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`."""
+        """The outputs on the host: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`; of several steps [dp, K, S]."""
         return {name: np.asarray(value) for name, value in self.outputs.items()}
 
 
@@ -120,16 +121,22 @@ class Runner:
         # Made by the first step that needs it: two arrays of slots × vocabulary.
         self.state: SlotState | None = None
         self._slots = SlotTable(self.max_num_seqs, self.pages_per_seq)
+        # Sequences that have got a slot whose row of `state` is not set: steps of a prompt that do not draw have no state.
+        self._unset: dict[Sequence, None] = {}
 
     def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
         """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
         sequences = min(bucket, max(self.model.smallest_batch, self.max_num_seqs))
+        if StepFeatures.STEPS in features:  # a token of each sequence
+            shape = PlanShape(sequences, sequences, self.pages_per_seq, min(Q_BLOCK, sequences))
+            return StepLayout(shape, sequences, self.config.scheduler.num_scheduler_steps)
         draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)), draws)
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
         """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
-        able = [features for b, features in list(self._programs) if b == bucket and needed in features]
+        several = StepFeatures.STEPS
+        able = [f for b, f in list(self._programs) if b == bucket and needed in f and (f ^ needed) & several == PLAIN]
         return self.compile(bucket, min(able, key=lambda features: features.value.bit_count(), default=needed))
 
     def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
@@ -138,7 +145,11 @@ class Runner:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self._warm
             layout = self.layout(bucket, features)
-            step = make_step(self.model.definition, self.model.config, layout, features, keep_logits=self._keep_logits)
+            model = (self.model.definition, self.model.config)
+            if StepFeatures.STEPS in features:
+                step = make_steps(*model, layout, features, self.config.cache.page_size)
+            else:
+                step = make_step(*model, layout, features, keep_logits=self._keep_logits)
             packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.model.params, self.pages, self.last_ids)
@@ -165,7 +176,11 @@ class Runner:
         with more than the wanted features serves as well, but for the plain one, which is to stay fast.
         """
         chosen = self.buckets if buckets is None else tuple(dict.fromkeys(buckets))
-        wanted = [(bucket, each) for each in dict.fromkeys(features) for bucket in chosen]
+        features = dict.fromkeys(features)
+        wanted = [(bucket, each) for each in features for bucket in chosen]
+        if self.config.scheduler.num_scheduler_steps > 1:
+            decode = [bucket for bucket in chosen if bucket <= self.bucket_of(self.max_num_seqs)]
+            wanted += [(bucket, each) for each in dict.fromkeys(map(for_steps, features)) for bucket in decode]
         compile_ = {True: self.program, False: self.compile}
         # XLA compiles outside Python's lock, so a second core halves the time of a start.
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
@@ -182,11 +197,13 @@ class Runner:
         """Starts a step on the device and returns without waiting for it."""
         started = time.perf_counter()
         page_size = self.config.cache.page_size
-        fresh = [row.sequence for rows in plan.rows for row in rows if self._slots.update(row, page_size)]
+        for row in (row for rows in plan.rows for row in rows):
+            if self._slots.update(row, page_size) and StepFeatures.SHAPED in self._slots.features_at(row):
+                self._unset[row.sequence] = None
         needed = self._features(plan)
         program = self.program(self.bucket_of(plan.num_tokens), needed)
         layout = program.layout
-        state = None if program.set_slot is None else self._shaped_state(fresh, program.set_slot)
+        state = None if program.set_slot is None else self._shaped_state(program.set_slot)
         allowed, dead = None, []
         if StepFeatures.MASKED in program.features:
             allowed = np.full((len(plan.rows), layout.num_draws, mask_words(self._vocab)), ALL)
@@ -194,7 +211,10 @@ class Runner:
         # A new buffer each step: on the CPU the device array may be this very memory.
         packed = np.zeros((len(plan.rows), layout.size), np.int32)
         for shard, rows in enumerate(plan.rows):
-            self._fill(layout, layout.views(packed[shard]), rows, plan.copies[shard])
+            fields = layout.views(packed[shard])
+            self._fill(layout, fields, rows, plan.copies[shard])
+            if layout.steps > 1:
+                fields["most_steps"][0] = plan.num_steps
         prepared = time.perf_counter()
         self.pages, self.last_ids, state, outputs = program.run(
             self.model.params, self.pages, self.last_ids, packed, state, allowed
@@ -209,13 +229,14 @@ class Runner:
     def _empty_state(self) -> SlotState:
         return empty_state(self.max_num_seqs + 1, self._vocab)
 
-    def _shaped_state(self, fresh: list[Sequence], setter: Callable) -> SlotState:
-        """The per-slot state on the device, with the rows of sequences set that have just got their slot."""
+    def _shaped_state(self, setter: Callable) -> SlotState:
+        """The per-slot state on the device, with the rows of sequences set that got their slot since the last such step."""
         state = self._empty_state() if self.state is None else self.state
-        for sequence in fresh:
+        unset, self._unset = self._unset, {}
+        for sequence in unset:
             params = sequence.request.sampling
-            assert isinstance(params, SamplingParams) and sequence.slot is not None
-            if StepFeatures.SHAPED in features_of(params):
+            assert isinstance(params, SamplingParams)
+            if sequence.slot is not None:
                 seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
                 bias = np.zeros(self._vocab, np.float32)
                 bias[list(params.logit_bias)] = list(params.logit_bias.values())
@@ -223,7 +244,10 @@ class Runner:
         return state
 
     def _features(self, plan: StepPlan) -> StepFeatures:
-        return self._slots.features(plan) | (StepFeatures.DRAFTS if plan.has_drafts else PLAIN)
+        needed = self._slots.features(plan)
+        if plan.num_steps > 1:
+            return for_steps(needed)
+        return needed | (StepFeatures.DRAFTS if plan.has_drafts else PLAIN)
 
     def _fill(
         self,
@@ -261,6 +285,9 @@ class Runner:
         f["position"][:n] = start + count
         for name, values in slots.sampling.items():
             np.take(values, slot, out=f[name][:n])
+        if layout.steps > 1:
+            f["num_steps"][:n] = np.fromiter((row.steps for row in rows), np.int32, n)
+            f["stop_ids"][:n] = slots.stop_ids[slot]
         # A row whose draw nobody reads must not cost the batch its greedy fast path.
         f["temperature"][:n] *= samples
         f["repetition_penalty"][n:] = 1.0

@@ -9,6 +9,7 @@ import numpy as np
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Matcher, TokenRules
 from llm_infer.engine.features import FOR_PROMPT, StepFeatures, features_of
+from llm_infer.engine.layout import STOP_IDS
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence
 
@@ -33,6 +34,7 @@ class SlotTable:
             "seed_low": array(np.int32),
             "sample_index": array(np.int32),
         }
+        self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
         self._features = array(np.int64)
         self._matchers: list[Matcher | None] = [None] * slots
         self._owners: list[tuple[Sequence, int] | None] = [None] * slots
@@ -54,12 +56,16 @@ class SlotTable:
             first = 0
         else:
             first = row.start // page_size
-            last = (row.start + row.count - 1) // page_size
+            last = (row.end - 1) // page_size
             if first == last:
                 self.tables[slot, first] = pages[first]
                 return False
         self.tables[slot, first : len(pages)] = pages[first:]
         return fresh
+
+    def features_at(self, row: ScheduledRow) -> StepFeatures:
+        """What the sequence of a row needs, whose slot is up to date."""
+        return StepFeatures(int(self._features[row.sequence.slot or 0]))
 
     def features(self, plan: StepPlan) -> StepFeatures:
         """What the rows of a plan need, all of whose slots are up to date."""
@@ -67,7 +73,7 @@ class SlotTable:
         needed = StepFeatures(int(np.bitwise_or.reduce(self._features[drawing], initial=0))) & ~FOR_PROMPT
         for row in (row for rows in plan.rows for row in rows):
             if row.sequence.request.whole_prompt and row.start < len(row.sequence.request.prompt):
-                needed |= StepFeatures(int(self._features[row.sequence.slot or 0])) & FOR_PROMPT
+                needed |= self.features_at(row) & FOR_PROMPT
         return needed
 
     def fill_masks(self, plan: StepPlan, masks: np.ndarray) -> list[Sequence]:
@@ -92,6 +98,8 @@ class SlotTable:
         # A matcher that starts anew reads all of the output: a preempted sequence needs nothing kept.
         grammar = rules.grammar if isinstance(rules, TokenRules) else None
         self._matchers[slot] = None if grammar is None else grammar.matcher()
+        stops = sorted(sequence.stop_ids)[:STOP_IDS]
+        self.stop_ids[slot] = stops + [-1] * (STOP_IDS - len(stops))
         values = self.sampling
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
             values[name][slot] = getattr(params, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from llm_infer.decoding.top_tokens import top_tokens
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import Cache, Layer, LayerLoop, Params, merge_model
+from llm_infer.models.decoder import Attend, Cache, Layer, LayerLoop, Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
 Pages = Shaped[Array, "L P ..."]
@@ -68,29 +68,14 @@ def make_step(
         plan = AttentionPlan(**{name: f[name] for name in AttentionPlan._fields})
         model = merge_model(definition, params)
 
-        def attend(query: Array, key: Array, value: Array, pages: Cache, layer: Layer) -> tuple[Array, Cache]:
-            return paged_attention(query, key, value, pages, plan, layer=layer, scale=scale)
-
+        attend = attention_over(plan, scale)
         pages = copy_pages(pages, f["copy_from"], f["copy_to"], f["num_copies"][0])
         token_ids = jnp.where(f["feeds"] == 1, last_ids[0, f["feed_slot"]], f["token_ids"])
         hidden, pages = model(token_ids, f["positions"], pages, attend, loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
-        with jax.named_scope("sample"):
-            shaped = logits
-            if state is not None:
-                rows = ShapeRows(**{name: f[name] for name in ShapeRows._fields})
-                shaped = shape_logits(shaped, state, f["slot"], rows)
-            if allowed is not None:
-                shaped = mask_logits(shaped, allowed[0])
-            ids = sample(shaped, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
-            if state is not None:
-                state = count_drawn(state, f["slot"], ids)
+        ids, state = draw_ids(logits, f, state, None if allowed is None else allowed[0])
         last_ids = last_ids.at[0, f["slot"]].set(ids)
-        outputs = {"ids": ids[None]}
-        if StepFeatures.LOGPROBS in features:
-            with jax.named_scope("logprobs"):
-                found = logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))
-                outputs |= {name: value[None] for name, value in found._asdict().items()}
+        outputs = {name: value[None] for name, value in drawn_outputs(logits, ids, features).items()}
         if StepFeatures.PROMPT_LOGPROBS in features:
             with jax.named_scope("prompt_logprobs"):
                 found = logprobs_in_blocks(model.logits, hidden, f["targets"])
@@ -112,6 +97,38 @@ def make_step(
         return pages, last_ids, state, outputs
 
     return step
+
+
+def attention_over(plan: AttentionPlan, scale: float) -> Attend:
+    """What the model attends with: the pages, in the order of a plan."""
+
+    def attend(query: Array, key: Array, value: Array, pages: Cache, layer: Layer) -> tuple[Array, Cache]:
+        return paged_attention(query, key, value, pages, plan, layer=layer, scale=scale)
+
+    return attend
+
+
+def draw_ids(
+    logits: Float[Array, "R V"], f: Mapping[str, Array], state: SlotState | None, allowed: Int[Array, "R W"] | None
+) -> tuple[Int[Array, "R"], SlotState | None]:
+    """The next id of each row, and the state after it; `f` are the fields of the step."""
+    with jax.named_scope("sample"):
+        if state is not None:
+            rows = ShapeRows(**{name: f[name] for name in ShapeRows._fields})
+            logits = shape_logits(logits, state, f["slot"], rows)
+        if allowed is not None:
+            logits = mask_logits(logits, allowed)
+        ids = sample(logits, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
+        return ids, None if state is None else count_drawn(state, f["slot"], ids)
+
+
+def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, "R"], features: StepFeatures) -> dict[str, Array]:
+    """`ids`, and with LOGPROBS the fields of `Logprobs`."""
+    outputs = {"ids": ids}
+    if StepFeatures.LOGPROBS in features:
+        with jax.named_scope("logprobs"):
+            outputs |= logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))._asdict()
+    return outputs
 
 
 def logprobs_in_blocks(

@@ -13,7 +13,9 @@ from llm_infer.scheduler.request import Request, Sequence, Status
 
 def check_in_flight(submitted: Iterable[StepPlan], requests: Iterable[Request]) -> None:
     """Every sequence expects as many tokens as the submitted steps draw for it; else InvariantError."""
-    drawn = Counter(row.sequence for plan in submitted for rows in plan.rows for row in rows if row.samples)
+    drawn = Counter[Sequence]()
+    for row in (row for plan in submitted for rows in plan.rows for row in rows if row.samples):
+        drawn[row.sequence] += row.steps
     for request in requests:
         for sequence in request.sequences:
             if sequence.in_flight != drawn[sequence]:

@@ -20,6 +20,8 @@ class ScheduledRow:
         samples: the last of them is the last token of the sequence, so the step draws the next one.
         feeds: the (single) token is still on its way back from the device: the step before drew it.
         drafts: proposed tokens, which are the last ones of the row. The step then draws after each of them, too.
+        steps: tokens that are drawn one after the other in this step, each computed before the next is drawn; with more
+            than one the row has a single token and no drafts. Fewer come if the sequence ends.
     """
 
     sequence: Sequence
@@ -28,6 +30,12 @@ class ScheduledRow:
     samples: bool
     feeds: bool
     drafts: tuple[int, ...] = ()
+    steps: int = 1
+
+    @property
+    def end(self) -> int:
+        """The position behind the last that the step writes."""
+        return self.start + self.count + self.steps - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,11 @@ class StepPlan:
         return any(row.drafts for rows in self.rows for row in rows)
 
     @property
+    def num_steps(self) -> int:
+        """Tokens that are drawn one after the other for some row."""
+        return max(row.steps for rows in self.rows for row in rows)
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens of the fullest shard: what the token bucket must hold."""
+        """Tokens of the fullest shard: what the token bucket must hold (of several decode steps in one: of each of them)."""
         return max(sum(row.count for row in rows) for rows in self.rows)

@@ -39,6 +39,7 @@ class Request:
         pooled, prompt_results: whether the engine collects hidden states of the prompt, and what it has collected.
         sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
         speculate: tokens may be proposed for it.
+        stepwise: after each token the host must be asked before the next is drawn.
         beams: search with this many beams, one sequence each, instead of drawing `n` samples.
 
     The scheduler fills in the rest. Times are in seconds of its clock; None until it has happened.
@@ -71,6 +72,7 @@ class Request:
     pooled: bool = False
     prompt_results: object = None
     speculate: bool = False
+    stepwise: bool = False
     beams: BeamParams | None = None
 
     arrival: int = field(default=-1, init=False)
@@ -117,8 +119,8 @@ class Sequence:
         tokens: prompt and output ids that the host knows.
         max_length: the sequence ends when it has this many tokens.
         stop_ids: ids that end it.
-        in_flight: tokens drawn by submitted steps that have not come back: 0 or 1, and 2 between the planning of a step
-            and the commit of the step before.
+        in_flight: tokens drawn by submitted steps that have not come back: those of one step, and of two between the
+            planning of a step and the commit of the step before.
         num_computed: tokens whose K/V are in the pages, or will be once the submitted steps have run.
         status: see Status.
         table: its pages; a waiting sequence has none, unless it is a fork of a sequence that has computed the prompt.

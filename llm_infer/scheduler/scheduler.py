@@ -14,6 +14,7 @@ from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.beam_groups import is_ready, most_pages, pages_needed, prefill_end
 from llm_infer.scheduler.books import Books
+from llm_infer.scheduler.decode_steps import choose_steps
 from llm_infer.scheduler.invariants import check_books, check_in_flight
 from llm_infer.scheduler.placement import Placement
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
@@ -28,6 +29,7 @@ class _Draft:
 
     def __init__(self, num_shards: int, budget: int) -> None:
         self.budget = [budget] * num_shards
+        self.steps = 1
         self.single: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
         self.longer: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
         self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_shards)]
@@ -227,6 +229,7 @@ class Scheduler:
         if len(self._submitted) > 1:
             raise RuntimeError("two submitted steps are not committed: commit the first before the next is planned")
         draft = _Draft(self.num_shards, self.config.max_num_batched_tokens)
+        draft.steps = choose_steps(self.books, self.config.num_scheduler_steps, speculating=self.speculator is not None)
         for shard in range(self.num_shards):
             self._schedule_running(shard, draft)
         self._admit_waiting(draft)
@@ -255,7 +258,9 @@ class Scheduler:
             # Not running any more: preempted for one before it. Long enough: its last token is in flight.
             if sequence.status is not Status.RUNNING or length >= sequence.max_length or sequence.num_drafts:
                 continue
-            if length - sequence.num_computed > 1:
+            if draft.steps > 1:
+                self._plan_steps(sequence, shard, min(draft.steps, sequence.max_length - length), draft)
+            elif length - sequence.num_computed > 1:
                 prefilling.append(sequence)
             elif self._make_room(sequence, shard, draft):
                 self._plan_row(sequence, shard, 1, draft, self._drafts(sequence, shard, draft))
@@ -263,6 +268,18 @@ class Scheduler:
             if sequence.status is Status.RUNNING and draft.budget[shard]:
                 left = prefill_end(sequence) - sequence.num_computed
                 self._plan_row(sequence, shard, min(left, draft.budget[shard]), draft)
+
+    def _plan_steps(self, sequence: Sequence, shard: int, steps: int, draft: _Draft) -> None:
+        """Plans several decode steps in one; `choose_steps` has seen that pages are there for all of them."""
+        table, start, feeds = sequence.table, sequence.num_computed, sequence.in_flight > 0
+        assert table is not None
+        self._append(table, start + steps - table.length, draft)
+        draft.single[shard].append(ScheduledRow(sequence, start, 1, True, feeds, steps=steps))
+        draft.budget[shard] -= 1
+        sequence.num_computed += steps
+        sequence.in_flight += steps
+        if sequence.speculation is not None:
+            sequence.speculation.rest -= steps
 
     def _schedule_beam(self, beam: Sequence, shard: int, draft: _Draft, prefilling: list[Sequence]) -> None:
         """Plans one token of every beam when the first of them is looked at, or puts a returning beam into a list."""
@@ -447,7 +464,8 @@ class Scheduler:
             plan: what `schedule` returned.
             sampled: `sampled[shard][i]` is the id drawn for `plan.rows[shard][i]`; ids of rows that do not sample, and
                 any further ones, are ignored. Behind the ids of all rows come those of their drafts: of each row with
-                drafts the ids drawn before its last token, in their order. Plain ints (`array.tolist()`).
+                drafts the ids drawn before its last token, in their order. Plain ints (`array.tolist()`). Of a plan of
+                several decode steps, `sampled[shard][step][i]`.
             candidates: where rows of beams sample, `candidates[shard][i]` are the most likely next tokens of the row and
                 their log-probabilities, best first (see `BeamSearch.advance`).
 
@@ -461,6 +479,10 @@ class Scheduler:
         now = self._clock()
         events: list[TokenEvent] = []
         searches: dict[Request, list[SequenceOf[tuple[int, float]]]] = {}
+        if plan.num_steps > 1:
+            return [
+                event for rows, ids in zip(plan.rows, sampled, strict=True) for event in self._commit_steps(rows, ids)
+            ]
         for shard, (rows, ids) in enumerate(zip(plan.rows, sampled, strict=True)):
             if len(ids) < len(rows):
                 raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
@@ -468,7 +490,7 @@ class Scheduler:
             for index, (row, token) in enumerate(zip(rows, ids, strict=False)):
                 sequence = row.sequence
                 if row.samples:
-                    sequence.in_flight -= 1
+                    sequence.in_flight -= row.steps
                 if row.drafts:
                     drawn = [*ids[next_draft : next_draft + len(row.drafts)], token]
                     next_draft += len(row.drafts)
@@ -492,6 +514,27 @@ class Scheduler:
                         self.finish(sequence, reason)
         for request, found in searches.items():
             events += self._advance_search(request, found)
+        return events
+
+    def _commit_steps(self, rows: SequenceOf[ScheduledRow], sampled: SequenceOf[SequenceOf[int]]) -> list[TokenEvent]:
+        """Takes in the tokens of several decode steps, of each sequence as far as it goes; `sampled[step][row]`."""
+        events: list[TokenEvent] = []
+        for index, row in enumerate(rows):
+            sequence, reason, count = row.sequence, None, 0
+            sequence.in_flight -= row.steps
+            if sequence.status is Status.FINISHED:
+                continue
+            while reason is None and count < row.steps:
+                token = sampled[count][index]
+                reason = sequence.append(token)
+                events.append(TokenEvent(sequence, token, reason))
+                count += 1
+            if sequence.status is Status.RUNNING:
+                full = (row.start + count) // self.page_size
+                if full > sequence.num_cached_pages:
+                    self.books.offer_pages(sequence, full)
+            if reason is not None:
+                self.finish(sequence, reason)
         return events
 
     def _commit_drafts(self, row: ScheduledRow, drawn: list[int]) -> list[TokenEvent]:

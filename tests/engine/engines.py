@@ -10,6 +10,9 @@ from llm_infer.engine.engine import Engine
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.scheduler import Scheduler
 
+STEPS = 8
+"""Decode steps of programs that run several; an engine may plan fewer."""
+
 
 class EngineFactory:
     """Makes engines over one model whose programs have the same shapes and are compiled once.
@@ -32,10 +35,13 @@ class EngineFactory:
         overlap: bool = True,
         policy: str = "fcfs",
         speculative: SpeculativeConfig | None = None,
+        steps: int = 1,
     ) -> Engine:
         config = EngineConfig(
             CacheConfig(num_pages=self.num_pages, enable_prefix_caching=cache),
-            SchedulerConfig(self.max_num_seqs, max(chunk, self.max_num_seqs), self.max_model_len, policy),
+            SchedulerConfig(
+                self.max_num_seqs, max(chunk, self.max_num_seqs), self.max_model_len, policy, num_scheduler_steps=STEPS
+            ),
             overlap=overlap,
             check_every_step=True,
             speculative=speculative,
@@ -43,7 +49,9 @@ class EngineFactory:
         engine = Engine(self.model, config)
         engine.runner._programs = self._programs
         engine.scheduler = Scheduler(
-            SchedulerConfig(seqs or min(self.max_num_seqs, chunk), chunk, self.max_model_len, policy),
+            SchedulerConfig(
+                seqs or min(self.max_num_seqs, chunk), chunk, self.max_model_len, policy, num_scheduler_steps=steps
+            ),
             num_pages=pages or self.num_pages,
             page_size=config.cache.page_size,
             max_model_len=self.max_model_len,

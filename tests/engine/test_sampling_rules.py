@@ -120,3 +120,14 @@ def test_tokens_outside_the_vocabulary_are_named(make_engine: EngineFactory, nam
 def test_features_follow_the_parameters() -> None:
     assert not features_of(SamplingParams(top_k=3, min_p=0.1, typical_p=0.5, seed=1, stop=["x"]))
     assert len(features_of(params(0))) == 3
+
+
+def test_penalties_count_a_prompt_that_came_in_chunks(make_engine: EngineFactory) -> None:
+    """The first steps of such a prompt draw nothing, so they run programs that know no penalties."""
+    prompt = prompts()[3]
+    penalised = SamplingParams(temperature=0.0, max_tokens=4, repetition_penalty=1.5, logit_bias={7: 2.0})
+    fresh = EngineFactory(
+        make_engine.model, max_num_seqs=2, num_pages=8, max_model_len=48
+    )  # its first program is plain
+    chunked, whole = (run_all(fresh(chunk=chunk, cache=False), [prompt], penalised) for chunk in (16, 64))
+    assert chunked == whole

@@ -52,15 +52,16 @@ class FakeDevice:
         self.scheduler = scheduler
         self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 2), -1, np.int64)
         self.candidates: list[list[list[tuple[int, float]]]] = []
+        self.ended: set[Sequence] = set()  # before the host knows: what steps do for them is for nothing
         self.last_ids = np.full((scheduler.num_shards, scheduler.config.max_num_seqs), -1, np.int64)
 
-    def run(self, plan: StepPlan) -> list[list[int]]:
+    def run(self, plan: StepPlan) -> list[Any]:
         """The ids that the rows draw. To be called when the plan is submitted: it reads the page tables."""
         self.candidates = [[] for _ in range(self.scheduler.num_shards)]
         return [self._run_shard(shard, plan) for shard in range(self.scheduler.num_shards)]
 
-    def _run_shard(self, shard: int, plan: StepPlan) -> list[int]:
-        size, pages, rows = self.scheduler.page_size, self.pages[shard], plan.rows[shard]
+    def _run_shard(self, shard: int, plan: StepPlan) -> list[Any]:
+        pages, rows = self.pages[shard], plan.rows[shard]
         counts = [row.count for row in rows]
         assert sum(counts) <= self.scheduler.config.max_num_batched_tokens
         assert len(rows) <= self.scheduler.config.max_num_seqs and len({id(row.sequence) for row in rows}) == len(rows)
@@ -86,17 +87,45 @@ class FakeDevice:
                 fed = [*row.sequence.tokens[row.start : end], *row.drafts]
             assert len(fed) == row.count
             for position, token in enumerate(fed, row.start):
-                page, offset = table.pages[position // size], position % size
-                assert page != 0 and (page, offset) not in written
-                self._check_owners(shard, page, position, row.sequence)
-                written.add((page, offset))
-                pages[page, offset] = token, position
+                if row.sequence not in self.ended:
+                    self._write(shard, row.sequence, position, token, written)
+        if plan.num_steps > 1:
+            return self._run_steps(shard, plan, written)
         ids = [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
         for row in rows:
             ends = range(row.start + row.count - len(row.drafts), row.start + row.count)
             ids += [self._attend(shard, row.sequence, end) for end in ends]
             if row.drafts:  # nobody may use it
                 self.last_ids[shard, row.sequence.slot] = -1
+        return ids
+
+    def _write(self, shard: int, sequence: Sequence, position: int, token: int, written: set[tuple[int, int]]) -> None:
+        assert sequence.table is not None and position < sequence.table.length
+        page, offset = divmod(position, self.scheduler.page_size)
+        page = sequence.table.pages[page]
+        assert page != 0 and (page, offset) not in written
+        self._check_owners(shard, page, position, sequence)
+        written.add((page, offset))
+        self.pages[shard, page, offset] = token, position
+
+    def _run_steps(self, shard: int, plan: StepPlan, written: set[tuple[int, int]]) -> list[list[int]]:
+        """Several decode steps: `ids[step][row]`, -1 where the row has ended."""
+        rows = plan.rows[shard]
+        ids = [[-1] * len(rows) for _ in range(plan.num_steps)]
+        for index, row in enumerate(rows):
+            sequence, request, new = (
+                row.sequence,
+                row.sequence.request,
+                row.start + 1 - len(row.sequence.request.prompt),
+            )
+            assert row.count == 1 and row.samples and not row.drafts and new >= max(1, request.min_tokens)
+            for step in range(0 if sequence in self.ended else row.steps):
+                if step:
+                    self._write(shard, sequence, row.start + step, ids[step - 1][index], written)
+                ids[step][index] = self._attend(shard, sequence, row.start + step + 1)
+                if ids[step][index] in sequence.stop_ids:
+                    self.ended.add(sequence)
+                    break
         return ids
 
     def _check_owners(self, shard: int, page: int, position: int, writer: Sequence) -> None:
@@ -111,6 +140,8 @@ class FakeDevice:
     def _attend(self, shard: int, sequence: Sequence, length: int) -> int:
         """Everything that the last token of a row sees must be the sequence's own history."""
         assert sequence.table is not None and sequence.slot is not None
+        if sequence in self.ended:
+            return -1
         seen = self.pages[shard, sequence.table.pages].reshape(-1, 2)[:length]
         assert seen[:, 1].tolist() == list(range(length)), f"{sequence}: positions {seen[:, 1]}"
         tokens = seen[:, 0].tolist()
@@ -139,7 +170,7 @@ class FakeEngine:
         self.device = FakeDevice(self.scheduler)
         self.overlap = overlap
         self.check = check
-        self.pending: deque[tuple[StepPlan, list[list[int]], Any]] = deque()
+        self.pending: deque[tuple[StepPlan, list[Any], Any]] = deque()
         self.plans: list[StepPlan] = []
         self.requests: list[Request] = []
         self.num_steps = 0

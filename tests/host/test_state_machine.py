@@ -116,6 +116,7 @@ class HostMachine(RuleBasedStateMachine):
         if scheduler.speculator is not None:
             self.totals["drafted"] += scheduler.speculator.num_drafted
             self.totals["accepted"] += scheduler.speculator.num_accepted
+        self.totals["several steps in one"] += sum(plan.num_steps > 1 for plan in self.engine.plans)
         self.totals["copied pages"] += scheduler.num_copied_pages
         self.totals["cached tokens"] += cache.num_hits if cache else 0
 
@@ -137,6 +138,7 @@ def configuration(number: int) -> dict[str, Any]:
         "max_num_batched_tokens": max_num_seqs + draw.choice([0, 3, 12]),
         "max_model_len": 25,
         "num_drafts": draw.choice([0, 1, 4]),
+        "num_scheduler_steps": (1, 2, 5)[number % 3 if number < 12 else number % 2],
         "watermark": draw.choice([0.0, 0.1]),
     }
 

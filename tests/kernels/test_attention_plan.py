@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.paged_attention import plan as plan_module
+from pallas_kernels.paged_attention.decode_plan import decode_plan
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 
 
@@ -127,3 +129,28 @@ def test_plan_needs_no_jax():
     """The planner's file imports numpy only (the package around it imports jax)."""
     code = f"import runpy, sys; runpy.run_path({str(Path(plan_module.__file__))!r}); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(0, 3), st.booleans()), min_size=1, max_size=6),
+    st.sampled_from([1, 4, 16]),
+)
+def test_a_later_decode_step_has_the_plan_that_the_host_would_make(sequences, page_size):
+    shape = PlanShape(tokens=7, sequences=7, pages_per_seq=40, q_block=7)
+    tables = [list(range(1 + 40 * i, 41 + 40 * i)) for i in range(len(sequences))]
+    now = np.array([length for length, _, _ in sequences])
+    later = now + [steps for _, steps, _ in sequences]
+    active = np.array([goes_on for *_, goes_on in sequences])
+    ones, padding = np.ones(len(sequences), int), np.zeros(7 - len(sequences), int)
+    first = make_plan(shape, ones, now, tables, page_size)
+    found = decode_plan(
+        AttentionPlan(*map(jnp.asarray, first)),
+        jnp.asarray(np.concatenate([later - 1, padding]), jnp.int32),
+        jnp.asarray(np.concatenate([active, padding > 0])),
+        page_size,
+    )
+    expected = make_plan(shape, ones, np.where(active, later, 1), tables, page_size)
+    expected.write_slot[: len(sequences)][~active] = 0
+    for name, array in expected._asdict().items():
+        np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)

@@ -1,0 +1,90 @@
+"""Several decode steps as one program: what the next one needs to know is computed on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Int
+
+from llm_infer.decoding.shape import SlotState
+from llm_infer.engine.features import StepFeatures
+from llm_infer.engine.layout import StepLayout
+from llm_infer.engine.steps import LastIds, Pages, StepFunction, attention_over, draw_ids, drawn_outputs
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.decoder import LayerLoop, Params, merge_model
+from pallas_kernels.paged_attention import AttentionPlan, copy_pages
+from pallas_kernels.paged_attention.decode_plan import decode_plan
+
+
+def make_steps(
+    definition: nnx.GraphDef,
+    config: ModelConfig,
+    layout: StepLayout,
+    features: StepFeatures,
+    page_size: int,
+    *,
+    loop: LayerLoop = "scan",
+) -> StepFunction:
+    """Up to `layout.steps` decode steps, with the arguments and results of `make_step`.
+
+    Each row has one token and draws `num_steps` more, each from the one before. It ends earlier at one of its `stop_ids`;
+    what it would compute then goes to the null page, and the loop ends when all rows have ended. The outputs have an axis
+    of steps behind that of shards: `ids` is [dp, K, R].
+    """
+    scale = config.head_dim**-0.5
+
+    def steps(
+        params: Params,
+        pages: Pages,
+        last_ids: LastIds,
+        packed: Int[Array, "dp N"],
+        state: SlotState | None,
+        allowed: Int[Array, "dp R W"] | None,
+    ) -> tuple[Pages, LastIds, SlotState | None, dict[str, Array]]:
+        f = layout.unpack(packed[0])
+        first_plan = AttentionPlan(**{name: f[name] for name in AttentionPlan._fields})
+        model = merge_model(definition, params)
+        unread = last_ids.shape[1] - 1
+        mask = None if allowed is None else allowed[0]
+
+        def one(
+            index: Array, ids: Array, ended: Array, pages: Pages, state: SlotState | None
+        ) -> tuple[Array, Array, Pages, SlotState | None, dict[str, Array]]:
+            active = ~ended & (index < f["num_steps"])
+            positions = f["positions"] + index
+            plan = decode_plan(first_plan, positions, active, page_size)
+            hidden, pages = model(ids, positions, pages, attention_over(plan, scale), loop=loop)
+            logits = model.logits(hidden)
+            rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}
+            drawn, state = draw_ids(logits, rows, state, mask)
+            stopped = jnp.any(drawn[:, None] == f["stop_ids"], axis=1)
+            outputs = drawn_outputs(logits, drawn, features)
+            return jnp.where(active, drawn, ids), ended | (active & stopped), pages, state, outputs
+
+        def proceeds(carry: tuple) -> Array:
+            index, _, ended, *_ = carry
+            return (index < f["most_steps"][0]) & jnp.any(~ended & (index < f["num_steps"]))
+
+        def body(carry: tuple) -> tuple:
+            index, ids, ended, pages, state, outputs = carry
+            ids, ended, pages, state, found = one(index, ids, ended, pages, state)
+            outputs = jax.tree.map(
+                lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, index, 0), outputs, found
+            )
+            return index + 1, ids, ended, pages, state, outputs
+
+        pages = copy_pages(pages, f["copy_from"], f["copy_to"], f["num_copies"][0])
+        ids = jnp.where(f["feeds"] == 1, last_ids[0, f["feed_slot"]], f["token_ids"])
+        # A sequence that ended in the step before, of which the host does not know yet, does nothing.
+        ended = (f["feeds"] == 1) & jnp.any(ids[:, None] == f["stop_ids"], axis=1)
+        *_, shapes = jax.eval_shape(one, jnp.int32(0), ids, ended, pages, state)
+        outputs = jax.tree.map(lambda x: jnp.zeros((layout.steps, *x.shape), x.dtype), shapes)
+        _, ids, _, pages, state, outputs = lax.while_loop(
+            proceeds, body, (jnp.int32(0), ids, ended, pages, state, outputs)
+        )
+        last_ids = last_ids.at[0, f["slot"]].set(ids)
+        return pages, last_ids, state, {name: value[None] for name, value in outputs.items()}
+
+    return steps
