@@ -12,9 +12,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.quant_matmul import FORMATS, dequantise, quant_matmul
+from pallas_kernels.quant_matmul.tiles import can_tile, take_rows, untile
+
+_META = ["kinds", "places", "precision", "tiled"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=["kinds", "places", "precision"])
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks"], meta_fields=_META)
 @dataclass(frozen=True)
 class StoredWeights:
     """Matrices [L, N, K], never dequantised as a whole; a pytree, so it travels like an array.
@@ -26,12 +29,19 @@ class StoredWeights:
         kinds: keys of `pallas_kernels.quant_matmul.FORMATS`.
         places: for each layer its stack and its index there.
         precision: how to multiply, see `quant_matmul`.
+        tiled: for each entry of `kinds`, whether its rows have the tiled order (`pallas_kernels.quant_matmul.tiles`).
+            Empty where none have.
     """
 
     blocks: tuple[Shaped[Array, "_ N R"], ...]
     kinds: tuple[str, ...]
     places: tuple[tuple[int, int], ...]
     precision: str = "exact"
+    tiled: tuple[bool, ...] = ()
+
+    def is_tiled(self, stack: int) -> bool:
+        """Whether the rows of a stack have the tiled order."""
+        return bool(self.tiled) and self.tiled[stack]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,17 +72,22 @@ class StoredWeights:
         return lax.switch(stack, branches, x, index)
 
     def _matmul(self, stack: int, x: Array, index: Array, part: tuple[int, Array] | None) -> Array:
-        blocks = self.blocks[stack]
+        blocks, kind, tiled = self.blocks[stack], self.kinds[stack], self.is_tiled(stack)
         if part is not None:
             count, number = part
+            if tiled and not can_tile(kind, blocks.shape[1] // count):
+                blocks, tiled = untile(blocks, kind), False
             blocks = blocks.reshape(blocks.shape[0] * count, -1, blocks.shape[2])
             index = index * count + number
-        return quant_matmul(x, blocks, index, kind=self.kinds[stack], precision=self.precision)
+        return quant_matmul(x, blocks, index, kind=kind, precision=self.precision, tiled=tiled)
 
     def rows(self, ids: Int[Array, "T"]) -> Float[Array, "T K"]:
         """Rows of the only layer's matrix as float32; ids outside are clipped."""
-        (blocks,) = self.blocks
-        return dequantise(jnp.take(blocks.reshape(blocks.shape[1:]), ids, axis=0, mode="clip"), self.kinds[0])
+        (blocks,), kind = self.blocks, self.kinds[0]
+        blocks = blocks.reshape(blocks.shape[1:])
+        if self.is_tiled(0):
+            return dequantise(take_rows(blocks, ids, kind), kind)
+        return dequantise(jnp.take(blocks, ids, axis=0, mode="clip"), kind)
 
 
 def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact") -> StoredWeights | None:

@@ -16,6 +16,7 @@ from llm_infer.weights.progress import Progress, Task
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.stored_blocks import read_stored, stored_bytes, stored_kinds
 from llm_infer.weights.tensor_source import TensorSource
+from pallas_kernels.quant_matmul import tile_rows, tiles_pay
 
 Place = Callable[[str, np.ndarray], jax.Array]
 
@@ -74,6 +75,7 @@ def load_parameters(
     ]
     _check(source, names, specs, rules, wanted, num_layers, ignore)
 
+    whole = place is None  # on one device: the order of rows may change
     place = place or (lambda _, array: jax.device_put(array))
     kept = {rule.param: stored_kinds(source, rule, num_layers) for rule in wanted} if stored is not None else {}
     total = sum(stored_bytes(kept.get(rule.param), specs[rule.param]) for rule in wanted)
@@ -84,8 +86,12 @@ def load_parameters(
             if (kinds := kept.get(rule.param)) is not None:
                 assert stored is not None
                 stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task)
+                tiled = tuple(whole and tiles_pay(kind, spec.shape[-2]) for kind in stacks)
+                for (kind, stack), pays in zip(stacks.items(), tiled, strict=True):
+                    if pays:
+                        tile_rows(stack, kind)
                 blocks = tuple(jax.block_until_ready(place(rule.param, stack)) for stack in stacks.values())
-                parameters[rule.param] = StoredWeights(blocks, tuple(stacks), places, stored)
+                parameters[rule.param] = StoredWeights(blocks, tuple(stacks), places, stored, tiled)
                 continue
             array = aligned_empty(spec.shape, spec.dtype)
             _fill(source, rule, array, num_layers, task)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
 from pallas_kernels.quant_matmul.reference import dequantise
+from pallas_kernels.quant_matmul.tiles import ROWS, can_tile, tile_rows, untile
 
-__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul"]
+__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tile_rows", "tiles_pay", "untile"]
 
 PRECISIONS = ("exact", "fast")
 
@@ -24,11 +25,12 @@ def quant_matmul(
     *,
     kind: str,
     precision: str = "exact",
+    tiled: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
     """x times the transposed weights of one layer, from the file's own blocks.
 
-    `exact`: float32 activations and exactly dequantised weights (relative error about 1e-6, that of a float32 sum).
+    `exact`: the relative error is about 1e-7, that of a float32 sum of the products with dequantised weights.
     `fast`: the implementation may round activations to int8 in blocks of 32, as llama.cpp does.
     With the native CPU implementation a row of the result has the same bits whatever M and the number of threads.
 
@@ -39,6 +41,7 @@ def quant_matmul(
         layer: Int32 scalar, may be traced.
         kind: a key of FORMATS.
         precision: exact or fast.
+        tiled: the rows have the tiled order, see `tiles`; N is a multiple of 16.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
     Returns:
@@ -60,15 +63,28 @@ def quant_matmul(
     if blocks.shape[2] != fmt.row_items(x.shape[1]):
         expected = f"rows of {fmt.row_items(x.shape[1])} {fmt.dtype} (K={x.shape[1]} {kind})"
         raise ValueError(f"blocks: expected {expected}, found {blocks.shape[2]}")
+    if tiled and not can_tile(kind, blocks.shape[1]):
+        raise ValueError(f"blocks: tiled rows of {kind} must be a multiple of {ROWS}, found {blocks.shape[1]}")
     platform, device_kind = dispatch.target()
     case = dispatch.Case(
         platform=platform,
         device_kind=device_kind,
         shapes={"x": tuple(x.shape), "blocks": tuple(blocks.shape)},
         dtypes={"x": x.dtype.name, "blocks": blocks.dtype.name},
-        options={"kind": kind, "precision": precision},
+        options={"kind": kind, "precision": precision, "tiled": tiled},
     )
     choice = dispatch.choose("quant_matmul", case, implementation)
     return dispatch.implementation("quant_matmul", choice.name)(
-        x, blocks, jnp.asarray(layer, jnp.int32), kind=kind, precision=precision
+        x, blocks, jnp.asarray(layer, jnp.int32), kind=kind, precision=precision, tiled=tiled
     )
+
+
+def tiles_pay(kind: str, rows: int) -> bool:
+    """Whether matrices of that many rows of a kind are best kept in the tiled order on the CPU of this process."""
+    from pallas_kernels import cpu_ffi
+
+    if cpu_ffi.why_not() is not None or not can_tile(kind, rows):
+        return False
+    from pallas_kernels.cpu_ffi.compile import host_target
+
+    return host_target().has("avx512vnni")

@@ -14,6 +14,19 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 
 INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # have a kernel with int8 activations; others are computed exactly
 
+
+def digits(kind: str, precision: str) -> int:
+    """Digits of 8 bits that the kernel for tiled rows cuts activations into.
+
+    `fast` gives 8-bit weights 16 bits: files keep what matters most in them, the head above all, and there 8 bits cost more
+    agreement with `exact` than all other matrices together.
+    """
+    return 3 if precision == "exact" else 2 if kind == "q8_0" else 1
+
+
+TILE_GROUP = 8
+"""Activation rows that the kernel for tiled rows takes together."""
+
 INT8_ROWS: dict[str, int] = {"q8_0": 4}
 """Most activation rows for which int8 activations pay where nothing was measured; kinds that are not named: always.
 
@@ -25,6 +38,8 @@ def why_not(case: Case) -> str | None:
     if reason := cpu_ffi.why_not():
         return reason
     kind, rows = case.options["kind"], case.shapes["x"][0]
+    if case.options.get("tiled"):
+        return None
     most = _measured(kind).get("native_rows")
     if most is not None and rows > most and not _rounds(kind, rows, case.options["precision"]):
         return f"is slower than XLA for more than {most} rows of {kind} on this CPU, found {rows}"
@@ -44,9 +59,12 @@ def _rounds(kind: str, rows: int, precision: str) -> bool:
 
 
 def quant_matmul(
-    x: jax.Array, blocks: jax.Array, layer: jax.Array, *, kind: str, precision: str = "exact"
+    x: jax.Array, blocks: jax.Array, layer: jax.Array, *, kind: str, precision: str = "exact", tiled: bool = False
 ) -> jax.Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`."""
+    if tiled:
+        dims = {"A": -(-x.shape[0] // TILE_GROUP), "G": x.shape[1] // 32}
+        return tiles_kernel(kind, precision)(x, blocks, layer, dims=dims)[0]
     if _rounds(kind, x.shape[0], precision):
         return int8_kernel(kind)(x, blocks, layer, dims={"G": x.shape[1] // 32})[0]
     return matmul_kernel(kind)(x, blocks, layer)[0]
@@ -92,4 +110,26 @@ def int8_kernel(kind: str) -> Any:
         },
         body=partial(cpu_int8.body, fmt=FORMATS[kind]),
         sources=tuple(str(here / name) for name in ("cpu_int8.py", "cpu_tasks.py", "cpu_unpack.py", "formats.py")),
+    )
+
+
+@cache
+def tiles_kernel(kind: str, precision: str) -> Any:
+    """The kernel for tiled rows of one block format (see `tiles`)."""
+    from pallas_kernels.cpu_ffi.bridge import Kernel
+    from pallas_kernels.cpu_ffi.call_frame import Buffer
+    from pallas_kernels.quant_matmul import cpu_tiles
+
+    here, count, group = Path(__file__).parent, digits(kind, precision), TILE_GROUP
+    return Kernel(
+        name=f"quant_matmul_tiles_{precision}_{kind}",
+        args={"x": Buffer("float32", "M K"), "blocks": Buffer("uint8", "L N R"), "layer": Buffer("int32", "")},
+        results={
+            "out": Buffer("float32", "M N"),
+            "xq": Buffer("int8", f"A G {group} {count} {cpu_tiles.BLOCK}"),
+            "xd": Buffer("float32", f"A G {group}"),
+            "xs": Buffer("float32", f"A G {group} 2"),
+        },
+        body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count),
+        sources=tuple(str(here / name) for name in ("cpu_tiles.py", "cpu_tasks.py", "tiles.py", "formats.py")),
     )

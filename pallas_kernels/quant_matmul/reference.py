@@ -8,6 +8,7 @@ from jax import Array
 
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
+from pallas_kernels.quant_matmul.tiles import untile
 
 
 def _f16(bytes_: Array) -> Array:
@@ -96,8 +97,11 @@ def why_not(case: Case) -> str | None:
     return None
 
 
-def quant_matmul(x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact") -> Array:
+def quant_matmul(
+    x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact", tiled: bool = False
+) -> Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
     del precision
-    weights = dequantise(jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False), kind)
+    rows = jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
+    weights = dequantise(untile(rows, kind) if tiled else rows, kind)
     return jnp.einsum("mk,nk->mn", x, weights, precision=jax.lax.Precision.HIGHEST)

@@ -7,6 +7,7 @@ from jax import Array, lax
 
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.reference import dequantise
+from pallas_kernels.quant_matmul.tiles import untile
 
 
 def why_not(case: Case) -> str | None:
@@ -15,8 +16,11 @@ def why_not(case: Case) -> str | None:
     return None
 
 
-def quant_matmul(x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact") -> Array:
+def quant_matmul(
+    x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact", tiled: bool = False
+) -> Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
     del precision
-    weights = dequantise(lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False), kind)
+    rows = lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
+    weights = dequantise(untile(rows, kind) if tiled else rows, kind)
     return lax.dot_general(x, weights, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

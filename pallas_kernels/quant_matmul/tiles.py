@@ -1,0 +1,70 @@
+"""The tiled order of block rows: the same bytes as in the file, with 16 weight rows woven together for wide vectors.
+
+A tile is ROWS neighbouring rows of a matrix. Block after block of 32 weights it holds each 16-bit number of the block's head for
+all rows, then each 4 bytes of the block's body for all rows: one load of 64 bytes gets four weights (or four pairs of
+4-bit weights) of every row, and a dot product needs no sum across lanes. An array [L, N, R] keeps its shape: only bytes within
+16 rows change places, so N must be a multiple of 16.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ROWS = 16
+HEADS = {"q4_0": 1, "q4_1": 2, "q8_0": 1}
+"""Kinds that can be tiled, and how many 16-bit numbers their blocks begin with."""
+
+CHUNK = 1 << 22  # bytes that are moved at a time
+
+
+def can_tile(kind: str, rows: int) -> bool:
+    """Whether matrices of that many rows of a kind can have the tiled order."""
+    return kind in HEADS and rows % ROWS == 0
+
+
+@cache
+def byte_order(kind: str, row_bytes: int) -> np.ndarray:
+    """[ROWS, R]: where in a tile byte j of row r lies."""
+    from pallas_kernels.quant_matmul.formats import FORMATS
+
+    size, head = FORMATS[kind].bytes, 2 * HEADS[kind]
+    block, j = np.divmod(np.arange(row_bytes), size)
+    r = np.arange(ROWS)[:, None]
+    in_head = j // 2 * 2 * ROWS + 2 * r + j % 2
+    in_body = head * ROWS + (j - head) // 4 * 4 * ROWS + 4 * r + (j - head) % 4
+    return (block * size * ROWS + np.where(j < head, in_head, in_body)).astype(np.int32)
+
+
+def tile_rows(blocks: np.ndarray, kind: str) -> None:
+    """Give the rows [..., N, R] the tiled order, in place.
+
+    Raises:
+        ValueError: this kind or number of rows cannot be tiled.
+    """
+    rows, row_bytes = blocks.shape[-2:]
+    if not can_tile(kind, rows):
+        raise ValueError(f"{rows} rows of {kind}: expected one of {', '.join(HEADS)} and a multiple of {ROWS}")
+    source = np.empty(ROWS * row_bytes, np.intp)
+    source[byte_order(kind, row_bytes)] = np.arange(ROWS * row_bytes).reshape(ROWS, row_bytes)
+    tiles = blocks.reshape(-1, ROWS * row_bytes)
+    step = max(1, CHUNK // tiles.shape[1])
+    for start in range(0, len(tiles), step):
+        tiles[start : start + step] = tiles[start : start + step].take(source, axis=1)
+
+
+def untile(blocks: jax.Array, kind: str) -> jax.Array:
+    """Tiled [..., N, R] → rows in the file's order."""
+    order = byte_order(kind, blocks.shape[-1]).reshape(-1)
+    return jnp.take(blocks.reshape(*blocks.shape[:-2], -1, order.size), order, axis=-1).reshape(blocks.shape)
+
+
+def take_rows(blocks: jax.Array, ids: jax.Array, kind: str) -> jax.Array:
+    """Rows `ids` [T] of a tiled matrix [N, R], in the file's order: [T, R]. Ids outside are clipped."""
+    rows, row_bytes = blocks.shape
+    ids = jnp.clip(ids, 0, rows - 1)
+    order = jnp.asarray(byte_order(kind, row_bytes))[ids % ROWS]
+    return blocks.reshape(rows // ROWS, -1)[(ids // ROWS)[:, None], order]
