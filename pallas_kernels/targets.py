@@ -107,9 +107,10 @@ def why_not(target: Target) -> str | None:
 
 
 def ptxas() -> Path | None:
-    """The PTX assembler that XLA finds: on PATH, or in the wheel nvidia-cuda-nvcc."""
-    found = shutil.which("ptxas") or Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "ptxas")
-    return Path(found) if Path(found).is_file() else None
+    """The PTX assembler: that of the wheel nvidia-cuda-nvcc (which knows the newest PTX), else the one on PATH."""
+    wheel = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "ptxas")
+    found = wheel if wheel.is_file() else shutil.which("ptxas")
+    return None if found is None else Path(found)
 
 
 def environment(target: Target) -> dict[str, str]:

@@ -1,0 +1,101 @@
+"""What a compiled GPU kernel takes of a multiprocessor: registers, spills, shared memory; read from XLA's dump, no GPU needed.
+
+In the process that compiles (see `targets`), add `dump_flags(folder)` to XLA_FLAGS; after it, `read_dump(folder)`.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from pallas_kernels.targets import ptxas
+
+REGISTERS, SHARED_BYTES, THREADS, BLOCKS = 65536, 233_472, 2048, 32
+"""Of a multiprocessor of an H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory that CUDA takes per thread block."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel.
+
+    Attributes:
+        name: of the kernel.
+        launches: how often the program starts it.
+        grid: thread blocks.
+        threads: of a thread block.
+        registers: of a thread.
+        spill_bytes: stored to and loaded from local memory for want of registers, per thread.
+        shared_bytes: shared memory of a thread block.
+    """
+
+    name: str
+    launches: int
+    grid: tuple[int, ...]
+    threads: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+    @property
+    def blocks_per_multiprocessor(self) -> int:
+        """Thread blocks that a multiprocessor holds at the same time."""
+        warps = -(-self.threads // 32)
+        registers = -(-self.registers * 32 // 256) * 256 * warps  # allocated per warp, in units of 256
+        shared = self.shared_bytes + RESERVED_SHARED_BYTES
+        return min(REGISTERS // registers, SHARED_BYTES // shared, THREADS // (32 * warps), BLOCKS)
+
+
+def dump_flags(folder: Path | str) -> str:
+    """XLA flags that make the compiler leave PTX and the sequence of launches in a folder."""
+    return f"--xla_dump_to={folder} --xla_dump_emitter_re=ptx"
+
+
+_LAUNCH = re.compile(r" (\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\] +shared_memory: (\d+) bytes")
+
+
+def read_dump(folder: Path | str, module: str, kernels: str = "") -> list[Kernel]:
+    """The kernels of a program, in the order of their first launch.
+
+    Args:
+        folder: that of `dump_flags`.
+        module: name of the program, "jit_" and the name of the function.
+        kernels: regular expression that names of kernels start with; "" takes all, XLA's own too.
+
+    Raises:
+        ValueError: the folder has no such program, or the assembler cannot read what it has.
+    """
+    (sequence,) = list(Path(folder).glob(f"*.{module}.thunk_sequence.txt")) or [None]
+    if sequence is None:
+        raise ValueError(f"{folder} holds no dump of {module}: expected XLA_FLAGS with dump_flags()")
+    launches = [found for found in _LAUNCH.findall(sequence.read_text()) if re.match(kernels, found[0])]
+    assembled = {}
+    for file in Path(folder).glob(f"*.{module}.*.ptx"):
+        for name in re.findall(r"\.entry (\w+)", file.read_text()):
+            assembled[name] = file
+    found: dict[str, Kernel] = {}
+    for name, grid, threads, shared in launches:
+        if name in found:
+            continue
+        registers, spills = _assemble(assembled[name], name)
+        shape = tuple(int(size) for size in grid.split(","))
+        count, per_block = sum(launch[0] == name for launch in launches), [int(size) for size in threads.split(",")]
+        found[name] = Kernel(
+            name, count, shape, per_block[0] * per_block[1] * per_block[2], registers, spills, int(shared)
+        )
+    return list(found.values())
+
+
+def _assemble(file: Path, name: str) -> tuple[int, int]:
+    """(registers, bytes of spills) that ptxas reports for a kernel."""
+    command = [str(ptxas()), "-v", "-arch=sm_90a", str(file), "-o", "/dev/null"]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    report = said.partition(f"Compiling entry function '{name}'")[2]
+    registers = re.search(r"Used (\d+) registers", report)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    if registers is None or spills is None:
+        raise ValueError(f"{command[0]} cannot assemble {file.name}: {said.strip()[-300:]}")
+    return int(registers[1]), int(spills[1]) + int(spills[2])

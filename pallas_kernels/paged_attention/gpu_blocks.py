@@ -1,0 +1,61 @@
+"""Block sizes of the GPU attention kernels: what was measured on this kind of device, else a rule of thumb."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pallas_kernels.paged_attention.plan import AttentionPlan
+
+STREAMING_MULTIPROCESSORS = 132
+"""Of an H100 or H200; a card with fewer has the thread blocks queue."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the attention kernel is cut up.
+
+    Attributes:
+        tile: queries (row, head of a group) of a thread block, a power of two of at least 16.
+        keys: keys of a loop step, a power of two of at least 16.
+        warps, stages: of Triton: warps of a thread block, steps of the loop whose loads overlap.
+        split_keys: keys of a unit at least, where a tile has more of them.
+        max_splits: most units over the keys of a tile.
+        programs: thread blocks per KV head; each walks over several units. 0 starts one per unit.
+    """
+
+    tile: int
+    keys: int
+    warps: int
+    stages: int
+    split_keys: int
+    max_splits: int
+    programs: int
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def heuristic(
+    plan: AttentionPlan, *, num_kv_heads: int, group: int, head_dim: int, page_size: int, item_bytes: int
+) -> Blocks:
+    """Blocks for a program's static sizes; `item_bytes` is that of a number in the dots (4 means they are float32).
+
+    A tile of 64 rows is the smallest that Hopper's wgmma multiplies. Up to 256 tokens a step mostly decodes: it wants many
+    loads in flight, and units of a few hundred keys so that a few sequences fill the chip. Larger steps want large tiles.
+    """
+    tokens, table = plan.write_slot.shape[0], plan.block_tables.shape[1]
+    wide, small = head_dim > 128, tokens <= 256
+    most = 16 if item_bytes == 4 else 64 if small or wide else 128
+    split_keys = max(256, page_size)
+    max_splits = min(power_of_two(-(-128 // num_kv_heads)), 64, -(-table * page_size // split_keys))
+    return Blocks(
+        tile=min(most, max(16, power_of_two(plan.q_block * group))),
+        keys=32 if item_bytes == 4 or (wide and small) else 64,
+        warps=8 if most == 128 or wide or item_bytes == 4 else 4,
+        stages=2 if wide or item_bytes == 4 else 3,
+        split_keys=split_keys,
+        max_splits=max_splits,
+        programs=-(-STREAMING_MULTIPROCESSORS * 4 // num_kv_heads) if small else 0,
+    )

@@ -1,0 +1,242 @@
+"""Ragged paged attention on a GPU through Pallas' Triton lowering: prefill, decode and anything between in one kernel.
+
+Three launches a layer: K and V into the pages (`gpu_write`), attention of every unit (`gpu_units`), and where runs of keys
+were split the merge of their results (`gpu_merge`). A thread block holds a tile of queries, the rows of an item times the
+query heads of one KV head, and walks over the keys with an online softmax in float32 (Dao, "FlashAttention-2", 2023).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dispatch import Case
+from pallas_kernels.gpu_devices import why_not_capability
+from pallas_kernels.paged_attention.gpu_blocks import Blocks, heuristic, power_of_two
+from pallas_kernels.paged_attention.gpu_merge import merge_splits
+from pallas_kernels.paged_attention.gpu_units import make_units, partial_slots
+from pallas_kernels.paged_attention.gpu_write import write_rows
+from pallas_kernels.paged_attention.pages import why_not_plain
+from pallas_kernels.paged_attention.plan import AttentionPlan
+
+LOG2_E = math.log2(math.e)
+LARGEST_HEAD = 256
+MASKED = -1e30  # first running maximum: finite, so that a fully masked block gives exp2(-inf) = 0, never NaN
+
+
+def why_not(case: Case) -> str | None:
+    """Runs on NVIDIA GPUs from Ampere on, on the plain page layout."""
+    pages, dtype = case.shapes["pages"], case.dtypes["pages"]
+    num_kv_heads, head_dim = case.shapes["k_new"][1:]
+    if reason := why_not_plain(pages, num_kv_heads, head_dim):
+        return reason
+    if dtype == "uint16":
+        return "reads bfloat16 pages as bfloat16: uint16 is for the CPU"
+    if head_dim > LARGEST_HEAD:
+        return f"has blocks for head sizes up to {LARGEST_HEAD}, found {head_dim}"
+    float8 = dtype == "float8_e4m3fn"
+    return why_not_capability(case.device_kind, (8, 9) if float8 else (8, 0), f"for {dtype} pages")
+
+
+def dot_dtype(q: Any, pages: Any) -> np.dtype:
+    """The type in which queries meet keys: q's where it holds all numbers of the pages, else float32."""
+    q, pages = np.dtype(q), np.dtype(pages)
+    return q if q.itemsize == 2 and (pages == q or pages.itemsize == 1) else np.dtype(np.float32)
+
+
+def paged_attention(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    pages: jax.Array,
+    plan: AttentionPlan,
+    *,
+    layer: jax.Array | int,
+    scale: float,
+    window: jax.Array | int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scale: jax.Array | float | None = None,
+    v_scale: jax.Array | float | None = None,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
+
+    `blocks` are the sizes to use; None takes what `gpu_blocks` says. `interpret` runs the kernels in Pallas' interpreter.
+    """
+    num_heads, (num_kv_heads, head_dim), page_size = q.shape[1], k_new.shape[1:], pages.shape[4]
+    group, dtype = num_heads // num_kv_heads, dot_dtype(q.dtype, pages.dtype)
+    sizes = dict(num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, page_size=page_size)
+    blocks = blocks or heuristic(plan, **sizes, item_bytes=dtype.itemsize)
+    pages, out = write_rows(q, k_new, v_new, pages, plan, layer, k_scale, v_scale, interpret)
+    units = make_units(
+        plan,
+        page_size=page_size,
+        group=group,
+        tile=blocks.tile,
+        split_keys=blocks.split_keys,
+        max_splits=blocks.max_splits,
+        window=window,
+    )
+    optional = {"window": window, "sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+    inputs = {
+        "units": units.units,
+        "count": units.count,
+        "block_tables": plan.block_tables,
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "q": q,
+        "pages": pages,
+        **{name: _as_vector(name, value) for name, value in optional.items() if value is not None},
+        "out": out,
+    }
+    outputs = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+    if blocks.max_splits > 1:
+        rows = partial_slots(plan) * blocks.max_splits
+        outputs["partial"] = jax.ShapeDtypeStruct((rows, num_heads, head_dim), jnp.float32)
+        outputs["lse"] = jax.ShapeDtypeStruct((rows, num_heads), jnp.float32)
+    most_units = units.units.shape[0]
+    programs = min(most_units, blocks.programs or most_units)
+
+    def kernel(*refs: Any) -> None:
+        ins = dict(zip(inputs, refs, strict=False))
+        outs = dict(zip(outputs, refs[len(inputs) :], strict=True))
+        _walk(ins, outs, blocks, programs, scale, softcap, dtype)
+
+    results = pl.pallas_call(
+        kernel,
+        grid=(programs, num_kv_heads),
+        out_shape=tuple(outputs.values()),
+        input_output_aliases={len(inputs) - 1: 0},
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
+        interpret=interpret,
+        name=f"paged_attention_{pages.dtype.name}_{head_dim}_{blocks.tile}",
+    )(*inputs.values())
+    out = results[0]
+    if blocks.max_splits > 1:
+        out = merge_splits(out, results[1], results[2], units.merge, blocks.max_splits, interpret)
+    return out, pages
+
+
+def _as_vector(name: str, value: Any) -> jax.Array:
+    return jnp.asarray(value, jnp.int32 if name == "window" else jnp.float32).reshape(-1)
+
+
+def _walk(
+    ins: dict[str, Any],
+    outs: dict[str, Any],
+    blocks: Blocks,
+    programs: int,
+    scale: float,
+    softcap: float | None,
+    dtype: np.dtype,
+) -> None:
+    """All units of this thread block, those with the longest runs first."""
+    count, first, kv_head = ins["count"][0], pl.program_id(0), pl.program_id(1)
+
+    def one(turn: jax.Array, carry: tuple[()]) -> tuple[()]:
+        _attend(count - 1 - first - turn * programs, kv_head, ins, outs, blocks, scale, softcap, dtype)
+        return carry
+
+    turns = lax.div(count - first + (programs - 1), jnp.int32(programs))
+    lax.fori_loop(jnp.int32(0), turns, one, ())
+
+
+def _attend(
+    unit: jax.Array,
+    kv_head: jax.Array,
+    ins: dict[str, Any],
+    outs: dict[str, Any],
+    blocks: Blocks,
+    scale: float,
+    softcap: float | None,
+    dtype: np.dtype,
+) -> None:
+    """One unit: its tile of queries over its run of pages."""
+    pages, block_tables, q_ref = ins["pages"], ins["block_tables"], ins["q"]
+    num_kv_heads, page_size, head_dim = pages.shape[3:]
+    group = q_ref.shape[1] // num_kv_heads
+    layer = ins["layer"][0]
+    seq, first_row, rows, first_position, first_query, begin, end, where = (ins["units"][unit, i] for i in range(8))
+
+    query = first_query + jnp.arange(blocks.tile, dtype=jnp.int32)
+    row, member = lax.div(query, jnp.int32(group)), lax.rem(query, jnp.int32(group))
+    head = kv_head * group + member
+    mine = row < rows
+    position = first_position + row
+    column = jnp.arange(power_of_two(head_dim), dtype=jnp.int32)[None, :]
+    in_head = column < head_dim
+    mask = mine[:, None] & in_head
+    at = (first_row + row)[:, None], head[:, None], column
+    tile = plgpu.load(q_ref.at[at], mask=mask, other=0.0).astype(dtype)
+
+    # Keys of this unit that a row of the tile sees: from first_key (of which blocks are counted) to before last_key.
+    last_row = jnp.minimum(lax.div(first_query + (blocks.tile - 1), jnp.int32(group)), rows - 1)
+    last_key = jnp.minimum(end * page_size, first_position + last_row + 1)
+    first_key = begin * page_size
+    window = ins["window"][0] if "window" in ins else None
+    if window is not None:
+        oldest = first_position + lax.div(first_query, jnp.int32(group)) - window + 1
+        first_key += lax.div(jnp.maximum(oldest - first_key, 0), jnp.int32(blocks.keys)) * blocks.keys
+    factor = scale * ins["k_scale"][0] if "k_scale" in ins else scale
+    factor, cap = (factor * LOG2_E, None) if softcap is None else (factor / softcap, softcap * LOG2_E)
+    precision = lax.Precision.HIGHEST if dtype.itemsize == 4 else None
+    dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+
+    def load(which: int, start: jax.Array) -> jax.Array:
+        key = start + jnp.arange(blocks.keys, dtype=jnp.int32)
+        if page_size % blocks.keys == 0:  # all in one page
+            page = block_tables[seq, lax.div(start, jnp.int32(page_size))]
+            offset = lax.rem(start, jnp.int32(page_size)) + jnp.arange(blocks.keys, dtype=jnp.int32)[:, None]
+        else:
+            index = lax.div(key, jnp.int32(page_size))
+            page = plgpu.load(block_tables.at[seq, index], mask=key < last_key, other=0)[:, None]
+            offset = lax.rem(key, jnp.int32(page_size))[:, None]
+        # What lies past the last key may be anything, NaN included, and 0 * NaN is NaN.
+        valid = (key < last_key)[:, None] & in_head
+        zero = jnp.zeros((), pages.dtype)
+        return plgpu.load(pages.at[layer, page, which, kv_head, offset, column], mask=valid, other=zero).astype(dtype)
+
+    def block(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        maximum, total, acc = state
+        start = first_key + index * blocks.keys
+        scores = dot(tile, load(0, start), (((1,), (1,)), ((), ()))) * factor
+        scores = scores if cap is None else jnp.tanh(scores) * cap
+        key = (start + jnp.arange(blocks.keys, dtype=jnp.int32))[None, :]
+        visible = (key <= position[:, None]) & (key < last_key)
+        if window is not None:
+            visible &= key > position[:, None] - window
+        scores = jnp.where(visible, scores, -jnp.inf)
+        highest = jnp.maximum(maximum, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - highest[:, None])
+        shrink = jnp.exp2(maximum - highest)
+        total = total * shrink + jnp.sum(weights, axis=1)
+        acc = acc * shrink[:, None] + dot(weights.astype(dtype), load(1, start), (((1,), (0,)), ((), ())))
+        return highest, total, acc
+
+    maximum, total = jnp.full((blocks.tile,), MASKED, jnp.float32), jnp.zeros((blocks.tile,), jnp.float32)
+    if "sinks" in ins:  # a key of score `sink` without a value, in the first split
+        first_split = (where < 0) | (lax.rem(where, jnp.int32(blocks.max_splits)) == 0)
+        sink = plgpu.load(ins["sinks"].at[head], mask=mine, other=0.0) * LOG2_E
+        maximum, total = jnp.where(first_split, sink, maximum), jnp.where(first_split, 1.0, total)
+    acc = jnp.zeros((blocks.tile, column.shape[1]), jnp.float32)
+    turns = lax.div(jnp.maximum(last_key - first_key, 0) + (blocks.keys - 1), jnp.int32(blocks.keys))
+    maximum, total, acc = lax.fori_loop(jnp.int32(0), turns, block, (maximum, total, acc))
+
+    factor = ins["v_scale"][0] if "v_scale" in ins else 1.0
+    result = acc * (factor / jnp.where(total > 0, total, 1.0))[:, None]
+    plgpu.store(outs["out"].at[at], result.astype(outs["out"].dtype), mask=mask & (where < 0))
+    if "partial" in outs:
+        lse = jnp.where(total > 0, maximum + jnp.log2(total), MASKED)
+        slot = where + row * blocks.max_splits
+        partial = mine & (where >= 0)
+        plgpu.store(outs["partial"].at[slot[:, None], head[:, None], column], result, mask=mask & (where >= 0))
+        plgpu.store(outs["lse"].at[slot, head], lse, mask=partial)
