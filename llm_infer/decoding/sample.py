@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from llm_infer.decoding.top_tokens import top_tokens
+from llm_infer.decoding.top_tokens import top_token, top_tokens
 
 BLOCK = 128
 """Tokens per block of the two-level cumulative sum."""
@@ -208,6 +208,6 @@ def draw(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
 
 def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
     """The next token of each row. A batch of greedy rows only takes the argmax and nothing else."""
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = top_token(logits)
     is_greedy = rows.temperature <= 0.0
     return lax.cond(jnp.all(is_greedy), lambda: greedy, lambda: jnp.where(is_greedy, greedy, draw(logits, rows)))

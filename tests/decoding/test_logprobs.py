@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from llm_infer.decoding.logprobs import logprobs_of
-from llm_infer.decoding.top_tokens import top_tokens
+from llm_infer.decoding.top_tokens import top_token, top_tokens
+
+
+@pytest.mark.parametrize("vocab", [3, 256, 1000])
+def test_top_token_equals_argmax(vocab: int) -> None:
+    """With ties within and across blocks, impossible tokens, and nothing possible at all."""
+    logits = np.random.default_rng(vocab).integers(-3, 3, (40, vocab)).astype(np.float32)
+    logits[::2] = -np.inf
+    logits[2::4, -2:] = 1.0
+    found = jax.jit(top_token)(jnp.asarray(logits))
+    np.testing.assert_array_equal(found, logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("vocab", "count"), [(7, 7), (300, 20), (5000, 20), (5037, 33)])
