@@ -37,6 +37,12 @@ Seed = Annotated[int | None, typer.Option(help="Makes random draws repeatable.")
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's context.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights of an architecture of `models`.")]
 Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations and bfloat16 pages, on CPUs.")]
+Dtype = Annotated[
+    str, typer.Option(help="Of weights and activations: auto (float32 on CPUs, else bfloat16), float32 …")
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -61,7 +67,9 @@ def generate(
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
     load_format: LoadFormat = "auto",
+    dtype: Dtype = "auto",
     precision: Precision = "exact",
+    config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
@@ -80,7 +88,10 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
-    llm = _interactive_llm(model, max_model_len, load_format, precision)
+    arguments = _engine_arguments(
+        config, max_model_len=max_model_len, load_format=load_format, dtype=dtype, precision=precision
+    )
+    llm = _interactive_llm(model, arguments)
     ids = llm.tokenizer.encode(text)
     if not raw and llm.tokenizer.chat_template is not None:
         ids = llm.chat_prompt([{"role": "user", "content": text}])
@@ -101,12 +112,16 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
+    dtype: Dtype = "auto",
     precision: Precision = "exact",
+    config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
     """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = _interactive_llm(model, max_model_len, precision=precision)
+    llm = _interactive_llm(
+        model, _engine_arguments(config, max_model_len=max_model_len, dtype=dtype, precision=precision)
+    )
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     llm.chat_prompt([*start, {"role": "user", "content": "hello"}])  # a model without a template fails here, not later
     messages = list(start)
@@ -284,18 +299,22 @@ def _structured(schema_file: str | None) -> StructuredOutputsParams | None:
         raise UserError(f"--json-schema {schema_file}: {error}") from None
 
 
-def _interactive_llm(model: str, max_model_len: int | None, load_format: str = "auto", precision: str = "exact") -> LLM:
+def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:
     """An engine for one user: one sequence at a time, so that few rows are computed and little memory is taken."""
     from llm_infer.llm import LLM
 
-    return LLM(
-        model,
-        max_model_len=max_model_len,
-        max_num_seqs=1,
-        max_num_batched_tokens=512,
-        load_format=load_format,
-        precision=precision,
-    )
+    return LLM(model, **{"max_num_seqs": 1, "max_num_batched_tokens": 512, **arguments})
+
+
+FLAG_DEFAULTS = {"load_format": "auto", "dtype": "auto", "precision": "exact"}
+
+
+def _engine_arguments(config: str | None, **flags: Any) -> dict[str, Any]:
+    """Arguments of `LLM` from the file of `--config`, and over them the flags that were given."""
+    from llm_infer.engine_arguments import read_engine_arguments
+
+    arguments = {} if config is None else read_engine_arguments(config)
+    return arguments | {name: value for name, value in flags.items() if value != FLAG_DEFAULTS.get(name)}
 
 
 def _standard_input() -> str:

@@ -50,10 +50,12 @@ class LLM:
             the same, a stream gets so many tokens at once.
         seed: seeds requests without a seed of their own.
         fused_qkv: store query, key and value projections as one matrix.
+        dtype: type of weights and activations: "float32", "bfloat16" or "float16"; "auto" is float32 on CPUs, where weights
+            then stay as the file has them, and bfloat16 on accelerators.
         precision: "exact" computes in float32 with the file's weights; "fast" also rounds activations to int8 before
             they meet 4-bit weights, and keeps bfloat16 pages, on CPUs with the native kernels.
         kv_cache_dtype: type of keys and values in the pages: "float32", "bfloat16" or "float16"; "auto" follows
-            `precision`.
+            `dtype` and `precision`.
         overlap: prepare the next step on the host while the device runs one.
         speculative_config: propose tokens that one step checks together, for the same output in fewer steps:
             `{"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}` proposes
@@ -81,6 +83,7 @@ class LLM:
         num_scheduler_steps: int = 1,
         seed: int = 0,
         fused_qkv: bool = True,
+        dtype: str = "auto",
         precision: str = "exact",
         kv_cache_dtype: str = "auto",
         overlap: bool = True,
@@ -112,6 +115,7 @@ class LLM:
             model,
             load_format=load_format,
             fused_qkv=fused_qkv,
+            dtype=dtype,
             precision=precision,
             progress=self._progress,
             max_model_len=max_model_len,

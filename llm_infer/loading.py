@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jax.typing import DTypeLike
+
 from llm_infer.errors import ModelError, UserError
-from llm_infer.models.load import LoadedModel, dummy_model, dummy_source, load_model, save_model, stored_precision
+from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, dummy_source, load_model, save_model
 from llm_infer.models.registry import family
 from llm_infer.text.byte_tokenizer import byte_tokenizer
 from llm_infer.text.tokenizer import Tokenizer
@@ -24,25 +26,26 @@ def load(
     fused_qkv: bool,
     precision: str,
     progress: Progress,
+    dtype: str = "auto",
     max_model_len: int | None = None,
 ) -> tuple[Tokenizer, LoadedModel]:
     """Tokenizer and model of a name as for `LLM`. A `max_model_len` that the model cannot have fails before weights are read.
 
     Raises:
-        UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, or `precision` is not
-            to be had here.
+        UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, `dtype` is no type of
+            weights, or `precision` is not to be had here.
     """
-    stored = stored_precision(precision)
+    compute, stored = compute_dtype(dtype, precision)
     if load_format not in LOAD_FORMATS:
         raise UserError(f"load_format={load_format!r}: expected one of {', '.join(LOAD_FORMATS)}")
     if load_format == "dummy":
-        return _dummy(name, fused_qkv, stored)
+        return _dummy(name, fused_qkv, compute, stored)
     opened = open_model(resolve(name, progress=progress))
     module = family(opened.config)  # an unknown architecture is the first thing to hear of
     if opened.checkpoint is None:  # whose configuration is read with the weights, which are mapped
         module.config(opened.config, fused_qkv=fused_qkv).check_context(max_model_len)
     tokenizer = _tokenizer(opened)
-    model = load_model(opened, fused_qkv=fused_qkv, stored=stored, progress=progress)
+    model = load_model(opened, dtype=compute, fused_qkv=fused_qkv, stored=stored, progress=progress)
     opened.tensors.close()
     return tokenizer, model
 
@@ -74,13 +77,13 @@ def convert(source: str, destination: str | Path, *, dtype: str = "float32", pro
     return path
 
 
-def _dummy(name: str, fused_qkv: bool, stored: str | None) -> tuple[Tokenizer, LoadedModel]:
+def _dummy(name: str, fused_qkv: bool, dtype: DTypeLike, stored: str | None) -> tuple[Tokenizer, LoadedModel]:
     """A model of random weights, with the tokenizer of its directory where there is one."""
     values, directory = dummy_source(name)
     config = family(values).config(values, fused_qkv=fused_qkv)
     if directory is not None and (directory / "tokenizer.json").is_file():
-        return Tokenizer.from_hf_directory(directory), dummy_model(config, stored=stored)
-    return byte_tokenizer(config.vocab_size), dummy_model(config, stored=stored)
+        return Tokenizer.from_hf_directory(directory), dummy_model(config, dtype, stored=stored)
+    return byte_tokenizer(config.vocab_size), dummy_model(config, dtype, stored=stored)
 
 
 def _tokenizer(opened: OpenModel) -> Tokenizer:

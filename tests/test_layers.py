@@ -34,6 +34,7 @@ HOST = (
         "llm_infer/decoding/speculative.py",
         "llm_infer/decoding/structured.py",
         "llm_infer/decoding/token_rules.py",
+        "llm_infer/planner/cost.py",
         "pallas_kernels/paged_attention/plan.py",
     ),
 )
@@ -41,8 +42,10 @@ HOST = (
 # Lower layers may not import higher ones; a module may import from its own layer and from those after it.
 ORDER = (
     ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py", "llm_infer/kernel_report.py"),
+    ("llm_infer/engine_arguments.py",),
     ("llm_infer/llm.py", "llm_infer/tracking.py"),
     ("llm_infer/loading.py",),
+    ("llm_infer/planner/",),
     ("llm_infer/engine/",),
     ("llm_infer/models/", "llm_infer/text/"),
     ("llm_infer/weights/", "llm_infer/scheduler/", "llm_infer/decoding/"),

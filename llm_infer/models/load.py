@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -25,7 +24,7 @@ from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.orbax_checkpoint import Checkpoint
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.sources import OpenModel, read_json
-from pallas_kernels import cpu_ffi
+from pallas_kernels import cpu_ffi, dispatch
 from pallas_kernels.quant_matmul import FORMATS, PRECISIONS
 
 
@@ -65,7 +64,7 @@ def load_model(
         dtype: type of parameters and activations.
         fused_qkv: one matrix for query, key and value projections; a file that holds them in blocks of different
             kinds has three all the same when `stored` keeps them so.
-        stored: keep matrices in the form of the file and multiply with them in this precision (see `stored_precision`);
+        stored: keep matrices in the form of the file and multiply with them in this precision (see `compute_dtype`);
             None reads values of `dtype`.
         progress: reports what is read.
 
@@ -95,18 +94,32 @@ def load_model(
     return LoadedModel(config, definition, params, jnp.dtype(dtype))
 
 
-def stored_precision(precision: str) -> str | None:
-    """`precision` where this platform's kernels multiply with weights in the form of the file, else None.
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def compute_dtype(dtype: str, precision: str) -> tuple[jnp.dtype, str | None]:
+    """The type of parameters and activations on this platform, and `precision` where native kernels multiply with weights
+    in the form of the file, else None.
+
+    Args:
+        dtype: one of COMPUTE_DTYPES, or "auto": float32 on CPUs, bfloat16 elsewhere.
+        precision: one of PRECISIONS.
 
     Raises:
-        UserError: it is no precision, or one that needs those kernels.
+        UserError: no such type or precision, or one that needs those kernels where they cannot run.
     """
+    if dtype != "auto" and dtype not in COMPUTE_DTYPES:
+        raise UserError(f"dtype={dtype!r}: expected auto, {', '.join(COMPUTE_DTYPES)}")
     if precision not in PRECISIONS:
         raise UserError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-    reason = cpu_ffi.why_not() if jax.default_backend() == "cpu" else f"does not run on {jax.default_backend()}"
+    platform, _ = dispatch.target()
+    reason = cpu_ffi.why_not() if platform == "cpu" else f"does not run on {platform}"
+    if dtype not in ("auto", "float32"):
+        reason = f"dtype={dtype} is not float32"
     if reason is not None and precision != "exact":
         raise UserError(f"precision={precision!r} needs the native CPU kernels, which are not usable: {reason}")
-    return precision if reason is None else None
+    chosen = ("float32" if platform == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    return jnp.dtype(chosen), precision if reason is None else None
 
 
 def _kinds_without_kernel(opened: OpenModel) -> list[str]:

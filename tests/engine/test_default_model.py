@@ -11,7 +11,7 @@ import pytest
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.runner import Runner
-from llm_infer.models.load import LoadedModel, load_model, stored_precision
+from llm_infer.models.load import LoadedModel, compute_dtype, load_model
 from llm_infer.scheduler.request import Request
 from llm_infer.scheduler.scheduler import Scheduler
 from llm_infer.weights.sources import open_model, resolve
@@ -30,7 +30,7 @@ MOST_FORCED = int((GOLDENS.margins < 2e-3).sum())
 @pytest.fixture(scope="module")
 def model(default_gguf: Path) -> LoadedModel:
     """As `LLM` loads it: in the blocks of the file where kernels multiply with them."""
-    return load_model(open_model(resolve(str(default_gguf))), stored=stored_precision("exact"))
+    return load_model(open_model(resolve(str(default_gguf))), stored=compute_dtype("auto", "exact")[1])
 
 
 @pytest.fixture(scope="module")

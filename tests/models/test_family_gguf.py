@@ -11,7 +11,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
-from llm_infer.models.load import load_model, stored_precision
+from llm_infer.models.load import compute_dtype, load_model
 from llm_infer.quant import StoredWeights
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import SafetensorsSource
@@ -115,7 +115,7 @@ def values_in_more_bits(tensor: str) -> str:
     return "Q8_0" if "attn_v" in tensor else "F16" if "ffn_down" in tensor else "Q4_1"
 
 
-@pytest.mark.skipif(stored_precision("exact") is None, reason="needs the native CPU kernels")
+@pytest.mark.skipif(compute_dtype("auto", "exact")[1] is None, reason="needs the native CPU kernels")
 @pytest.mark.parametrize(
     ("name", "architecture", "kind"),
     [
@@ -140,7 +140,7 @@ def test_weights_that_stay_in_their_blocks_compute_the_same(
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(stored_precision("exact") is None, reason="needs the native CPU kernels")
+@pytest.mark.skipif(compute_dtype("auto", "exact")[1] is None, reason="needs the native CPU kernels")
 def test_a_type_without_a_kernel_is_read_and_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "model.gguf", "qwen2_gqa", "qwen2", lambda name: "Q5_0" if "ffn_up" in name else "Q4_0")
     opened, shown = open_model(resolve(str(tmp_path / "model.gguf"))), StringIO()
@@ -151,7 +151,7 @@ def test_a_type_without_a_kernel_is_read_and_named(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(stored_precision("exact") is None, reason="needs the native CPU kernels")
+@pytest.mark.skipif(compute_dtype("auto", "exact")[1] is None, reason="needs the native CPU kernels")
 def test_dense_weights_go_to_the_same_kernels(tmp_path: Path) -> None:
     source = open_model(resolve(str(FOLDER / "llama_gqa")))
     stored, read = load_model(source, stored="exact"), load_model(source)

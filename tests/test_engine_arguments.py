@@ -1,0 +1,48 @@
+"""Engine arguments from files: every committed one is accepted, every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llm_infer.cli import _engine_arguments
+from llm_infer.engine_arguments import VLLM_NAMES, argument_names, read_engine_arguments
+from llm_infer.errors import UserError
+
+SERVING = sorted((Path(__file__).parent.parent / "configs" / "serving").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", SERVING, ids=lambda path: path.stem)
+def test_committed_files_hold_arguments(path: Path) -> None:
+    assert set(read_engine_arguments(path)) <= set(argument_names())
+
+
+def test_flags_go_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('max-num-seqs = 4\nblock-size = 32\nprecision = "fast"\ndtype = "float32"\n')
+    found = _engine_arguments(str(file), precision="exact", dtype="bfloat16", max_model_len=None)
+    assert found == {"max_num_seqs": 4, "page_size": 32, "precision": "fast", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("max-num-seq = 4", "did you mean max-num-seqs?"),
+        ("colour = 1", "known are max_model_len"),
+        ("block-size = 16\npage-size = 16", "page_size is set twice"),
+        ("model = ", "Invalid value"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"--config .*x\.toml") as caught:
+        read_engine_arguments(file)
+    assert said in str(caught.value)
+    with pytest.raises(UserError, match="No such file"):
+        read_engine_arguments(tmp_path / "missing.toml")
+
+
+def test_names_of_vllm_lead_to_arguments() -> None:
+    assert set(VLLM_NAMES.values()) - {"memory_utilization"} <= set(argument_names())
