@@ -74,6 +74,7 @@ class Choice:
 _ATTENTION = (
     Implementation("cpu", "pallas_kernels.paged_attention.cpu", ("cpu",), ("llvmlite",)),
     Implementation("gpu_triton", "pallas_kernels.paged_attention.gpu_triton", ("gpu",)),
+    Implementation("tpu", "pallas_kernels.paged_attention.tpu", ("tpu",)),
     Implementation("xla", "pallas_kernels.paged_attention.xla"),
     Implementation("reference", "pallas_kernels.paged_attention.reference"),
 )
@@ -85,6 +86,7 @@ _QUANT_MATMUL = (
 _COPY_PAGES = (
     Implementation("cpu", "pallas_kernels.paged_attention.cpu", ("cpu",), ("llvmlite",)),
     Implementation("gpu_triton", "pallas_kernels.paged_attention.gpu_copy", ("gpu",)),
+    Implementation("tpu", "pallas_kernels.paged_attention.tpu_copy", ("tpu",)),
     Implementation("xla", "pallas_kernels.paged_attention.copy_pages"),
 )
 

@@ -1,8 +1,15 @@
-"""The layout of the KV pool and the cast of K and V to and from its dtype.
+"""The layouts of the KV pool and the cast of K and V to and from its dtype.
 
-Every layout has layers on axis 0 and pages on axis 1; what follows belongs to the backend, and nothing outside
-`pallas_kernels` indexes into it. There is one layout so far, the plain one: [L, P, 2, Hkv, C, D], K before V, where the
-C tokens of one head of a page lie together, so that a page's K of a head is one [C, D] block.
+Every layout has layers on axis 0, pages on axis 1 and heads on axis 3; what follows belongs to the backend, and nothing
+outside `pallas_kernels` indexes into it. There are two:
+
+- plain [L, P, 2, Hkv, C, D], on CPU and GPU: K before V, and the C tokens of one head of a page lie together, so that a
+  page's K of a head is one [C, D] block.
+- tpu [L, P, C, W, K, Dp]: tokens are outermost and outside the tiled axes, so that a DMA can move any run of tokens and
+  write one without reading its neighbours. K = 4 bytes / item size numbers share a 32-bit word of a lane, W words make a
+  token, and Dp is D rounded up to 128 lanes. Entry i of a token is number i % K of word i // K. With D > 64 entries 2h
+  and 2h + 1 are K and V of head h; with D <= 64 entry h holds both, K from lane 0 and V from lane 64. What is left over
+  is 0 or, in pages that nobody wrote, anything.
 """
 
 from __future__ import annotations
@@ -14,6 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from pallas_kernels.dispatch import Case
+
+LANES = 128
+HALF_LANES = LANES // 2  # heads up to this size have K and V side by side on the lanes of the TPU layout
+
 # uint16 holds the bits of bfloat16 numbers, see kv_pool_dtype.
 POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 
@@ -24,7 +36,7 @@ def kv_pool_shape(
     """Shape of the KV pool on a platform, page 0 (the null page) included.
 
     Args:
-        platform: cpu, gpu or tpu. All three have the plain layout [L, P, 2, Hkv, C, D].
+        platform: cpu or gpu (plain layout), or tpu.
         num_layers: L.
         num_pages: P; at least 2, for page 0 never holds a sequence's tokens.
         page_size: C, tokens per page.
@@ -45,7 +57,16 @@ def kv_pool_shape(
             raise ValueError(f"{name} is {size}, expected at least 1")
     if num_pages < 2:
         raise ValueError(f"num_pages is {num_pages}, expected at least 2 (page 0 is the null page)")
+    if platform == "tpu":
+        return (num_layers, num_pages, page_size, *token_shape(num_kv_heads, head_dim, np.dtype(dtype).itemsize))
     return (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim)
+
+
+def token_shape(num_kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
+    """(W, K, Dp) of one token in the TPU layout, for numbers of `itemsize` bytes."""
+    packing = 4 // itemsize
+    entries = num_kv_heads if head_dim <= HALF_LANES else 2 * num_kv_heads
+    return -(-entries // packing), packing, -(-head_dim // LANES) * LANES
 
 
 def kv_pool_dtype(platform: str, dtype: Any) -> np.dtype:
@@ -58,11 +79,78 @@ def kv_pool_dtype(platform: str, dtype: Any) -> np.dtype:
     return np.dtype(np.uint16) if platform == "cpu" and np.dtype(dtype).name == "bfloat16" else np.dtype(dtype)
 
 
+def is_tpu_layout(shape: tuple[int, ...], num_kv_heads: int, head_dim: int, itemsize: int) -> bool:
+    """Whether `shape` is a pool of the TPU layout for these heads."""
+    return len(shape) == 6 and shape[3:] == token_shape(num_kv_heads, head_dim, itemsize)
+
+
 def why_not_plain(shape: tuple[int, ...], num_kv_heads: int, head_dim: int) -> str | None:
     """None where `shape` is a pool of the plain layout for these heads, else what is wrong with it."""
     if len(shape) == 6 and shape[2:4] == (2, num_kv_heads) and shape[5] == head_dim:
         return None
     return f"needs pages of shape [L, P, 2, Hkv={num_kv_heads}, C, D={head_dim}], found {list(shape)}"
+
+
+def why_not_any_layout(case: Case) -> str | None:
+    """None where the case's pool has one of the two layouts, else what is wrong with it."""
+    shape, (num_kv_heads, head_dim) = case.shapes["pages"], case.shapes["k_new"][1:]
+    itemsize = itemsize_of(case.dtypes["pages"])
+    if is_tpu_layout(shape, num_kv_heads, head_dim, itemsize) or why_not_plain(shape, num_kv_heads, head_dim) is None:
+        return None
+    words, packing, lanes = token_shape(num_kv_heads, head_dim, itemsize)
+    return (
+        f"needs pages of shape [L, P, 2, Hkv={num_kv_heads}, C, D={head_dim}] or, for TPU, "
+        f"[L, P, C, {words}, {packing}, {lanes}], found {list(shape)}"
+    )
+
+
+def itemsize_of(dtype_name: str) -> int:
+    """Bytes of a number of one of POOL_DTYPES, by name."""
+    return {"float32": 4, "bfloat16": 2, "uint16": 2, "float16": 2}.get(dtype_name, 1)
+
+
+def pack_tokens(k: Any, v: Any) -> Any:
+    """K and V [..., Hkv, D] of tokens, in the page dtype, as the TPU layout stores them: [..., W, K, Dp].
+
+    Takes and gives numpy or JAX arrays.
+    """
+    xp = np if isinstance(k, np.ndarray) else jnp
+    *lead, num_kv_heads, head_dim = k.shape
+    words, packing, lanes = token_shape(num_kv_heads, head_dim, k.dtype.itemsize)
+    half = HALF_LANES if head_dim <= HALF_LANES else lanes
+    no_pad = [(0, 0)] * (len(lead) + 1)
+    k, v = (xp.pad(x, (*no_pad, (0, half - head_dim))) for x in (k, v))
+    if head_dim <= HALF_LANES:
+        entries = xp.concatenate([k, v], axis=-1)
+    else:
+        entries = xp.stack([k, v], axis=-2).reshape(*lead, 2 * num_kv_heads, lanes)
+    left_over = words * packing - entries.shape[-2]
+    entries = xp.pad(entries, (*no_pad[1:], (0, left_over), (0, 0)))
+    return entries.reshape(*lead, words, packing, lanes)
+
+
+def unpack_tokens(stored: Any, num_kv_heads: int, head_dim: int) -> tuple[Any, Any]:
+    """The inverse of `pack_tokens`: K and V [..., Hkv, D]."""
+    lead, lanes = stored.shape[:-3], stored.shape[-1]
+    entries = stored.reshape(*lead, -1, lanes)
+    if head_dim <= HALF_LANES:
+        entries = entries[..., :num_kv_heads, :]
+        return entries[..., :head_dim], entries[..., HALF_LANES : HALF_LANES + head_dim]
+    entries = entries[..., : 2 * num_kv_heads, :].reshape(*lead, num_kv_heads, 2, lanes)
+    return entries[..., 0, :head_dim], entries[..., 1, :head_dim]
+
+
+def plain_to_tpu(pages: np.ndarray) -> np.ndarray:
+    """A plain pool [L, P, 2, Hkv, C, D] (or any pages [..., 2, Hkv, C, D]) in the TPU layout."""
+    k, v = (np.moveaxis(pages[..., i, :, :, :], -3, -2) for i in range(2))
+    return pack_tokens(k, v)
+
+
+def tpu_to_plain(pages: Any, num_kv_heads: int, head_dim: int) -> Any:
+    """Pages [..., C, W, K, Dp] of the TPU layout in the plain one: [..., 2, Hkv, C, D]."""
+    xp = np if isinstance(pages, np.ndarray) else jnp
+    k, v = unpack_tokens(pages, num_kv_heads, head_dim)
+    return xp.stack([xp.moveaxis(x, -3, -2) for x in (k, v)], axis=-4)
 
 
 def to_page_dtype(x: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:

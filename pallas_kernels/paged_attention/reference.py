@@ -7,13 +7,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Case
-from pallas_kernels.paged_attention.pages import from_page_dtype, to_page_dtype, why_not_plain
+from pallas_kernels.paged_attention.pages import (
+    from_page_dtype,
+    is_tpu_layout,
+    pack_tokens,
+    to_page_dtype,
+    tpu_to_plain,
+    why_not_any_layout,
+)
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 
 def why_not(case: Case) -> str | None:
     """Runs everywhere; it reads whole block tables, so it is for tests."""
-    return why_not_plain(case.shapes["pages"], case.shapes["k_new"][1], case.shapes["k_new"][2])
+    return why_not_any_layout(case)
 
 
 def paged_attention(
@@ -32,19 +39,28 @@ def paged_attention(
     v_scale: jax.Array | float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.paged_attention`. Does not look at the work list. Padding rows give 0."""
-    num_heads, (num_kv_heads, head_dim), page_size = q.shape[1], k_new.shape[1:], pages.shape[4]
+    num_heads, (num_kv_heads, head_dim) = q.shape[1], k_new.shape[1:]
     num_sequences = plan.kv_len.shape[0]
+    on_tpu = is_tpu_layout(pages.shape, num_kv_heads, head_dim, pages.dtype.itemsize)
+    page_size = pages.shape[2 if on_tpu else 4]
 
     page, offset = plan.write_slot // page_size, plan.write_slot % page_size
-    pages = pages.at[layer, page, 0, :, offset].set(to_page_dtype(k_new, k_scale, pages.dtype))
-    pages = pages.at[layer, page, 1, :, offset].set(to_page_dtype(v_new, v_scale, pages.dtype))
+    k_stored, v_stored = to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype)
+    if on_tpu:
+        pages = pages.at[layer, page, offset].set(pack_tokens(k_stored, v_stored))
+    else:
+        pages = pages.at[layer, page, 0, :, offset].set(k_stored)
+        pages = pages.at[layer, page, 1, :, offset].set(v_stored)
 
     def one_row(row: jax.Array) -> jax.Array:
         is_token = row < plan.q_start[num_sequences]
         seq = jnp.minimum(jnp.searchsorted(plan.q_start, row, side="right") - 1, num_sequences - 1)
         position = plan.kv_len[seq] - plan.q_start[seq + 1] + row
 
-        tokens = from_page_dtype(pages[layer, plan.block_tables[seq]])  # [B, 2, Hkv, C, D]
+        stored = pages[layer, plan.block_tables[seq]]
+        if on_tpu:
+            stored = tpu_to_plain(stored, num_kv_heads, head_dim)
+        tokens = from_page_dtype(stored)  # [B, 2, Hkv, C, D]
         tokens = tokens.transpose(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, head_dim)
         key_position = jnp.arange(tokens.shape[2], dtype=jnp.int32)
         visible = key_position <= position

@@ -15,7 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Case
-from pallas_kernels.paged_attention.pages import from_page_dtype, to_page_dtype, why_not_plain
+from pallas_kernels.paged_attention.pages import (
+    from_page_dtype,
+    is_tpu_layout,
+    pack_tokens,
+    to_page_dtype,
+    tpu_to_plain,
+    why_not_any_layout,
+)
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 # Keys per step of the inner loop: 128 amortise the cost of a loop step and waste little on the last, partly used chunk.
@@ -26,8 +33,8 @@ MASKED = -1e30  # first running maximum: finite, so that a fully masked chunk gi
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on every platform, on the plain page layout."""
-    return why_not_plain(case.shapes["pages"], case.shapes["k_new"][1], case.shapes["k_new"][2])
+    """Runs on every platform, on every page layout."""
+    return why_not_any_layout(case)
 
 
 def paged_attention(
@@ -47,12 +54,15 @@ def paged_attention(
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
     k_new, v_new = to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype)
-    pages = _write(jnp.stack([k_new, v_new], axis=1), pages, plan, layer)
+    pages = _write(k_new, v_new, pages, plan, layer)
     query = q.astype(jnp.float32) * (scale if k_scale is None else scale * jnp.asarray(k_scale, jnp.float32))
 
     def attend(rows: int, begin: jax.Array, end: jax.Array, out: jax.Array) -> jax.Array:
         def body(item: jax.Array, out: jax.Array) -> jax.Array:
-            return _attend_item(plan.items[item], rows, query, pages, plan, out, layer, window, softcap, sinks)
+            kv_heads = k_new.shape[1]
+            return _attend_item(
+                plan.items[item], rows, query, kv_heads, pages, plan, out, layer, window, softcap, sinks
+            )
 
         return lax.fori_loop(begin, end, body, out)
 
@@ -64,14 +74,20 @@ def paged_attention(
     return out.astype(q.dtype), pages
 
 
-def _write(kv: jax.Array, pages: jax.Array, plan: AttentionPlan, layer: jax.Array | int) -> jax.Array:
-    """Put the new rows kv [T, 2, Hkv, D] into the pool, in place. Padding rows are left out altogether."""
-    page_size = jnp.int32(pages.shape[4])
+def _write(
+    k_new: jax.Array, v_new: jax.Array, pages: jax.Array, plan: AttentionPlan, layer: jax.Array | int
+) -> jax.Array:
+    """Put the new rows [T, Hkv, D] into the pool, in place. Padding rows are left out altogether."""
+    on_tpu = is_tpu_layout(pages.shape, *k_new.shape[1:], pages.dtype.itemsize)
+    page_size = jnp.int32(pages.shape[2 if on_tpu else 4])
+    rows = pack_tokens(k_new, v_new) if on_tpu else jnp.stack([k_new, v_new], axis=1)[..., None, :]
 
     def write_row(row: jax.Array, pages: jax.Array) -> jax.Array:
         slot = plan.write_slot[row]
-        at = (layer, lax.div(slot, page_size), 0, 0, lax.rem(slot, page_size), 0)
-        return lax.dynamic_update_slice(pages, kv[row][None, None, :, :, None], at)
+        page, offset = lax.div(slot, page_size), lax.rem(slot, page_size)
+        if on_tpu:
+            return lax.dynamic_update_slice(pages, rows[row][None, None, None], (layer, page, offset, 0, 0, 0))
+        return lax.dynamic_update_slice(pages, rows[row][None, None], (layer, page, 0, 0, offset, 0))
 
     num_rows = plan.q_start[plan.q_start.shape[0] - 1]
     return lax.fori_loop(jnp.zeros_like(num_rows), num_rows, write_row, pages)
@@ -81,6 +97,7 @@ def _attend_item(
     item: jax.Array,
     rows: int,
     query: jax.Array,
+    num_kv_heads: int,
     pages: jax.Array,
     plan: AttentionPlan,
     out: jax.Array,
@@ -91,7 +108,8 @@ def _attend_item(
 ) -> jax.Array:
     """Attend for one item of up to `rows` rows and put its rows into out [T, Hq, D]; query is float32 and scaled."""
     num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads, page_size = pages.shape[3:5]
+    on_tpu = is_tpu_layout(pages.shape, num_kv_heads, head_dim, pages.dtype.itemsize)
+    page_size = pages.shape[2 if on_tpu else 4]
     group = num_heads // num_kv_heads
     chunk_pages = max(1, min(MAX_CHUNK_PAGES, CHUNK_KEYS // page_size, plan.block_tables.shape[1]))
     chunk_keys = chunk_pages * page_size
@@ -121,7 +139,7 @@ def _attend_item(
         maximum, total, acc = state
         page_index = first_page + index * chunk_pages
         key_position = page_index * page_size + jnp.arange(chunk_keys, dtype=jnp.int32)
-        k, v = _load_chunk(pages, plan.block_tables, layer, seq, page_index, chunk_pages)
+        k, v = _load_chunk(pages, plan.block_tables, layer, seq, page_index, chunk_pages, num_kv_heads, head_dim)
         # Slots that no row of this item sees may hold anything, NaN included, and 0 * NaN is NaN.
         written = (key_position >= oldest_key) & (key_position <= last_position)
         v = jnp.where(written[None, :, None], v, 0.0)
@@ -160,20 +178,32 @@ def _attend_item(
 
 
 def _load_chunk(
-    pages: jax.Array, block_tables: jax.Array, layer: jax.Array | int, seq: jax.Array, page_index: jax.Array, count: int
+    pages: jax.Array,
+    block_tables: jax.Array,
+    layer: jax.Array | int,
+    seq: jax.Array,
+    page_index: jax.Array,
+    count: int,
+    num_kv_heads: int,
+    head_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
     """K and V [Hkv, count * C, D] float32 of `count` pages, from page_index in the block table of `seq`.
 
     One slice per page and a concatenation: XLA:CPU copies whole rows of a page so, and copies element by element in a
     gather, at half the speed. Indices past the table's end give its last page; the caller masks those keys.
     """
-    num_kv_heads, page_size, head_dim = pages.shape[3:]
     table = block_tables[seq]
     last = jnp.int32(block_tables.shape[1] - 1)
     ids = [table[jnp.minimum(page_index + offset, last)] for offset in range(count)]
 
+    if is_tpu_layout(pages.shape, num_kv_heads, head_dim, pages.dtype.itemsize):
+        size = (1, 1, *pages.shape[2:])
+        tokens = jnp.concatenate([lax.dynamic_slice(pages, (layer, page, 0, 0, 0, 0), size)[0, 0] for page in ids])
+        k, v = tpu_to_plain(tokens, num_kv_heads, head_dim)
+        return from_page_dtype(k), from_page_dtype(v)
+
     def side(which: int) -> jax.Array:
-        size = (1, 1, 1, num_kv_heads, page_size, head_dim)
+        size = (1, 1, 1, num_kv_heads, *pages.shape[4:])
         parts = [lax.dynamic_slice(pages, (layer, page, which, 0, 0, 0), size)[0, 0, 0] for page in ids]
         return from_page_dtype(jnp.concatenate(parts, axis=1))
 

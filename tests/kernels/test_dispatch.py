@@ -73,7 +73,10 @@ def test_bad_arguments_are_named(changes, message):
 
 def test_kv_pool_shape():
     sizes = dict(num_layers=2, num_pages=5, page_size=16, num_kv_heads=3, head_dim=64, dtype=jnp.float32)
-    assert kv_pool_shape("cpu", **sizes) == (2, 5, 2, 3, 16, 64)
+    assert kv_pool_shape("cpu", **sizes) == kv_pool_shape("gpu", **sizes) == (2, 5, 2, 3, 16, 64)
+    assert kv_pool_shape("tpu", **sizes) == (2, 5, 16, 3, 1, 128)  # K and V of a head of 64 share the lanes
+    assert kv_pool_shape("tpu", **{**sizes, "head_dim": 80, "dtype": "bfloat16"}) == (2, 5, 16, 3, 2, 128)
+    assert kv_pool_shape("tpu", **{**sizes, "head_dim": 256, "dtype": "int8"}) == (2, 5, 16, 2, 4, 256)
     for wrong, message in (
         (dict(num_pages=1), "num_pages"),
         (dict(page_size=0), "page_size"),
@@ -99,8 +102,9 @@ def test_copy_pages_checks_its_arguments():
 
 def test_dispatch_table_and_overrides():
     shapes = {"pages": (2, 5, 2, 3, 16, 64), "k_new": (8, 3, 64)}
-    case = dispatch.Case("cpu", "cpu", shapes, {})
-    other_layout = dispatch.Case("cpu", "cpu", {**shapes, "pages": (2, 5, 3)}, {})
+    dtypes = {"pages": "float32"}
+    case = dispatch.Case("cpu", "cpu", shapes, dtypes)
+    other_layout = dispatch.Case("cpu", "cpu", {**shapes, "pages": (2, 5, 3)}, dtypes)
     table = {row.name for row in dispatch.IMPLEMENTATIONS["paged_attention"]}
     assert {"xla", "reference"} <= table
 
@@ -122,6 +126,6 @@ def test_dispatch_table_and_overrides():
 
     row = dispatch.Implementation("far", "no.such.module", platforms=("tpu",), requires=("no_such_package_xyz",))
     assert row.why_not(case) == "runs on tpu, not on cpu"
-    on_tpu = dispatch.Case("tpu", "TPU v5 lite", shapes, {})
+    on_tpu = dispatch.Case("tpu", "TPU v5 lite", shapes, dtypes)
     assert "needs the package no_such_package_xyz" in (row.why_not(on_tpu) or "")
     assert dispatch.target() == ("cpu", "cpu")

@@ -1,0 +1,98 @@
+"""Prefill chunks and speculated tokens on TPU: attention of several rows of a sequence to one block of tokens.
+
+The queries of a KV head are a matrix of [rows, group] folded into rows; it is cut into tiles. Heads are walked in a loop,
+those that share a word of the pages together. State: `many_*` [heads, rows * group, lanes].
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.paged_attention import tpu_softmax as softmax
+from pallas_kernels.paged_attention.pages import HALF_LANES, LANES
+from pallas_kernels.paged_attention.tpu_words import load_entry, load_rows, store_rows
+
+
+def begin(refs: Any, static: Any, slot: jax.Array) -> None:
+    """Set the state before an item's first block."""
+    del slot
+    for head in range(refs.many_max.shape[0]):
+        if static.sinks:
+            pattern = refs.sinks[pl.ds(head * static.group, static.group), :]
+            refs.many_max[head] = jnp.concatenate([pattern] * (refs.many_max.shape[1] // static.group), axis=0)
+        else:
+            refs.many_max[head] = jnp.full(refs.many_max.shape[1:], softmax.MASKED, jnp.float32)
+        refs.many_sum[head] = jnp.full(refs.many_sum.shape[1:], 1 / LANES if static.sinks else 0.0, jnp.float32)
+        refs.many_acc[head] = jnp.zeros(refs.many_acc.shape[1:], jnp.float32)
+
+
+def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, slot: jax.Array) -> None:
+    """Attend to `tokens` [N, W, K, Dp], the first of which is at `position`; queries are in q buffer `slot`."""
+    packing = tokens.shape[2]
+    entries_per_head = 1 if static.head_dim <= HALF_LANES else 2
+    heads_per_turn = max(1, packing // entries_per_head)
+    words_per_turn = heads_per_turn * entries_per_head // packing
+    num_tiles = pl.cdiv(item.num_rows, static.tile_rows)
+
+    def turn(number: jax.Array, carry: None) -> None:
+        for place in range(heads_per_turn):
+            at_k, at_v = softmax.entries(number * words_per_turn, place, static.head_dim, packing)
+            refs.k_block[: tokens.shape[0], :] = load_entry(tokens, at_k, static.dtype, static.interpret)
+            refs.v_block[: tokens.shape[0], :] = load_entry(tokens, at_v, static.dtype, static.interpret)
+
+            def tile_step(tile: jax.Array, carry: None, head: jax.Array = number * heads_per_turn + place) -> None:
+                _tile(refs, static, item, position, tokens.shape[0], slot, head, tile)
+                return carry
+
+            lax.fori_loop(0, num_tiles, tile_step, None)
+        return carry
+
+    lax.fori_loop(0, -(-static.num_kv_heads // heads_per_turn), turn, None)
+
+
+def _tile(
+    refs: Any,
+    static: Any,
+    item: Any,
+    position: jax.Array,
+    block: int,
+    slot: jax.Array,
+    head: jax.Array,
+    tile: jax.Array,
+) -> None:
+    """One tile of one head's rows and the K and V of that head."""
+    first, rows = tile * static.tile_rows, static.tile_rows * static.group
+    queries = load_rows(refs.q_many.at[slot, head, pl.ds(first, static.tile_rows)], static.interpret)
+    part = pl.ds(pl.multiple_of(first * static.group, rows), rows)
+    scores = softmax.to_scores(
+        softmax.dot(queries.astype(static.dtype), refs.k_block[:block, :], 1), refs.factors[0], static.softcap
+    )
+    row = lax.broadcasted_iota(jnp.int32, (rows, block), 0) // static.group
+    # Query minus key position; rows past the item's last see what they like, nobody reads them.
+    ahead = item.first_position + first - position + row - lax.broadcasted_iota(jnp.int32, (rows, block), 1)
+    visible = ahead >= 0
+    if static.window:
+        visible &= ahead < refs.integers[1]
+    scores = jnp.where(visible, scores, -jnp.inf)
+    weights, correction, maximum, total = softmax.update(
+        scores, refs.many_max[head, part, :], refs.many_sum[head, part, :]
+    )
+    result = softmax.dot(weights.astype(static.dtype), refs.v_block[:block, :], 0)
+    refs.many_acc[head, part, :] = refs.many_acc[head, part, :] * softmax.wide(correction, result.shape[1]) + result
+    refs.many_max[head, part, :], refs.many_sum[head, part, :] = maximum, total
+
+
+def end(refs: Any, static: Any, slot: jax.Array) -> None:
+    """Put the item's result into out buffer `slot`."""
+
+    def one_head(head: jax.Array, carry: None) -> None:
+        result = softmax.normalised(refs.many_acc[head], refs.many_sum[head], refs.factors[1], static.head_dim)
+        store_rows(refs.out_many.at[slot, head], result, static.interpret)
+        return carry
+
+    lax.fori_loop(0, refs.many_acc.shape[0], one_head, None)

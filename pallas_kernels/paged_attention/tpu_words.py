@@ -1,0 +1,105 @@
+"""Views of VMEM that the TPU kernel needs and the interpreter lacks, each beside the twin that stands in for it there.
+
+The TPU keeps numbers under 32 bits packed in words along the second-last axis. Reading a head's K out of tokens that lie
+[W words, K numbers] is a load of every W-th word and a shift; folding [rows, G] into rows is no move at all if seen as words.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.paged_attention.pages import LANES
+
+
+def number_of_word(word: jax.Array, index: int, dtype: Any) -> jax.Array:
+    """Number `index` of the packed numbers of each 32-bit word, lowest bits first: uint32 [...] → float32 [...].
+
+    Exact for bfloat16 and int8; for others see `_converted`.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype == jnp.bfloat16:
+        bits = word << jnp.uint32(16) if index == 0 else word & jnp.uint32(0xFFFF0000)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    if dtype == jnp.int8:
+        signed = jax.lax.bitcast_convert_type(word, jnp.int32) << jnp.int32(24 - 8 * index)
+        return (signed >> jnp.int32(24)).astype(jnp.float32)
+    raise ValueError(f"expected words of bfloat16 or int8, found {dtype.name}")
+
+
+def load_entry(tokens: Any, entry: Any, compute_dtype: Any, interpret: bool) -> jax.Array:
+    """Entry `entry` (static, or of the form `word * K + static`) of all tokens: ref [N, W, K, Dp] → [N, Dp].
+
+    Args:
+        tokens: reference to VMEM in the page dtype.
+        entry: (word, number): which word of a token (may be traced) and which number of the word (static).
+        compute_dtype: bfloat16 or float32.
+        interpret: take the twin.
+    """
+    (count, words, packing, lanes), dtype, (word, number) = tokens.shape, tokens.dtype, entry
+    if interpret:
+        return tokens[:, word, number, :].astype(compute_dtype)
+    if packing > 1:
+        tokens = tokens.bitcast(jnp.uint32)
+    flat = tokens.reshape(count * words * (lanes // LANES), LANES)
+    parts = []
+    for part in range(lanes // LANES):
+        start, stride = word * (lanes // LANES) + part, words * (lanes // LANES)
+        loaded = flat[pl.ds(start, count, stride), :] if stride > 1 else flat[...]
+        parts.append(_converted(loaded, number, dtype, compute_dtype))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _converted(loaded: jax.Array, number: int, dtype: Any, compute_dtype: Any) -> jax.Array:
+    """Loaded 32-bit items as numbers: float32 itself, else one of the numbers packed in a word."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return loaded.astype(compute_dtype)
+    if jnp.dtype(dtype) in (jnp.bfloat16, jnp.int8):
+        return number_of_word(loaded, number, dtype).astype(compute_dtype)
+    byte = (loaded >> jnp.uint32(8 * number)).astype(jnp.uint8)  # float8: let the compiler convert
+    return pltpu.bitcast(byte, dtype).astype(jnp.float32).astype(compute_dtype)
+
+
+def load_rows(ref: Any, interpret: bool) -> jax.Array:
+    """[rows, G, Dp] → value [rows * G, Dp]; G is a multiple of the numbers in a word."""
+    rows, group, lanes = ref.shape
+    if interpret:
+        return ref[...].reshape(rows * group, lanes)
+    return pltpu.bitcast(_words_of_rows(ref)[...], ref.dtype) if ref.dtype.itemsize < 4 else _words_of_rows(ref)[...]
+
+
+def store_rows(ref: Any, value: jax.Array, interpret: bool) -> None:
+    """Value [rows * G, Dp] → ref [rows, G, Dp], in the reference's dtype."""
+    value = value.astype(ref.dtype)
+    if interpret:
+        ref[...] = value.reshape(ref.shape)
+    else:
+        _words_of_rows(ref)[...] = pltpu.bitcast(value, jnp.uint32) if ref.dtype.itemsize < 4 else value
+
+
+def _words_of_rows(ref: Any) -> Any:
+    rows, group, lanes = ref.shape
+    packing = 4 // ref.dtype.itemsize
+    words = ref.bitcast(jnp.uint32) if packing > 1 else ref
+    return words.reshape(rows * group // packing, lanes)
+
+
+def fill_with_zero(ref: Any, interpret: bool) -> None:
+    """Set tokens [2, N, W, K, Dp] to 0, whole registers at a time."""
+    if interpret:
+        ref[...] = jnp.zeros(ref.shape, ref.dtype)
+        return
+    words = ref.bitcast(jnp.uint32) if ref.dtype.itemsize < 4 else ref
+    size = words.shape[0] * words.shape[1] * words.shape[2] * words.shape[3] * words.shape[4] // LANES
+    rows = 64 * 8 if size % (64 * 8) == 0 else 8
+    flat = words.reshape(size, LANES)
+
+    def fill(part: jax.Array, carry: None) -> None:
+        flat[pl.ds(pl.multiple_of(part * rows, rows), rows), :] = jnp.zeros((rows, LANES), words.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, size // rows, fill, None)
