@@ -273,6 +273,18 @@ def quality(
     run(model, text, tokens, json_file)
 
 
+@bench.command("kernels")
+def bench_kernels(
+    target: Annotated[str, typer.Option(help="Chip to compile for: v5e, v6e, v5p, tpu7x or sm_90.")],
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """What the compiler for a chip says of each kernel: estimated cycles, bytes, spills. Needs no such chip."""
+    from llm_infer.bench.kernels import run
+
+    run(target, json_file)
+
+
 @bench.command()
 def cache(debug: Debug = False) -> None:
     """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""

@@ -89,12 +89,17 @@ _COPY_PAGES = (
     Implementation("tpu", "pallas_kernels.paged_attention.tpu_copy", ("tpu",)),
     Implementation("xla", "pallas_kernels.paged_attention.copy_pages"),
 )
+_GROUPED_MATMUL = (
+    Implementation("ragged", "pallas_kernels.grouped_matmul.ragged"),
+    Implementation("reference", "pallas_kernels.grouped_matmul.reference"),
+)
 
 # op -> its implementations, the first that can run the case is taken.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "paged_attention": _ATTENTION,
     "copy_pages": _COPY_PAGES,
     "quant_matmul": _QUANT_MATMUL,
+    "grouped_matmul": _GROUPED_MATMUL,
 }
 
 

@@ -149,6 +149,18 @@ BENCHMARKS: dict[str, AttentionCase] = {
     ),
 }
 
+# Serving in bfloat16, for records and timings on accelerators: the attention of Llama-3.1-8B, which is also Qwen3-8B's, and
+# of a model with heads of 64 (Llama-3.2-1B).
+_HEADS_OF_128 = Sizes(32, 8, 128, 64, 64, 64, 64, 64, page_dtype="bfloat16", dtype="bfloat16")
+_HEADS_OF_64 = replace(_HEADS_OF_128, head_dim=64)
+_DECODE, _PREFILL = ((1, 4096),) * 64, ((2048, 2048),)
+PRODUCTION: dict[str, AttentionCase] = {
+    "decode, 64 × 4096 tokens, heads of 128": AttentionCase(_HEADS_OF_128, _DECODE),
+    "decode, 64 × 4096 tokens, heads of 64": AttentionCase(_HEADS_OF_64, _DECODE),
+    "prefill, 2048 tokens, heads of 128": AttentionCase(replace(_HEADS_OF_128, tokens=2048), _PREFILL),
+    "prefill, 2048 tokens, heads of 64": AttentionCase(replace(_HEADS_OF_64, tokens=2048), _PREFILL),
+}
+
 
 def build(
     case: AttentionCase, seed: int = 0, num_layers: int = NUM_LAYERS, layer: int = LAYER, num_pages: int | None = None
