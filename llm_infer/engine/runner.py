@@ -20,6 +20,7 @@ from llm_infer.engine.features import PLAIN, StepFeatures, for_steps
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import page_dtype, release_free_memory
 from llm_infer.engine.multi_step import make_steps
+from llm_infer.engine.platform import here, layer_loop, query_rows
 from llm_infer.engine.slots import SlotTable
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
@@ -28,9 +29,6 @@ from llm_infer.scheduler.request import Sequence
 from llm_infer.scheduler.scheduler import MOST_DRAFTS
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
-
-Q_BLOCK = 32
-"""Query rows of one work item of a prefill."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +106,8 @@ class Runner:
         )
         self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), page_dtype(model, config)))
         self._vocab = model.config.vocab_size
+        self._loop = layer_loop(*here())
+        self._query_rows = query_rows(here()[0], model.config.num_heads // model.config.num_kv_heads)
         self.reset()
         self._keep_logits = keep_logits
         self._programs: dict[tuple[int, StepFeatures], StepProgram] = {}
@@ -128,10 +128,10 @@ class Runner:
         """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
         sequences = min(bucket, max(self.model.smallest_batch, self.max_num_seqs))
         if StepFeatures.STEPS in features:  # a token of each sequence
-            shape = PlanShape(sequences, sequences, self.pages_per_seq, min(Q_BLOCK, sequences))
+            shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self._query_rows, sequences))
             return StepLayout(shape, sequences, self.config.scheduler.num_scheduler_steps)
         draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
-        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(Q_BLOCK, bucket)), draws)
+        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self._query_rows, bucket)), draws)
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
         """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
@@ -147,9 +147,9 @@ class Runner:
             layout = self.layout(bucket, features)
             model = (self.model.definition, self.model.config)
             if StepFeatures.STEPS in features:
-                step = make_steps(*model, layout, features, self.config.cache.page_size)
+                step = make_steps(*model, layout, features, self.config.cache.page_size, loop=self._loop)
             else:
-                step = make_step(*model, layout, features, keep_logits=self._keep_logits)
+                step = make_step(*model, layout, features, loop=self._loop, keep_logits=self._keep_logits)
             packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
             arguments = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.model.params, self.pages, self.last_ids)

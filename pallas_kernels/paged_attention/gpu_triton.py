@@ -73,11 +73,32 @@ def paged_attention(
 
     `blocks` are the sizes to use; None takes what `gpu_blocks` says. `interpret` runs the kernels in Pallas' interpreter.
     """
+    options = dict(window=window, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    static = dict(scale=scale, softcap=softcap, blocks=blocks, interpret=interpret)
+    return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), options, **static)
+
+
+# Jitted so that the layers of an unrolled loop share one trace and one lowering.
+@functools.partial(jax.jit, static_argnames=("scale", "softcap", "blocks", "interpret"))
+def _paged_attention(
+    q: jax.Array,
+    k_new: jax.Array,
+    v_new: jax.Array,
+    pages: jax.Array,
+    plan: AttentionPlan,
+    layer: jax.Array,
+    options: dict[str, Any],
+    *,
+    scale: float,
+    softcap: float | None,
+    blocks: Blocks | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
     num_heads, (num_kv_heads, head_dim), page_size = q.shape[1], k_new.shape[1:], pages.shape[4]
     group, dtype = num_heads // num_kv_heads, dot_dtype(q.dtype, pages.dtype)
     sizes = dict(num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, page_size=page_size)
     blocks = blocks or heuristic(plan, **sizes, item_bytes=dtype.itemsize)
-    pages, out = write_rows(q, k_new, v_new, pages, plan, layer, k_scale, v_scale, interpret)
+    pages, out = write_rows(q, k_new, v_new, pages, plan, layer, options["k_scale"], options["v_scale"], interpret)
     units = make_units(
         plan,
         page_size=page_size,
@@ -85,17 +106,16 @@ def paged_attention(
         tile=blocks.tile,
         split_keys=blocks.split_keys,
         max_splits=blocks.max_splits,
-        window=window,
+        window=options["window"],
     )
-    optional = {"window": window, "sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
     inputs = {
         "units": units.units,
         "count": units.count,
         "block_tables": plan.block_tables,
-        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "layer": layer.reshape(1),
         "q": q,
         "pages": pages,
-        **{name: _as_vector(name, value) for name, value in optional.items() if value is not None},
+        **{name: _as_vector(name, value) for name, value in options.items() if value is not None},
         "out": out,
     }
     outputs = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype)}

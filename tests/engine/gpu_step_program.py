@@ -1,0 +1,51 @@
+"""Compiles the engine's step of a two-layer Llama 8B for an H200, prints memory and temporaries as JSON. In its own process."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llm_infer.engine.layout import StepLayout
+from llm_infer.engine.platform import layer_loop, query_rows
+from llm_infer.engine.steps import make_step
+from llm_infer.models.architectures import read_architecture
+from llm_infer.models.decoder import split_model
+from llm_infer.models.registry import family
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
+from pallas_kernels.paged_attention.plan import PlanShape
+from pallas_kernels.targets import TARGETS, make_mesh
+
+PAGE_SIZE, NUM_PAGES = 64, 8192
+architecture = {**read_architecture("llama-3.1-8b"), "num_hidden_layers": 2}
+config = family(architecture).config(architecture, fused_qkv=True)
+definition, params = split_model(config, jnp.bfloat16)
+target = TARGETS["sm_90"]
+mesh = make_mesh(target)
+replicated = NamedSharding(mesh, PartitionSpec())
+array = jax.ShapeDtypeStruct
+sizes = dict(num_layers=2, page_size=PAGE_SIZE, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
+shape = kv_pool_shape("gpu", num_pages=NUM_PAGES, dtype=jnp.bfloat16, **sizes)
+pool = array(shape, kv_pool_dtype("gpu", jnp.bfloat16))
+found = {}
+for tokens in (8,):
+    rows = min(tokens, query_rows("gpu", config.num_heads // config.num_kv_heads))
+    layout = StepLayout(PlanShape(tokens, min(tokens, 64), 4096 // PAGE_SIZE, rows))
+    step = make_step(definition, config, layout, loop=layer_loop(target.platform, target.device_kind))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert dispatch.target() == ("gpu", target.device_kind)
+        jitted = jax.jit(step, donate_argnums=(1, 2), in_shardings=replicated, out_shardings=replicated)
+        arguments = params, pool, array((1, 65), jnp.int32), array((1, layout.size), jnp.int32), None, None
+        compiled = jitted.lower(*arguments).compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    found[tokens] = {
+        "alias": memory.alias_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "ours": [name in text for name in ("write_kv_bfloat16_128", "paged_attention_bfloat16_128", "copy_pages")],
+    }
+matrices = [2 * math.prod(spec.shape[1:]) for spec in params.values() if len(spec.shape) == 3]
+print(json.dumps({"pool": 2 * math.prod(shape), "smallest_matrix": min(matrices), "steps": found}))

@@ -1,0 +1,45 @@
+"""The engine's whole step compiles for a GPU that is not here, with the GPU kernels, copying neither pages nor weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm_infer.engine.platform import layer_loop, query_rows
+from pallas_kernels.targets import TARGETS, environment, why_not
+
+PROGRAM = Path(__file__).with_name("gpu_step_program.py")
+
+
+def test_step_of_llama_8b_compiles_for_h200() -> None:
+    reason = why_not(TARGETS["sm_90"])
+    if reason is not None:
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM)],
+        env={**os.environ, **environment(TARGETS["sm_90"]), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for tokens, step in found["steps"].items():
+        assert step["alias"] >= found["pool"], tokens
+        assert step["temporary"] < found["pool"] / 16, tokens
+        assert all(step["ours"]), step
+    # A few rows of logits are all that a small step keeps: less than the smallest matrix of a layer.
+    assert found["steps"]["8"]["temporary"] < found["smallest_matrix"]
+
+
+def test_loop_form_and_item_rows_of_each_platform() -> None:
+    assert [layer_loop(*where) for where in (("cpu", "cpu"), ("gpu", "NVIDIA H200"))] == ["scan", "unroll"]
+    assert [layer_loop("tpu", target.device_kind) for target in TARGETS.values() if target.platform == "tpu"] == [
+        *("scan", "scan", "scan"),
+        "unroll",
+    ]
+    assert [query_rows("gpu", group) for group in (1, 4, 8, 71)] == [128, 32, 16, 8] and query_rows("cpu", 3) == 32
