@@ -229,6 +229,36 @@ def offline(
 
 
 @bench.command()
+def context(
+    model: Model = DEFAULT_MODEL_NAME,
+    contexts: Annotated[str, typer.Option(help="Context lengths, comma separated.")] = "128,512,1024,2048",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.", min=8)] = 32,
+    rounds: Annotated[int, typer.Option(help="Repetitions; the smallest time counts.")] = 3,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """Time per token at batch 1 by context length, beside the time that reading the keys and values takes."""
+    from llm_infer.bench.context import run
+
+    run(model, contexts, new_tokens, rounds, precision, json_file)
+
+
+@bench.command()
+def memory(
+    model: Model = DEFAULT_MODEL_NAME,
+    pool: Annotated[int, typer.Option(help="Page pool in MB.", min=1)] = 64,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """Memory of decoding at batch 1 beyond that of importing the packages."""
+    from llm_infer.bench.memory import run
+
+    run(model, pool * 1_000_000, precision, json_file)
+
+
+@bench.command()
 def startup(
     model: Model = DEFAULT_MODEL_NAME,
     rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,

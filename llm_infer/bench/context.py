@@ -1,0 +1,99 @@
+"""`llm-infer bench context`: how the time per token at batch 1 grows with the context, beside the memory speed that bounds it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm_infer.bench.offline import measure
+from llm_infer.errors import UserError
+from llm_infer.llm import LLM
+
+COPIED_BYTES = 1 << 28
+
+
+def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str, json_file: str | None) -> None:
+    """Measures all contexts in turn, `rounds` times, and prints the smallest time of each."""
+    lengths = _lengths(contexts)
+    llm = LLM(
+        model,
+        max_model_len=lengths[-1] + new_tokens,
+        max_num_seqs=1,
+        enable_prefix_caching=False,
+        precision=precision,
+    )
+    llm.warm_up()
+    engine, rng = llm.engine, np.random.default_rng(0)
+    seconds = dict.fromkeys(lengths, float("inf"))
+    for _ in range(max(1, rounds)):
+        for length in lengths:
+            tpot = measure(engine, rng, 1, length, new_tokens)["tpot_s"]
+            seconds[length] = min(seconds[length], tpot)
+    pool = engine.runner.pages
+    token_bytes = pool.nbytes // (pool.shape[1] * engine.config.cache.page_size)
+    report = growth(seconds, token_bytes, copy_bandwidth(len(os.sched_getaffinity(0))))
+    print(table(report))
+    if json_file:
+        Path(json_file).write_text(json.dumps({"model": model, "precision": precision, **report}, indent=2) + "\n")
+
+
+def growth(seconds: dict[int, float], token_bytes: int, bandwidth: float) -> dict[str, Any]:
+    """What each context takes beyond the shortest, and that as a multiple of the time to read the added keys and values.
+
+    Args:
+        seconds: time per token of each context length, the shortest first.
+        token_bytes: bytes of keys and values of a token.
+        bandwidth: bytes per second.
+    """
+    shortest, rows = next(iter(seconds)), []
+    for length, taken in seconds.items():
+        added = (length - shortest) * token_bytes
+        extra = taken - seconds[shortest]
+        ratio = extra / (added / bandwidth) if added else None
+        rows.append({"context": length, "tpot_s": taken, "added_bytes": added, "added_s": extra, "ratio": ratio})
+    return {"bandwidth": bandwidth, "token_bytes": token_bytes, "contexts": rows}
+
+
+def copy_bandwidth(threads: int) -> float:
+    """Bytes read and written per second when that many threads copy memory; the best of several runs."""
+    source, target = np.ones(COPIED_BYTES, np.uint8), np.zeros(COPIED_BYTES, np.uint8)
+    parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(10):
+            started = time.perf_counter()
+            list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), parts))
+            best = min(best, time.perf_counter() - started)
+    return 2 * COPIED_BYTES / best
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures as text."""
+    lines = [
+        f"copying memory: {report['bandwidth'] / 1e9:.1f} GB/s read and written; "
+        f"a token's keys and values: {report['token_bytes'] / 1e3:.1f} kB",
+        f"{'context':>8}{'ms/token':>10}{'added ms':>10}{'added KV MB':>13}{'÷ time to read them':>21}",
+    ]
+    for row in report["contexts"]:
+        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(
+            f"{row['context']:>8}{1e3 * row['tpot_s']:>10.2f}{1e3 * row['added_s']:>10.2f}"
+            f"{row['added_bytes'] / 1e6:>13.1f}{ratio:>21}"
+        )
+    return "\n".join(lines)
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        lengths = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        lengths = []
+    if not lengths or lengths[0] < 1:
+        raise UserError(f"--contexts {text!r}: expected lengths separated by commas, such as 128,2048")
+    return lengths

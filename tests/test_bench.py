@@ -1,0 +1,54 @@
+"""The arithmetic of the benchmarks, and what they say of input that cannot be measured."""
+
+from __future__ import annotations
+
+import pytest
+
+from llm_infer.bench import context, memory
+from llm_infer.bench.peers import table
+from llm_infer.errors import UserError
+
+
+def test_growth_is_a_multiple_of_the_time_to_read_what_was_added() -> None:
+    report = context.growth({128: 0.010, 2048: 0.014}, token_bytes=1000, bandwidth=1.92e9)
+    first, last = report["contexts"]
+    assert first["ratio"] is None and first["added_bytes"] == 0
+    assert last["added_bytes"] == 1_920_000 and last["ratio"] == pytest.approx(4.0)
+    text = context.table(report)
+    assert "14.00" in text and "4.00" in text and "1.9 GB/s" in text
+
+
+@pytest.mark.parametrize("contexts", ["", "a,b", "0,128"])
+def test_contexts_that_are_no_lengths(contexts: str) -> None:
+    with pytest.raises(UserError, match="--contexts"):
+        context.run("missing.gguf", contexts, 8, 1, "exact", None)
+
+
+def test_copying_memory_takes_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "COPIED_BYTES", 1 << 22)
+    assert 1e8 < context.copy_bandwidth(1) < 1e13
+
+
+def test_a_failed_measurement_of_memory_gives_its_reason() -> None:
+    with pytest.raises(UserError, match=r"missing\.gguf"):
+        memory.run("missing.gguf", 1 << 20, "exact", None)
+
+
+@pytest.mark.real
+@pytest.mark.sweep
+def test_memory_at_batch_1(default_gguf, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, pool and 120 MB for all else; the figure of a warm start is in docs/performance.md."""
+    memory.run(str(default_gguf), 64_000_000, "exact", None)
+    out = capsys.readouterr().out
+    print(out)
+    more = float(out.split(": ")[1].split(" MB more")[0])
+    assert 160 < more < 300
+
+
+def test_peers_are_compared_by_medians() -> None:
+    metrics = ("decode_b1", "decode_b8", "decode_b32", "prefill_512")
+    ours = {
+        name: dict.fromkeys(metrics, values) for name, values in (("ours exact", [1.0, 2.0, 9.0]), ("ours fast", [4.0]))
+    }
+    text = table(ours | {"peer": {m: [0.5] for m in metrics}}, {"peer": "1.2"})
+    assert "2.0 ± 4.0" in text and "4.00 ×" in text and "8.00 ×" in text and "peer 1.2" in text
