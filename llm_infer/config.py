@@ -108,7 +108,9 @@ class SpeculativeConfig:
     """Speculative decoding: tokens that are proposed cheaply and checked together in one step. Names as in vLLM.
 
     Attributes:
-        method: "ngram" proposes what followed the last tokens when they occurred before in the sequence.
+        method: "ngram" proposes what followed the last tokens when they occurred before in the sequence, "draft_model" what
+            a second model draws.
+        model: name of the draft model; it has the same tokens as the model.
         num_speculative_tokens: most tokens proposed at once; fewer where fewer pay.
         prompt_lookup_max, prompt_lookup_min: length of the run of tokens that must have occurred before; longest first.
     """
@@ -117,9 +119,16 @@ class SpeculativeConfig:
     num_speculative_tokens: int = 7
     prompt_lookup_max: int = 4
     prompt_lookup_min: int = 2
+    model: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.method == "ngram", f"speculative method={self.method!r}: expected 'ngram'")
+        methods = ("ngram", "draft_model")
+        _require(self.method in methods, f"speculative method={self.method!r}: expected one of {', '.join(methods)}")
+        _require(
+            (self.model is not None) == (self.method == "draft_model"),
+            f"speculative method={self.method!r} with model={self.model!r}: the method 'draft_model' needs a model, "
+            "the others have none",
+        )
         _require_integers(self, "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
         _require(
             1 <= self.num_speculative_tokens <= 31,

@@ -18,7 +18,7 @@ from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.results import PooledPrompt
 from llm_infer.errors import RequestError
 from llm_infer.interrupts import uninterrupted
-from llm_infer.loading import load
+from llm_infer.loading import load, require_same_tokens
 from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.tracking import TrackedRequest
@@ -59,7 +59,8 @@ class LLM:
         overlap: prepare the next step on the host while the device runs one.
         speculative_config: propose tokens that one step checks together, for the same output in fewer steps:
             `{"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}` proposes
-            what followed the last tokens when they occurred before.
+            what followed the last tokens when they occurred before; `{"method": "draft_model", "model": "…",
+            "num_speculative_tokens": 4}` proposes what a smaller model with the same tokens draws.
         load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
             architecture (see `llm-infer models`) or a directory with a config.json.
         progress: show progress bars on stderr.
@@ -120,7 +121,14 @@ class LLM:
             progress=self._progress,
             max_model_len=max_model_len,
         )
-        self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids)
+        draft = None
+        if config.speculative is not None and config.speculative.model is not None:
+            name = config.speculative.model
+            tokenizer, draft = load(
+                name, load_format=load_format, fused_qkv=fused_qkv, precision=precision, progress=self._progress
+            )
+            require_same_tokens(self.tokenizer, tokenizer, name)
+        self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids, draft_model=draft)
         self._tracked: dict[str, TrackedRequest] = {}
         # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
         self._lock = threading.RLock()

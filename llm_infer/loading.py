@@ -50,6 +50,20 @@ def load(
     return tokenizer, model
 
 
+def require_same_tokens(target: Tokenizer, draft: Tokenizer, name: str) -> None:
+    """Raises UserError if the draft model `name` has other tokens than the target: its proposals would mean nothing."""
+    sizes = (target.vocab_size, draft.vocab_size)
+    differ = next((i for i in range(min(sizes)) if target.token_bytes(i) != draft.token_bytes(i)), None)
+    if sizes[0] != sizes[1] or differ is not None:
+        what = (
+            f"token {differ} differs" if differ is not None else f"it has {sizes[1]} tokens, the model has {sizes[0]}"
+        )
+        raise UserError(
+            f"the draft model {name!r} has another vocabulary than the model ({what}): set speculative_config['model'] to "
+            "a model with the same tokenizer"
+        )
+
+
 def convert(source: str, destination: str | Path, *, dtype: str = "float32", progress: Progress | None = None) -> Path:
     """Writes a model as a checkpoint of stacked, fused parameters that loads without any conversion.
 

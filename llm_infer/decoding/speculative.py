@@ -16,8 +16,24 @@ from llm_infer.config import SpeculativeConfig
 class Proposer(Protocol):
     """Guesses how sequences go on. What it remembers of a sequence is in a state that it makes."""
 
-    def new_state(self) -> Any:
-        """For a sequence of which it has seen nothing."""
+    def new_state(self, sequence: Any) -> Any:
+        """For a sequence (of the scheduler) of which it has seen nothing."""
+        ...
+
+    def prepare(self, asked: Sequence[tuple[Any, Sequence[int], int]]) -> float | None:
+        """Told once a step of all calls of `propose` that may follow: (state, tokens, count) of each.
+
+        Returns:
+            The seconds that each further token of the proposals costs; None if nothing can be said of it.
+        """
+        ...
+
+    def release(self, state: Any) -> None:
+        """The sequence has ended."""
+        ...
+
+    def reset(self) -> None:
+        """All sequences have ended, and with them what was computed."""
         ...
 
     def propose(self, state: Any, tokens: Sequence[int], count: int) -> list[int]:
@@ -35,9 +51,18 @@ class NgramProposer:
     def __init__(self, longest: int, shortest: int) -> None:
         self._sizes = range(longest, shortest - 1, -1)
 
-    def new_state(self) -> dict[tuple[int, ...], int]:
+    def new_state(self, sequence: Any) -> dict[tuple[int, ...], int]:
         """Where each run of tokens was followed by another one last: the position of that one. () → tokens seen."""
         return {(): 0}
+
+    def prepare(self, asked: Sequence[tuple[Any, Sequence[int], int]]) -> None:
+        """There is nothing to prepare, and proposals cost next to nothing."""
+
+    def release(self, state: Any) -> None:
+        """The state is all there is."""
+
+    def reset(self) -> None:
+        """The states are all there is."""
 
     def propose(self, state: dict[tuple[int, ...], int], tokens: Sequence[int], count: int) -> list[int]:
         """See Proposer. Takes a few dictionary accesses per new token, whatever the length."""
@@ -86,11 +111,17 @@ class Speculator:
     REST_WITHOUT_MATCH = 4
     """The same where there was nothing to try: such a step costs only that the host did not work during the one before."""
 
-    def __init__(self, config: SpeculativeConfig, bucket_of: Callable[[int], int] = lambda tokens: tokens) -> None:
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        bucket_of: Callable[[int], int] = lambda tokens: tokens,
+        proposer: Proposer | None = None,
+    ) -> None:
         self._most = config.num_speculative_tokens
-        self._proposer: Proposer = NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
+        self.proposer = proposer or NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
         self._bucket_of = bucket_of
         self._seconds: dict[int, float] = {}
+        self._seconds_to_propose: float | None = None
         self.num_drafted = self.num_accepted = 0
 
     @property
@@ -98,9 +129,23 @@ class Speculator:
         """Tokens of a sequence in a step at most."""
         return 1 + self._most
 
-    def new(self) -> Speculation:
+    def new(self, sequence: Any) -> Speculation:
         """For a sequence that starts."""
-        return Speculation(self._proposer.new_state())
+        return Speculation(self.proposer.new_state(sequence))
+
+    def prepare(self, asked: Sequence[tuple[Speculation, Sequence[int], int, int]]) -> None:
+        """To be called once before the calls of `propose` of a step, with the arguments of all of them."""
+        wanted = []
+        for speculation, tokens, num_rows, limit in asked:
+            if count := min(limit, self.best_length(speculation.acceptance, num_rows)):
+                wanted.append((speculation.state, tokens, count))
+        seconds = self.proposer.prepare(wanted) if wanted else None
+        if seconds is not None:
+            self._seconds_to_propose = _smooth(self._seconds_to_propose, seconds)
+
+    def release(self, speculation: Speculation) -> None:
+        """The sequence has ended."""
+        self.proposer.release(speculation.state)
 
     def propose(self, speculation: Speculation, tokens: Sequence[int], num_rows: int, limit: int) -> list[int]:
         """Tokens to compute with the next one, at most `limit`; `num_rows` sequences are in the step."""
@@ -108,7 +153,7 @@ class Speculator:
         if count == 0:
             # Not worth it at this estimate, which grows old: some time later one try shows whether it still holds.
             speculation.acceptance = min(1.0, 1.2 * speculation.acceptance + 0.02)
-        drafts = self._proposer.propose(speculation.state, tokens, count) if count else []
+        drafts = self.proposer.propose(speculation.state, tokens, count) if count else []
         if not drafts:
             self._fail(speculation, self.MOST_REST if count == 0 else self.REST_WITHOUT_MATCH)
         return drafts
@@ -118,7 +163,7 @@ class Speculator:
         expected, best, length = 1.0, 1.0 / self._seconds_of(num_rows), 0
         for count in range(1, self._most + 1):
             expected += acceptance**count
-            rate = expected / self._seconds_of(num_rows * (1 + count))
+            rate = expected / (self._seconds_of(num_rows * (1 + count)) + count * (self._seconds_to_propose or 0.0))
             if rate >= best:
                 best, length = rate, count
         return length
@@ -139,8 +184,7 @@ class Speculator:
     def observe_time(self, num_tokens: int, seconds: float) -> None:
         """Takes in how long a step of this many tokens took from submission to its result."""
         bucket = self._bucket_of(num_tokens)
-        before = self._seconds.get(bucket, seconds)
-        self._seconds[bucket] = min(before, seconds) + 0.1 * max(0.0, seconds - before)
+        self._seconds[bucket] = _smooth(self._seconds.get(bucket), seconds)
 
     def _fail(self, speculation: Speculation, most: int) -> None:
         speculation.failures += 1
@@ -152,3 +196,9 @@ class Speculator:
         bucket = self._bucket_of(num_tokens)
         known = [size for size in self._seconds if size <= bucket]
         return self._seconds[max(known)] if known else 1.0
+
+
+def _smooth(before: float | None, seconds: float) -> float:
+    """A new estimate of a time: what disturbs makes it longer, so a shorter one counts at once."""
+    before = seconds if before is None else before
+    return min(before, seconds) + 0.1 * max(0.0, seconds - before)

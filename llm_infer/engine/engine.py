@@ -13,11 +13,12 @@ from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.decoding.token_rules import Grammar, TokenRules
+from llm_infer.engine.draft_model import DraftModel
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import check_pool_fits, default_num_pages
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
-from llm_infer.errors import RequestError
+from llm_infer.errors import RequestError, UserError
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, TokenEvent
@@ -42,13 +43,19 @@ class Engine:
         model: a loaded model.
         config: limits, cache and seed.
         eos_token_ids: tokens that end a sequence.
+        draft_model: proposes tokens, with the speculative method "draft_model".
 
     Raises:
-        UserError: the configuration does not fit the model.
+        UserError: the configuration does not fit the model, or the draft model does not.
     """
 
     def __init__(
-        self, model: LoadedModel, config: EngineConfig | None = None, eos_token_ids: Iterable[int] = ()
+        self,
+        model: LoadedModel,
+        config: EngineConfig | None = None,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        draft_model: LoadedModel | None = None,
     ) -> None:
         config = config or EngineConfig()
         model.config.check_context(config.scheduler.max_model_len)
@@ -60,14 +67,31 @@ class Engine:
         num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
         check_pool_fits(model, config, num_pages)
         self._num_pages = num_pages
-        self.speculator: Speculator | None = None
-        if config.speculative is not None:
-            most = config.scheduler.max_num_batched_tokens
-            self.speculator = Speculator(config.speculative, lambda tokens: self.runner.bucket_of(min(tokens, most)))
+        self.speculator, self._draft_model = self._new_speculator(draft_model)
         self.scheduler = self._new_scheduler()
         self.runner = Runner(model, config, num_pages=num_pages, max_model_len=self.max_model_len)
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
+
+    def _new_speculator(self, loaded: LoadedModel | None) -> tuple[Speculator | None, DraftModel | None]:
+        config, speculative = self.config, self.config.speculative
+        draft_model = None
+        if (loaded is not None) != (speculative is not None and speculative.method == "draft_model"):
+            raise UserError("a draft model is needed by the speculative method 'draft_model', and by no other")
+        if speculative is None:
+            return None, None
+        if loaded is not None:
+            draft_model = DraftModel(
+                loaded,
+                self.vocab_size,
+                config,
+                speculative.num_speculative_tokens,
+                num_pages=self._num_pages,
+                max_model_len=self.max_model_len,
+            )
+        most = config.scheduler.max_num_batched_tokens
+        bucket_of = lambda tokens: self.runner.bucket_of(min(tokens, most))  # noqa: E731
+        return Speculator(speculative, bucket_of, draft_model), draft_model
 
     def warm_up(
         self, token_counts: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
@@ -80,6 +104,9 @@ class Engine:
         limit = self.config.scheduler.max_num_batched_tokens
         counts = None if token_counts is None else [min(count, limit) for count in token_counts]
         yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts], features)
+        if self._draft_model is not None:
+            runner = self._draft_model.runner
+            yield from runner.warm_up(counts and [runner.bucket_of(count) for count in counts])
 
     def add_request(
         self,
@@ -253,6 +280,8 @@ class Engine:
         self._in_flight = None
         self.scheduler = self._new_scheduler()
         self.runner.reset()
+        if self._draft_model is not None:
+            self._draft_model.reset()
 
     def _commit(self, pending: PendingStep | None) -> list[TokenEvent]:
         if pending is None:

@@ -25,8 +25,8 @@ from llm_infer.engine.slots import SlotTable
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
+from llm_infer.scheduler.proposals import MOST_DRAFTS
 from llm_infer.scheduler.request import Sequence
-from llm_infer.scheduler.scheduler import MOST_DRAFTS
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
 

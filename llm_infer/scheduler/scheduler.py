@@ -18,10 +18,8 @@ from llm_infer.scheduler.decode_steps import choose_steps
 from llm_infer.scheduler.invariants import check_books, check_in_flight
 from llm_infer.scheduler.placement import Placement
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
+from llm_infer.scheduler.proposals import may_speculate, most_drafts, prepare_proposals
 from llm_infer.scheduler.request import Request, Sequence, Status, TokenEvent
-
-MOST_DRAFTS = 32
-"""Proposed tokens of one step, per shard."""
 
 
 class _Draft:
@@ -207,6 +205,8 @@ class Scheduler:
         for member in request.sequences if request.beams is not None else (sequence,):
             self.books.end(member)
             member.finish_reason = reason
+            if self.speculator is not None and member.speculation is not None:
+                self.speculator.release(member.speculation)
         if (
             request.beams is None and sequence.sample_index == 0 and not request.forked
         ):  # nobody is left whom the other samples could fork
@@ -230,6 +230,8 @@ class Scheduler:
             raise RuntimeError("two submitted steps are not committed: commit the first before the next is planned")
         draft = _Draft(self.num_shards, self.config.max_num_batched_tokens)
         draft.steps = choose_steps(self.books, self.config.num_scheduler_steps, speculating=self.speculator is not None)
+        if self.speculator is not None and draft.steps == 1:
+            prepare_proposals(self.speculator, self.books, self.config.max_num_batched_tokens)
         for shard in range(self.num_shards):
             self._schedule_running(shard, draft)
         self._admit_waiting(draft)
@@ -294,21 +296,17 @@ class Scheduler:
     def _drafts(self, sequence: Sequence, shard: int, draft: _Draft) -> tuple[int, ...]:
         """Proposed tokens behind the next one of a sequence, and their places; only as far as pages are there anyway."""
         speculator, table = self.speculator, sequence.table
-        if speculator is None or not sequence.request.speculate or len(sequence.tokens) == len(sequence.request.prompt):
+        if speculator is None or not may_speculate(sequence):
             return ()
-        speculation = sequence.speculation = sequence.speculation or speculator.new()
+        speculation = sequence.speculation = sequence.speculation or speculator.new(sequence)
         if speculation.rest:
             speculation.rest -= 1
             return ()
-        if sequence.in_flight:
-            return ()
         num_running, used = len(self.books.running[shard]), draft.num_drafts[shard]
-        limit = min(
-            MOST_DRAFTS - used,
-            self.config.max_num_batched_tokens - num_running - used,
-            sequence.max_length - len(sequence.tokens) - 1,
-        )
-        drafts = speculator.propose(speculation, sequence.tokens, num_running, limit) if limit > 0 else []
+        limit = most_drafts(sequence, num_running, used, self.config.max_num_batched_tokens)
+        drafts = []
+        if limit > 0 and not sequence.in_flight:
+            drafts = speculator.propose(speculation, sequence.tokens, num_running, limit)
         assert table is not None
         if not drafts or table.pages_needed(len(drafts)) > self.allocator.num_available(shard):
             return ()

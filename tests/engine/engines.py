@@ -20,10 +20,19 @@ class EngineFactory:
     `seqs` limits what runs at the same time and `pages` what the scheduler may hand out, below what the programs allow.
     """
 
-    def __init__(self, model: LoadedModel, *, max_num_seqs: int, num_pages: int, max_model_len: int) -> None:
-        self.model, self.max_num_seqs = model, max_num_seqs
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_num_seqs: int,
+        num_pages: int,
+        max_model_len: int,
+        draft_model: LoadedModel | None = None,
+    ) -> None:
+        self.model, self.max_num_seqs, self.draft_model = model, max_num_seqs, draft_model
         self.num_pages, self.max_model_len = num_pages, max_model_len
         self._programs: dict[Any, Any] = {}
+        self._draft_programs: dict[Any, Any] = {}
 
     def __call__(
         self,
@@ -46,8 +55,11 @@ class EngineFactory:
             check_every_step=True,
             speculative=speculative,
         )
-        engine = Engine(self.model, config)
+        drafts = speculative is not None and speculative.method == "draft_model"
+        engine = Engine(self.model, config, draft_model=self.draft_model if drafts else None)
         engine.runner._programs = self._programs
+        if engine._draft_model is not None:
+            engine._draft_model.runner._programs = self._draft_programs
         engine.scheduler = Scheduler(
             SchedulerConfig(
                 seqs or min(self.max_num_seqs, chunk), chunk, self.max_model_len, policy, num_scheduler_steps=steps

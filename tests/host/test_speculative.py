@@ -12,7 +12,7 @@ from tests.host.fake_device import FakeEngine, next_token
 
 def test_the_longest_and_latest_match_is_continued() -> None:
     proposer = NgramProposer(3, 1)
-    state = proposer.new_state()
+    state = proposer.new_state(None)
     assert proposer.propose(state, [1, 2, 3], 4) == []
     assert proposer.propose(state, [1, 2, 3, 9, 2], 4) == [3, 9, 2]
     # After (9, 2) only 3 came; after 2 alone 5 came last.
@@ -28,7 +28,7 @@ def test_proposals_get_longer_with_acceptance_and_shorter_where_steps_cost() -> 
     assert [speculator.best_length(acceptance, 1) for acceptance in (0.05, 0.5, 0.8, 0.99)] == [1, 3, 7, 7]
     assert speculator.best_length(0.3, 4) < speculator.best_length(0.95, 4)
     assert speculator.best_length(0.1, 16) == 0
-    speculation = speculator.new()
+    speculation = speculator.new(None)
     for _ in range(20):
         speculator.observe(speculation, 1, 0)
     assert speculation.rest == speculator.MOST_REST and speculation.acceptance < 0.01

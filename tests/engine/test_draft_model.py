@@ -1,0 +1,115 @@
+"""A draft model changes how many steps an output takes, never the output; one that equals the target is always right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from llm_infer.config import EngineConfig, SpeculativeConfig
+from llm_infer.engine.engine import Engine
+from llm_infer.errors import UserError
+from llm_infer.loading import require_same_tokens
+from llm_infer.models.load import LoadedModel, dummy_model
+from llm_infer.text.byte_tokenizer import byte_tokenizer
+from tests.engine.engines import EngineFactory, run_all
+from tests.engine.test_speculation import CONFIG, LENGTH, requests
+
+DRAFT = SpeculativeConfig("draft_model", 4, model="another")
+PAGES = 64
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return dummy_model(CONFIG, seed=3)
+
+
+@pytest.fixture(scope="module")
+def factory(model: LoadedModel) -> Callable[[LoadedModel], EngineFactory]:
+    programs: dict = {}
+
+    def make(draft_model: LoadedModel) -> EngineFactory:
+        made = EngineFactory(model, max_num_seqs=4, num_pages=PAGES, max_model_len=LENGTH, draft_model=draft_model)
+        made._programs = programs
+        return made
+
+    return make
+
+
+def drafting(engine_of: EngineFactory, **options: object) -> Engine:
+    engine = engine_of(speculative=DRAFT, **{"chunk": 8, **options})  # type: ignore[arg-type]
+    assert engine.speculator is not None
+    engine.speculator.observe_time = lambda *_: None  # type: ignore[method-assign]  # lengths do not depend on the machine
+    engine.speculator.proposer.prepare = without_time(engine.speculator.proposer.prepare)  # type: ignore[method-assign]
+    return engine
+
+
+def without_time(prepare):  # type: ignore[no-untyped-def]
+    return lambda asked: prepare(asked) and None
+
+
+def check_nothing_is_held(engine: Engine) -> None:
+    draft_model = engine._draft_model
+    assert draft_model is not None and not draft_model._holding
+    assert draft_model.allocator.num_free(0) == draft_model.allocator.num_usable == PAGES - 1
+    assert sorted(draft_model._free_slots[0]) == list(range(4))
+
+
+def test_a_draft_model_that_equals_the_target_is_always_right(
+    model: LoadedModel, factory: Callable[[LoadedModel], EngineFactory]
+) -> None:
+    make_engine = factory(model)
+    prompts, params = requests()
+    params = [replace(each, stop_token_ids=(), ignore_eos=True) for each in params]  # a stop may come within a proposal
+    expected = run_all(make_engine(chunk=8, cache=False), prompts, params)
+    engine = drafting(make_engine)
+    assert run_all(engine, prompts, params) == expected
+    assert engine.speculator is not None and engine.speculator.num_accepted == engine.speculator.num_drafted > 100
+    check_nothing_is_held(engine)
+
+
+def test_outputs_are_the_same_with_another_draft_model(
+    model: LoadedModel, factory: Callable[[LoadedModel], EngineFactory]
+) -> None:
+    """A model with the target's first layer only is right now and then."""
+    params = {n: p if n.startswith(("embed", "final")) else p[:1] for n, p in model.params.items()}
+    small = dummy_model(replace(CONFIG, num_layers=1))
+    make_engine = factory(replace(small, params=params))
+    prompts, asked = requests()
+    expected = run_all(make_engine(chunk=8, cache=False), prompts, asked)
+    for options in ({}, {"pages": 8, "cache": False}, {"seqs": 3, "overlap": False, "steps": 8}):
+        engine = drafting(make_engine, **options)
+        assert run_all(engine, prompts, asked) == expected, options
+        assert engine.speculator is not None
+        print(options, engine.speculator.num_accepted, engine.speculator.num_drafted, engine.scheduler.num_preemptions)
+        assert 0 < engine.speculator.num_accepted < engine.speculator.num_drafted
+        assert (engine.scheduler.num_preemptions > 0) == ("pages" in options)
+        check_nothing_is_held(engine)
+    assert engine._draft_model is not None
+    short = drafting(
+        make_engine
+    )  # fewer pages for the draft model than all sequences need: some go without or take turns
+    assert short._draft_model is not None
+    short._draft_model.allocator.allocate(0, PAGES - 1 - 5)
+    assert run_all(short, prompts, asked) == expected
+    assert short.speculator is not None and short.speculator.num_drafted > 0
+    assert short._draft_model.allocator.num_free(0) == 5
+
+
+def test_draft_models_that_do_not_fit_are_refused(model: LoadedModel) -> None:
+    other = dummy_model(replace(CONFIG, vocab_size=99, num_layers=1))
+    with pytest.raises(UserError, match="vocabulary of 99 tokens"):
+        Engine(model, EngineConfig(speculative=DRAFT), draft_model=other)
+    short = dummy_model(replace(CONFIG, max_position_embeddings=32, num_layers=1))
+    with pytest.raises(UserError, match="context is 32 tokens"):
+        Engine(model, EngineConfig(speculative=DRAFT), draft_model=short)
+    for speculative, draft_model in ((DRAFT, None), (None, model)):
+        with pytest.raises(UserError, match="draft model is needed"):
+            Engine(model, EngineConfig(speculative=speculative), draft_model=draft_model)
+    with pytest.raises(UserError, match=r"'small' has another vocabulary .* it has 299 tokens, the model has 300"):
+        require_same_tokens(byte_tokenizer(300), byte_tokenizer(299), "small")
+    require_same_tokens(byte_tokenizer(300), byte_tokenizer(300), "small")
+    for values in ({"method": "draft_model"}, {"method": "ngram", "model": "x"}):
+        with pytest.raises(UserError, match="needs a model"):
+            SpeculativeConfig.of(values)
