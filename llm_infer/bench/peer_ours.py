@@ -12,7 +12,7 @@ def main(path: str, threads: str, precision: str) -> None:
     import jax
     import numpy as np
 
-    from llm_infer.bench.offline import measure
+    from llm_infer.bench.rates import measure
     from llm_infer.llm import LLM
 
     llm = LLM(path, precision=precision, max_model_len=520, enable_prefix_caching=False, progress=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from pallas_kernels import tuned
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 STREAMING_MULTIPROCESSORS = 132
@@ -37,6 +38,26 @@ def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
+DECODING_TOKENS = 256
+"""Steps of up to so many tokens mostly decode."""
+
+
+def tuned_key(page_dtype: str, head_dim: int, tokens: int) -> str:
+    """What a case is called in a file of measured block sizes."""
+    return f"{page_dtype}-{head_dim}-{'decode' if tokens <= DECODING_TOKENS else 'prefill'}"
+
+
+def choose_blocks(plan: AttentionPlan, device_kind: str, page_dtype: str, **sizes: int) -> Blocks:
+    """What was measured on this kind of device (see `pallas_kernels.tuned`), over the heuristic for `sizes`."""
+    blocks = heuristic(plan, **sizes)
+    key = tuned_key(page_dtype, sizes["head_dim"], plan.write_slot.shape[0])
+    measured = tuned.block_sizes(device_kind, "paged_attention").get(key, {})
+    measured = {name: value for name, value in measured.items() if name != "max_splits"}
+    if "tile" in measured:  # fewer queries than that may be all that an item has
+        measured["tile"] = min(measured["tile"], max(16, power_of_two(plan.q_block * sizes["group"])))
+    return replace(blocks, **measured)
+
+
 def heuristic(
     plan: AttentionPlan, *, num_kv_heads: int, group: int, head_dim: int, page_size: int, item_bytes: int
 ) -> Blocks:
@@ -46,7 +67,7 @@ def heuristic(
     loads in flight, and units of a few hundred keys so that a few sequences fill the chip. Larger steps want large tiles.
     """
     tokens, table = plan.write_slot.shape[0], plan.block_tables.shape[1]
-    wide, small = head_dim > 128, tokens <= 256
+    wide, small = head_dim > 128, tokens <= DECODING_TOKENS
     most = 16 if item_bytes == 4 else 64 if small or wide else 128
     split_keys = max(256, page_size)
     max_splits = min(power_of_two(-(-128 // num_kv_heads)), 64, -(-table * page_size // split_keys))

@@ -18,9 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dispatch import Case
+from pallas_kernels.dispatch import Case, target
 from pallas_kernels.gpu_devices import why_not_capability
-from pallas_kernels.paged_attention.gpu_blocks import Blocks, heuristic, power_of_two
+from pallas_kernels.paged_attention.gpu_blocks import Blocks, choose_blocks, power_of_two
 from pallas_kernels.paged_attention.gpu_merge import merge_splits
 from pallas_kernels.paged_attention.gpu_units import make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import write_rows
@@ -97,7 +97,8 @@ def _paged_attention(
     num_heads, (num_kv_heads, head_dim), page_size = q.shape[1], k_new.shape[1:], pages.shape[4]
     group, dtype = num_heads // num_kv_heads, dot_dtype(q.dtype, pages.dtype)
     sizes = dict(num_kv_heads=num_kv_heads, group=group, head_dim=head_dim, page_size=page_size)
-    blocks = blocks or heuristic(plan, **sizes, item_bytes=dtype.itemsize)
+    if blocks is None:
+        blocks = choose_blocks(plan, target()[1], pages.dtype.name, **sizes, item_bytes=dtype.itemsize)
     pages, out = write_rows(q, k_new, v_new, pages, plan, layer, options["k_scale"], options["v_scale"], interpret)
     units = make_units(
         plan,

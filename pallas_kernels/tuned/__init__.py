@@ -58,6 +58,16 @@ def crossovers(cpu: str) -> Crossovers:
         ) from None
 
 
+def block_sizes(device: str, op: str) -> dict[str, dict[str, int]]:
+    """Measured block sizes of an op on an accelerator: what the op calls the case → field → value; empty without any.
+
+    The file is named after the device with underscores for spaces and may hold several ops:
+    `{"paged_attention": {"bfloat16-128-decode": {"tile": 64, …}}}`.
+    """
+    path = source_of(device.replace(" ", "_"))
+    return {} if path is None else json.loads(path.read_text()).get(op, {})
+
+
 def write(cpu: str, measured: Crossovers) -> Path:
     """Keeps a measurement for this user; returns its file."""
     path = user_file(cpu)

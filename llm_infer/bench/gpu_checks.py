@@ -1,0 +1,95 @@
+"""Section of the GPU run: every GPU kernel against the reference on the shared cases."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_infer.bench.gpu import Row, Setting
+from llm_infer.bench.gpu_kernels import GPU_ATTENTION
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import gpu_copy, reference
+from pallas_kernels.paged_attention.cases import CASES, AttentionCase, Inputs, build
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
+
+
+def correctness(setting: Setting) -> Iterator[Row]:
+    """Largest difference of each implementation and case to the reference; `ok` says whether it is small enough."""
+    names = [name for name, case in CASES.items() if case.sizes.page_dtype != "uint16"]
+    for name in names[-1:] if setting.small else names:
+        inputs = build(CASES[name])
+        expected, expected_pages = _reference(inputs)
+        for implementation in GPU_ATTENTION:
+            yield {"op": "paged_attention", "case": name, "implementation": implementation.name} | _check(
+                setting, implementation, CASES[name], inputs, expected, expected_pages
+            )
+    yield {"op": "copy_pages", "case": "", "implementation": "gpu_triton"} | _check_copy(setting)
+
+
+def _reference(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+    """On the CPU, where float32 is float32."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        call = jax.jit(functools.partial(reference.paged_attention, scale=inputs.scale, **inputs.options))
+        out, pages = call(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
+        return np.asarray(out), np.asarray(pages)
+
+
+def _check(
+    setting: Setting,
+    implementation: dispatch.Implementation,
+    case: AttentionCase,
+    inputs: Inputs,
+    expected: np.ndarray,
+    expected_pages: np.ndarray,
+) -> Row:
+    arrays = {"pages": inputs.pages, "k_new": inputs.k_new, "q": inputs.q, **inputs.plan._asdict()}
+    device = "NVIDIA H200" if setting.interpret else jax.devices()[0].device_kind
+    options = {
+        "q_block": inputs.plan.q_block,
+        "window": inputs.options.get("window"),
+        "softcap": inputs.options.get("softcap"),
+        "sinks": case.sinks,
+        "kv_scales": case.kv_scales is not None,
+    }
+    asked = dispatch.Case(
+        "gpu",
+        device,
+        {name: array.shape for name, array in arrays.items()},
+        {name: array.dtype.name for name, array in arrays.items()},
+        options,
+    )
+    if reason := implementation.why_not(asked):
+        return {"ok": None, "error": None, "note": reason}
+    function = dispatch.implementation("paged_attention", implementation.name)
+    more: dict[str, Any] = {"interpret": True} if setting.interpret else {}
+    call = jax.jit(functools.partial(function, scale=inputs.scale, **inputs.options, **more))
+    out, pages = call(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
+    rows = sum(q_len for q_len, _ in case.batch)
+    error = np.abs(np.asarray(out)[:rows].astype(np.float32) - expected[:rows].astype(np.float32)).max(initial=0.0)
+    found = np.asarray(pages)[:, 1:]
+    # Where a quotient lies between two numbers of 8 bits, a division that rounds otherwise may choose the other.
+    kind = f"u{found.dtype.itemsize}"
+    unequal = int(np.count_nonzero(found.view(kind) != expected_pages[:, 1:].view(kind)))
+    limit = TOLERANCE["bfloat16" if case.sizes.dtype == "bfloat16" else "float32"]
+    fits = (
+        bool(error <= limit)
+        and unequal <= found.size // 10_000
+        and bool(np.isfinite(np.asarray(out, np.float32)).all())
+    )
+    return {"ok": fits, "error": float(error), "note": f"{unequal} numbers of pages differ" if unequal else ""}
+
+
+def _check_copy(setting: Setting) -> Row:
+    pool = np.random.default_rng(0).standard_normal((4, 32, 2, 2, 64, 128)).astype(np.float32)
+    expected = pool.copy()
+    expected[:, 8:11] = pool[:, 1:4]
+    src, dst = jnp.arange(1, 9, dtype=jnp.int32), jnp.arange(8, 16, dtype=jnp.int32)
+    call = jax.jit(functools.partial(gpu_copy.copy_pages, interpret=setting.interpret), donate_argnums=0)
+    found = np.asarray(call(jnp.asarray(pool, jnp.bfloat16), src, dst, jnp.int32(3)))
+    return {"ok": bool((found == np.asarray(jnp.asarray(expected, jnp.bfloat16))).all()), "error": None, "note": ""}
