@@ -104,6 +104,40 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Over how many devices a model runs. Names as in vLLM.
+
+    Attributes:
+        tensor_parallel_size: parts of every layer: heads and MLP columns.
+        data_parallel_size: shards of the batch, each with pages of its own and a copy of the model.
+        expert_parallel_size: parts of a mixture's experts; the rest of a layer is cut over these devices as over those of
+            `tensor_parallel_size`.
+    """
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            _require_integers(self, field.name)
+            value = getattr(self, field.name)
+            _require(value is not None and value >= 1, f"{field.name}={value}: expected 1 or more")
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the mesh."""
+        return self.tensor_parallel_size * self.data_parallel_size * self.expert_parallel_size
+
+    def __str__(self) -> str:
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or "tensor" in name)
+
+
+ONE_DEVICE = ParallelConfig()
+
+
+@dataclass(frozen=True, slots=True)
 class SpeculativeConfig:
     """Speculative decoding: tokens that are proposed cheaply and checked together in one step. Names as in vLLM.
 

@@ -50,6 +50,7 @@ ORDER = (
     ("llm_infer/models/", "llm_infer/text/"),
     ("llm_infer/weights/", "llm_infer/scheduler/", "llm_infer/decoding/"),
     ("llm_infer/kvcache/",),
+    ("llm_infer/parallel/",),
     ("llm_infer/quant/",),
     ("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
     ("llm_infer/__init__.py",),

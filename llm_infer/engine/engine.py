@@ -62,6 +62,7 @@ class Engine:
         self.config = config
         self.max_model_len = config.scheduler.max_model_len or model.config.max_position_embeddings
         self.vocab_size = model.config.vocab_size
+        self._num_shards = model.num_shards
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = EngineTimes()
         num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
@@ -88,6 +89,7 @@ class Engine:
                 speculative.num_speculative_tokens,
                 num_pages=self._num_pages,
                 max_model_len=self.max_model_len,
+                num_shards=self._num_shards,
             )
         most = config.scheduler.max_num_batched_tokens
         bucket_of = lambda tokens: self.runner.bucket_of(min(tokens, most))  # noqa: E731
@@ -269,6 +271,7 @@ class Engine:
             num_pages=self._num_pages,
             page_size=self.config.cache.page_size,
             max_model_len=self.max_model_len,
+            num_shards=self._num_shards,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
             speculator=self.speculator,
         )

@@ -23,7 +23,12 @@ def page_dtype(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
 
 def check_pool_fits(model: LoadedModel, config: EngineConfig, num_pages: int) -> None:
     """Raises CapacityError for a pool that is larger than the machine's memory."""
-    pool = num_pages * config.cache.page_size * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
+    pool = (
+        model.num_shards
+        * num_pages
+        * config.cache.page_size
+        * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
+    )
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if pool > physical:
         raise CapacityError(
@@ -33,10 +38,10 @@ def check_pool_fits(model: LoadedModel, config: EngineConfig, num_pages: int) ->
 
 
 def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: int) -> int:
-    """Pages of a shard including the null page.
+    """Pages of a data-parallel shard including the null page.
 
-    The pool takes `CacheConfig.memory_bytes`, or on the CPU the smaller of 1 GiB and a quarter of the machine's memory;
-    never more than all running sequences can fill at full length.
+    The pool of all shards takes `CacheConfig.memory_bytes`, or on the CPU the smaller of 1 GiB and a quarter of the
+    machine's memory; never more than all running sequences can fill at full length.
 
     Raises:
         CapacityError: not even one page fits beside the null page.
@@ -45,6 +50,7 @@ def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: i
     page_bytes = page_size * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     memory = config.cache.memory_bytes or min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical))
+    memory //= model.num_shards
     per_sequence = -(-max_model_len // page_size)
     fits = memory // page_bytes
     if fits < 2:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
@@ -21,13 +22,13 @@ from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import page_dtype, release_free_memory
 from llm_infer.engine.multi_step import make_steps
 from llm_infer.engine.platform import here, layer_loop, query_rows
+from llm_infer.engine.sharding import StepSharding
 from llm_infer.engine.slots import SlotTable
 from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.proposals import MOST_DRAFTS
 from llm_infer.scheduler.request import Sequence
-from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
 
 
@@ -67,6 +68,11 @@ class RunnerTimes:
     compiles_after_warmup: int = 0
 
 
+def _described(array: jax.Array) -> jax.ShapeDtypeStruct:
+    placed = isinstance(array.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)
+
+
 class Runner:
     """Owns the device side of an engine: parameters, page pool, the last drawn id of each slot, and the step programs.
 
@@ -95,16 +101,8 @@ class Runner:
         self.max_num_seqs = config.scheduler.max_num_seqs
         self.pages_per_seq = -(-max_model_len // config.cache.page_size)
         self.buckets = token_buckets(config.scheduler.max_num_batched_tokens, model.smallest_batch)
-        shape = kv_pool_shape(
-            jax.default_backend(),
-            num_layers=model.config.num_layers,
-            num_pages=num_pages,
-            page_size=config.cache.page_size,
-            num_kv_heads=model.config.num_kv_heads,
-            head_dim=model.config.head_dim,
-            dtype=page_dtype(model, config),
-        )
-        self._pool = jax.ShapeDtypeStruct(shape, kv_pool_dtype(jax.default_backend(), page_dtype(model, config)))
+        self._sharding = StepSharding.of(model.config, model.mesh)
+        self._pool = self._sharding.pool(num_pages, config.cache.page_size, page_dtype(model, config))
         self._vocab = model.config.vocab_size
         self._loop = layer_loop(*here())
         self._query_rows = query_rows(here()[0], model.config.num_heads // model.config.num_kv_heads)
@@ -115,14 +113,16 @@ class Runner:
 
     def reset(self) -> None:
         """Empty pages and slots; the programs stay."""
-        self.pages = jnp.zeros(self._pool.shape, self._pool.dtype)
+        sharding = self._sharding
+        self.pages = sharding.zeros(self._pool)
         # One slot more than there are sequences: rows whose id nobody reads write there.
-        self.last_ids = jnp.zeros((1, self.max_num_seqs + 1), jnp.int32)
+        self.last_ids = sharding.zeros(sharding.struct((sharding.num_shards, self.max_num_seqs + 1), jnp.int32))
         # Made by the first step that needs it: two arrays of slots × vocabulary.
         self.state: SlotState | None = None
-        self._slots = SlotTable(self.max_num_seqs, self.pages_per_seq)
-        # Sequences that have got a slot whose row of `state` is not set: steps of a prompt that do not draw have no state.
-        self._unset: dict[Sequence, None] = {}
+        self._slots = [SlotTable(self.max_num_seqs, self.pages_per_seq) for _ in range(sharding.num_shards)]
+        # Sequences that have got a slot whose row of `state` is not set, and their shards: steps of a prompt that do not
+        # draw have no state.
+        self._unset: dict[Sequence, int] = {}
 
     def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
         """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
@@ -150,20 +150,21 @@ class Runner:
                 step = make_steps(*model, layout, features, self.config.cache.page_size, loop=self._loop)
             else:
                 step = make_step(*model, layout, features, loop=self._loop, keep_logits=self._keep_logits)
-            packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
-            arguments = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (self.model.params, self.pages, self.last_ids)
-            )
+            struct, shards = self._sharding.struct, self._sharding.num_shards
+            packed = struct((shards, layout.size), jnp.int32)
+            arguments = jax.tree.map(_described, (self.model.params, self.pages, self.last_ids))
             state = allowed = slot_setter = None
             if StepFeatures.SHAPED in features:
-                state = jax.eval_shape(self._empty_state)
+                state = self._state_struct()
                 row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
-                setter = jax.jit(set_slot, donate_argnums=0)
+                placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
+                setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
                 slot = jax.ShapeDtypeStruct((), jnp.int32)
                 slot_setter = setter.lower(state, slot, row, row.update(dtype=jnp.float32)).compile()
             if StepFeatures.MASKED in features:
-                allowed = jax.ShapeDtypeStruct((1, layout.num_draws, mask_words(self._vocab)), jnp.int32)
-            lowered = jax.jit(step, donate_argnums=(1, 2, 4)).lower(*arguments, packed, state, allowed)
+                allowed = struct((shards, layout.num_draws, mask_words(self._vocab)), jnp.int32)
+            jitted = self._sharding.jit(step, self.model.params, self._pool)
+            lowered = jitted.lower(*arguments, packed, state, allowed)
             self._programs[bucket, features] = StepProgram(layout, features, lowered.compile(), slot_setter)
         return self._programs[bucket, features]
 
@@ -197,9 +198,10 @@ class Runner:
         """Starts a step on the device and returns without waiting for it."""
         started = time.perf_counter()
         page_size = self.config.cache.page_size
-        for row in (row for rows in plan.rows for row in rows):
-            if self._slots.update(row, page_size) and StepFeatures.SHAPED in self._slots.features_at(row):
-                self._unset[row.sequence] = None
+        for shard, (rows, slots) in enumerate(zip(plan.rows, self._slots, strict=True)):
+            for row in rows:
+                if slots.update(row, page_size) and StepFeatures.SHAPED in slots.features_at(row):
+                    self._unset[row.sequence] = shard
         needed = self._features(plan)
         program = self.program(self.bucket_of(plan.num_tokens), needed)
         layout = program.layout
@@ -207,12 +209,13 @@ class Runner:
         allowed, dead = None, []
         if StepFeatures.MASKED in program.features:
             allowed = np.full((len(plan.rows), layout.num_draws, mask_words(self._vocab)), ALL)
-            dead = self._slots.fill_masks(plan, allowed)
+            for rows, slots, masks in zip(plan.rows, self._slots, allowed, strict=True):
+                dead += slots.fill_masks(rows, masks)
         # A new buffer each step: on the CPU the device array may be this very memory.
         packed = np.zeros((len(plan.rows), layout.size), np.int32)
-        for shard, rows in enumerate(plan.rows):
-            fields = layout.views(packed[shard])
-            self._fill(layout, fields, rows, plan.copies[shard])
+        for rows, slots, copies, buffer in zip(plan.rows, self._slots, plan.copies, packed, strict=True):
+            fields = layout.views(buffer)
+            self._fill(layout, fields, rows, slots, copies)
             if layout.steps > 1:
                 fields["most_steps"][0] = plan.num_steps
         prepared = time.perf_counter()
@@ -226,25 +229,29 @@ class Runner:
         self.times.dispatch += time.perf_counter() - prepared
         return PendingStep(plan, outputs, dead)
 
-    def _empty_state(self) -> SlotState:
-        return empty_state(self.max_num_seqs + 1, self._vocab)
+    def _state_struct(self) -> SlotState:
+        slots = (self.max_num_seqs + 1) * self._sharding.num_shards
+        empty = jax.eval_shape(lambda: empty_state(slots, self._vocab))
+        return jax.tree.map(lambda x: self._sharding.struct(x.shape, x.dtype), empty)
 
     def _shaped_state(self, setter: Callable) -> SlotState:
         """The per-slot state on the device, with the rows of sequences set that got their slot since the last such step."""
-        state = self._empty_state() if self.state is None else self.state
+        state = jax.tree.map(self._sharding.zeros, self._state_struct()) if self.state is None else self.state
         unset, self._unset = self._unset, {}
-        for sequence in unset:
+        for sequence, shard in unset.items():
             params = sequence.request.sampling
             assert isinstance(params, SamplingParams)
             if sequence.slot is not None:
                 seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
                 bias = np.zeros(self._vocab, np.float32)
                 bias[list(params.logit_bias)] = list(params.logit_bias.values())
-                state = setter(state, np.int32(sequence.slot), seen, bias)
+                state = setter(state, np.int32(shard * (self.max_num_seqs + 1) + sequence.slot), seen, bias)
         return state
 
     def _features(self, plan: StepPlan) -> StepFeatures:
-        needed = self._slots.features(plan)
+        needed = PLAIN
+        for rows, slots in zip(plan.rows, self._slots, strict=True):
+            needed |= slots.features(rows)
         if plan.num_steps > 1:
             return for_steps(needed)
         return needed | (StepFeatures.DRAFTS if plan.has_drafts else PLAIN)
@@ -254,10 +261,11 @@ class Runner:
         layout: StepLayout,
         f: dict[str, np.ndarray],
         rows: tuple[ScheduledRow, ...],
+        slots: SlotTable,
         copies: tuple[tuple[int, int], ...],
     ) -> None:
         """Writes one shard's fields; `f` are zeroed views into the step buffer."""
-        n, page_size, slots = len(rows), self.config.cache.page_size, self._slots
+        n, page_size = len(rows), self.config.cache.page_size
         count = np.fromiter((row.count for row in rows), np.int32, n)
         start = np.fromiter((row.start for row in rows), np.int32, n)
         slot = np.fromiter((row.sequence.slot for row in rows), np.int32, n)
@@ -292,13 +300,18 @@ class Runner:
         f["temperature"][:n] *= samples
         f["repetition_penalty"][n:] = 1.0
         if any(row.drafts for row in rows):
-            self._fill_drafts(f, rows, ends, slot)
+            self._fill_drafts(f, rows, slots, ends, slot)
         if copies:
             f["copy_from"][: len(copies)], f["copy_to"][: len(copies)] = zip(*copies, strict=True)
             f["num_copies"][0] = len(copies)
 
     def _fill_drafts(
-        self, f: dict[str, np.ndarray], rows: tuple[ScheduledRow, ...], ends: np.ndarray, slot: np.ndarray
+        self,
+        f: dict[str, np.ndarray],
+        rows: tuple[ScheduledRow, ...],
+        slots: SlotTable,
+        ends: np.ndarray,
+        slot: np.ndarray,
     ) -> None:
         """Behind the draws of the rows: those after every token of a row with drafts but its last."""
         drafts = np.fromiter((len(row.drafts) for row in rows), np.int32, len(rows))
@@ -307,7 +320,7 @@ class Runner:
         here = slice(len(rows), len(rows) + len(owner))
         f["logits_row"][here] = (ends - 1)[owner] - to_end
         f["position"][here] = f["position"][owner] - to_end
-        for name, values in self._slots.sampling.items():
+        for name, values in slots.sampling.items():
             f[name][here] = values[slot[owner]]
         # Which id is the last one only the host will know.
         f["slot"][np.flatnonzero(drafts)] = self.max_num_seqs

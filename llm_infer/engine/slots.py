@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -10,12 +11,12 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Matcher, TokenRules
 from llm_infer.engine.features import FOR_PROMPT, StepFeatures, features_of
 from llm_infer.engine.layout import STOP_IDS
-from llm_infer.scheduler.plan import ScheduledRow, StepPlan
+from llm_infer.scheduler.plan import ScheduledRow
 from llm_infer.scheduler.request import Sequence
 
 
 class SlotTable:
-    """Rows of `slots` sequences; `sampling` holds the fields of the step's buffer that a sequence brings unchanged."""
+    """Rows of a shard's `slots` sequences; `sampling` holds fields of the step's buffer that a sequence brings unchanged."""
 
     def __init__(self, slots: int, pages_per_seq: int) -> None:
         array = partial(np.zeros, slots)
@@ -67,28 +68,26 @@ class SlotTable:
         """What the sequence of a row needs, whose slot is up to date."""
         return StepFeatures(int(self._features[row.sequence.slot or 0]))
 
-    def features(self, plan: StepPlan) -> StepFeatures:
-        """What the rows of a plan need, all of whose slots are up to date."""
-        drawing = [row.sequence.slot or 0 for rows in plan.rows for row in rows if row.samples]
+    def features(self, rows: Iterable[ScheduledRow]) -> StepFeatures:
+        """What a shard's rows need, all of whose slots are up to date."""
+        drawing = [row.sequence.slot or 0 for row in rows if row.samples]
         needed = StepFeatures(int(np.bitwise_or.reduce(self._features[drawing], initial=0))) & ~FOR_PROMPT
-        for row in (row for rows in plan.rows for row in rows):
+        for row in rows:
             if row.sequence.request.whole_prompt and row.start < len(row.sequence.request.prompt):
                 needed |= self.features_at(row) & FOR_PROMPT
         return needed
 
-    def fill_masks(self, plan: StepPlan, masks: np.ndarray) -> list[Sequence]:
-        """Writes the masks [dp, S, W] of the rows that draw and have rules; returns sequences that no token may follow."""
+    def fill_masks(self, rows: Iterable[ScheduledRow], masks: np.ndarray) -> list[Sequence]:
+        """Writes the masks [S, W] of a shard's rows that draw and have rules; returns sequences that no token may follow."""
         dead = []
-        for shard, rows in enumerate(plan.rows):
-            for i, row in enumerate(rows):
-                sequence, rules = row.sequence, row.sequence.request.rules
-                if row.samples and isinstance(rules, TokenRules):
-                    assert sequence.slot is not None
-                    matcher = self._matchers[sequence.slot]
-                    num_new = row.start + row.count - len(sequence.request.prompt)
-                    if not rules.fill(masks[shard, i], num_new, sequence.output, matcher):
-                        masks[shard, i] = -1
-                        dead.append(sequence)
+        for mask, row in zip(masks, rows, strict=False):
+            sequence, rules = row.sequence, row.sequence.request.rules
+            if row.samples and isinstance(rules, TokenRules):
+                assert sequence.slot is not None
+                num_new = row.start + row.count - len(sequence.request.prompt)
+                if not rules.fill(mask, num_new, sequence.output, self._matchers[sequence.slot]):
+                    mask[:] = -1
+                    dead.append(sequence)
         return dead
 
     def _set_sampling(self, sequence: Sequence, slot: int) -> None:

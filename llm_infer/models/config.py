@@ -49,6 +49,37 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Shards:
+    """Over how many devices one copy of a model is cut (see `models.sharded`).
+
+    Attributes:
+        tp, ep: sizes of those mesh axes. Dense layers are cut over both; experts over `ep`, and each of them over `tp`.
+        kv_copies: devices that hold the same KV head, where there are more devices than KV heads.
+    """
+
+    tp: int = 1
+    ep: int = 1
+    kv_copies: int = 1
+
+    @property
+    def devices(self) -> int:
+        """Devices that hold one copy of the model."""
+        return self.tp * self.ep
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Mesh axes of more than one device over which layers are cut."""
+        return tuple(name for name, size in (("tp", self.tp), ("ep", self.ep)) if size > 1)
+
+    def padded(self, rows: int) -> int:
+        """`rows` rounded up, so that every device has the same number."""
+        return -(-rows // self.devices) * self.devices
+
+
+UNCUT = Shards()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One decoder-only transformer.
 
@@ -63,6 +94,7 @@ class ModelConfig:
         qk_norm: queries and keys are RMS-normalised per head before the rotation.
         moe: experts in place of the MLP; `intermediate_size` is then not used.
         fused_qkv: query, key and value projections are one matrix, rows grouped per KV head [q…q|k|v].
+        shards: how the model is cut over devices; `num_kv_heads` then counts every copy of a KV head.
     """
 
     architecture: str
@@ -81,6 +113,7 @@ class ModelConfig:
     qk_norm: bool = False
     moe: MoEConfig | None = None
     fused_qkv: bool = True
+    shards: Shards = UNCUT
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

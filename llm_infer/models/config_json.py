@@ -13,8 +13,8 @@ from llm_infer.models.registry import family
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """All fields by name; nested configurations are objects, tuples are lists."""
-    return dataclasses.asdict(config)
+    """All fields by name but how it is cut over devices; nested configurations are objects, tuples are lists."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "shards"}
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -52,21 +53,22 @@ class Attention(nnx.Module):
             self.q = Linear(layers, query_rows, width, bias=bias, dtype=dtype, rngs=rngs)
             self.k = Linear(layers, kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
             self.v = Linear(layers, kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
-        self.o = Linear(layers, width, query_rows, bias=output_bias, dtype=dtype, rngs=rngs)
+        reduce = config.shards.axes
+        self.o = Linear(layers, width, query_rows, bias=output_bias, reduce=reduce, dtype=dtype, rngs=rngs)
         if config.qk_norm:
             self.q_norm = RMSNorm(layers, config.head_dim, eps=config.norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(layers, config.head_dim, eps=config.norm_eps, dtype=dtype)
         self.config = config
 
     def project(self, x: Float[Array, "T E"], layer: Layer) -> tuple[Array, Array, Array]:
-        """Queries [T, Hq, D], keys and values [T, Hkv, D], before the rotation."""
+        """Queries [T, Hq, D], keys and values [T, Hkv, D] of this device's heads, before the rotation."""
         config, tokens = self.config, x.shape[0]
         if config.fused_qkv:
             # Rows are grouped per KV head, so a shard of heads is a contiguous run of rows.
             group = config.group_size
-            grouped = self.qkv(x, layer).reshape(tokens, config.num_kv_heads, group + 2, config.head_dim)
+            grouped = self.qkv(x, layer).reshape(tokens, -1, group + 2, config.head_dim)
             query, key, value = grouped[:, :, :group], grouped[:, :, group], grouped[:, :, group + 1]
-            return query.reshape(tokens, config.num_heads, config.head_dim), key, value
+            return query.reshape(tokens, -1, config.head_dim), key, value
         shape = (tokens, -1, config.head_dim)
         return self.q(x, layer).reshape(shape), self.k(x, layer).reshape(shape), self.v(x, layer).reshape(shape)
 
@@ -89,7 +91,7 @@ class GatedMLP(nnx.Module):
         layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
         self.gate = Linear(layers, inner, width, dtype=dtype, rngs=rngs)
         self.up = Linear(layers, inner, width, dtype=dtype, rngs=rngs)
-        self.down = Linear(layers, width, inner, dtype=dtype, rngs=rngs)
+        self.down = Linear(layers, width, inner, reduce=config.shards.axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
         return self.down(silu(self.gate(x, layer)) * self.up(x, layer), layer)
@@ -125,11 +127,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype, rngs=rngs)
         self.layers = DecoderLayers(config, dtype=dtype, rngs=rngs)
         self.final_norm = RMSNorm(None, config.hidden_size, eps=config.norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.head = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+            self.head = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype, rngs=rngs)
 
     def embed_tokens(self, token_ids: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T E"]:
         """Input of the first layer."""
@@ -197,12 +199,22 @@ def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
     return nnx.merge(definition, nnx.from_flat_state(flat))
 
 
-def random_params(config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0) -> Params:
-    """Random weights made on the device, for tests and benchmarks (`--load-format dummy`)."""
+def random_params(
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
+    arrange: Callable[[str, Array], Array] | None = None,
+    shardings: Any = None,
+) -> Params:
+    """Random weights made on the device, for tests and benchmarks (`--load-format dummy`).
 
-    @jax.jit
+    `arrange` and `shardings` (by name) bring them to the devices of a mesh, each its part; the values stay the same.
+    """
+
+    @partial(jax.jit, out_shardings=shardings)
     def init() -> Params:
         _, state = nnx.split(decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
-        return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+        flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+        return flat if arrange is None else {name: arrange(name, value) for name, value in flat.items()}
 
     return init()

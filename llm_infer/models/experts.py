@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.layers import Layer, Linear, linear, silu
+from llm_infer.parallel.collectives import first_of_part, sum_over
 
 
 def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
@@ -36,6 +37,8 @@ class ExpertsMLP(nnx.Module):
 
     The (token, expert) pairs are sorted by expert and cut into blocks of rows of one expert each; a loop with a dynamic
     trip count goes over the blocks that exist. Nothing the size of tokens × experts × F is ever made.
+
+    Over a mesh every device routes all tokens, computes the pairs of its own experts, and the results are summed.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -47,21 +50,27 @@ class ExpertsMLP(nnx.Module):
         self.gate = Linear(layers, experts * inner, width, dtype=dtype, rngs=rngs)
         self.up = Linear(layers, experts * inner, width, dtype=dtype, rngs=rngs)
         self.down = Linear(layers, experts * width, inner, dtype=dtype, rngs=rngs)
-        self.config = config.moe
+        self.config, self.shards = config.moe, config.shards
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
         (tokens, width), moe = x.shape, self.config
         weights, experts = route(self.router(x, layer), moe)
-        rows = block_rows(experts.size, moe.num_experts)
+        rows, num_here = block_rows(experts.size, moe.num_experts), moe.num_experts // self.shards.ep
         # Each expert that is used adds less than one block of padding.
-        max_blocks = min(experts.size, -(-experts.size // rows) + moe.num_experts)
-        place, expert_of_block, num_blocks = _blocks(experts.reshape(-1), moe.num_experts, rows, max_blocks)
+        max_blocks = min(experts.size, -(-experts.size // rows) + num_here)
+        if self.shards.ep > 1:
+            experts = experts - first_of_part(num_here, ("ep",))
+            here = (experts >= 0) & (experts < num_here)
+            weights, experts = jnp.where(here, weights, 0), jnp.where(here, experts, num_here)
+        place, expert_of_block, num_blocks = _blocks(experts.reshape(-1), num_here, rows, max_blocks)
+        if self.shards.ep > 1:  # behind the last block, where nothing is kept
+            place = jnp.where(here.reshape(-1), place, max_blocks * rows)
         token = jnp.arange(experts.size, dtype=jnp.int32) // moe.experts_per_token
         # Padding rows read token 0; nobody reads what becomes of them.
         source = jnp.zeros(max_blocks * rows, jnp.int32).at[place].set(token)
 
         def expert_rows(matrices: Linear, inputs: Float[Array, "R I"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
-            return linear(inputs, matrices.weight.get_value(), layer, (moe.num_experts, expert))
+            return linear(inputs, matrices.weight.get_value(), layer, (num_here, expert))
 
         def block(index: Int[Array, ""], out: Float[Array, "N E"]) -> Float[Array, "N E"]:
             expert = expert_of_block[index]
@@ -72,13 +81,16 @@ class ExpertsMLP(nnx.Module):
 
         out = lax.fori_loop(0, num_blocks, block, jnp.zeros((max_blocks * rows, width), x.dtype))
         chosen = out[place].reshape(tokens, moe.experts_per_token, width).astype(jnp.float32)
-        return jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype)
+        return sum_over(jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype), self.shards.axes)
 
 
 def _blocks(
     experts: Int[Array, "A"], num_experts: int, rows: int, max_blocks: int
 ) -> tuple[Int[Array, "A"], Int[Array, "B"], Int[Array, ""]]:
-    """Where each of the A pairs goes (block · rows + row), the expert of each block, and how many blocks there are."""
+    """Where each of the A pairs goes (block · rows + row), the expert of each block, and how many blocks there are.
+
+    Pairs of an expert `num_experts` (one of another device) have no place.
+    """
     counts = jnp.zeros(num_experts, jnp.int32).at[experts].add(1)
     ends = jnp.cumsum((counts + rows - 1) // rows)  # blocks up to and including each expert
     first_row = (ends - (counts + rows - 1) // rows) * rows

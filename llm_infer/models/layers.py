@@ -10,7 +10,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llm_infer.models.config import RopeConfig
+from llm_infer.models.config import UNCUT, RopeConfig, Shards
+from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
 
 Layer = Int[Array, ""]
@@ -75,7 +76,10 @@ def rotate(x: Float[Array, "T H D"], angles: tuple[Array, Array]) -> Float[Array
 
 
 class Linear(nnx.Module):
-    """Matrices of all layers, `weight: [L, O, I]` with a row per output feature, and maybe `bias: [L, O]`."""
+    """Matrices of all layers, `weight: [L, O, I]` with a row per output feature, and maybe `bias: [L, O]`.
+
+    `reduce` names the mesh axes over which the input features are cut: the devices' results are summed.
+    """
 
     def __init__(
         self,
@@ -84,15 +88,17 @@ class Linear(nnx.Module):
         in_features: int,
         *,
         bias: bool = False,
+        reduce: MeshAxes = (),
         dtype: DTypeLike,
         rngs: nnx.Rngs,
     ) -> None:
         init = nnx.initializers.normal(in_features**-0.5)
         self.weight = nnx.Param(init(rngs.params(), (layers, out_features, in_features), dtype))
         self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if bias else None
+        self.reduce = reduce
 
     def __call__(self, x: Float[Array, "T I"], layer: Layer) -> Float[Array, "T O"]:
-        out = linear(x, self.weight.get_value(), layer)
+        out = sum_over(linear(x, self.weight.get_value(), layer), self.reduce)
         if self.bias is not None:
             out = out + lax.dynamic_index_in_dim(self.bias[...], layer)
         return out
@@ -133,13 +139,22 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A row per token, `weight: [V, E]`; also an output head."""
+    """A row per token, `weight: [V, E]`; also an output head. `shards` cuts the rows, filled up to equal parts."""
 
-    def __init__(self, vocab: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, vocab: int, features: int, *, shards: Shards = UNCUT, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         init = nnx.initializers.normal(features**-0.5)
-        self.weight = nnx.Param(init(rngs.params(), (vocab, features), dtype))
+        self.weight = nnx.Param(init(rngs.params(), (shards.padded(vocab), features), dtype))
+        self.vocab, self.axes = vocab, shards.axes
 
     def __call__(self, ids: Int[Array, "T"]) -> Float[Array, "T E"]:
+        if not self.axes:
+            return self._rows(ids)
+        size = self.weight.get_value().shape[-2]
+        own = ids - first_of_part(size, self.axes)
+        here = (own >= 0) & (own < size)
+        return sum_over(jnp.where(here[:, None], self._rows(own), 0), self.axes)
+
+    def _rows(self, ids: Int[Array, "T"]) -> Float[Array, "T E"]:
         weight = self.weight.get_value()
         if isinstance(weight, StoredWeights):
             return weight.rows(ids)
@@ -149,8 +164,10 @@ class Embedding(nnx.Module):
         """Scores of every token, float32."""
         weight = self.weight.get_value()
         if isinstance(weight, StoredWeights):
-            return weight.matmul(x, 0)
-        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+            out = weight.matmul(x, 0)
+        else:
+            out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return gather_columns(out, self.axes)[:, : self.vocab] if self.axes else out
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:

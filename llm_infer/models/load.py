@@ -7,17 +7,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from llm_infer.config import ONE_DEVICE, ParallelConfig
 from llm_infer.errors import ModelError, UserError
 from llm_infer.models.architectures import architecture_names, read_architecture
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
 from llm_infer.models.decoder import Params, random_params, split_model
 from llm_infer.models.registry import family
+from llm_infer.models.sharded import Placement, place_over
 from llm_infer.quant.stored import StoredWeights, store_dense
 from llm_infer.weights.checkpoint_writer import write_checkpoint
 from llm_infer.weights.loader import load_parameters
@@ -30,12 +34,21 @@ from pallas_kernels.quant_matmul import FORMATS, PRECISIONS
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run: what it is (`config`, `definition`) and what it knows (`params`, of `dtype`)."""
+    """A model ready to run: what it is (`config`, `definition`), what it knows (`params`, of `dtype`), and where (`mesh`).
+
+    `mesh` is None for one device. Over a mesh `config` is that of the cut model, see `models.sharded`.
+    """
 
     config: ModelConfig
     definition: nnx.GraphDef
     params: Params
     dtype: jnp.dtype
+    mesh: Mesh | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Data-parallel shards: copies of the model, each with pages of its own."""
+        return 1 if self.mesh is None else self.mesh.shape["dp"]
 
     @property
     def smallest_batch(self) -> int:
@@ -53,6 +66,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     fused_qkv: bool = True,
     stored: str | None = None,
+    parallel: ParallelConfig = ONE_DEVICE,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Reads the configuration, then the weights straight into stacked parameters.
@@ -66,13 +80,15 @@ def load_model(
             kinds has three all the same when `stored` keeps them so.
         stored: keep matrices in the form of the file and multiply with them in this precision (see `compute_dtype`);
             None reads values of `dtype`.
+        parallel: sizes of the mesh over which the model is cut; every device gets its part of each parameter.
         progress: reports what is read.
 
     Raises:
+        UserError: the model cannot be cut so, or the mesh is larger than the devices.
         ModelError: unknown architecture or config key; missing, surplus or misshapen tensors; a damaged file.
     """
     if opened.checkpoint is not None:
-        loaded = _load_checkpoint(opened.checkpoint, dtype, fused_qkv, progress)
+        loaded = _load_checkpoint(opened.checkpoint, dtype, fused_qkv, parallel, progress)
         return loaded if stored is None else _with_stored(loaded, stored)
     module = family(opened.config)
     config = module.config(opened.config, fused_qkv=fused_qkv)
@@ -81,6 +97,7 @@ def load_model(
     if stored is not None and (kinds := _kinds_without_kernel(opened)):
         note = f"weights of type {', '.join(kinds)} are read as float32: no native kernel multiplies with them"
         (progress or Progress.silent()).note(note)
+    placement = place_over(config, parallel)
     definition, specs = split_model(config, dtype)
     params = load_parameters(
         opened.tensors,
@@ -90,11 +107,20 @@ def load_model(
         ignore=module.IGNORED_TENSORS,
         progress=progress,
         stored=stored,
+        place=placement,
+        cuts=None if placement is None else placement.cuts,
     )
-    return LoadedModel(config, definition, params, jnp.dtype(dtype))
+    return _loaded(config, definition, params, dtype, placement)
 
 
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+def _loaded(
+    config: ModelConfig, definition: nnx.GraphDef, params: Params, dtype: DTypeLike, placement: Placement | None
+) -> LoadedModel:
+    """The model of these parameters, of the whole config or else as it is cut."""
+    if placement is None:
+        return LoadedModel(config, definition, params, jnp.dtype(dtype))
+    definition, _ = split_model(placement.config, dtype)
+    return LoadedModel(placement.config, definition, params, jnp.dtype(dtype), placement.mesh)
 
 
 def compute_dtype(dtype: str, precision: str) -> tuple[jnp.dtype, str | None]:
@@ -141,16 +167,21 @@ def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:
 
 def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
     """The model with its dense matrices handed to the kernels that multiply with stored weights; nothing is copied."""
+    placement = None if model.mesh is None else Placement(model.config, model.mesh)
 
     def wrap(name: str, value: Array) -> Array | StoredWeights:
         matrix = name in ("embed.weight", "head.weight") or (name.endswith(".weight") and value.ndim == 3)
-        return (store_dense(value, precision) if matrix else None) or value
+        cuts = 1 if placement is None else placement.cuts(name)
+        kept = store_dense(value, precision, cuts) if matrix else None
+        if kept is not None and placement is not None:
+            kept = jax.device_put(kept, placement.sharding(name, 3))
+        return kept or value
 
     return replace(model, params={name: wrap(name, value) for name, value in model.params.items()})
 
 
 def _load_checkpoint(
-    checkpoint: Checkpoint, dtype: DTypeLike, fused_qkv: bool, progress: Progress | None
+    checkpoint: Checkpoint, dtype: DTypeLike, fused_qkv: bool, parallel: ParallelConfig, progress: Progress | None
 ) -> LoadedModel:
     config = config_from_json(checkpoint.model)
     if config.fused_qkv != fused_qkv:
@@ -158,8 +189,10 @@ def _load_checkpoint(
             f"{checkpoint.path} was written with fused_qkv={config.fused_qkv}, asked for is fused_qkv={fused_qkv}: "
             f"set fused_qkv={config.fused_qkv}, or convert the model again"
         )
+    placement = place_over(config, parallel)
     definition, specs = split_model(config, dtype)
-    return LoadedModel(config, definition, checkpoint.restore(specs, progress=progress), jnp.dtype(dtype))
+    params = checkpoint.restore(specs, place=placement, progress=progress)
+    return _loaded(config, definition, params, dtype, placement)
 
 
 def save_model(
@@ -180,11 +213,18 @@ def save_model(
 
 
 def dummy_model(
-    config: ModelConfig, dtype: DTypeLike = jnp.float32, seed: int = 0, stored: str | None = None
+    config: ModelConfig,
+    dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
+    stored: str | None = None,
+    parallel: ParallelConfig = ONE_DEVICE,
 ) -> LoadedModel:
-    """A model with random weights made on the device; nothing is read. `stored` as for `load_model`."""
-    definition, _ = split_model(config, dtype)
-    model = LoadedModel(config, definition, random_params(config, dtype, seed), jnp.dtype(dtype))
+    """A model with random weights made on its devices; nothing is read. `stored` and `parallel` as for `load_model`."""
+    placement = place_over(config, parallel)
+    definition, specs = split_model(config, dtype)
+    shardings = placement and {name: placement.sharding(name, len(spec.shape)) for name, spec in specs.items()}
+    params = random_params(config, dtype, seed, placement and placement.arrange, shardings)
+    model = _loaded(config, definition, params, dtype, placement)
     return model if stored is None else _with_stored(model, stored)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from llm_infer.models.decoder import Angles, Attend, Attention, Cache, Decoder
 from llm_infer.models.layers import Embedding, Layer, LayerNorm, Linear, matmul_rows
 from llm_infer.models.opt import POSITION_OFFSET, OPTConfig
+from llm_infer.parallel.collectives import MeshAxes
 
 
 class OPTLayers(nnx.Module):
@@ -20,7 +21,7 @@ class OPTLayers(nnx.Module):
         self.attn_norm = LayerNorm(layers, width, eps=config.norm_eps, dtype=dtype)
         self.attn = Attention(config, output_bias=True, dtype=dtype, rngs=rngs)
         self.mlp_norm = LayerNorm(layers, width, eps=config.norm_eps, dtype=dtype)
-        self.mlp = PlainMLP(layers, width, inner, dtype=dtype, rngs=rngs)
+        self.mlp = PlainMLP(layers, width, inner, reduce=config.shards.axes, dtype=dtype, rngs=rngs)
         self.pre_norm = config.pre_norm
 
     def __call__(
@@ -38,9 +39,11 @@ class OPTLayers(nnx.Module):
 class PlainMLP(nnx.Module):
     """down(relu(up(x))), with biases."""
 
-    def __init__(self, layers: int, width: int, inner: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, layers: int, width: int, inner: int, *, reduce: MeshAxes, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
         self.up = Linear(layers, inner, width, bias=True, dtype=dtype, rngs=rngs)
-        self.down = Linear(layers, width, inner, bias=True, dtype=dtype, rngs=rngs)
+        self.down = Linear(layers, width, inner, bias=True, reduce=reduce, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
         return self.down(jax.nn.relu(self.up(x, layer)), layer)
@@ -66,7 +69,7 @@ class OPTDecoder(Decoder):
         nnx.Module.__init__(self)
         width, narrow = config.hidden_size, config.embedding_size
         self.config = config
-        self.embed = Embedding(config.vocab_size, narrow, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, narrow, shards=config.shards, dtype=dtype, rngs=rngs)
         self.positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, width, dtype=dtype, rngs=rngs)
         self.layers = OPTLayers(config, dtype=dtype, rngs=rngs)
         if narrow != width:
@@ -75,7 +78,7 @@ class OPTDecoder(Decoder):
         if config.pre_norm:
             self.final_norm = LayerNorm(None, width, eps=config.norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.head = Embedding(config.vocab_size, narrow, dtype=dtype, rngs=rngs)
+            self.head = Embedding(config.vocab_size, narrow, shards=config.shards, dtype=dtype, rngs=rngs)
 
     def embed_tokens(self, token_ids: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T E"]:
         """Token embedding, widened if need be, plus the learned embedding of the position."""

@@ -90,10 +90,10 @@ class StoredWeights:
         return dequantise(jnp.take(blocks, ids, axis=0, mode="clip"), kind)
 
 
-def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact") -> StoredWeights | None:
-    """A dense matrix or stack of them as it is; None where the kernels do not take it."""
+def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact", cuts: int = 1) -> StoredWeights | None:
+    """A dense matrix or stack of them as it is; None where the kernels do not take it, or a `cuts`-th of its rows."""
     kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(array.dtype.name)
-    if kind is None or array.shape[-1] % FORMATS[kind].elements:
+    if kind is None or array.shape[-1] % (cuts * FORMATS[kind].elements):
         return None
     stack = array if array.ndim == 3 else array[None]
     return StoredWeights((stack,), (kind,), tuple((0, layer) for layer in range(stack.shape[0])), precision)

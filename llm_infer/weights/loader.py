@@ -14,7 +14,7 @@ from llm_infer.quant import StoredWeights
 from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.progress import Progress, Task
 from llm_infer.weights.rules import HasShape, Rule
-from llm_infer.weights.stored_blocks import read_stored, stored_bytes, stored_kinds
+from llm_infer.weights.stored_blocks import Kinds, read_stored, stored_bytes, stored_kinds
 from llm_infer.weights.tensor_source import TensorSource
 from pallas_kernels.quant_matmul import tile_rows, tiles_pay
 
@@ -33,6 +33,7 @@ def load_parameters(
     progress: Progress | None = None,
     place: Place | None = None,
     stored: str | None = None,
+    cuts: Callable[[str], int] | None = None,
 ) -> dict[str, jax.Array | StoredWeights]:
     """Read all parameters of a model.
 
@@ -49,6 +50,7 @@ def load_parameters(
         place: moves a filled host array to its devices; `jax.device_put` to the default device when None.
         stored: keep matrices as the file stores them, to be multiplied in this precision (see `StoredWeights`); None
             reads all values into the type of their spec.
+        cuts: over how many devices `place` cuts the rows of a parameter's matrices; None is one.
 
     Returns:
         The parameters by name, in the order of `rules`.
@@ -77,7 +79,9 @@ def load_parameters(
 
     whole = place is None  # on one device: the order of rows may change
     place = place or (lambda _, array: jax.device_put(array))
-    kept = {rule.param: stored_kinds(source, rule, num_layers) for rule in wanted} if stored is not None else {}
+    kept: dict[str, Kinds | None] = {}
+    if stored is not None:
+        kept = {r.param: stored_kinds(source, r, num_layers, cuts(r.param) if cuts else 1) for r in wanted}
     total = sum(stored_bytes(kept.get(rule.param), specs[rule.param]) for rule in wanted)
     parameters: dict[str, jax.Array | StoredWeights] = {}
     with (progress or Progress.silent()).task("Loading weights", total=total, unit="bytes") as task:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +132,7 @@ class Checkpoint:
         specs: Mapping[str, HasShape],
         *,
         shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+        place: Callable[[str, np.ndarray], jax.Array] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, jax.Array]:
         """All parameters of a model.
@@ -141,6 +142,7 @@ class Checkpoint:
         Args:
             specs: parameter name → shape and type; another type than the stored one is converted to.
             shardings: where each parameter goes, whatever mesh it was written from; None is the default device.
+            place: moves the (mapped) values of a parameter to its devices, in place of `shardings`.
             progress: reports bytes of the checkpoint; None is silent.
 
         Raises:
@@ -150,18 +152,32 @@ class Checkpoint:
         total = sum(self.array(name).nbytes for name in specs)
         with (progress or Progress.silent()).task("Loading weights", total=total, unit="bytes") as task:
             return {
-                name: self._restore(name, np.dtype(spec.dtype), (shardings or {}).get(name), task)
+                name: self._restore(name, np.dtype(spec.dtype), (shardings or {}).get(name), place, task)
                 for name, spec in specs.items()
             }
 
-    def _restore(self, name: str, dtype: np.dtype, sharding: jax.sharding.Sharding | None, task: Task) -> jax.Array:
+    def _restore(
+        self,
+        name: str,
+        dtype: np.dtype,
+        sharding: jax.sharding.Sharding | None,
+        place: Callable[[str, np.ndarray], jax.Array] | None,
+        task: Task,
+    ) -> jax.Array:
         import jax
 
         from llm_infer.weights.aligned import aligned_empty
 
         array = self.array(name)
         file = array.single_file
-        if file is None:
+        if place is not None:
+            values = (
+                np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
+                if file is None
+                else array.map(file)
+            )
+            result = place(name, values.astype(dtype, copy=False))
+        elif file is None:
             result = _restore_with_orbax(self.path / PARAMS, name, array, sharding).astype(dtype)
         else:
             values = array.map(file)

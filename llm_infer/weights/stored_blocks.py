@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
+from llm_infer.errors import UserError
 from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.progress import Task
 from llm_infer.weights.rules import HasShape, Rule
@@ -23,10 +24,13 @@ Kinds = tuple[str, ...]
 """Kind of each layer's matrix; keys of FORMATS."""
 
 
-def stored_kinds(source: TensorSource, rule: Rule, num_layers: int) -> Kinds | None:
+def stored_kinds(source: TensorSource, rule: Rule, num_layers: int, cuts: int = 1) -> Kinds | None:
     """The kinds of a parameter's matrices, or None for a parameter that is no matrix or that no kernel takes.
 
     Tensors of different kinds that make up one matrix are read as float32.
+
+    Raises:
+        UserError: a row of blocks is cut into `cuts` parts for as many devices, and that would cut blocks.
     """
     if not (rule.param.endswith(".weight") and (rule.stacked or rule.param in _TABLES)):
         return None
@@ -37,7 +41,14 @@ def stored_kinds(source: TensorSource, rule: Rule, num_layers: int) -> Kinds | N
         width = source.shape(group[0])[1]
         found = {_kind(source, name) for name in group}
         kind = found.pop() if len(found) == 1 else "f32"
-        if width % FORMATS[kind].elements:
+        if width % (cuts * FORMATS[kind].elements):
+            if FORMATS[kind].dtype == "uint8" and width % FORMATS[kind].elements == 0:
+                blocks = width // FORMATS[kind].elements
+                near = min((n for n in range(1, blocks + 1) if blocks % n == 0), key=lambda n: abs(n - cuts))
+                raise UserError(
+                    f"{rule.param}: rows of {blocks} blocks of {kind} cannot be cut for {cuts} devices: set "
+                    f"tensor_parallel_size × expert_parallel_size to {near} or another divisor of {blocks}"
+                )
             return None
         kinds.append(kind)
     return tuple(kinds)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention.pages import POOL_DTYPES, kv_pool_dtype, kv_pool_shape
+from pallas_kernels.paged_attention.pages import KV_HEADS_AXIS, POOL_DTYPES, kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 
 __all__ = [
+    "KV_HEADS_AXIS",
     "AttentionPlan",
     "PlanShape",
     "copy_pages",

@@ -26,6 +26,9 @@ from pallas_kernels.dispatch import Case
 LANES = 128
 HALF_LANES = LANES // 2  # heads up to this size have K and V side by side on the lanes of the TPU layout
 
+KV_HEADS_AXIS = 3
+"""The axis along which the pools of devices that have different KV heads of the same pages lie side by side."""
+
 # uint16 holds the bits of bfloat16 numbers, see kv_pool_dtype.
 POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
 

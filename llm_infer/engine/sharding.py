@@ -1,0 +1,98 @@
+"""Where the arguments of a step program lie on the devices, and the program that runs on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from llm_infer.engine.steps import StepFunction
+from llm_infer.models.config import ModelConfig
+from llm_infer.parallel.rules import num_parts, parameter_partition, partition
+from pallas_kernels.paged_attention import KV_HEADS_AXIS, kv_pool_dtype, kv_pool_shape
+
+BATCH = partition("batch")
+"""Everything but parameters and pages has the shards of the batch in front."""
+
+
+@dataclass(frozen=True)
+class StepSharding:
+    """The devices of a model and how a step's arguments are cut over them.
+
+    Attributes:
+        config: of the model, as it is cut.
+        mesh: None for one device, where nothing is cut.
+        platform: cpu, gpu or tpu.
+    """
+
+    config: ModelConfig
+    mesh: Mesh | None
+    platform: str
+
+    @classmethod
+    def of(cls, config: ModelConfig, mesh: Mesh | None) -> StepSharding:
+        """With the platform of the mesh's devices, or else the default one."""
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        return cls(config, mesh, "gpu" if platform == "cuda" else platform)
+
+    @property
+    def num_shards(self) -> int:
+        """Data-parallel shards: dp."""
+        return 1 if self.mesh is None else self.mesh.shape["dp"]
+
+    def struct(self, shape: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
+        """An argument that is only described."""
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def pool(self, num_pages: int, page_size: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """The KV pool: `num_pages` of each shard with ids of its own, and of every page each device's heads."""
+        shape = kv_pool_shape(
+            self.platform,
+            num_layers=self.config.num_layers,
+            num_pages=num_pages,
+            page_size=page_size,
+            num_kv_heads=self.config.num_kv_heads // self.config.shards.devices,
+            head_dim=self.config.head_dim,
+            dtype=dtype,
+        )
+        axes: list[str | None] = [None] * len(shape)
+        axes[1], axes[KV_HEADS_AXIS] = "pages", "heads"
+        return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes))
+
+    def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
+        """The array of which every device has a part of shape `local`."""
+        if self.mesh is None:
+            return jax.ShapeDtypeStruct(local, dtype)
+        sizes = [size * parts for size, parts in zip(local, num_parts(self.mesh, spec, len(local)), strict=True)]
+        return self.struct(tuple(sizes), dtype, spec)
+
+    def zeros(self, struct: jax.ShapeDtypeStruct) -> jax.Array:
+        """An array of zeros of that description."""
+        return jnp.zeros(struct.shape, struct.dtype, device=struct.sharding)
+
+    def jit(self, step: StepFunction, params: Mapping[str, Any], pool: jax.ShapeDtypeStruct) -> Any:
+        """The jitted step with pages, last ids and state donated.
+
+        Over a mesh every device runs the step on its part of each argument. All collectives are written out in the
+        model; the devices of a shard draw the same ids because they gather the same logits.
+        """
+        if self.mesh is None:
+            return jax.jit(step, donate_argnums=(1, 2, 4))
+        moe = self.config.moe is not None
+        leaves = {name: jax.tree.leaves(value)[0].ndim for name, value in params.items()}
+        weights = {name: parameter_partition(name, ndim, moe=moe) for name, ndim in leaves.items()}
+        pages = pool.sharding.spec
+        over_mesh = jax.shard_map(
+            step,
+            mesh=self.mesh,
+            in_specs=(weights, pages, BATCH, BATCH, BATCH, BATCH),
+            out_specs=(pages, BATCH, BATCH, BATCH),
+            check_vma=False,
+        )
+        return jax.jit(over_mesh, donate_argnums=(1, 2, 4))

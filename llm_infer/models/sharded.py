@@ -1,0 +1,136 @@
+"""How a model is cut over a mesh: which sizes are legal, and the order that the rows of its parameters need for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llm_infer.config import ParallelConfig
+from llm_infer.errors import UserError
+from llm_infer.models.config import ModelConfig, Shards
+from llm_infer.parallel.mesh import make_mesh, nearest, too_large
+from llm_infer.parallel.rules import num_parts, parameter_partition
+
+
+def why_not(config: ModelConfig, parallel: ParallelConfig) -> str | None:
+    """Why the model cannot be cut so, or None. A KV head is never cut; if there are too few, devices hold copies."""
+    tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
+    heads, kv_heads, moe, cut = config.num_heads, config.num_kv_heads, config.moe, tp * ep
+    if ep > 1 and moe is None:
+        return f"expert_parallel_size={ep}, but {config.architecture} has no experts"
+    if heads % cut or (kv_heads % cut and cut % kv_heads):
+        return (
+            f"{parallel} cuts the heads {cut} times: the {heads} query heads must divide by that, and it must divide "
+            f"the {kv_heads} KV heads or be a multiple of them"
+        )
+    if moe is None and config.intermediate_size % cut:
+        return f"{parallel}: intermediate_size={config.intermediate_size} does not divide by {cut}"
+    if moe is not None and moe.num_experts % ep:
+        return f"{parallel}: the {moe.num_experts} experts do not divide by {ep}"
+    if moe is not None and moe.intermediate_size % tp:
+        return f"{parallel}: the experts' intermediate_size={moe.intermediate_size} does not divide by {tp}"
+    return None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Puts the parameters of a model on the devices of a mesh.
+
+    Attributes:
+        config: of the cut model: where there are more devices than KV heads, `num_kv_heads` counts every copy.
+        mesh: the devices.
+    """
+
+    config: ModelConfig
+    mesh: Mesh
+
+    def sharding(self, name: str, ndim: int) -> NamedSharding:
+        """Where a parameter of this name and so many dimensions goes."""
+        return NamedSharding(self.mesh, parameter_partition(name, ndim, moe=self.config.moe is not None))
+
+    def cuts(self, name: str) -> int:
+        """Parts into which the last axis of a matrix is cut: a row of blocks must hold whole blocks in each."""
+        return num_parts(self.mesh, self.sharding(name, 3).spec, 3)[-1]
+
+    def arrange(self, name: str, array: Any) -> Any:
+        """See `arrange`."""
+        return arrange(name, array, self.config)
+
+    def __call__(self, name: str, array: np.ndarray | jax.Array) -> jax.Array:
+        """A whole parameter, or a stack of its blocks, as an array whose every device has its part."""
+        arranged = np.asarray(self.arrange(name, array))
+        sharding = self.sharding(name, arranged.ndim)
+        return jax.make_array_from_callback(arranged.shape, sharding, lambda index: arranged[index])
+
+
+def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Placement | None:
+    """How a model is cut over a mesh of these sizes; None for one device, where nothing is cut.
+
+    Args:
+        config: of the whole model.
+        parallel: sizes of the mesh.
+        devices: JAX's devices, or those of a topology that is only compiled for; all of this program when None.
+
+    Raises:
+        UserError: heads, MLP or experts do not divide, or there are too few devices; the message names the nearest
+            sizes that work.
+    """
+    devices = jax.devices() if devices is None else devices
+
+    def reason(sizes: ParallelConfig) -> str | None:
+        return why_not(config, sizes) or too_large(sizes, len(devices))
+
+    if (problem := reason(parallel)) is not None:
+        raise UserError(f"{problem}: set {nearest(parallel, len(devices), lambda each: reason(each) is None)}")
+    if parallel.num_devices == 1:
+        return None
+    tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
+    copies = max(1, tp * ep // config.num_kv_heads)
+    cut = replace(config, num_kv_heads=config.num_kv_heads * copies, shards=Shards(tp, ep, copies))
+    return Placement(cut, make_mesh(parallel, devices))
+
+
+def arrange(name: str, array: np.ndarray | jax.Array, config: ModelConfig) -> np.ndarray | jax.Array:
+    """A parameter with its rows in the order in which a cut config needs them; numpy stays numpy.
+
+    KV heads are repeated for every device that holds a copy, tables of the vocabulary filled up with zeros to equal
+    parts, and of the experts' rows each device's share is brought together.
+    """
+    xp: ModuleType = jnp if isinstance(array, jax.Array) else np
+    module, kind = name.split(".")[-2:]
+    shards, moe = config.shards, config.moe
+    axis = array.ndim - (2 if kind == "weight" else 1)  # of the rows
+    lead, tail = array.shape[:axis], array.shape[axis + 1 :]
+    if module in ("embed", "head"):
+        missing = shards.padded(config.vocab_size) - array.shape[axis]
+        padding = [(0, missing if i == axis else 0) for i in range(array.ndim)]
+        return xp.pad(array, padding) if missing else array
+    if module in ("qkv", "k", "v") and shards.kv_copies > 1:
+        copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
+        group = config.num_heads // heads if module == "qkv" else 0
+        rows = array.reshape(*lead, heads, -1, config.head_dim, *tail)
+        query, keys = xp.split(rows, [group], axis=axis + 1)
+        query = query.reshape(*lead, heads, copies, group // copies, config.head_dim, *tail)
+        keys = xp.repeat(xp.expand_dims(keys, axis + 1), copies, axis=axis + 1)
+        return xp.concatenate([query, keys], axis=axis + 2).reshape(*lead, -1, *tail)
+    if moe is not None and module in ("gate", "up") and shards.tp > 1:
+        rows = array.reshape(*lead, shards.ep, moe.num_experts // shards.ep, shards.tp, -1, *tail)
+        return xp.swapaxes(rows, axis + 1, axis + 2).reshape(*lead, -1, *tail)
+    return array
+
+
+def abstract_parameters(
+    specs: Mapping[str, jax.ShapeDtypeStruct], placement: Placement
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of the parameters of a cut model; `specs` are those of `split_model`."""
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement.sharding(name, len(spec.shape)))
+        for name, spec in specs.items()
+    }

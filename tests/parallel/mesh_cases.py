@@ -1,0 +1,183 @@
+"""Run by test_mesh in a process of its own: engines over meshes of eight fake CPU devices. Prints a line of JSON for each case.
+
+Arguments are names of CASES. Each case compares an engine over a mesh with the tokens that transformers computed from the
+same checkpoint, or with an engine on one device, and reports the collectives of its program.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import json
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.engine import Engine
+from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.load import LoadedModel, dummy_model, load_model
+from llm_infer.weights.sources import open_model, resolve
+from tests.engine.engines import run_all
+from tests.models.family_checkpoints import FOLDER, dense, golden
+from tests.parallel.hlo import collectives
+
+ONE = ParallelConfig()
+MARGIN = 2e-3  # between the two best tokens; below it, the last bit of a sum may decide
+BUCKET = 16
+
+
+def llama(heads: int, kv_heads: int) -> ModelConfig:
+    return ModelConfig("LlamaForCausalLM", 131, 32, 2, heads, kv_heads, 16, 64, 256, tie_word_embeddings=True)
+
+
+MOE = ModelConfig("Qwen3MoeForCausalLM", 131, 32, 2, 4, 2, 16, 1, 256, qk_norm=True, moe=MoEConfig(8, 2, 32))
+DUMMIES = {"llama 8/8": llama(8, 8), "llama 8/2": llama(8, 2), "moe 4/2": MOE}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a mesh (dp, tp, ep), and what the engine is to do."""
+
+    model: str
+    mesh: tuple[int, int, int]
+    load: dict[str, Any] = field(default_factory=dict)
+    draw: dict[str, Any] = field(default_factory=dict)
+    pages: int = 64
+    rounds: int = 1
+    speculative: bool = False
+    steps: int = 1
+
+
+CASES = {
+    **{f"8/8 on {m[0]}x{m[1]}": Case("llama 8/8", m) for m in ((8, 1, 1), (1, 8, 1), (2, 4, 1))},
+    **{f"8/2 on {m[0]}x{m[1]}": Case("llama_gqa", m) for m in ((8, 1, 1), (1, 8, 1), (2, 4, 1))},
+    "moe on 2x2x2": Case("qwen3_moe_gqa", (2, 2, 2)),
+    "wide experts on 1x2x2": Case("moe 4/2", (1, 2, 2)),
+    "opt on 2x4": Case("opt_pre", (2, 4, 1)),
+    "qwen2 with biases on 1x8": Case("qwen2_gqa", (1, 8, 1)),
+    "unfused on 1x4": Case("qwen3_gqa", (1, 4, 1), {"fused_qkv": False}),
+    "native kernels on 2x2": Case("llama 8/8", (2, 2, 1), {"stored": "exact"}),
+    "sampled, preempted, cached on 2x4": Case(
+        "llama 8/2", (2, 4, 1), draw=dict(temperature=1.0, top_p=0.95, n=2), pages=7, rounds=2
+    ),
+    "penalties on 4x2": Case("llama 8/2", (4, 2, 1), draw=dict(repetition_penalty=1.3, presence_penalty=0.5)),
+    "beams on 2x4": Case("llama 8/2", (2, 4, 1), draw=dict(beam_width=3)),
+    "speculation on 2x4": Case("llama 8/2", (2, 4, 1), speculative=True),
+    "several steps on 2x4": Case("llama 8/2", (2, 4, 1), steps=4),
+}
+
+
+def load(name: str, parallel: ParallelConfig, **options: Any) -> LoadedModel:
+    if name in DUMMIES:
+        return dummy_model(DUMMIES[name], seed=3, parallel=parallel, **options)
+    return load_model(open_model(resolve(str(FOLDER / name))), parallel=parallel, **options)
+
+
+def prompts(vocab: int) -> list[list[int]]:
+    """Ragged lengths around page boundaries, some with a common beginning of two pages and a bit."""
+    rng = np.random.default_rng(5)
+    shared = rng.integers(1, vocab, 37).tolist()
+    own = [rng.integers(1, vocab, n).tolist() for n in (1, 2, 15, 16, 17, 33)]
+    return own + [shared + rng.integers(1, vocab, n).tolist() for n in (1, 5, 11)]
+
+
+@cache
+def on_one_device(model: str, load_options: str, draw_options: str) -> list[list[list[int]]]:
+    """Tokens of the dummy model's prompts by a plain engine."""
+    case = Case(model, (1, 1, 1), json.loads(load_options))
+    plain = load(model, ONE, **case.load)
+    return run_all(engine(plain, case, 64), prompts(plain.config.vocab_size), parameters(json.loads(draw_options)))
+
+
+def parameters(draw: dict[str, Any]) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "seed": 7} | draw)
+
+
+def engine(model: LoadedModel, case: Case, pages: int) -> Engine:
+    config = EngineConfig(
+        CacheConfig(num_pages=pages),
+        SchedulerConfig(8, BUCKET, min(96, model.config.max_position_embeddings), num_scheduler_steps=case.steps),
+        check_every_step=True,
+        speculative=SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1) if case.speculative else None,
+    )
+    made = Engine(model, config)
+    made.runner.buckets = (BUCKET,)  # one program
+    return made
+
+
+def forced_steps(plain: LoadedModel, sharded: Engine, prompt: list[int], wanted: list[int]) -> int | None:
+    """How often greedy decoding leaves `wanted` where two tokens are within MARGIN and is led back; None if elsewhere."""
+    forced, done = 0, 0
+    while done < len(wanted):
+        params = SamplingParams(temperature=0.0, max_tokens=len(wanted) - done, ignore_eos=True)
+        ((found,),) = run_all(sharded, [prompt + wanted[:done]], params)
+        if found == wanted[done:]:
+            break
+        done += next(i for i, (a, b) in enumerate(zip(found, wanted[done:], strict=True)) if a != b)
+        logits, _ = dense(plain, prompt + wanted[:done])
+        first, second = np.sort(logits[-1])[:-3:-1]
+        if first - second >= MARGIN:
+            return None
+        forced, done = forced + 1, done + 1
+    return forced
+
+
+def device_bytes(model: LoadedModel) -> list[int]:
+    """Bytes of the parameters on each device."""
+    shards = [shard for leaf in jax.tree.leaves(model.params) for shard in leaf.addressable_shards]
+    counts = Counter[Any]()
+    for shard in shards:
+        counts[shard.device.id] += shard.data.nbytes
+    return list(counts.values())
+
+
+def run(case: Case) -> dict[str, Any]:
+    dp, tp, ep = case.mesh
+    started = time.process_time()
+    model = load(case.model, ParallelConfig(tp, dp, ep), **case.load)
+    plain = load(case.model, ONE, **case.load)
+    draw = parameters(case.draw)
+    sharded = engine(model, case, case.pages)
+    if case.model in DUMMIES or case.draw:
+        texts = prompts(model.config.vocab_size)
+        wanted = on_one_device(case.model, json.dumps(case.load), json.dumps(case.draw))
+    else:
+        texts = golden(case.model).prompts
+        wanted = [[tokens[: draw.max_tokens]] for tokens in golden(case.model).tokens]
+        draw = replace(draw, max_tokens=len(wanted[0][0]))
+    for _ in range(case.rounds):
+        found = run_all(sharded, texts, draw)
+    forced: list[int | None] = []
+    if found != wanted and not case.draw:
+        forced = [forced_steps(plain, sharded, text, each[0]) for text, each in zip(texts, wanted, strict=True)]
+    programs = list(sharded.runner._programs.values())
+    inside, outside, gathered = collectives(programs[0].run.as_text())
+    others = [collectives(program.run.as_text()) for program in programs[1:]]
+    return {
+        "same": found == wanted or (bool(forced) and None not in forced),
+        "forced": sum(each or 0 for each in forced),
+        "inside": inside,
+        "outside": outside,
+        "gathered": gathered,
+        "others": [inside + outside for inside, outside, _ in others],
+        "logits": [programs[0].layout.num_draws, model.config.vocab_size],
+        "bytes": device_bytes(model),
+        "whole": sum(device_bytes(plain)),
+        "preemptions": sharded.scheduler.num_preemptions,
+        "seconds": time.process_time() - started,
+    }
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(json.dumps({"name": name, **run(CASES[name])}), flush=True)
