@@ -17,7 +17,7 @@ from pallas_kernels.paged_attention.cpu_softmax import (
     State,
     Variant,
     page_block,
-    store_page,
+    page_values,
 )
 
 WRITE_ROWS = 16  # token rows per task of the write
@@ -36,11 +36,16 @@ def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
                 page, offset = slot // a.C, slot % a.C
                 with k.range(0, a.Hkv) as head:
                     for which, (new, scale) in enumerate(((a.k_new, a.k_scale), (a.v_new, a.v_scale))):
-                        target = page_block(k, a, page, which, head, d) + offset * d
+                        block = page_block(k, a, page, which, head, d)
                         source = new + (row * a.Hkv + head) * d
                         for i in range(0, d, lanes):
                             x = source.load(i, lanes)
-                            store_page(k, target, i, x / scale[0] if variant.scales else x, variant.page_dtype)
+                            stored = page_values(k, x / scale[0] if variant.scales else x, variant.page_dtype)
+                            if which:
+                                block.store(offset * d + i, stored)
+                            else:
+                                for lane in range(lanes):
+                                    block[(i + lane) * a.C + offset] = stored.lane(lane)
             with padding, k.range(0, a.Hq * d, lanes) as i:
                 a.out.store(row * a.Hq * d + i, k.zeros(F32, lanes))
 

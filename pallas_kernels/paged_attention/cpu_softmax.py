@@ -17,7 +17,7 @@ from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Pt
 
 SPLIT_KEYS = 256  # 128 KiB of K and V a head at D = 64: stays in L2 while the rows of an item pass
 GROUP_ROWS = 48  # (token, head) rows that are worked on together
-BLOCK_ROWS = 3  # of them in registers: 3 rows x 4 keys (or 4 vectors of V) is 12 accumulators
+BLOCK_ROWS = 6  # of them in registers, with two sums of a vector of keys each, or with 4 vectors of V
 PREFETCH_MOST_ROWS = 16  # items of more rows find K in the L2 cache: there the prefetches would only cost
 LINE_BYTES = 64
 FIRST_MAXIMUM = -1e30  # finite, so that two empty maxima compare as exp(0)
@@ -56,21 +56,17 @@ def load_page(k: Emitter, pages: Ptr, index: Value | int, dtype: str, count: int
     return k.bf16_to_f32(raw)
 
 
-def store_page(k: Emitter, pages: Ptr, index: Value | int, x: Value, dtype: str) -> None:
+def page_values(k: Emitter, x: Value, dtype: str) -> Value:
     """float32 as `pages.to_page_dtype` stores it: nearest even; int8 clipped to ±127."""
     if dtype == "int8":
-        clipped = k.max(k.min(k.round_even(x), 127.0), -127.0)
-        pages.store(index, clipped.to(I8))
-    elif dtype == "float16":
-        pages.store(index, x.to(F16).bits(ir.VectorType(I16, x.type.count)))
-    elif dtype == "float32":
-        pages.store(index, x)
-    else:
-        pages.store(index, k.f32_to_bf16(x))
+        return k.max(k.min(k.round_even(x), 127.0), -127.0).to(I8)
+    if dtype == "float16":
+        return x.to(F16).bits(ir.VectorType(I16, x.type.count))
+    return x if dtype == "float32" else k.f32_to_bf16(x)
 
 
 def page_block(k: Emitter, a: Frame, page: Value, which: int, head: Value, d: int) -> Ptr:
-    """K (which = 0) or V (1) of one head of one page: [C, D]. A page id outside the pool means the null page."""
+    """K (which = 0), [D, C], or V (1), [C, D], of one head of one page. A page id outside the pool means the null page."""
     page = k.select((page >= 0) & (page < a.P), page, k.i64(0))
     return a.pages_out + (((a.layer[0].to(I64) * a.P + page) * 2 + which) * a.Hkv + head) * a.C * d
 
@@ -156,28 +152,34 @@ class SplitAttention:
             self._values(count, first - base, factors, start, first_page, end_page, low, high)
 
     def _scores(self, rows: list[Value], start: Value, first_page: Value, end_page: Value) -> None:
+        """A lane is a key, so no sum crosses lanes: each is over d in two halves, whatever the rows beside it."""
         k, a, d, lanes = self.k, self.a, self.variant.head_dim, self.k.lanes
-        group, head = self.item.group, self.item.head
+        group, head, half, unroll = self.item.group, self.item.head, d // 2, 4
         q = [a.q + ((self.item.first_row + row // group) * a.Hq + head * group + row % group) * d for row in rows]
         with k.range(first_page, end_page) as page:
             keys = page_block(k, a, self.table[page].to(I64), 0, head, d)
+            values = page_block(k, a, self.table[page].to(I64), 1, head, d)
             next_keys = page_block(k, a, self.table[k.min(page + 1, end_page - 1)].to(I64), 0, head, d)
-            with k.range(0, a.C, 4) as key:
-                with k.when(self.item.rows <= PREFETCH_MOST_ROWS):
-                    for line in range(0, 4 * d, LINE_BYTES // element_bytes(next_keys.element)):
-                        (next_keys + (key * d + line)).prefetch(0)
-                acc: list[list[Value]] = [[k.zeros(F32, lanes)] * 4 for _ in rows]
-                for v in range(0, d, lanes):
-                    query = [row.load(v, lanes) for row in q]
-                    for j in range(4):
-                        k_vector = load_page(k, keys, (key + j) * d + v, self.variant.page_dtype, lanes)
-                        for i in range(len(rows)):
-                            acc[i][j] = k.fma(query[i], k_vector, acc[i][j])
+            with k.range(0, a.C, lanes) as key:
+                sums = [[k.var(k.zeros(F32, lanes)) for _ in (0, 1)] for _ in rows]
+                with k.range(0, half, unroll) as i:
+                    for part in (0, 1):
+                        for step in range(unroll):
+                            at = i + (part * half + step)
+                            k_vector = load_page(k, keys, at * a.C + key, self.variant.page_dtype, lanes)
+                            for row, both in zip(q, sums, strict=True):
+                                both[part].v = k.fma(k.splat(row[at], lanes), k_vector, both[part].v)
+                    with k.when((self.item.rows <= PREFETCH_MOST_ROWS) & key.eq(0)):
+                        bytes_ = 2 * unroll * a.C * element_bytes(keys.element)  # this turn's share of a page
+                        for next_block in (next_keys, values):
+                            block = next_block.as_(I8) + i // unroll * bytes_
+                            with k.range(0, bytes_, LINE_BYTES) as line:
+                                (block + line).prefetch(0)
                 at = (page - start) * a.C + key
-                for i in range(len(rows)):
-                    score = k.sum4(acc[i]) * self.scale
+                for i, (first, second) in enumerate(sums):
+                    score = (first.v + second.v) * self.scale
                     if self.variant.softcap:  # cap * tanh(s / cap), tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                        cap = k.splat(a.softcap[0], 4)
+                        cap = k.splat(a.softcap[0], lanes)
                         score = cap * (k.like(score, 1.0) - k.like(score, 2.0) / (k.exp(score * 2.0 / cap) + 1.0))
                     self.scores.store(at + i * SPLIT_KEYS, score)
 
@@ -234,6 +236,8 @@ class SplitAttention:
         whole = first + (end - first) // BLOCK_ROWS * BLOCK_ROWS
         with k.range(first, whole, BLOCK_ROWS) as row:
             self.run(split, row, base, BLOCK_ROWS)
-        for left in range(1, BLOCK_ROWS):
-            with k.when((end - whole).eq(left)):
-                self.run(split, whole, base, left)
+        begin = k.var(whole)
+        for count in (3, 2, 1):  # five rows are 3 + 2
+            with k.when(end - begin.v >= count):
+                self.run(split, begin.v, base, count)
+                begin.v = begin.v + count

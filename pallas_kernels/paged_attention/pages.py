@@ -87,6 +87,15 @@ def is_tpu_layout(shape: tuple[int, ...], num_kv_heads: int, head_dim: int, item
     return len(shape) == 6 and shape[3:] == token_shape(num_kv_heads, head_dim, itemsize)
 
 
+def turn_keys(pages: np.ndarray, back: bool = False) -> np.ndarray:
+    """A copy of a pool of the plain layout with every K block [C, D] stored as [D, C]; or that undone."""
+    page_size, head_dim = pages.shape[4:]
+    turned, keys = pages.copy(), pages[:, :, 0]
+    shape = (*keys.shape[:-2], head_dim, page_size) if back else keys.shape
+    turned[:, :, 0] = keys.reshape(shape).swapaxes(-1, -2).reshape(keys.shape)
+    return turned
+
+
 def why_not_plain(shape: tuple[int, ...], num_kv_heads: int, head_dim: int) -> str | None:
     """None where `shape` is a pool of the plain layout for these heads, else what is wrong with it."""
     if len(shape) == 6 and shape[2:4] == (2, num_kv_heads) and shape[5] == head_dim:

@@ -20,6 +20,7 @@ from pallas_kernels.cpu_ffi.threads import thread_pool
 from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention import cpu
 from pallas_kernels.paged_attention.cases import CASES, LAYER, MIXED, AttentionCase, Inputs, Sizes, build
+from pallas_kernels.paged_attention.pages import turn_keys
 from tests.kernels import native_call
 from tests.kernels.test_paged_attention import check_in_place, num_rows, program_arguments, textbook
 
@@ -35,8 +36,8 @@ def jitted(scale: float, options: tuple):
 
 def run(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     attend = jitted(inputs.scale, tuple(inputs.options.items()))
-    out, pages = attend(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
-    return np.asarray(out), np.asarray(pages)
+    out, pages = attend(inputs.q, inputs.k_new, inputs.v_new, turn_keys(inputs.pages), inputs.plan, **inputs.arrays)
+    return np.asarray(out), turn_keys(np.asarray(pages), back=True)
 
 
 @functools.cache
@@ -88,7 +89,7 @@ def test_code_for_other_vector_widths(lanes):
     scalars = {"window": 37, "scale": inputs.scale, "softcap": 5.0} | inputs.arrays
     names = ("layer", "window", "scale", "softcap", "k_scale", "v_scale", "sinks")
     rest = [np.asarray(scalars[n], np.int32 if n in ("layer", "window") else np.float32) for n in names]
-    kernel, pages = cpu.attention_kernel(64, "float32", True, True, True), inputs.pages.copy()
+    kernel, pages = cpu.attention_kernel(64, "float32", True, True, True), turn_keys(inputs.pages)
     out, partial = np.full(inputs.q.shape, np.nan, np.float32), np.empty((2048, 3 * 66), np.float32)
     args = [inputs.q, inputs.k_new, inputs.v_new, pages, *inputs.plan, *rest]
     native_call.call(kernel, args, [out, pages, partial], lanes=lanes)
@@ -113,7 +114,7 @@ def test_chunks_of_a_prompt_and_a_long_decode_batch_give_the_same_bits():
         )
         return np.asarray(out), np.asarray(pages)
 
-    head, pages = part(0, first, inputs.pages)
+    head, pages = part(0, first, turn_keys(inputs.pages))
     tail, _ = part(first, length - 1, pages)
     _, pages = part(first, length - 1, pages)
     last, _ = part(length - 1, length, pages)
