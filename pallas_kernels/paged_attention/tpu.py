@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.dispatch import Case
+from pallas_kernels.dispatch import Case, target
 from pallas_kernels.paged_attention import tpu_kernel
 from pallas_kernels.paged_attention.pages import (
     LANES,
@@ -21,8 +21,9 @@ from pallas_kernels.paged_attention.pages import (
     token_shape,
 )
 from pallas_kernels.paged_attention.plan import AttentionPlan
-from pallas_kernels.paged_attention.tpu_blocks import Blocks, choose_blocks
+from pallas_kernels.paged_attention.tpu_blocks import Blocks, check_blocks, choose_blocks
 from pallas_kernels.paged_attention.tpu_softmax import LOG2E, ROWS, score_factor
+from pallas_kernels.paged_attention.tpu_words import pack_words
 
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 VMEM_MARGIN = 8 << 20  # for what the compiler adds to the scratch memory
@@ -72,11 +73,13 @@ def paged_attention(
     """
     (tokens, num_heads, head_dim), num_kv_heads = q.shape, k_new.shape[1]
     dtype = q.dtype
-    words, packing, lanes = pages.shape[3:]
+    packing, lanes = pages.shape[4:]
     group = group_rows(num_heads // num_kv_heads, dtype.itemsize)
     multiple = max(ROWS // group, packing)  # heads of a bundle of rows, heads that share a word
     heads = -(-num_kv_heads // multiple) * multiple
-    blocks = blocks or choose_blocks(pages, num_kv_heads, head_dim, group, plan)
+    if blocks is None:
+        blocks = choose_blocks(target()[1], pages, head_dim, group, plan.q_block)
+    check_blocks(blocks, pages.shape[2], group)
     tile_rows = blocks.tile_rows
     rows = -(-plan.q_block // tile_rows) * tile_rows if plan.q_block > 1 else 1
     static = tpu_kernel.Static(
@@ -92,6 +95,7 @@ def paged_attention(
         sinks=sinks is not None,
         window=window is not None,
         dtype=dtype,
+        page_dtype=pages.dtype,
         interpret=bool(interpret),
     )
     block = max(blocks.decode_pages, blocks.mixed_pages if rows > 1 else 0) * pages.shape[2]
@@ -101,7 +105,9 @@ def paged_attention(
         x = x.reshape(x.shape[0], num_kv_heads, -1, x.shape[2])
         return jnp.pad(x, ((0, 0), (0, heads - num_kv_heads), (0, group - x.shape[2]), (0, lanes - x.shape[3])))
 
-    kv_new = pack_tokens(to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype))
+    kv_new = (pack_tokens if interpret else pack_words)(
+        to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype)
+    )
     sink_rows = jnp.zeros((ROWS, LANES), jnp.float32)
     if sinks is not None:
         padded = jnp.pad(sinks.astype(jnp.float32).reshape(num_kv_heads, -1), ((0, heads - num_kv_heads), (0, 0)))
@@ -130,7 +136,8 @@ def paged_attention(
     many = (heads, rows * group)
     scratch = {
         "table": pltpu.SMEM((tpu_kernel.TABLES, 1, tables.shape[2]), jnp.int32),
-        "kv": pltpu.VMEM((2, block, words, packing, lanes), pages.dtype),
+        "kv": pltpu.VMEM((2, block, *kv_new.shape[1:]), kv_new.dtype),
+        "zeros": pltpu.VMEM((ROWS, heads, group, lanes), dtype),
         "q_one": pltpu.VMEM((2, heads, group, lanes), dtype),
         "q_many": pltpu.VMEM((2, heads, rows, group, lanes), dtype),
         "out_one": pltpu.VMEM((2, heads, group, lanes), dtype),
@@ -165,8 +172,7 @@ def paged_attention(
         ),
     )(*operands)
     out = out[:, :num_kv_heads, : num_heads // num_kv_heads, :head_dim].reshape(tokens, num_heads, head_dim)
-    is_token = jnp.arange(tokens, dtype=jnp.int32) < plan.q_start[plan.q_start.shape[0] - 1]
-    return jnp.where(is_token[:, None, None], out, 0), pages
+    return out, pages
 
 
 def group_rows(group: int, itemsize: int) -> int:

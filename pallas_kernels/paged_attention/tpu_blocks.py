@@ -1,12 +1,18 @@
-"""Block sizes of the TPU kernels: explicit, else tuned for the device, else an estimate from the sizes alone."""
+"""Block sizes of the TPU kernel: explicit, else tuned for the device, else what did best in compiled schedules.
+
+The estimate is from the bundles of v5e and v6e (`llm-infer bench kernels`): longer decode blocks and larger tiles spill
+registers, shorter ones leave the matrix units waiting.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-BLOCK_BYTES = 2 << 20  # of one KV buffer: long enough a DMA to hide the next one's latency
-BLOCK_TOKENS = 256  # longer ones need more registers than there are, and waste arithmetic on short sequences
+from pallas_kernels import tuned
+
+DECODE_TOKENS, MIXED_TOKENS = 256, 512  # of a block
+BLOCK_BYTES = 4 << 20  # of one of the two KV buffers, at most
 TILE_ROWS = 128  # rows of q, heads of a group folded in, that are multiplied at once
 
 
@@ -19,19 +25,42 @@ class Blocks:
     tile_rows: int
 
 
-def choose_blocks(pages: Any, num_kv_heads: int, head_dim: int, group: int, plan: Any) -> Blocks:
-    """Block sizes for a pool and a plan."""
-    page_size = pages.shape[2]
-    page_bytes = pages.dtype.itemsize
-    for n in pages.shape[2:]:
-        page_bytes *= n
-    most = max(1, min(plan.block_tables.shape[1], BLOCK_BYTES // page_bytes))
-    multiple = max(1, 128 // page_size)
+def choose_blocks(device_kind: str, pages: Any, head_dim: int, group: int, q_block: int) -> Blocks:
+    """Block sizes for a pool [L, P, C, W, K, Dp], `group` rows of q per KV head and items of up to `q_block` rows.
+
+    Raises:
+        ValueError: a tuned block size that a block of tokens cannot have (see `check_blocks`).
+    """
+    page_size, token_bytes = pages.shape[2], pages.dtype.itemsize
+    for n in pages.shape[3:]:
+        token_bytes *= n
 
     def fit(tokens: int) -> int:
-        wanted = max(1, min(most, tokens // page_size))
-        return max(multiple, wanted // multiple * multiple)
+        """Pages of about this many tokens: whole registers of 128 scores, and as many as a buffer takes."""
+        while tokens > 128 and tokens * token_bytes > BLOCK_BYTES:
+            tokens //= 2
+        return max(1, max(tokens, 128) // page_size)
 
-    tile = max(1, TILE_ROWS // group)
-    rows = 1 << (plan.q_block - 1).bit_length()
-    return Blocks(fit(BLOCK_TOKENS), fit(BLOCK_TOKENS), max(16 // group, min(tile, rows)))
+    rows = 1 << (q_block - 1).bit_length()
+    tile = max(16 // group, 1, min(TILE_ROWS // group, rows))
+    measured = tuned.block_sizes(device_kind, "paged_attention", f"{pages.dtype.name}, head size {head_dim}")
+    sizes = {"decode_pages": fit(DECODE_TOKENS), "mixed_pages": fit(MIXED_TOKENS), "tile_rows": tile, **measured}
+    blocks = Blocks(**sizes)
+    check_blocks(blocks, page_size, group)
+    return blocks
+
+
+def check_blocks(blocks: Blocks, page_size: int, group: int) -> None:
+    """Raise ValueError for sizes that the kernel cannot take."""
+    for name in ("decode_pages", "mixed_pages"):
+        pages = getattr(blocks, name)
+        if pages < 1 or pages * page_size % 128:
+            raise ValueError(
+                f"blocks.{name} is {pages}, expected a block of whole 128 tokens: pages of {page_size} in multiples of "
+                f"{max(1, 128 // page_size)}"
+            )
+    if blocks.tile_rows < 1 or blocks.tile_rows * group % 16:
+        raise ValueError(
+            f"blocks.tile_rows is {blocks.tile_rows}, expected a multiple of {max(1, 16 // group)} (16 rows of q with the "
+            f"{group} heads of a group)"
+        )

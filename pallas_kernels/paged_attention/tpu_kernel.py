@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import tpu_many_rows, tpu_one_row
 from pallas_kernels.paged_attention.plan import ITEM_COLUMNS
-from pallas_kernels.paged_attention.tpu_words import fill_with_zero
+from pallas_kernels.paged_attention.tpu_words import as_words, fill_with_zero
 
 TABLES = 4  # block tables in SMEM: of the item at work, of two on their way, one spare
 
@@ -46,6 +46,7 @@ class Static:
         softcap: in units of the scores, or None.
         sinks, window: whether there are any.
         dtype: of q, K and V in products: bfloat16 or float32.
+        page_dtype: of K and V in pages.
         interpret: whether the body runs in the interpreter, with twins for what that lacks.
     """
 
@@ -61,6 +62,7 @@ class Static:
     sinks: bool
     window: bool
     dtype: Any
+    page_dtype: Any
     interpret: bool
 
 
@@ -87,13 +89,14 @@ class Refs(NamedTuple):
     factors: Any  # SMEM float32 [2]: of scores and of values
     tables: Any  # HBM [S, 1, B]
     q: Any  # HBM [T, heads, group, Dp]
-    kv_new: Any  # HBM [T, W, K, Dp]
+    kv_new: Any  # HBM words [T, W, 1, Dp]; in the interpreter numbers [T, W, K, Dp], and so with `kv`
     sinks: Any  # VMEM float32 [heads * group, 128]
     pages_in: Any  # HBM, the same memory as `pages`
     out: Any  # HBM, as q
     pages: Any  # HBM [L, P, C, W, K, Dp]
     table: Any  # SMEM [TABLES, 1, B]
-    kv: Any  # VMEM [2, N, W, K, Dp]
+    kv: Any  # VMEM words [2, N, W, 1, Dp]
+    zeros: Any  # VMEM [8, heads, group, Dp]
     q_one: Any  # VMEM [2, 1, heads, group, Dp]
     q_many: Any  # VMEM [2, heads, rows, group, Dp]
     out_one: Any
@@ -117,11 +120,36 @@ class Refs(NamedTuple):
 def kernel(*args: Any, static: Static) -> None:
     """The body of the pallas_call; its grid is one step."""
     refs = Refs(*args)
+    refs = refs._replace(**{name: as_words(getattr(refs, name), static.interpret) for name in ("pages_in", "pages")})
     fill_with_zero(refs.kv, static.interpret)
     one, end = refs.counts[0], refs.counts[1]
     _phase(refs, static, jnp.int32(0), one, many=False)
     if static.rows > 1:
         _phase(refs, static, one, end, many=True)
+    _zero_padding(refs)
+
+
+def _zero_padding(refs: Refs) -> None:
+    """Rows past the last token give 0."""
+    refs.zeros[...] = jnp.zeros(refs.zeros.shape, refs.zeros.dtype)
+    first, rows = refs.q_start[refs.q_start.shape[0] - 1], refs.zeros.shape[0]
+    left = refs.out.shape[0] - first
+
+    def copy(number: jax.Array) -> Any:
+        count = jnp.minimum(left - number * rows, rows)
+        target = refs.out.at[pl.ds(first + number * rows, count)]
+        return pltpu.make_async_copy(refs.zeros.at[pl.ds(0, count)], target, refs.write_sem)
+
+    def start(number: jax.Array, carry: None) -> None:
+        copy(number).start()
+        return carry
+
+    def wait(number: jax.Array, carry: None) -> None:
+        copy(number).wait()
+        return carry
+
+    for do in (start, wait):
+        lax.fori_loop(0, pl.cdiv(left, rows), do, None)
 
 
 def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: bool) -> None:

@@ -33,7 +33,7 @@ def begin(refs: Any, static: Any, slot: jax.Array) -> None:
 
 def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, slot: jax.Array) -> None:
     """Attend to `tokens` [N, W, K, Dp], the first of which is at `position`; queries are in q buffer `slot`."""
-    packing = tokens.shape[2]
+    block, packing = tokens.shape[0], 4 // static.page_dtype.itemsize
     entries_per_head = 1 if static.head_dim <= HALF_LANES else 2
     heads_per_turn = max(1, packing // entries_per_head)
     words_per_turn = heads_per_turn * entries_per_head // packing
@@ -41,12 +41,13 @@ def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, sl
 
     def turn(number: jax.Array, carry: None) -> None:
         for place in range(heads_per_turn):
+            head = number * heads_per_turn + place
             at_k, at_v = softmax.entries(number * words_per_turn, place, static.head_dim, packing)
-            refs.k_block[: tokens.shape[0], :] = load_entry(tokens, at_k, static.dtype, static.interpret)
-            refs.v_block[: tokens.shape[0], :] = load_entry(tokens, at_v, static.dtype, static.interpret)
+            refs.k_block[:block, :] = load_entry(tokens, at_k, static.page_dtype, static.dtype, static.interpret)
+            refs.v_block[:block, :] = load_entry(tokens, at_v, static.page_dtype, static.dtype, static.interpret)
 
-            def tile_step(tile: jax.Array, carry: None, head: jax.Array = number * heads_per_turn + place) -> None:
-                _tile(refs, static, item, position, tokens.shape[0], slot, head, tile)
+            def tile_step(tile: jax.Array, carry: None, head: Any = head) -> None:
+                _tile(refs, static, item, position, block, slot, head, tile)
                 return carry
 
             lax.fori_loop(0, num_tiles, tile_step, None)
@@ -69,15 +70,15 @@ def _tile(
     first, rows = tile * static.tile_rows, static.tile_rows * static.group
     queries = load_rows(refs.q_many.at[slot, head, pl.ds(first, static.tile_rows)], static.interpret)
     part = pl.ds(pl.multiple_of(first * static.group, rows), rows)
-    scores = softmax.to_scores(
-        softmax.dot(queries.astype(static.dtype), refs.k_block[:block, :], 1), refs.factors[0], static.softcap
-    )
+    products = softmax.dot(queries.astype(static.dtype), refs.k_block[:block, :], 1)
+    scores = softmax.to_scores(products, refs.factors[0], static.softcap)
+    # Rows past the item's last see what they like, nobody reads them. (No mask where all is visible saved no bundles.)
     row = lax.broadcasted_iota(jnp.int32, (rows, block), 0) // static.group
-    # Query minus key position; rows past the item's last see what they like, nobody reads them.
-    ahead = item.first_position + first - position + row - lax.broadcasted_iota(jnp.int32, (rows, block), 1)
-    visible = ahead >= 0
+    newest = item.first_position + first - position + row
+    key = lax.broadcasted_iota(jnp.int32, (rows, block), 1)
+    visible = key <= newest
     if static.window:
-        visible &= ahead < refs.integers[1]
+        visible &= key > newest - refs.integers[1]
     scores = jnp.where(visible, scores, -jnp.inf)
     weights, correction, maximum, total = softmax.update(
         scores, refs.many_max[head, part, :], refs.many_sum[head, part, :]

@@ -47,7 +47,7 @@ def bundle_rows(group: int) -> tuple[int, int]:
 def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, slot: jax.Array) -> None:
     """Attend to `tokens` [N, W, K, Dp], the first of which is at `position`."""
     del slot
-    block, _, packing, lanes = tokens.shape
+    (block, _, _, lanes), packing = tokens.shape, 4 // static.page_dtype.itemsize
     rows, fold = bundle_rows(static.group)
     key = position + lax.broadcasted_iota(jnp.int32, (rows, block), 1)
     visible = key < item.end
@@ -60,7 +60,7 @@ def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, sl
 
     def load(head: int, side: int) -> jax.Array:
         at = softmax.entries(0, head, static.head_dim, packing)[side]
-        return load_entry(tokens, at, static.dtype, static.interpret)
+        return load_entry(tokens, at, static.page_dtype, static.dtype, static.interpret)
 
     def products(bundle: int) -> jax.Array:
         return sum_of([softmax.dot(refs.one_q[head], load(head, 0), 1) for head in heads_of(bundle)])

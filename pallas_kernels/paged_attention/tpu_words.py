@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.paged_attention.pages import LANES
+from pallas_kernels.paged_attention.pages import HALF_LANES, LANES, pack_tokens, token_shape
 
 
 def number_of_word(word: jax.Array, index: int, dtype: Any) -> jax.Array:
@@ -31,27 +31,55 @@ def number_of_word(word: jax.Array, index: int, dtype: Any) -> jax.Array:
     raise ValueError(f"expected words of bfloat16 or int8, found {dtype.name}")
 
 
-def load_entry(tokens: Any, entry: Any, compute_dtype: Any, interpret: bool) -> jax.Array:
-    """Entry `entry` (static, or of the form `word * K + static`) of all tokens: ref [N, W, K, Dp] → [N, Dp].
+def load_entry(tokens: Any, entry: Any, page_dtype: Any, compute_dtype: Any, interpret: bool) -> jax.Array:
+    """One entry of all tokens in VMEM: [N, Dp] in the compute dtype.
 
     Args:
-        tokens: reference to VMEM in the page dtype.
+        tokens: reference to words [N, W, 1, Dp] (float32 itself, else uint32); in the interpreter to numbers [N, W, K, Dp].
         entry: (word, number): which word of a token (may be traced) and which number of the word (static).
+        page_dtype: of the numbers.
         compute_dtype: bfloat16 or float32.
         interpret: take the twin.
     """
-    (count, words, packing, lanes), dtype, (word, number) = tokens.shape, tokens.dtype, entry
+    (count, words, _, lanes), (word, number) = tokens.shape, entry
     if interpret:
         return tokens[:, word, number, :].astype(compute_dtype)
-    if packing > 1:
-        tokens = tokens.bitcast(jnp.uint32)
-    flat = tokens.reshape(count * words * (lanes // LANES), LANES)
+    tiles = lanes // LANES
+    flat = tokens.reshape(count * words * tiles, LANES)
     parts = []
-    for part in range(lanes // LANES):
-        start, stride = word * (lanes // LANES) + part, words * (lanes // LANES)
+    for tile in range(tiles):
+        start, stride = word * tiles + tile, words * tiles
         loaded = flat[pl.ds(start, count, stride), :] if stride > 1 else flat[...]
-        parts.append(_converted(loaded, number, dtype, compute_dtype))
+        parts.append(_converted(loaded, number, page_dtype, compute_dtype))
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def as_words(ref: Any, interpret: bool) -> Any:
+    """A reference [..., K, Dp] to numbers, as words [..., 1, Dp]; in the interpreter itself."""
+    return ref if interpret or ref.dtype.itemsize == 4 else ref.bitcast(jnp.uint32)
+
+
+def pack_words(k: jax.Array, v: jax.Array) -> jax.Array:
+    """K and V [T, Hkv, D] in the page dtype as words of the TPU layout, [T, W, 1, Dp], in arithmetic that XLA fuses.
+
+    The words are those of `pages.pack_tokens`; packing numbers along the second-last axis costs XLA several copies.
+    """
+    tokens, num_kv_heads, head_dim = k.shape
+    words, packing, lanes = token_shape(num_kv_heads, head_dim, k.dtype.itemsize)
+    if packing == 1:
+        return pack_tokens(k, v)
+    bits = jnp.uint16 if packing == 2 else jnp.uint8
+    k, v = (jax.lax.bitcast_convert_type(x, bits) for x in (k, v))
+    half = HALF_LANES if head_dim <= HALF_LANES else lanes
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, half - head_dim))) for x in (k, v))
+    entries = [jnp.concatenate([k, v], axis=2)] if head_dim <= HALF_LANES else [k, v]
+    heads = packing // len(entries)  # that share a word
+    filled = [jnp.pad(x, ((0, 0), (0, words * heads - num_kv_heads), (0, 0))) for x in entries]
+    word = jnp.zeros((tokens, words, lanes), jnp.uint32)
+    for number in range(packing):
+        part = filled[number % len(entries)][:, number // len(entries) :: heads]
+        word |= part.astype(jnp.uint32) << jnp.uint32(number * 8 * jnp.dtype(bits).itemsize)
+    return word[:, :, None, :]
 
 
 def _converted(loaded: jax.Array, number: int, dtype: Any, compute_dtype: Any) -> jax.Array:
@@ -89,17 +117,16 @@ def _words_of_rows(ref: Any) -> Any:
 
 
 def fill_with_zero(ref: Any, interpret: bool) -> None:
-    """Set tokens [2, N, W, K, Dp] to 0, whole registers at a time."""
+    """Set [2, N, W, 1, Dp] to 0, whole registers at a time."""
     if interpret:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
         return
-    words = ref.bitcast(jnp.uint32) if ref.dtype.itemsize < 4 else ref
-    size = words.shape[0] * words.shape[1] * words.shape[2] * words.shape[3] * words.shape[4] // LANES
-    rows = 64 * 8 if size % (64 * 8) == 0 else 8
-    flat = words.reshape(size, LANES)
+    size = ref.shape[0] * ref.shape[1] * ref.shape[2] * ref.shape[4] // LANES
+    rows = 512 if size % 512 == 0 else 8
+    flat = ref.reshape(size, LANES)
 
     def fill(part: jax.Array, carry: None) -> None:
-        flat[pl.ds(pl.multiple_of(part * rows, rows), rows), :] = jnp.zeros((rows, LANES), words.dtype)
+        flat[pl.ds(pl.multiple_of(part * rows, rows), rows), :] = jnp.zeros((rows, LANES), ref.dtype)
         return carry
 
     jax.lax.fori_loop(0, size // rows, fill, None)

@@ -41,6 +41,21 @@ def _read(path: Path, _mtime: int) -> Crossovers:
     return json.loads(path.read_text())["quant_matmul"]
 
 
+def block_sizes(device_kind: str, op: str, case: str) -> dict[str, int]:
+    """Tuned block sizes of an op on an accelerator, from `{"blocks": {op: {case: {name: size}}}}`; empty where none are.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    path = source_of(device_kind.replace(" ", "_"))
+    if path is None:
+        return {}
+    try:
+        return json.loads(path.read_text()).get("blocks", {}).get(op, {}).get(case, {})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: expected block sizes as JSON, found {error}") from None
+
+
 def crossovers(cpu: str) -> Crossovers:
     """Measured crossovers of the quantised matmul on a CPU, empty where nothing was measured.
 

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import paged_attention, tpu, tpu_copy
 from pallas_kernels.paged_attention.cases import CASES, Inputs, build
-from pallas_kernels.paged_attention.pages import kv_pool_shape, plain_to_tpu, tpu_to_plain
-from pallas_kernels.paged_attention.tpu_words import number_of_word
+from pallas_kernels.paged_attention.pages import kv_pool_shape, pack_tokens, plain_to_tpu, tpu_to_plain
+from pallas_kernels.paged_attention.tpu_words import number_of_word, pack_words
 
 TPU_CASES = [name for name, case in CASES.items() if case.sizes.page_dtype != "uint16"]  # those bits are a CPU matter
 # Together: both phases, windows, soft-caps, sinks, scales, heads under 64 and over, all packings, pages of 16 to 64.
@@ -84,6 +84,18 @@ def test_layouts_convert_without_loss(heads, head_dim, dtype):
     assert stored.shape == kv_pool_shape("tpu", dtype=dtype, **sizes)
     np.testing.assert_array_equal(tpu_to_plain(stored, heads, head_dim), plain)
     np.testing.assert_array_equal(np.asarray(tpu_to_plain(jnp.asarray(stored), heads, head_dim)), plain)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (8, 128), (3, 80), (1, 256)])
+def test_words_are_packed_tokens(heads, head_dim, dtype):
+    """`pack_words`, which stands for `pack_tokens` where the interpreter does not run."""
+    rng = np.random.default_rng(0)
+    k, v = (rng.normal(0, 9, (5, heads, head_dim)).astype(getattr(ml_dtypes, dtype, dtype)) for _ in range(2))
+    packed = pack_tokens(k, v)  # [T, W, K, Dp]
+    expected = np.moveaxis(packed, 2, 3).copy().view(np.uint32)[..., 0]  # numbers of a word next to each other
+    words = np.asarray(pack_words(jnp.asarray(k), jnp.asarray(v)))
+    np.testing.assert_array_equal(words.view(np.uint32)[:, :, 0], expected)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
