@@ -259,6 +259,20 @@ def memory(
 
 
 @bench.command()
+def step(
+    model: Model = DEFAULT_MODEL_NAME,
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.", min=1)] = 1,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """What the time of a decode step goes to: each native kernel, the rest of the program, the host."""
+    from llm_infer.bench.step import run
+
+    run(model, batch, precision, json_file)
+
+
+@bench.command()
 def startup(
     model: Model = DEFAULT_MODEL_NAME,
     rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,

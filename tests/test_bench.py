@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_infer.bench import context, memory
+from llm_infer.bench import context, memory, step
 from llm_infer.bench.peers import table
 from llm_infer.errors import UserError
 
@@ -52,3 +52,27 @@ def test_peers_are_compared_by_medians() -> None:
     }
     text = table(ours | {"peer": {m: [0.5] for m in metrics}}, {"peer": "1.2"})
     assert "2.0 ± 4.0" in text and "4.00 ×" in text and "8.00 ×" in text and "peer 1.2" in text
+
+
+def test_a_step_is_shared_out_by_what_its_instructions_call() -> None:
+    hlo = """
+      %while.1 = (s32[], f32[2]) while(%t), condition=%c, body=%b
+      ROOT %call.9 = (f32[2]{0}, s8[4]) custom-call(%p0, %p1), custom_call_target="llm_infer.quant_matmul_q4_1", api_version=4
+      %fusion.3 = f32[2]{0} fusion(%p0), kind=kLoop, calls=%f
+    """
+    parts = step.parts_of(hlo)
+    assert parts == {"call.9": "quant_matmul_q4_1", "fusion.3": step.REST}
+    events = {"call.9": [2.0, 2.0, 9.0] * step.NEW_TOKENS, "fusion.3": [0.5], "while.1": [100.0], "unknown": [1.0]}
+    found = step.spent(parts, events)
+    assert found == {"quant_matmul_q4_1": 6.0, step.REST: 0.5}
+    text = step.table(10.0, found, {"dispatch": 0.25})
+    assert "60.0%" in text and "4.000 ms   40.0%" in text and "dispatch 0.250 ms" in text
+
+
+@pytest.mark.real
+@pytest.mark.sweep
+def test_a_profiled_step_names_its_kernels(default_gguf, capsys: pytest.CaptureFixture[str]) -> None:
+    step.run(str(default_gguf), 1, "exact", None)
+    out = capsys.readouterr().out
+    print(out)
+    assert "quant_matmul" in out and "paged_attention" in out
