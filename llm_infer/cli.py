@@ -40,6 +40,10 @@ Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations a
 Dtype = Annotated[
     str, typer.Option(help="Of weights and activations: auto (float32 on CPUs, else bfloat16), float32 …")
 ]
+MemoryUtilization = Annotated[
+    float | None,
+    typer.Option("--memory-utilization", "--gpu-memory-utilization", help="Share of device memory to use (0.9)."),
+]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
 ]
@@ -69,6 +73,7 @@ def generate(
     load_format: LoadFormat = "auto",
     dtype: Dtype = "auto",
     precision: Precision = "exact",
+    memory_utilization: MemoryUtilization = None,
     config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
@@ -89,7 +94,12 @@ def generate(
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
     arguments = _engine_arguments(
-        config, max_model_len=max_model_len, load_format=load_format, dtype=dtype, precision=precision
+        config,
+        max_model_len=max_model_len,
+        load_format=load_format,
+        dtype=dtype,
+        precision=precision,
+        memory_utilization=memory_utilization,
     )
     llm = _interactive_llm(model, arguments)
     ids = llm.tokenizer.encode(text)
@@ -114,14 +124,20 @@ def chat(
     max_model_len: MaxModelLen = None,
     dtype: Dtype = "auto",
     precision: Precision = "exact",
+    memory_utilization: MemoryUtilization = None,
     config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
     """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = _interactive_llm(
-        model, _engine_arguments(config, max_model_len=max_model_len, dtype=dtype, precision=precision)
+    arguments = _engine_arguments(
+        config,
+        max_model_len=max_model_len,
+        dtype=dtype,
+        precision=precision,
+        memory_utilization=memory_utilization,
     )
+    llm = _interactive_llm(model, arguments)
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     llm.chat_prompt([*start, {"role": "user", "content": "hello"}])  # a model without a template fails here, not later
     messages = list(start)

@@ -31,7 +31,9 @@ class CacheConfig:
     Attributes:
         page_size: tokens in a page.
         num_pages: pages per data-parallel shard including the null page; None sizes the pool from `memory_bytes`.
-        memory_bytes: bytes of the pool; None takes the platform's default (CPU: the smaller of 1 GiB and 25 % of RAM).
+        memory_bytes: bytes of the pool; None sizes it from `memory_utilization`.
+        memory_utilization: share of each device's memory for weights, pages and steps together; None is 0.9 on
+            accelerators, and on CPUs a pool of the smaller of 1 GiB and 25 % of RAM.
         enable_prefix_caching: keep full pages of finished sequences and share them with later prompts.
         dtype: of keys and values in the pages, one of PAGE_DTYPES; None takes the model's.
     """
@@ -39,6 +41,7 @@ class CacheConfig:
     page_size: int = 16
     num_pages: int | None = None
     memory_bytes: int | None = None
+    memory_utilization: float | None = None
     enable_prefix_caching: bool = True
     dtype: str | None = None
 
@@ -51,6 +54,11 @@ class CacheConfig:
         _require(
             self.memory_bytes is None or self.memory_bytes > 0,
             f"kv_cache_memory={self.memory_bytes}: expected a positive number of bytes",
+        )
+        share = self.memory_utilization
+        _require(
+            share is None or (isinstance(share, int | float) and 0 < share <= 1),
+            f"memory_utilization={share!r}: expected a share above 0 and up to 1",
         )
         _require(
             self.page_size in (8, 16, 32, 64, 128),

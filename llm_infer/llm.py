@@ -43,7 +43,10 @@ class LLM:
         max_num_batched_tokens: tokens of one step; longer prompts are prefilled in chunks.
         page_size: tokens in a KV page.
         num_pages: pages of the pool; None sizes it from `kv_cache_memory`.
-        kv_cache_memory: bytes of the page pool; None takes the platform's default.
+        kv_cache_memory: bytes of the page pool; None sizes it from `memory_utilization`.
+        memory_utilization: share of each device's memory for weights, pages and steps together: the page count follows
+            from what the compiler says of the largest step. None is 0.9 on accelerators, and on CPUs a pool of the
+            smaller of 1 GiB and a quarter of the memory.
         enable_prefix_caching: share pages of equal prompt beginnings.
         policy: order of waiting requests, "fcfs" or "priority".
         num_scheduler_steps: decode steps that run as one program where nothing needs the host in between; the output is
@@ -79,6 +82,7 @@ class LLM:
         page_size: int = 16,
         num_pages: int | None = None,
         kv_cache_memory: int | None = None,
+        memory_utilization: float | None = None,
         enable_prefix_caching: bool = True,
         policy: str = "fcfs",
         num_scheduler_steps: int = 1,
@@ -95,7 +99,14 @@ class LLM:
     ) -> None:
         pages = kv_cache_dtype if kv_cache_dtype != "auto" else "bfloat16" if precision == "fast" else None
         config = EngineConfig(
-            cache=CacheConfig(page_size, num_pages, kv_cache_memory, enable_prefix_caching, pages),
+            cache=CacheConfig(
+                page_size,
+                num_pages,
+                kv_cache_memory,
+                memory_utilization,
+                enable_prefix_caching=enable_prefix_caching,
+                dtype=pages,
+            ),
             scheduler=SchedulerConfig(
                 max_num_seqs,
                 max_num_batched_tokens,

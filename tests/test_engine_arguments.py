@@ -45,4 +45,4 @@ def test_mistakes_are_named(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_names_of_vllm_lead_to_arguments() -> None:
-    assert set(VLLM_NAMES.values()) - {"memory_utilization"} <= set(argument_names())
+    assert set(VLLM_NAMES.values()) <= set(argument_names())

@@ -15,7 +15,7 @@ from llm_infer.decoding.speculative import Speculator
 from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.draft_model import DraftModel
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
-from llm_infer.engine.memory import check_pool_fits, default_num_pages
+from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import RequestError, UserError
@@ -44,6 +44,7 @@ class Engine:
         config: limits, cache and seed.
         eos_token_ids: tokens that end a sequence.
         draft_model: proposes tokens, with the speculative method "draft_model".
+        device_memory: bytes of each device; None asks the devices.
 
     Raises:
         UserError: the configuration does not fit the model, or the draft model does not.
@@ -56,6 +57,7 @@ class Engine:
         eos_token_ids: Iterable[int] = (),
         *,
         draft_model: LoadedModel | None = None,
+        device_memory: int | None = None,
     ) -> None:
         config = config or EngineConfig()
         model.config.check_context(config.scheduler.max_model_len)
@@ -65,12 +67,10 @@ class Engine:
         self._num_shards = model.num_shards
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = EngineTimes()
-        num_pages = config.cache.num_pages or default_num_pages(model, config, self.max_model_len)
-        check_pool_fits(model, config, num_pages)
-        self._num_pages = num_pages
+        self.runner = Runner(model, config, max_model_len=self.max_model_len, device_memory=device_memory)
+        self._num_pages = self.runner.num_pages
         self.speculator, self._draft_model = self._new_speculator(draft_model)
         self.scheduler = self._new_scheduler()
-        self.runner = Runner(model, config, num_pages=num_pages, max_model_len=self.max_model_len)
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
 
@@ -228,6 +228,7 @@ class Engine:
             for request in self.scheduler.requests.values()
         )
 
+    @out_of_memory_names_the_setting()
     def step(self) -> list[TokenEvent]:
         """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
         events: list[TokenEvent] = []

@@ -1,19 +1,21 @@
-"""How many pages the pool gets when the user does not say."""
+"""Memory of devices: what programs and arrays take of it, and what is said when it runs out."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from llm_infer.config import EngineConfig
 from llm_infer.errors import CapacityError
 from llm_infer.models.load import LoadedModel
-
-CPU_POOL_BYTES = 1 << 30
-CPU_POOL_SHARE = 0.25
 
 
 def page_dtype(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
@@ -21,44 +23,55 @@ def page_dtype(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
     return model.dtype if config.cache.dtype is None else jnp.dtype(config.cache.dtype)
 
 
-def check_pool_fits(model: LoadedModel, config: EngineConfig, num_pages: int) -> None:
-    """Raises CapacityError for a pool that is larger than the machine's memory."""
-    pool = (
-        model.num_shards
-        * num_pages
-        * config.cache.page_size
-        * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
-    )
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if pool > physical:
+def device_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program needs on each device while it runs: arguments, temporaries, results that are not in place of
+    an argument, and code."""
+    found = compiled.memory_analysis()
+    assert found is not None, "every backend of JAX says what its programs take"
+    in_and_out = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return in_and_out + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+
+
+def local_bytes(arrays: Any) -> int:
+    """Bytes on each device of arrays, or of their descriptions (a pytree)."""
+
+    def one(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(arrays)))
+
+
+def memory_limit(devices: Iterable[jax.Device]) -> int:
+    """Bytes of the smallest device: what its allocator may hand out; of CPU devices, an equal share of the machine's."""
+    devices = list(devices)
+    stats = [device.memory_stats() for device in devices]
+    limits = [each["bytes_limit"] for each in stats if each and "bytes_limit" in each]
+    return min(limits) if limits else physical_memory() // len(devices)
+
+
+def physical_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the compiler for it, has run out of memory."""
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
+@contextmanager
+def out_of_memory_names_the_setting() -> Iterator[None]:
+    """Turns an out-of-memory error of a device into a CapacityError that says what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise CapacityError(
-            f"num_pages={num_pages} makes a page pool of {pool / 1e9:.1f} GB, the machine has {physical / 1e9:.1f} GB: "
-            "lower num_pages"
-        )
-
-
-def default_num_pages(model: LoadedModel, config: EngineConfig, max_model_len: int) -> int:
-    """Pages of a data-parallel shard including the null page.
-
-    The pool of all shards takes `CacheConfig.memory_bytes`, or on the CPU the smaller of 1 GiB and a quarter of the
-    machine's memory; never more than all running sequences can fill at full length.
-
-    Raises:
-        CapacityError: not even one page fits beside the null page.
-    """
-    page_size = config.cache.page_size
-    page_bytes = page_size * model.config.kv_bytes_per_token(page_dtype(model, config).itemsize)
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    memory = config.cache.memory_bytes or min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical))
-    memory //= model.num_shards
-    per_sequence = -(-max_model_len // page_size)
-    fits = memory // page_bytes
-    if fits < 2:
-        raise CapacityError(
-            f"the page pool of {memory / 1e6:.1f} MB holds {fits} pages of {page_bytes / 1e6:.2f} MB, at least 2 are "
-            "needed: raise kv_cache_memory"
-        )
-    return int(min(fits, config.scheduler.max_num_seqs * per_sequence + 1))
+            f"the device is out of memory ({str(error).splitlines()[0]:.200}): lower memory_utilization (or num_pages, "
+            "kv_cache_memory), max_num_batched_tokens or max_num_seqs, or raise tensor_parallel_size"
+        ) from error
 
 
 def release_free_memory() -> None:

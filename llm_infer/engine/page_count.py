@@ -1,35 +1,104 @@
-"""How many pages fit a device beside everything else: measured on the compiled program, not guessed."""
+"""How many pages the pool gets: as asked for, or as many as fit a device beside what the compiled program takes."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import jax
 
+from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.engine.memory import device_bytes, is_out_of_memory, local_bytes, memory_limit, physical_memory
+from llm_infer.engine.programs import StepPrograms
 from llm_infer.errors import CapacityError
 
 UTILIZATION = 0.9
 """Share of an accelerator's memory that weights, pages and steps may take where nothing is said."""
 
 
-def device_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program needs on each device while it runs: arguments, temporaries, results that are not in place of
-    an argument, and code."""
-    found = compiled.memory_analysis()
-    assert found is not None, "every backend of JAX says what its programs take"
-    in_and_out = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return in_and_out + found.temp_size_in_bytes + found.generated_code_size_in_bytes
+CPU_POOL_BYTES = 1 << 30
+CPU_POOL_SHARE = 0.25
+
+LARGEST = (
+    StepFeatures.LOGPROBS
+    | StepFeatures.SHAPED
+    | StepFeatures.MASKED
+    | StepFeatures.PROMPT_LOGPROBS
+    | StepFeatures.POOLED
+    | StepFeatures.BEAMS
+)
+"""Features of the program that takes the most memory."""
 
 
-def memory_limit(devices: Iterable[jax.Device]) -> int:
-    """Bytes of the smallest device: what its allocator may hand out; of CPU devices, an equal share of the machine's."""
-    devices = list(devices)
-    stats = [device.memory_stats() for device in devices]
-    limits = [each["bytes_limit"] for each in stats if each and "bytes_limit" in each]
-    if limits:
-        return min(limits)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+def choose_num_pages(steps: StepPrograms, largest_bucket: int, limit: int | None = None) -> int:
+    """Pages of a data-parallel shard, the null page included.
+
+    `CacheConfig.num_pages`, or what fits `CacheConfig.memory_bytes`, or what the compiler says fits the devices; without
+    any of these on CPUs, what fits the smaller of 1 GiB and a quarter of the machine's memory. Never more than all
+    running sequences can fill at full length, but for an explicit number.
+
+    Args:
+        steps: the programs.
+        largest_bucket: tokens of the largest.
+        limit: bytes of each device; None asks the devices.
+
+    Raises:
+        CapacityError: not even one page fits beside the null page, or the pool is larger than the machine's memory.
+    """
+    cache, sharding = steps.engine.cache, steps.sharding
+    most = steps.engine.scheduler.max_num_seqs * steps.pages_per_seq + 1
+    if cache.num_pages is not None:
+        pages = cache.num_pages
+    elif cache.memory_bytes is not None:
+        pages = pages_in(steps, cache.memory_bytes, most)
+    elif sharding.platform == "cpu" and cache.memory_utilization is None and limit is None:
+        pages = pages_in(steps, min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical_memory())), most)
+    else:
+        features = LARGEST | (PLAIN if steps.engine.speculative is None else StepFeatures.DRAFTS)
+
+        def measure(num_pages: int) -> int | None:
+            try:
+                return device_bytes(steps.lower(largest_bucket, features, num_pages).compile())
+            except jax.errors.JaxRuntimeError as error:
+                if is_out_of_memory(error):
+                    return None
+                raise
+
+        pages = pages_that_fit(
+            measure,
+            limit=memory_limit(sharding.devices) if limit is None else limit,
+            utilization=UTILIZATION if cache.memory_utilization is None else cache.memory_utilization,
+            weights=local_bytes(dict(steps.params)),
+            page_bytes=page_bytes(steps),
+            most=most,
+        )
+    whole = pages * page_bytes(steps) * len(sharding.devices)
+    if sharding.platform == "cpu" and whole > physical_memory():
+        raise CapacityError(
+            f"num_pages={pages} makes a page pool of {whole / 1e9:.1f} GB, the machine has "
+            f"{physical_memory() / 1e9:.1f} GB: lower num_pages"
+        )
+    return pages
+
+
+def page_bytes(steps: StepPrograms) -> int:
+    """Bytes of a page of all layers on each device."""
+    return local_bytes(steps.pool(2)) // 2
+
+
+def pages_in(steps: StepPrograms, memory: int, most: int) -> int:
+    """Pages of a shard when the pools of all devices together take `memory` bytes; at most `most`.
+
+    Raises:
+        CapacityError: not even one page fits beside the null page.
+    """
+    share = memory // len(steps.sharding.devices)
+    fits = share // page_bytes(steps)
+    if fits < 2:
+        raise CapacityError(
+            f"the page pool of {share / 1e6:.1f} MB holds {fits} pages of {page_bytes(steps) / 1e6:.2f} MB, at least 2 "
+            "are needed: raise kv_cache_memory"
+        )
+    return min(fits, most)
 
 
 def pages_that_fit(

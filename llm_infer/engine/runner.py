@@ -11,25 +11,21 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.shape import SlotState, empty_state, seen_counts, set_slot
+from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures, for_steps
 from llm_infer.engine.layout import StepLayout, token_buckets
-from llm_infer.engine.memory import page_dtype, release_free_memory
-from llm_infer.engine.multi_step import make_steps
-from llm_infer.engine.platform import here, layer_loop, query_rows
-from llm_infer.engine.sharding import StepSharding
+from llm_infer.engine.memory import out_of_memory_names_the_setting, release_free_memory
+from llm_infer.engine.page_count import choose_num_pages
+from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.slots import SlotTable
-from llm_infer.engine.steps import make_step
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
-from llm_infer.scheduler.proposals import MOST_DRAFTS
 from llm_infer.scheduler.request import Sequence
-from pallas_kernels.paged_attention.plan import PlanShape, fill_plan
+from pallas_kernels.paged_attention.plan import fill_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +64,6 @@ class RunnerTimes:
     compiles_after_warmup: int = 0
 
 
-def _described(array: jax.Array) -> jax.ShapeDtypeStruct:
-    placed = isinstance(array.sharding, NamedSharding)
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)
-
-
 class Runner:
     """Owns the device side of an engine: parameters, page pool, the last drawn id of each slot, and the step programs.
 
@@ -83,8 +74,9 @@ class Runner:
     Args:
         model: definition, parameters and configuration of the model.
         config: limits and cache settings.
-        num_pages: pages of each data-parallel shard, including the null page.
         max_model_len: longest sequence in tokens.
+        num_pages: pages of each data-parallel shard, including the null page; None chooses (`choose_num_pages`).
+        device_memory: bytes of each device; None asks the devices.
         keep_logits: every step also returns its logits, for tests.
     """
 
@@ -93,19 +85,18 @@ class Runner:
         model: LoadedModel,
         config: EngineConfig,
         *,
-        num_pages: int,
         max_model_len: int,
+        num_pages: int | None = None,
+        device_memory: int | None = None,
         keep_logits: bool = False,
     ) -> None:
         self.model, self.config, self.times = model, config, RunnerTimes()
         self.max_num_seqs = config.scheduler.max_num_seqs
-        self.pages_per_seq = -(-max_model_len // config.cache.page_size)
         self.buckets = token_buckets(config.scheduler.max_num_batched_tokens, model.smallest_batch)
-        self._sharding = StepSharding.of(model.config, model.mesh)
-        self._pool = self._sharding.pool(num_pages, config.cache.page_size, page_dtype(model, config))
+        self.steps = StepPrograms.of(model, config, max_model_len)
+        self._sharding = self.steps.sharding
+        self.num_pages = num_pages or choose_num_pages(self.steps, self.buckets[-1], device_memory)
         self._vocab = model.config.vocab_size
-        self._loop = layer_loop(*here())
-        self._query_rows = query_rows(here()[0], model.config.num_heads // model.config.num_kv_heads)
         self.reset()
         self._keep_logits = keep_logits
         self._programs: dict[tuple[int, StepFeatures], StepProgram] = {}
@@ -114,24 +105,16 @@ class Runner:
     def reset(self) -> None:
         """Empty pages and slots; the programs stay."""
         sharding = self._sharding
-        self.pages = sharding.zeros(self._pool)
-        # One slot more than there are sequences: rows whose id nobody reads write there.
-        self.last_ids = sharding.zeros(sharding.struct((sharding.num_shards, self.max_num_seqs + 1), jnp.int32))
+        self.__dict__.pop("pages", None)  # two pools would not fit
+        with out_of_memory_names_the_setting():
+            self.pages = sharding.zeros(self.steps.pool(self.num_pages))
+            self.last_ids = sharding.zeros(self.steps.last_ids())
         # Made by the first step that needs it: two arrays of slots × vocabulary.
         self.state: SlotState | None = None
-        self._slots = [SlotTable(self.max_num_seqs, self.pages_per_seq) for _ in range(sharding.num_shards)]
+        self._slots = [SlotTable(self.max_num_seqs, self.steps.pages_per_seq) for _ in range(sharding.num_shards)]
         # Sequences that have got a slot whose row of `state` is not set, and their shards: steps of a prompt that do not
         # draw have no state.
         self._unset: dict[Sequence, int] = {}
-
-    def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
-        """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
-        sequences = min(bucket, max(self.model.smallest_batch, self.max_num_seqs))
-        if StepFeatures.STEPS in features:  # a token of each sequence
-            shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self._query_rows, sequences))
-            return StepLayout(shape, sequences, self.config.scheduler.num_scheduler_steps)
-        draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
-        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self._query_rows, bucket)), draws)
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
         """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
@@ -144,29 +127,19 @@ class Runner:
         if (bucket, features) not in self._programs:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self._warm
-            layout = self.layout(bucket, features)
-            model = (self.model.definition, self.model.config)
-            if StepFeatures.STEPS in features:
-                step = make_steps(*model, layout, features, self.config.cache.page_size, loop=self._loop)
-            else:
-                step = make_step(*model, layout, features, loop=self._loop, keep_logits=self._keep_logits)
-            struct, shards = self._sharding.struct, self._sharding.num_shards
-            packed = struct((shards, layout.size), jnp.int32)
-            arguments = jax.tree.map(_described, (self.model.params, self.pages, self.last_ids))
-            state = allowed = slot_setter = None
-            if StepFeatures.SHAPED in features:
-                state = self._state_struct()
-                row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
-                placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
-                setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
-                slot = jax.ShapeDtypeStruct((), jnp.int32)
-                slot_setter = setter.lower(state, slot, row, row.update(dtype=jnp.float32)).compile()
-            if StepFeatures.MASKED in features:
-                allowed = struct((shards, layout.num_draws, mask_words(self._vocab)), jnp.int32)
-            jitted = self._sharding.jit(step, self.model.params, self._pool)
-            lowered = jitted.lower(*arguments, packed, state, allowed)
-            self._programs[bucket, features] = StepProgram(layout, features, lowered.compile(), slot_setter)
+            set_slot = self._compile_set_slot() if StepFeatures.SHAPED in features else None
+            lowered = self.steps.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
+            with out_of_memory_names_the_setting():
+                run = lowered.compile()
+            self._programs[bucket, features] = StepProgram(self.steps.layout(bucket, features), features, run, set_slot)
         return self._programs[bucket, features]
+
+    def _compile_set_slot(self) -> Callable:
+        state = self.steps.state()
+        row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
+        placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
+        setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
+        return setter.lower(state, jax.ShapeDtypeStruct((), jnp.int32), row, row.update(dtype=jnp.float32)).compile()
 
     def warm_up(
         self, buckets: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
@@ -229,14 +202,9 @@ class Runner:
         self.times.dispatch += time.perf_counter() - prepared
         return PendingStep(plan, outputs, dead)
 
-    def _state_struct(self) -> SlotState:
-        slots = (self.max_num_seqs + 1) * self._sharding.num_shards
-        empty = jax.eval_shape(lambda: empty_state(slots, self._vocab))
-        return jax.tree.map(lambda x: self._sharding.struct(x.shape, x.dtype), empty)
-
     def _shaped_state(self, setter: Callable) -> SlotState:
         """The per-slot state on the device, with the rows of sequences set that got their slot since the last such step."""
-        state = jax.tree.map(self._sharding.zeros, self._state_struct()) if self.state is None else self.state
+        state = jax.tree.map(self._sharding.zeros, self.steps.state()) if self.state is None else self.state
         unset, self._unset = self._unset, {}
         for sequence, shard in unset.items():
             params = sequence.request.sampling

@@ -45,6 +45,11 @@ class StepSharding:
         """Data-parallel shards: dp."""
         return 1 if self.mesh is None else self.mesh.shape["dp"]
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """All devices that run the step."""
+        return jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
+
     def struct(self, shape: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
         """An argument that is only described."""
         sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)

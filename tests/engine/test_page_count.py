@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_infer.engine.page_count import pages_that_fit
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.engine.engine import Engine
+from llm_infer.engine.memory import device_bytes, out_of_memory_names_the_setting
+from llm_infer.engine.page_count import LARGEST, page_bytes, pages_that_fit
 from llm_infer.errors import CapacityError
+from tests.models.family_checkpoints import load
 
 
 def program(weights: int, page: int, rest: int, copied: int, refuses_above: int) -> Callable[[int], int | None]:
@@ -61,3 +67,35 @@ def test_a_refused_program_is_tried_with_fewer_pages() -> None:
 
     assert pages_that_fit(measure, limit=1000, utilization=1.0, weights=50, page_bytes=10, most=10**6) == 86
     assert asked == [95, 47]  # 90 would fit, if what is no page did not grow
+
+
+LIMIT = 8 << 20
+"""Bytes of a device that the tests pretend to have."""
+
+
+def limited(utilization: float) -> Engine:
+    """Small steps, so that the program compiles fast, and sequences that could fill any number of pages."""
+    model = load("llama_gqa")
+    model = replace(model, config=replace(model.config, max_position_embeddings=100_000))
+    config = EngineConfig(CacheConfig(memory_utilization=utilization), SchedulerConfig(4, 4))
+    return Engine(model, config, device_memory=LIMIT)
+
+
+def test_the_compiled_engine_stays_within_the_limit_and_a_page_more_would_not() -> None:
+    engine = limited(0.8)
+    steps, pages = engine.runner.steps, engine.scheduler.allocator.num_usable + 1
+    assert engine.runner.pages.shape[1] == pages == engine.runner.num_pages
+    taken = device_bytes(steps.lower(4, LARGEST, pages).compile())
+    assert taken <= 0.8 * LIMIT < taken + page_bytes(steps)
+
+
+def test_weights_that_leave_no_room_are_refused() -> None:
+    with pytest.raises(CapacityError, match=r"memory_utilization=0.01 of 0.01 GB .* raise memory_utilization"):
+        limited(0.01)
+
+
+def test_running_out_of_memory_names_the_setting() -> None:
+    with pytest.raises(CapacityError, match="lower memory_utilization"), out_of_memory_names_the_setting():
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+    with pytest.raises(jax.errors.JaxRuntimeError), out_of_memory_names_the_setting():
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")

@@ -1,0 +1,124 @@
+"""Step programs from descriptions of their arguments: nothing needs to exist, nor the device that they are lowered for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llm_infer.config import EngineConfig
+from llm_infer.decoding.shape import SlotState, empty_state
+from llm_infer.decoding.token_rules import mask_words
+from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.engine.layout import StepLayout
+from llm_infer.engine.memory import page_dtype
+from llm_infer.engine.multi_step import make_steps
+from llm_infer.engine.platform import layer_loop, query_rows
+from llm_infer.engine.sharding import StepSharding
+from llm_infer.engine.steps import make_step
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.proposals import MOST_DRAFTS
+from pallas_kernels.paged_attention.plan import PlanShape
+
+
+@dataclass(frozen=True)
+class StepPrograms:
+    """What all step programs of an engine have in common.
+
+    Attributes:
+        definition, config: of the model, as it is cut over the devices.
+        params: the parameters, or `ShapeDtypeStruct`s of them with their shardings.
+        engine: limits and cache settings.
+        sharding: the devices.
+        page_dtype: of keys and values in the pages.
+        max_model_len: longest sequence in tokens.
+        smallest_batch: rows that a step has at least.
+    """
+
+    definition: Any
+    config: ModelConfig
+    params: Mapping[str, Any]
+    engine: EngineConfig
+    sharding: StepSharding
+    page_dtype: jnp.dtype
+    max_model_len: int
+    smallest_batch: int
+
+    @classmethod
+    def of(cls, model: LoadedModel, engine: EngineConfig, max_model_len: int) -> StepPrograms:
+        """Those of a loaded model."""
+        return cls(
+            model.definition,
+            model.config,
+            model.params,
+            engine,
+            StepSharding.of(model.config, model.mesh),
+            page_dtype(model, engine),
+            max_model_len,
+            model.smallest_batch,
+        )
+
+    @property
+    def pages_per_seq(self) -> int:
+        """B, length of a block table."""
+        return -(-self.max_model_len // self.engine.cache.page_size)
+
+    @property
+    def query_rows(self) -> int:
+        """Most query rows of one work item of a prefill."""
+        return query_rows(self.sharding.platform, self.config.group_size)
+
+    def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
+        """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
+        scheduler = self.engine.scheduler
+        sequences = min(bucket, max(self.smallest_batch, scheduler.max_num_seqs))
+        if StepFeatures.STEPS in features:  # a token of each sequence
+            shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self.query_rows, sequences))
+            return StepLayout(shape, sequences, scheduler.num_scheduler_steps)
+        draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
+        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket)), draws)
+
+    def pool(self, num_pages: int) -> jax.ShapeDtypeStruct:
+        """The page pool, `num_pages` of each data-parallel shard."""
+        return self.sharding.pool(num_pages, self.engine.cache.page_size, self.page_dtype)
+
+    def last_ids(self) -> jax.ShapeDtypeStruct:
+        """The last drawn id of each slot. One slot more than sequences: rows whose id nobody reads write there."""
+        return self.sharding.struct((self.sharding.num_shards, self.engine.scheduler.max_num_seqs + 1), jnp.int32)
+
+    def state(self) -> SlotState:
+        """What steps with SHAPED keep of each slot."""
+        slots = (self.engine.scheduler.max_num_seqs + 1) * self.sharding.num_shards
+        arrays = jax.eval_shape(partial(empty_state, slots, self.config.vocab_size))
+        return jax.tree.map(lambda x: self.sharding.struct(x.shape, x.dtype), arrays)
+
+    def lower(
+        self, bucket: int, features: StepFeatures, num_pages: int, *, keep_logits: bool = False
+    ) -> jax.stages.Lowered:
+        """The step of a token bucket with these features, lowered for the devices of `sharding`."""
+        layout, sharding = self.layout(bucket, features), self.sharding
+        loop = layer_loop(sharding.platform, sharding.devices[0].device_kind)
+        if StepFeatures.STEPS in features:
+            step = make_steps(self.definition, self.config, layout, features, self.engine.cache.page_size, loop=loop)
+        else:
+            step = make_step(self.definition, self.config, layout, features, loop=loop, keep_logits=keep_logits)
+        params, pool, shards = jax.tree.map(described, dict(self.params)), self.pool(num_pages), sharding.num_shards
+        packed = sharding.struct((shards, layout.size), jnp.int32)
+        state = self.state() if StepFeatures.SHAPED in features else None
+        allowed = None
+        if StepFeatures.MASKED in features:
+            words = mask_words(self.config.vocab_size)
+            allowed = sharding.struct((shards, layout.num_draws, words), jnp.int32)
+        jitted = sharding.jit(step, params, pool)
+        return jitted.lower(params, pool, self.last_ids(), packed, state, allowed)
+
+
+def described(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Shape, type and place on a mesh of an array."""
+    placed = isinstance(array.sharding, jax.sharding.NamedSharding)
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)

@@ -1,0 +1,153 @@
+"""Compiles an engine's step for devices that are not here, and says what the compiled program takes and does.
+
+Run in a process that was started with `pallas_kernels.targets.environment(target)`; `llm-infer bench aot` does.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
+from llm_infer.engine.features import PLAIN
+from llm_infer.engine.page_count import UTILIZATION, device_bytes
+from llm_infer.engine.programs import StepPrograms
+from llm_infer.engine.sharding import StepSharding
+from llm_infer.errors import UserError
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.decoder import split_model
+from llm_infer.models.sharded import Placement, abstract_parameters, place_over
+from llm_infer.parallel.mesh import make_mesh
+from llm_infer.planner.cost import Cut, MemoryEstimate, StepSize, estimate, page_bytes, pages_beside_weights
+from pallas_kernels import targets
+from pallas_kernels.targets import Target
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a step program for a chip takes and does, per device.
+
+    Attributes:
+        tokens: T of the program.
+        num_pages: of a data-parallel shard.
+        estimated: closed form.
+        total_bytes, temporary_bytes, aliased_bytes: of the compiler's memory analysis.
+        collectives: number of each kind in the program's text: those of a loop's body count once.
+        layers_in_loop: the layers are a loop of the program.
+        copies: bytes of copies as large as a layer's largest matrix or more.
+        seconds: the compiler's estimate of the program's run time, where it gives one.
+        compile_seconds: time of lowering and compiling.
+    """
+
+    tokens: int
+    num_pages: int
+    estimated: MemoryEstimate
+    total_bytes: int
+    temporary_bytes: int
+    aliased_bytes: int
+    collectives: Mapping[str, int]
+    layers_in_loop: bool
+    seconds: float | None
+    compile_seconds: float
+
+
+def compile_step(
+    config: ModelConfig,
+    target: Target,
+    *,
+    topology: str | None = None,
+    parallel: ParallelConfig | None = None,
+    tokens: int,
+    max_num_seqs: int = 64,
+    max_model_len: int = 8192,
+    page_size: int = 64,
+    num_pages: int | None = None,
+    dtype: str = "bfloat16",
+) -> Compiled:
+    """Compiles the plain step of `tokens` tokens.
+
+    Args:
+        config: of the whole model.
+        target: the chip.
+        topology: of the slice, such as "2x4"; None is the smallest.
+        parallel: over how many devices.
+        tokens: T; of a decode step `max_num_seqs`.
+        num_pages: of a shard; None takes as many as fit UTILIZATION of the memory by the closed form.
+        dtype: of weights and pages.
+
+    Raises:
+        UserError: the model cannot be cut so, the slice is too small, or the memory is; the message says by how much.
+    """
+    parallel = parallel or ParallelConfig()
+    devices = targets.devices(target, topology)
+    # A mesh even of one device: it says what to compile for.
+    placement = place_over(config, parallel, devices) or Placement(config, make_mesh(parallel, devices))
+    cut = Cut(parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.expert_parallel_size)
+    definition, specs = split_model(placement.config, dtype)
+    engine = EngineConfig(
+        CacheConfig(page_size=page_size), SchedulerConfig(max_num_seqs, max(tokens, max_num_seqs), max_model_len)
+    )
+    programs = StepPrograms(
+        definition,
+        placement.config,
+        abstract_parameters(specs, placement),
+        engine,
+        StepSharding.of(placement.config, placement.mesh),
+        jnp.dtype(dtype),
+        max_model_len,
+        smallest_batch=2,
+    )
+    layout = programs.layout(tokens)
+    size = StepSize(tokens, layout.num_draws, layout.size, max_num_seqs)
+    one_page = page_bytes(config, cut, target.platform, page_size, dtype)
+    budget = int(target.memory_bytes * UTILIZATION)
+    fits = pages_beside_weights(config, cut, size, budget, one_page)
+    most = max_num_seqs * programs.pages_per_seq + 1
+    pages = min(fits, most) if num_pages is None else num_pages
+    expected = estimate(config, cut, size, num_pages=max(2, pages), bytes_of_page=one_page)
+    if pages < 2:
+        raise UserError(
+            f"a step takes {expected.total / 1e9:.1f} GB a device with 2 pages ({expected.weights / 1e9:.1f} GB of weights); "
+            f"{UTILIZATION:.0%} of the memory of {target.name} is {budget / 1e9:.1f} GB: short by "
+            f"{(expected.total - budget) / 1e9:.1f} GB"
+        )
+    started = time.perf_counter()
+    try:
+        compiled = programs.lower(tokens, PLAIN, pages).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(_refusal(str(error))) from None
+    elapsed = time.perf_counter() - started
+    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    assert analysis is not None and text is not None
+    return Compiled(
+        tokens,
+        pages,
+        expected,
+        device_bytes(compiled),
+        analysis.temp_size_in_bytes,
+        analysis.alias_size_in_bytes,
+        count_collectives(text),
+        "while(" in text,
+        (compiled.cost_analysis() or {}).get("optimal_seconds"),
+        elapsed,
+    )
+
+
+def count_collectives(text: str) -> dict[str, int]:
+    """How often each kind of collective is in a program's text; of an asynchronous one the start counts."""
+    pattern = rf" ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    return dict(Counter(re.findall(pattern, text)))
+
+
+def _refusal(message: str) -> str:
+    """The sentence of a compiler's refusal that says what is short."""
+    said = [line.strip() for line in message.splitlines() if "capacity" in line or "RESOURCE_EXHAUSTED" in line]
+    return f"the compiler refuses it: {(said or [message.splitlines()[0]])[0]:.300}"
