@@ -346,6 +346,20 @@ def bench_kernels(
 
 
 @bench.command()
+def aot(
+    models: Annotated[str, typer.Option(help="Architectures, comma separated; default: five.")] = "",
+    slices: Annotated[str, typer.Option(help="Slices such as v6e:2x4, comma separated; default: five.")] = "",
+    write: Annotated[str | None, typer.Option(help="Markdown file whose marked part becomes the table.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
+    from llm_infer.bench.aot import run
+
+    run(models, slices, write, json_file)
+
+
+@bench.command()
 def cache(debug: Debug = False) -> None:
     """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
     from llm_infer.kvcache.simulate import table

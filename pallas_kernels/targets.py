@@ -63,6 +63,17 @@ TARGETS: Mapping[str, Target] = {
     )
 }
 
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
+TOPOLOGIES: Mapping[str, tuple[str, ...]] = {
+    "v5e": _FLAT,
+    "v6e": _FLAT,
+    "v5p": _DEEP,
+    "tpu7x": ("1x1x1", *_DEEP),
+    "sm_90": ("1x1x1",),
+}
+"""Slices that can be rented, by chips along each axis; the compilers know more."""
+
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -134,9 +145,17 @@ def devices(target: Target, topology: str | None = None) -> list[jax.Device]:
     except Exception as error:  # the compilers raise errors of various types
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"{target.name} has no topology {topology!r} ({reason}): expected one like {target.topology!r}"
+            f"{target.name} has no topology {topology!r} ({reason}): the nearest is {nearest_topology(target, topology)!r}"
         ) from None
     return list(description.devices)
+
+
+def nearest_topology(target: Target, topology: str | None) -> str:
+    """The slice that has about as many chips as `topology` names, the larger of two; the smallest where it is no product."""
+    sizes = {name: math.prod(map(int, name.split("x"))) for name in TOPOLOGIES[target.name]}
+    parts = (topology or "").split("x")
+    wanted = math.prod(map(int, parts)) if all(part.isdecimal() for part in parts) else 0
+    return min(sizes, key=lambda name: (abs(sizes[name] - wanted), -sizes[name]))
 
 
 def make_mesh(target: Target, topology: str | None = None, axes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:

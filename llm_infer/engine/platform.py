@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax
-
 from llm_infer.models.decoder import LayerLoop
 
 
@@ -22,8 +20,3 @@ def query_rows(platform: str, group: int) -> int:
     A GPU's thread block holds all heads of a group at once: 128 queries are what Hopper's matrix units want.
     """
     return max(8, min(128, 128 // group)) if platform == "gpu" else 32
-
-
-def here() -> tuple[str, str]:
-    """Platform and device kind of the default device."""
-    return jax.default_backend(), jax.devices()[0].device_kind

@@ -5,9 +5,7 @@ Run in a process that was started with `pallas_kernels.targets.environment(targe
 
 from __future__ import annotations
 
-import re
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,7 +14,8 @@ import jax.numpy as jnp
 
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from llm_infer.engine.features import PLAIN
-from llm_infer.engine.page_count import UTILIZATION, device_bytes
+from llm_infer.engine.memory import device_bytes
+from llm_infer.engine.page_count import UTILIZATION
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.sharding import StepSharding
 from llm_infer.errors import UserError
@@ -25,10 +24,9 @@ from llm_infer.models.decoder import split_model
 from llm_infer.models.sharded import Placement, abstract_parameters, place_over
 from llm_infer.parallel.mesh import make_mesh
 from llm_infer.planner.cost import Cut, MemoryEstimate, StepSize, estimate, page_bytes, pages_beside_weights
+from llm_infer.planner.hlo import read_work
 from pallas_kernels import targets
 from pallas_kernels.targets import Target
-
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +38,9 @@ class Compiled:
         num_pages: of a data-parallel shard.
         estimated: closed form.
         total_bytes, temporary_bytes, aliased_bytes: of the compiler's memory analysis.
-        collectives: number of each kind in the program's text: those of a loop's body count once.
-        layers_in_loop: the layers are a loop of the program.
-        copies: bytes of copies as large as a layer's largest matrix or more.
-        seconds: the compiler's estimate of the program's run time, where it gives one.
+        collectives: how often each kind runs in a step.
+        largest_copy: bytes of the largest array that is copied.
+        megacycles: the compiler's estimate of a step without the sampler's rare branches; None where it gives none.
         compile_seconds: time of lowering and compiling.
     """
 
@@ -54,8 +51,8 @@ class Compiled:
     temporary_bytes: int
     aliased_bytes: int
     collectives: Mapping[str, int]
-    layers_in_loop: bool
-    seconds: float | None
+    largest_copy: int
+    megacycles: float | None
     compile_seconds: float
 
 
@@ -87,7 +84,10 @@ def compile_step(
         UserError: the model cannot be cut so, the slice is too small, or the memory is; the message says by how much.
     """
     parallel = parallel or ParallelConfig()
-    devices = targets.devices(target, topology)
+    try:
+        devices = targets.devices(target, topology)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     # A mesh even of one device: it says what to compile for.
     placement = place_over(config, parallel, devices) or Placement(config, make_mesh(parallel, devices))
     cut = Cut(parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.expert_parallel_size)
@@ -125,8 +125,16 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         raise UserError(_refusal(str(error))) from None
     elapsed = time.perf_counter() - started
-    analysis, text = compiled.memory_analysis(), compiled.as_text()
+    analysis = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"jax {jax.__version__} cannot read the programs of this compiler ({str(error).splitlines()[0]:.100}): "
+            f"install the one that belongs to it, pip install 'jax[tpu]=={jax.__version__}'"
+        ) from None
     assert analysis is not None and text is not None
+    work = read_work(text)
     return Compiled(
         tokens,
         pages,
@@ -134,17 +142,11 @@ def compile_step(
         device_bytes(compiled),
         analysis.temp_size_in_bytes,
         analysis.alias_size_in_bytes,
-        count_collectives(text),
-        "while(" in text,
-        (compiled.cost_analysis() or {}).get("optimal_seconds"),
+        dict(work.collectives),
+        max(work.copies, default=0),
+        work.cycles / 1e6 or None,
         elapsed,
     )
-
-
-def count_collectives(text: str) -> dict[str, int]:
-    """How often each kind of collective is in a program's text; of an asynchronous one the start counts."""
-    pattern = rf" ({'|'.join(COLLECTIVES)})(?:-start)?\("
-    return dict(Counter(re.findall(pattern, text)))
 
 
 def _refusal(message: str) -> str:
