@@ -67,7 +67,9 @@ class Engine:
         self._num_shards = model.num_shards
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = EngineTimes()
-        self.runner = Runner(model, config, max_model_len=self.max_model_len, device_memory=device_memory)
+        self.runner = Runner(
+            model, config, max_model_len=self.max_model_len, device_memory=device_memory, draft_model=draft_model
+        )
         self._num_pages = self.runner.num_pages
         self.speculator, self._draft_model = self._new_speculator(draft_model)
         self.scheduler = self._new_scheduler()

@@ -29,7 +29,9 @@ LARGEST = (
 """Features of the program that takes the most memory."""
 
 
-def choose_num_pages(steps: StepPrograms, largest_bucket: int, limit: int | None = None) -> int:
+def choose_num_pages(
+    steps: StepPrograms, largest_bucket: int, limit: int | None = None, beside: StepPrograms | None = None
+) -> int:
     """Pages of a data-parallel shard, the null page included.
 
     `CacheConfig.num_pages`, or what fits `CacheConfig.memory_bytes`, or what the compiler says fits the devices; without
@@ -40,6 +42,7 @@ def choose_num_pages(steps: StepPrograms, largest_bucket: int, limit: int | None
         steps: the programs.
         largest_bucket: tokens of the largest.
         limit: bytes of each device; None asks the devices.
+        beside: those of a draft model, which has as many pages of its own.
 
     Raises:
         CapacityError: not even one page fits beside the null page, or the pool is larger than the machine's memory.
@@ -55,9 +58,13 @@ def choose_num_pages(steps: StepPrograms, largest_bucket: int, limit: int | None
     else:
         features = LARGEST | (PLAIN if steps.engine.speculative is None else StepFeatures.DRAFTS)
 
+        weights, one_page = local_bytes(dict(steps.params)), page_bytes(steps)
+        draft_weights, draft_page = (0, 0) if beside is None else (local_bytes(dict(beside.params)), page_bytes(beside))
+
         def measure(num_pages: int) -> int | None:
             try:
-                return device_bytes(steps.lower(largest_bucket, features, num_pages).compile())
+                taken = device_bytes(steps.lower(largest_bucket, features, num_pages).compile())
+                return taken + draft_weights + num_pages * draft_page
             except jax.errors.JaxRuntimeError as error:
                 if is_out_of_memory(error):
                     return None
@@ -67,8 +74,8 @@ def choose_num_pages(steps: StepPrograms, largest_bucket: int, limit: int | None
             measure,
             limit=memory_limit(sharding.devices) if limit is None else limit,
             utilization=UTILIZATION if cache.memory_utilization is None else cache.memory_utilization,
-            weights=local_bytes(dict(steps.params)),
-            page_bytes=page_bytes(steps),
+            weights=weights + draft_weights,
+            page_bytes=one_page + draft_page,
             most=most,
         )
     whole = pages * page_bytes(steps) * len(sharding.devices)

@@ -77,6 +77,7 @@ class Runner:
         max_model_len: longest sequence in tokens.
         num_pages: pages of each data-parallel shard, including the null page; None chooses (`choose_num_pages`).
         device_memory: bytes of each device; None asks the devices.
+        draft_model: has as many pages of its own, which a chosen number leaves room for.
         keep_logits: every step also returns its logits, for tests.
     """
 
@@ -88,6 +89,7 @@ class Runner:
         max_model_len: int,
         num_pages: int | None = None,
         device_memory: int | None = None,
+        draft_model: LoadedModel | None = None,
         keep_logits: bool = False,
     ) -> None:
         self.model, self.config, self.times = model, config, RunnerTimes()
@@ -95,7 +97,10 @@ class Runner:
         self.buckets = token_buckets(config.scheduler.max_num_batched_tokens, model.smallest_batch)
         self.steps = StepPrograms.of(model, config, max_model_len)
         self._sharding = self.steps.sharding
-        self.num_pages = num_pages or choose_num_pages(self.steps, self.buckets[-1], device_memory)
+        if num_pages is None:
+            beside = None if draft_model is None else StepPrograms.of(draft_model, config, max_model_len)
+            num_pages = choose_num_pages(self.steps, self.buckets[-1], device_memory, beside)
+        self.num_pages = num_pages
         self._vocab = model.config.vocab_size
         self.reset()
         self._keep_logits = keep_logits
