@@ -360,6 +360,17 @@ def aot(
 
 
 @bench.command()
+def host(
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    debug: Debug = False,
+) -> None:
+    """What the host spends on a decode step of 64 and of 256 sequences when the device takes no time."""
+    from llm_infer.bench.host import run
+
+    run((64, 256), json_file)
+
+
+@bench.command()
 def cache(debug: Debug = False) -> None:
     """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
     from llm_infer.kvcache.simulate import table

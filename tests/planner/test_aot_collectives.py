@@ -16,7 +16,6 @@ JOBS = {
     "dense": Job("llama-3.1-70b", "v6e:2x4", 64),
     "experts": Job("qwen3-30b-a3b", "v5e:2x4", 64),
     "prefill": Job("opt-13b", "v5p:2x2x2", 2048),
-    "gpu": Job("llama-3.1-8b", "sm_90", 64, layers=2),
 }
 
 
@@ -36,11 +35,8 @@ def test_collectives_memory_and_copies_of_the_compiled_step(name: str) -> None:
     assert "refused" not in result, result["refused"]
     config, parallel = job.config(), job.parallel()
     collectives = result["collectives"]
-    if parallel.num_devices > 1:
-        # One more for the embedding, whose table is cut over the vocabulary, and the logits are gathered once.
-        assert collectives == {"all-reduce": 2 * config.num_layers + 1, "all-gather": 1}
-    else:
-        assert not collectives
+    # One more for the embedding, whose table is cut over the vocabulary, and the logits are gathered once.
+    assert collectives == {"all-reduce": 2 * config.num_layers + 1, "all-gather": 1}
     assert result["estimated"]["pages"] <= result["aliased_bytes"] <= 1.001 * result["estimated"]["pages"]
     assert 0.95 < result["total_bytes"] / result["estimated_bytes"] < 1.05
     cut = Cut(1, parallel.tensor_parallel_size, parallel.expert_parallel_size)
