@@ -9,6 +9,11 @@ less than a float32 sum. No path depends on M or on the threads: a row of the re
 
 from __future__ import annotations
 
+import functools
+import math
+
+from llvmlite import ir
+
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I32, I64, Emitter, Ptr, Value
 from pallas_kernels.quant_matmul.cpu import TILE_GROUP as GROUP
@@ -20,6 +25,7 @@ BLOCK = 32
 MOST_TASK_ROWS = {True: 1024, False: 256}  # M = 1: long runs of memory; else: stays in the L2 cache
 BIAS = {"q4_0": 8, "q4_1": 0, "q8_0": 128}  # what the unsigned numbers of the dot product are too large by
 LARGEST = {1: 127, 2: 127 << 8, 3: 63 << 16}  # so that a block's sum fits 32 bits
+INFINITY = 0x7F800000  # its bits
 SMALLEST = 1e-30  # blocks of smaller numbers count as zeros: their scale's inverse would overflow
 
 
@@ -46,33 +52,31 @@ class Activations:
             digits, scales, sums = self.at(m // GROUP, g)
             digits, slot = digits + m % GROUP * (self.digits * BLOCK), m % GROUP
             parts = [a.x.load(m * a.K + g * BLOCK + i, lanes) for i in range(0, BLOCK, lanes)]
-            most, poison = k.abs(parts[0]), parts[0] * 0.0
-            for part in parts[1:]:
-                most, poison = k.max(k.abs(part), most), poison + part * 0.0
-            most = k.max_lanes(most)
+            # The sizes' bits are in the order of the sizes, and those of what is not finite are the largest.
+            sizes = [k.abs(part).bits(ir.VectorType(I32, lanes)) for part in parts]
+            bits = k.max_lanes(functools.reduce(k.max, sizes))
+            most = bits.bits(F32)
             inverse = k.select(most > SMALLEST, k.const(F32, float(LARGEST[self.digits])) / most, 0.0)
-            # 0, or NaN if one of the numbers is not finite: then so are the results.
-            scale = most * (1.0 / LARGEST[self.digits]) + k.sum_lanes(poison)
+            scale = k.select(bits < INFINITY, most * (1.0 / LARGEST[self.digits]), k.const(F32, math.nan))
             scales[slot] = scale
-            totals = [k.zeros(I32, lanes) for _ in range(self.digits)]
+            whole = lead = k.zeros(I32, lanes)
             for i, part in enumerate(parts):
                 q = k.round_even(part * inverse).to(I32)
+                whole = whole + q
                 for d in reversed(range(self.digits)):
-                    digit = q.to(I8).to(I32) if d else q  # the lowest eight bits, signed
-                    digits.store(d * BLOCK + i * lanes, digit.to(I8))
-                    totals[d] = totals[d] + digit
-                    q = Value(k, k.builder.ashr((q - digit).ssa, k.like(q, 8).ssa))
-            total = [k.sum_lanes(t) for t in totals]
-            lower = k.zeros(I32)
-            for number in total[1:]:
-                lower = (lower << 8) + number
-            whole = (total[0] << (8 * (self.digits - 1))) + lower
+                    digits.store(d * BLOCK + i * lanes, q.to(I8))  # the lowest eight bits, signed
+                    if d:
+                        q = Value(k, k.builder.ashr((q - q.to(I8).to(I32)).ssa, k.like(q, 8).ssa))
+                lead = lead + q
+            total = k.sum_lanes(whole)
             if not self.bias:
-                sums[slot * 2] = scale * whole.to(F32)
+                sums[slot * 2] = scale * total.to(F32)
             elif self.split:
-                sums.as_(I32)[slot * 2], sums.as_(I32)[slot * 2 + 1] = lower * -self.bias, total[0] * -self.bias
+                leading = k.sum_lanes(lead)
+                sums.as_(I32)[slot * 2] = (total - (leading << 16)) * -self.bias
+                sums.as_(I32)[slot * 2 + 1] = leading * -self.bias
             else:
-                sums.as_(I32)[slot * 2] = whole * -self.bias
+                sums.as_(I32)[slot * 2] = total * -self.bias
 
 
 def unpack(k: Emitter, body: Ptr, kind: str) -> list[Value]:
