@@ -44,6 +44,13 @@ MemoryUtilization = Annotated[
     float | None,
     typer.Option("--memory-utilization", "--gpu-memory-utilization", help="Share of device memory to use (0.9)."),
 ]
+TensorParallel = Annotated[
+    int | None, typer.Option("--tensor-parallel-size", "-tp", help="Devices over which every layer is cut.")
+]
+DataParallel = Annotated[
+    int | None, typer.Option("--data-parallel-size", "-dp", help="Shards of the batch, each on devices of its own.")
+]
+ExpertParallel = Annotated[int | None, typer.Option(help="Devices over which the experts of a mixture are spread.")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
 ]
@@ -74,6 +81,9 @@ def generate(
     dtype: Dtype = "auto",
     precision: Precision = "exact",
     memory_utilization: MemoryUtilization = None,
+    tensor_parallel_size: TensorParallel = None,
+    data_parallel_size: DataParallel = None,
+    expert_parallel_size: ExpertParallel = None,
     config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
@@ -100,6 +110,9 @@ def generate(
         dtype=dtype,
         precision=precision,
         memory_utilization=memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        expert_parallel_size=expert_parallel_size,
     )
     llm = _interactive_llm(model, arguments)
     ids = llm.tokenizer.encode(text)
@@ -125,6 +138,9 @@ def chat(
     dtype: Dtype = "auto",
     precision: Precision = "exact",
     memory_utilization: MemoryUtilization = None,
+    tensor_parallel_size: TensorParallel = None,
+    data_parallel_size: DataParallel = None,
+    expert_parallel_size: ExpertParallel = None,
     config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
@@ -136,6 +152,9 @@ def chat(
         dtype=dtype,
         precision=precision,
         memory_utilization=memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        expert_parallel_size=expert_parallel_size,
     )
     llm = _interactive_llm(model, arguments)
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
@@ -64,6 +64,10 @@ class LLM:
             `{"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}` proposes
             what followed the last tokens when they occurred before; `{"method": "draft_model", "model": "…",
             "num_speculative_tokens": 4}` proposes what a smaller model with the same tokens draws.
+        tensor_parallel_size: devices over which every layer is cut, by heads and MLP columns.
+        data_parallel_size: shards of the batch, each on devices and with pages of its own; `max_num_seqs`,
+            `max_num_batched_tokens` and `num_pages` are per shard.
+        expert_parallel_size: devices over which a mixture's experts are spread.
         load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
             architecture (see `llm-infer models`) or a directory with a config.json.
         progress: show progress bars on stderr.
@@ -94,6 +98,9 @@ class LLM:
         overlap: bool = True,
         check_every_step: bool = False,
         speculative_config: Mapping[str, Any] | None = None,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
         load_format: str = "auto",
         progress: bool = True,
     ) -> None:
@@ -120,6 +127,7 @@ class LLM:
             fused_qkv=fused_qkv,
             speculative=None if speculative_config is None else SpeculativeConfig.of(speculative_config),
         )
+        parallel = ParallelConfig(tensor_parallel_size, data_parallel_size, expert_parallel_size)
         self._progress = Progress(enabled=progress)
         if note := enable_compile_cache():
             self._progress.note(note)
@@ -131,12 +139,18 @@ class LLM:
             precision=precision,
             progress=self._progress,
             max_model_len=max_model_len,
+            parallel=parallel,
         )
         draft = None
         if config.speculative is not None and config.speculative.model is not None:
             name = config.speculative.model
             tokenizer, draft = load(
-                name, load_format=load_format, fused_qkv=fused_qkv, precision=precision, progress=self._progress
+                name,
+                load_format=load_format,
+                fused_qkv=fused_qkv,
+                precision=precision,
+                progress=self._progress,
+                parallel=parallel,
             )
             require_same_tokens(self.tokenizer, tokenizer, name)
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids, draft_model=draft)

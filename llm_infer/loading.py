@@ -6,6 +6,7 @@ from pathlib import Path
 
 from jax.typing import DTypeLike
 
+from llm_infer.config import ONE_DEVICE, ParallelConfig
 from llm_infer.errors import ModelError, UserError
 from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, dummy_source, load_model, save_model
 from llm_infer.models.registry import family
@@ -28,24 +29,25 @@ def load(
     progress: Progress,
     dtype: str = "auto",
     max_model_len: int | None = None,
+    parallel: ParallelConfig = ONE_DEVICE,
 ) -> tuple[Tokenizer, LoadedModel]:
     """Tokenizer and model of a name as for `LLM`. A `max_model_len` that the model cannot have fails before weights are read.
 
     Raises:
         UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, `dtype` is no type of
-            weights, or `precision` is not to be had here.
+            weights, `precision` is not to be had here, or the model cannot be cut over the mesh of `parallel`.
     """
     compute, stored = compute_dtype(dtype, precision)
     if load_format not in LOAD_FORMATS:
         raise UserError(f"load_format={load_format!r}: expected one of {', '.join(LOAD_FORMATS)}")
     if load_format == "dummy":
-        return _dummy(name, fused_qkv, compute, stored)
+        return _dummy(name, fused_qkv, compute, stored, parallel)
     opened = open_model(resolve(name, progress=progress))
     module = family(opened.config)  # an unknown architecture is the first thing to hear of
     if opened.checkpoint is None:  # whose configuration is read with the weights, which are mapped
         module.config(opened.config, fused_qkv=fused_qkv).check_context(max_model_len)
     tokenizer = _tokenizer(opened)
-    model = load_model(opened, dtype=compute, fused_qkv=fused_qkv, stored=stored, progress=progress)
+    model = load_model(opened, dtype=compute, fused_qkv=fused_qkv, stored=stored, parallel=parallel, progress=progress)
     opened.tensors.close()
     return tokenizer, model
 
@@ -91,13 +93,16 @@ def convert(source: str, destination: str | Path, *, dtype: str = "float32", pro
     return path
 
 
-def _dummy(name: str, fused_qkv: bool, dtype: DTypeLike, stored: str | None) -> tuple[Tokenizer, LoadedModel]:
+def _dummy(
+    name: str, fused_qkv: bool, dtype: DTypeLike, stored: str | None, parallel: ParallelConfig
+) -> tuple[Tokenizer, LoadedModel]:
     """A model of random weights, with the tokenizer of its directory where there is one."""
     values, directory = dummy_source(name)
     config = family(values).config(values, fused_qkv=fused_qkv)
+    model = dummy_model(config, dtype, stored=stored, parallel=parallel)
     if directory is not None and (directory / "tokenizer.json").is_file():
-        return Tokenizer.from_hf_directory(directory), dummy_model(config, dtype, stored=stored)
-    return byte_tokenizer(config.vocab_size), dummy_model(config, dtype, stored=stored)
+        return Tokenizer.from_hf_directory(directory), model
+    return byte_tokenizer(config.vocab_size), model
 
 
 def _tokenizer(opened: OpenModel) -> Tokenizer:

@@ -11,11 +11,12 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import json
+import re
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -25,9 +26,11 @@ from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, Schedule
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.load import LoadedModel, dummy_model, load_model
+from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model
+from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.sources import open_model, resolve
-from tests.engine.engines import run_all
+from tests.engine.engines import greedy, run_all
+from tests.golden_tokens import assert_same_tokens, load_goldens
 from tests.models.family_checkpoints import FOLDER, dense, golden
 from tests.parallel.hlo import collectives
 
@@ -178,6 +181,20 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
+def run_default_model(mesh: tuple[int, int]) -> dict[str, Any]:
+    """The default model as `LLM` loads it, against what transformers computed from the same file."""
+    goldens, (dp, tp) = load_goldens(), mesh
+    opened = open_model(resolve(os.environ.get("LLM_INFER_TEST_GGUF", DEFAULT_MODEL.name)))
+    model = load_model(opened, stored=compute_dtype("auto", "exact")[1], parallel=ParallelConfig(tp, dp))
+    made = Engine(model, EngineConfig(CacheConfig(num_pages=128), SchedulerConfig(8, BUCKET, 256)))
+    made.runner.buckets = (BUCKET,)
+    forced = assert_same_tokens(goldens, range(0, 24, 6), partial(greedy, made))
+    inside, outside, _ = collectives(next(iter(made.runner._programs.values())).run.as_text())
+    return {"forced": forced, "inside": inside, "outside": outside}
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(json.dumps({"name": name, **run(CASES[name])}), flush=True)
+        default = re.fullmatch(r"default model on (\d)x(\d)", name)
+        result = run_default_model((int(default[1]), int(default[2]))) if default else run(CASES[name])
+        print(json.dumps({"name": name, **result}), flush=True)

@@ -37,7 +37,7 @@ def run_cases(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {result["name"]: result for result in results}
 
 
@@ -94,6 +94,15 @@ def test_every_device_has_its_part_of_the_weights(results: dict[str, dict[str, A
 
 def test_pages_ran_out_in_the_case_that_is_about_it(results: dict[str, dict[str, Any]]) -> None:
     assert results["sampled, preempted, cached on 2x4"]["preemptions"] > 0
+
+
+@pytest.mark.real
+def test_default_model_on_meshes() -> None:
+    """Real weights in the blocks of their file, cut in three; and on two and four shards."""
+    results = run_cases(("default model on 1x3", "default model on 2x1", "default model on 4x1"))
+    assert all(result["forced"] == 0 for result in results.values())
+    assert results["default model on 1x3"]["inside"] == {"all-reduce": 2}
+    assert results["default model on 4x1"]["inside"] == results["default model on 4x1"]["outside"] == {}
 
 
 GQA = ModelConfig("LlamaForCausalLM", 131, 32, 2, 9, 3, 16, 96, 256)
