@@ -41,21 +41,6 @@ def _read(path: Path, _mtime: int) -> Crossovers:
     return json.loads(path.read_text())["quant_matmul"]
 
 
-def block_sizes(device_kind: str, op: str, case: str) -> dict[str, int]:
-    """Tuned block sizes of an op on an accelerator, from `{"blocks": {op: {case: {name: size}}}}`; empty where none are.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    path = source_of(device_kind.replace(" ", "_"))
-    if path is None:
-        return {}
-    try:
-        return json.loads(path.read_text()).get("blocks", {}).get(op, {}).get(case, {})
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: expected block sizes as JSON, found {error}") from None
-
-
 def crossovers(cpu: str) -> Crossovers:
     """Measured crossovers of the quantised matmul on a CPU, empty where nothing was measured.
 
@@ -78,9 +63,15 @@ def block_sizes(device: str, op: str) -> dict[str, dict[str, int]]:
 
     The file is named after the device with underscores for spaces and may hold several ops:
     `{"paged_attention": {"bfloat16-128-decode": {"tile": 64, …}}}`.
+
+    Raises:
+        ValueError: the file cannot be read.
     """
     path = source_of(device.replace(" ", "_"))
-    return {} if path is None else json.loads(path.read_text()).get(op, {})
+    try:
+        return {} if path is None else json.loads(path.read_text()).get(op, {})
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: expected block sizes as JSON, found {error}") from None
 
 
 def write(cpu: str, measured: Crossovers) -> Path:
