@@ -73,6 +73,7 @@ class Choice:
 
 _ATTENTION = (
     Implementation("cpu", "pallas_kernels.paged_attention.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("gpu_mosaic", "pallas_kernels.paged_attention.gpu_mosaic", ("gpu",)),
     Implementation("gpu_triton", "pallas_kernels.paged_attention.gpu_triton", ("gpu",)),
     Implementation("tpu", "pallas_kernels.paged_attention.tpu", ("tpu",)),
     Implementation("xla", "pallas_kernels.paged_attention.xla"),

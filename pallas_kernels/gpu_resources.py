@@ -1,6 +1,7 @@
 """What a compiled GPU kernel takes of a multiprocessor: registers, spills, shared memory; read from XLA's dump, no GPU needed.
 
-In the process that compiles (see `targets`), add `dump_flags(folder)` to XLA_FLAGS; after it, `read_dump(folder)`.
+In the process that compiles (see `targets`), add `dump_flags(folder)` to XLA_FLAGS; after it, `read_dump(folder)`. Mosaic GPU
+kernels never reach XLA as PTX: for them the process has `mosaic_variables(folder)`, and `read_mosaic_dump` reads what is left.
 """
 
 from __future__ import annotations
@@ -89,13 +90,32 @@ def read_dump(folder: Path | str, module: str, kernels: str = "") -> list[Kernel
     return list(found.values())
 
 
+def mosaic_variables(folder: Path | str) -> dict[str, str]:
+    """Environment variables that make Mosaic GPU leave the assembler's report in a folder, which must exist."""
+    return {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
+
+
+def read_mosaic_dump(folder: Path | str, threads: int) -> list[Kernel]:
+    """All Mosaic GPU kernels that were compiled, by name; `threads` of a thread block is what the caller knows."""
+    found = []
+    for file in sorted(Path(folder).glob("*.ptxas")):
+        registers, spills = _parse(file.read_text(), file.name)
+        shared = re.search(r"smem_scratch_bytes=(\d+)", file.with_suffix(".resources.txt").read_text())
+        assert shared is not None, f"{file.stem}: no size of shared memory"
+        found.append(Kernel(file.stem, 1, (), threads, registers, spills, int(shared[1])))
+    return found
+
+
 def _assemble(file: Path, name: str) -> tuple[int, int]:
     """(registers, bytes of spills) that ptxas reports for a kernel."""
     command = [str(ptxas()), "-v", "-arch=sm_90a", str(file), "-o", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True).stderr
-    report = said.partition(f"Compiling entry function '{name}'")[2]
+    return _parse(said.partition(f"Compiling entry function '{name}'")[2] or said, file.name)
+
+
+def _parse(report: str, name: str) -> tuple[int, int]:
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     if registers is None or spills is None:
-        raise ValueError(f"{command[0]} cannot assemble {file.name}: {said.strip()[-300:]}")
+        raise ValueError(f"the assembler could not read {name}: {report.strip()[-300:]}")
     return int(registers[1]), int(spills[1]) + int(spills[2])

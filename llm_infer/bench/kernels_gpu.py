@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llm_infer.bench.gpu_kernels import B64, GPU_ATTENTION, PREFILL, Shape, abstract_arguments
 from llm_infer.errors import UserError
 from pallas_kernels import dispatch
-from pallas_kernels.gpu_resources import THREADS, dump_flags, read_dump
+from pallas_kernels.gpu_resources import THREADS, dump_flags, mosaic_variables, read_dump, read_mosaic_dump
 from pallas_kernels.targets import TARGETS, Target, environment, make_mesh
 
 SHAPES = [
@@ -34,20 +34,25 @@ def record(target: Target) -> Iterator[dict[str, str | int | float | None]]:
     with tempfile.TemporaryDirectory() as folder:
         variables = environment(target)
         variables["XLA_FLAGS"] += " " + dump_flags(folder)
+        variables |= mosaic_variables(folder)
         command = [sys.executable, "-m", "llm_infer.bench.kernels_gpu", target.name]
         done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the compiler for {target.name} failed: {done.stderr[-2000:]}")
         for program in json.loads(done.stdout.splitlines()[-1]):
             shape = SHAPES[program["shape"]]
-            for kernel in read_dump(folder, f"jit_{program['name']}", "paged_attention|write_kv|merge_splits"):
+            kernels = read_dump(folder, f"jit_{program['name']}", "paged_attention|write_kv|merge_splits")
+            if program["implementation"] == "gpu_mosaic":
+                main = f"paged_attention_mosaic_{shape.page_dtype}_{shape.head_dim}_"
+                kernels += [kernel for kernel in read_mosaic_dump(folder, 256) if kernel.name.startswith(main)]
+            for kernel in kernels:
                 main = kernel.name.startswith("paged_attention")
                 blocks = kernel.blocks_per_multiprocessor
                 yield {
                     "shape": shape.name,
                     "implementation": program["implementation"],
                     "kernel": kernel.name,
-                    "grid": "×".join(map(str, kernel.grid)),
+                    "grid": "×".join(map(str, kernel.grid)) or None,
                     "registers": kernel.registers,
                     "spill B": kernel.spill_bytes,
                     "shared KB": kernel.shared_bytes / 1024,
@@ -76,7 +81,13 @@ def _compile_all(target: Target) -> None:
             *(target.platform, target.device_kind),
             {name: tuple(array.shape) for name, array in arrays.items()},
             {name: array.dtype.name for name, array in arrays.items()},
-            {"q_block": arguments[4].q_block, "window": None, "softcap": None, "sinks": False},
+            {
+                "q_block": arguments[4].q_block,
+                "window": None,
+                "softcap": None,
+                "sinks": False,
+                "kv_scales": bool(arguments[5]),
+            },
         )
         for implementation in GPU_ATTENTION:
             if implementation.why_not(case) is not None:

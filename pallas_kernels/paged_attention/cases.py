@@ -98,6 +98,7 @@ GQA3 = Sizes(
 TINY_BUCKET = Sizes(6, 2, 64, 16, tokens=2, sequences=2, pages_per_seq=20, q_block=8)
 MHA = Sizes(4, 4, 80, 32, tokens=24, sequences=4, pages_per_seq=5, q_block=16)  # q_block does not divide T
 GQA4 = Sizes(8, 2, 128, 64, tokens=16, sequences=4, pages_per_seq=3, q_block=4, page_dtype="bfloat16")
+HOPPER = replace(GQA4, dtype="bfloat16")  # what the Mosaic GPU kernel takes
 GQA8 = Sizes(8, 1, 64, 16, tokens=16, sequences=4, pages_per_seq=10, q_block=16)
 FLOAT8 = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="float8_e4m3fn", dtype="bfloat16")
 INT8 = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="int8")
@@ -126,6 +127,10 @@ CASES: dict[str, AttentionCase] = {
     "everything": AttentionCase(GQA3, MIXED, {"softcap": 5.0, "window": 37}, sinks=True, kv_scales=(0.5, 2.0)),
     "mha_head_80": AttentionCase(MHA, ((1, 100), (17, 130), (5, 5), (1, 32))),
     "gqa4_head_128_bf16_pages": AttentionCase(GQA4, ((1, 150), (6, 70), (8, 8), (1, 64))),
+    "bf16_decode": AttentionCase(HOPPER, ((1, 150), (1, 64), (1, 192), (1, 1))),
+    "bf16_mixed_everything": AttentionCase(
+        HOPPER, ((1, 150), (6, 70), (1, 65), (1, 130)), {"softcap": 5.0, "window": 100}, sinks=True
+    ),
     "gqa8_one_kv_head_window": AttentionCase(GQA8, ((1, 150), (9, 70), (1, 17)), {"window": 50}),
     "bf16_bits_pages": AttentionCase(BF16_BITS, ((1, 150), (9, 70), (1, 17))),
     "float8_pages_scales": AttentionCase(FLOAT8, ((1, 150), (9, 70), (1, 17)), kv_scales=(0.25, 0.5)),

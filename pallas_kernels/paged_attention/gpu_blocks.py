@@ -47,15 +47,20 @@ def tuned_key(page_dtype: str, head_dim: int, tokens: int) -> str:
     return f"{page_dtype}-{head_dim}-{'decode' if tokens <= DECODING_TOKENS else 'prefill'}"
 
 
-def choose_blocks(plan: AttentionPlan, device_kind: str, page_dtype: str, **sizes: int) -> Blocks:
-    """What was measured on this kind of device (see `pallas_kernels.tuned`), over the heuristic for `sizes`."""
+def choose_blocks(
+    plan: AttentionPlan, device_kind: str, page_dtype: str, max_splits: int | None = None, **sizes: int
+) -> Blocks:
+    """What was measured on this kind of device (see `pallas_kernels.tuned`), over the heuristic for `sizes`.
+
+    `max_splits` is kept as given.
+    """
     blocks = heuristic(plan, **sizes)
     key = tuned_key(page_dtype, sizes["head_dim"], plan.write_slot.shape[0])
     measured = tuned.block_sizes(device_kind, "paged_attention").get(key, {})
     measured = {name: value for name, value in measured.items() if name != "max_splits"}
     if "tile" in measured:  # fewer queries than that may be all that an item has
         measured["tile"] = min(measured["tile"], max(16, power_of_two(plan.q_block * sizes["group"])))
-    return replace(blocks, **measured)
+    return replace(blocks, **measured, max_splits=max_splits or blocks.max_splits)
 
 
 def heuristic(

@@ -8,7 +8,6 @@ query heads of one KV head, and walks over the keys with an online softmax in fl
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -21,13 +20,12 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.dispatch import Case, target
 from pallas_kernels.gpu_devices import why_not_capability
 from pallas_kernels.paged_attention.gpu_blocks import Blocks, choose_blocks, power_of_two
-from pallas_kernels.paged_attention.gpu_merge import merge_splits
-from pallas_kernels.paged_attention.gpu_units import make_units, partial_slots
+from pallas_kernels.paged_attention.gpu_merge import LOG2_E, merge_splits
+from pallas_kernels.paged_attention.gpu_units import Part, make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import write_rows
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-LOG2_E = math.log2(math.e)
 LARGEST_HEAD = 256
 MASKED = -1e30  # first running maximum: finite, so that a fully masked block gives exp2(-inf) = 0, never NaN
 
@@ -100,6 +98,25 @@ def _paged_attention(
     if blocks is None:
         blocks = choose_blocks(plan, target()[1], pages.dtype.name, **sizes, item_bytes=dtype.itemsize)
     pages, out = write_rows(q, k_new, v_new, pages, plan, layer, options["k_scale"], options["v_scale"], interpret)
+    return attend(q, pages, out, plan, layer, options, blocks, scale, softcap, interpret), pages
+
+
+def attend(
+    q: jax.Array,
+    pages: jax.Array,
+    out: jax.Array,
+    plan: AttentionPlan,
+    layer: jax.Array,
+    options: dict[str, Any],
+    blocks: Blocks,
+    scale: float,
+    softcap: float | None,
+    interpret: bool,
+    part: Part = "all",
+) -> jax.Array:
+    """`out` with the rows set of all items or of a part of them (see `gpu_units.make_units`); the pages hold their keys."""
+    num_heads, (num_kv_heads, page_size, head_dim) = q.shape[1], pages.shape[3:]
+    group, dtype = num_heads // num_kv_heads, dot_dtype(q.dtype, pages.dtype)
     units = make_units(
         plan,
         page_size=page_size,
@@ -108,6 +125,7 @@ def _paged_attention(
         split_keys=blocks.split_keys,
         max_splits=blocks.max_splits,
         window=options["window"],
+        part=part,
     )
     inputs = {
         "units": units.units,
@@ -122,8 +140,8 @@ def _paged_attention(
     outputs = {"out": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     if blocks.max_splits > 1:
         rows = partial_slots(plan) * blocks.max_splits
-        outputs["partial"] = jax.ShapeDtypeStruct((rows, num_heads, head_dim), jnp.float32)
-        outputs["lse"] = jax.ShapeDtypeStruct((rows, num_heads), jnp.float32)
+        outputs["partial"] = jax.ShapeDtypeStruct((rows, num_kv_heads, group, head_dim), jnp.float32)
+        outputs["lse"] = jax.ShapeDtypeStruct((rows, num_kv_heads, group), jnp.float32)
     most_units = units.units.shape[0]
     programs = min(most_units, blocks.programs or most_units)
 
@@ -141,10 +159,9 @@ def _paged_attention(
         interpret=interpret,
         name=f"paged_attention_{pages.dtype.name}_{head_dim}_{blocks.tile}",
     )(*inputs.values())
-    out = results[0]
-    if blocks.max_splits > 1:
-        out = merge_splits(out, results[1], results[2], units.merge, blocks.max_splits, interpret)
-    return out, pages
+    if blocks.max_splits == 1:
+        return results[0]
+    return merge_splits(*results, units.merge, blocks.max_splits, options["sinks"], interpret)
 
 
 def _as_vector(name: str, value: Any) -> jax.Array:
@@ -244,10 +261,9 @@ def _attend(
         return highest, total, acc
 
     maximum, total = jnp.full((blocks.tile,), MASKED, jnp.float32), jnp.zeros((blocks.tile,), jnp.float32)
-    if "sinks" in ins:  # a key of score `sink` without a value, in the first split
-        first_split = (where < 0) | (lax.rem(where, jnp.int32(blocks.max_splits)) == 0)
+    if "sinks" in ins:  # a key of score `sink` without a value; merging adds it where there are splits
         sink = plgpu.load(ins["sinks"].at[head], mask=mine, other=0.0) * LOG2_E
-        maximum, total = jnp.where(first_split, sink, maximum), jnp.where(first_split, 1.0, total)
+        maximum, total = jnp.where(where < 0, sink, maximum), jnp.where(where < 0, 1.0, total)
     acc = jnp.zeros((blocks.tile, column.shape[1]), jnp.float32)
     turns = lax.div(jnp.maximum(last_key - first_key, 0) + (blocks.keys - 1), jnp.int32(blocks.keys))
     maximum, total, acc = lax.fori_loop(jnp.int32(0), turns, block, (maximum, total, acc))
@@ -259,5 +275,6 @@ def _attend(
         lse = jnp.where(total > 0, maximum + jnp.log2(total), MASKED)
         slot = where + row * blocks.max_splits
         partial = mine & (where >= 0)
-        plgpu.store(outs["partial"].at[slot[:, None], head[:, None], column], result, mask=mask & (where >= 0))
-        plgpu.store(outs["lse"].at[slot, head], lse, mask=partial)
+        at = slot[:, None], kv_head, member[:, None], column
+        plgpu.store(outs["partial"].at[at], result, mask=mask & (where >= 0))
+        plgpu.store(outs["lse"].at[slot, kv_head, member], lse, mask=partial)

@@ -7,7 +7,7 @@ in the batch. These few XLA operations on small integers read only the plan, so 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax import lax
 
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-UNIT_COLUMNS = 8
+Part = Literal["all", "one", "many"]
 ALL_ROWS_SPLIT = 64
 """Up to this bucket also items of several rows are split; above, only rows of their own (the partial results of all rows
 would fill the memory, and there are enough units without)."""
@@ -52,6 +52,7 @@ def make_units(
     split_keys: int,
     max_splits: int,
     window: jax.Array | int | None,
+    part: Part = "all",
 ) -> Units:
     """Cut the plan's items into units.
 
@@ -63,13 +64,17 @@ def make_units(
         split_keys: keys of a unit at least, where there are more of them.
         max_splits: most units over the keys of one tile; 1 does not split.
         window: tokens a row sees; pages before are left out.
+        part: "all" items; only those of "one" row, whose results are then all partial, with the row as the slot; only those
+            of "many" rows.
     """
     tokens, num_items = plan.write_slot.shape[0], plan.items.shape[0]
-    rows_split = tokens <= ALL_ROWS_SPLIT
-    slots = partial_slots(plan)
+    rows_split = tokens <= ALL_ROWS_SPLIT or part == "one"
+    slots = tokens if part == "one" else partial_slots(plan)
     seq, first_row, rows, first_page, pages = (plan.items[:, column] for column in range(5))
     index = jnp.arange(num_items, dtype=jnp.int32)
     used = index < plan.counts[1]
+    if part != "all":
+        used &= (rows == 1) == (part == "one")
     first_position = plan.kv_len[seq] - plan.q_start[seq + 1] + first_row
     end_page = first_page + pages
     if window is not None:
@@ -100,7 +105,8 @@ def make_units(
     begin = first_page[item] + split * share[item]
     end = jnp.minimum(begin + share[item], end_page[item])
     slot = first_row if rows_split else index
-    where = jnp.where(splits[item] > 1, slot[item] * max_splits + split, -1)
+    least = 1 if part == "one" else 2
+    where = jnp.where(splits[item] >= least, slot[item] * max_splits + split, -1)
     first_query = lax.rem(within, jnp.maximum(tiles[item], 1)) * tile
     columns = (seq[item], first_row[item], rows[item], first_position[item], first_query, begin, end, where)
 
@@ -111,5 +117,5 @@ def make_units(
     else:
         row = first_row[:slots]
         row_splits = jnp.where(used & (rows == 1), splits, 0)[:slots]
-    merge = jnp.stack([row, jnp.where(row_splits > 1, row_splits, 0)], axis=1)
+    merge = jnp.stack([row, jnp.where(row_splits >= least, row_splits, 0)], axis=1)
     return Units(jnp.stack(columns, axis=1), ends[-1:], merge)

@@ -27,7 +27,9 @@ def compile_one(name: str, step, *arguments) -> dict[str, int]:
     return {"pool": pool, "alias": memory.alias_size_in_bytes, "temporary": memory.temp_size_in_bytes}
 
 
-def attention(name: str, tokens: int, dtype: str, head_dim: int, page_size: int, heads: int, kv_heads: int):
+def attention(
+    name: str, tokens: int, dtype: str, head_dim: int, page_size: int, heads: int, kv_heads: int, kernel: str
+):
     """One layer; programs of 8-bit pages have scales, prefills have a window, a softcap and sinks."""
     shape = PlanShape(tokens, min(tokens, 64), 8192 // page_size, min(32, tokens))
     plan = AttentionPlan(**{field: Array(dims, jnp.int32) for field, dims in plan_fields(shape).items()})
@@ -42,13 +44,13 @@ def attention(name: str, tokens: int, dtype: str, head_dim: int, page_size: int,
 
     def step(pages, q, k, v, plan, arrays):
         return paged_attention(
-            q, k, v, pages, plan, layer=jnp.int32(1), scale=0.1, implementation="gpu_triton", **options, **arrays
+            q, k, v, pages, plan, layer=jnp.int32(1), scale=0.1, implementation=kernel, **options, **arrays
         )
 
     return compile_one(name, step, pool, q, kv, kv, plan, arrays)
 
 
-found = {name: attention(name, *sizes) for name, sizes in json.loads(sys.argv[1]).items()}
+found = {name: attention(name, *sizes, kernel=sys.argv[2]) for name, sizes in json.loads(sys.argv[1]).items()}
 ids = Array((64,), jnp.int32)
 pool = Array((4, 4096, 2, 8, 64, 128), jnp.bfloat16)
 
