@@ -6,8 +6,9 @@ Run in a process that was started with `pallas_kernels.targets.environment(targe
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,40 @@ class Compiled:
     compile_seconds: float
 
 
+def abstract_steps(
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    devices: Sequence[Any],
+    engine: EngineConfig,
+    dtype: str = "bfloat16",
+) -> StepPrograms:
+    """The step programs of a model without weights, on devices that may be here or not.
+
+    Args:
+        config: of the whole model.
+        parallel: over how many devices.
+        devices: of this machine, or of `targets.devices`.
+        engine: limits and cache settings.
+        dtype: of weights and pages.
+
+    Raises:
+        UserError: the model cannot be cut so, or there are too few devices.
+    """
+    # A mesh even of one device: it says what to compile for.
+    placement = place_over(config, parallel, devices) or Placement(config, make_mesh(parallel, devices))
+    definition, specs = split_model(placement.config, dtype)
+    return StepPrograms(
+        definition,
+        placement.config,
+        abstract_parameters(specs, placement),
+        engine,
+        StepSharding.of(placement.config, placement.mesh),
+        jnp.dtype(dtype),
+        engine.scheduler.max_model_len or config.max_position_embeddings,
+        smallest_batch=2,
+    )
+
+
 def compile_step(
     config: ModelConfig,
     target: Target,
@@ -88,22 +123,10 @@ def compile_step(
         devices = targets.devices(target, topology)
     except ValueError as error:
         raise UserError(str(error)) from None
-    # A mesh even of one device: it says what to compile for.
-    placement = place_over(config, parallel, devices) or Placement(config, make_mesh(parallel, devices))
     cut = Cut(parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.expert_parallel_size)
-    definition, specs = split_model(placement.config, dtype)
-    engine = EngineConfig(
-        CacheConfig(page_size=page_size), SchedulerConfig(max_num_seqs, max(tokens, max_num_seqs), max_model_len)
-    )
-    programs = StepPrograms(
-        definition,
-        placement.config,
-        abstract_parameters(specs, placement),
-        engine,
-        StepSharding.of(placement.config, placement.mesh),
-        jnp.dtype(dtype),
-        max_model_len,
-        smallest_batch=2,
+    scheduler = SchedulerConfig(max_num_seqs, max(tokens, max_num_seqs), max_model_len)
+    programs = abstract_steps(
+        config, parallel, devices, EngineConfig(CacheConfig(page_size=page_size), scheduler), dtype
     )
     layout = programs.layout(tokens)
     size = StepSize(tokens, layout.num_draws, layout.size, max_num_seqs)
