@@ -210,14 +210,18 @@ def models(debug: Debug = False) -> None:
 @app.command()
 def kernels(
     tune: Annotated[bool, typer.Option("--tune", help="Measure this machine (under a minute) and keep it.")] = False,
+    chip: Annotated[str | None, typer.Option(help="Only one: here, v5e, v6e, v5p, tpu7x or sm_90.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Which CPU kernel multiplies with which weights, by rows of a step; --tune measures where they cross over."""
-    from llm_infer.kernel_report import report, tune_machine
+    """Which kernel runs each operation on this machine and on known chips, and why; --tune measures this CPU's crossovers."""
+    from llm_infer.kernel_report import choices, report, tune_machine
 
     if tune:
         tune_machine()
-    print(report())
+    print(choices(chip))
+    if chip in (None, "here"):
+        print()
+        print(report())
 
 
 @app.command()

@@ -1,11 +1,13 @@
-"""`llm-infer kernels`: the crossovers between kernels that hold on this machine, and measuring them."""
+"""`llm-infer kernels`: which kernels are chosen here and on known chips, crossovers of this machine, and measuring them."""
 
 from __future__ import annotations
 
 from llm_infer.errors import UserError
 from llm_infer.weights.progress import Progress
-from pallas_kernels import cpu_ffi, tuned
+from pallas_kernels import cpu_ffi, dispatch, tuned
 from pallas_kernels.quant_matmul.formats import FORMATS
+from pallas_kernels.targets import TARGETS
+from pallas_kernels.typical import typical_cases
 
 
 def tune_machine() -> None:
@@ -23,6 +25,31 @@ def tune_machine() -> None:
             measured[kind] = crossovers
             bar.advance(1)
     tuned.write(cpu, measured)
+
+
+def choices(chip: str | None = None) -> str:
+    """Which implementation is chosen for typical cases of every op, and why not those before it.
+
+    Args:
+        chip: a name of `pallas_kernels.targets.TARGETS` or "here"; None shows this machine and all chips.
+
+    Raises:
+        UserError: an unknown chip.
+    """
+    platform, kind = dispatch.target()
+    machines = {"here": (platform, kind)} | {name: (t.platform, t.device_kind) for name, t in TARGETS.items()}
+    if chip is not None and chip not in machines:
+        raise UserError(f"--chip is {chip!r}, expected one of {', '.join(machines)}")
+    lines = []
+    for name in machines if chip is None else [chip]:
+        lines.append(f"{name} ({machines[name][1]})")
+        for op, label, case in typical_cases(*machines[name]):
+            choice = dispatch.choose(op, case)
+            others = [f"{row} {reason}" for row, reason in choice.reasons[:-1]]
+            if chip is None:  # that another platform's kernel does not run here is no news in the overview
+                others = [reason for reason in others if " runs on " not in reason]
+            lines.append(f"  {op:<16}{label:<36}{choice.name:<12}{'; '.join(others)}".rstrip())
+    return "\n".join(lines)
 
 
 def report() -> str:

@@ -1,4 +1,5 @@
-"""Which implementation of an op runs, and why: one table, in order of preference, and no state.
+"""Which implementation of an op runs, and why: one table, in order of preference. `choose` is pure; `pick` also notes what
+this process chose, for `explain`.
 
 To add an implementation, write a module with `why_not(case) -> str | None` (None: can run; else the reason, as the end
 of a sentence that starts with the implementation's name) and one function named like the op, and add its row to
@@ -38,6 +39,16 @@ class Case:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, str]
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """The case in one line: device, floating and quantised arrays with their shapes, options that are set."""
+        arrays = [
+            f"{name} {self.dtypes.get(name, '')}{list(shape)}"
+            for name, shape in self.shapes.items()
+            if self.dtypes.get(name) != "int32"
+        ]
+        options = [f"{name}={value}" for name, value in self.options.items() if value not in (None, False)]
+        return f"{self.device_kind}: {', '.join([*arrays, *options])}"
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,25 @@ def choose(op: str, case: Case, override: str | None = None, environ: Mapping[st
         reasons.append((row.name, reason))
     listed = "; ".join(f"{name} {reason}" for name, reason in reasons)
     raise ValueError(f"no implementation of {op} can run {case}: {listed}")
+
+
+# What `pick` chose in this process: (op, case in words) -> (choice, how often a program was traced with it).
+_PICKED: dict[tuple[str, str], tuple[Choice, int]] = {}
+MOST_PICKED = 512
+
+
+def pick(op: str, case: Case, override: str | None = None) -> Callable[..., Any]:
+    """The function that runs a case: what `choose` chooses, which is noted for `explain`."""
+    choice = choose(op, case, override)
+    key = (op, case.summary())
+    if key in _PICKED or len(_PICKED) < MOST_PICKED:
+        _PICKED[key] = (choice, _PICKED.get(key, (choice, 0))[1] + 1)
+    return implementation(op, choice.name)
+
+
+def explain() -> str:
+    """A line for every choice that this process made while tracing: op, case, implementation, reasons."""
+    return "\n".join(f"{choice} for {case}, traced {times}×" for (_, case), (choice, times) in _PICKED.items())
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:

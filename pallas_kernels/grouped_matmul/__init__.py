@@ -53,10 +53,7 @@ def grouped_matmul(
         shapes={name: tuple(array.shape) for name, array in arrays.items()},
         dtypes={name: array.dtype.name for name, array in arrays.items()},
     )
-    choice = dispatch.choose("grouped_matmul", case, implementation)
-    return dispatch.implementation("grouped_matmul", choice.name)(
-        x, weights, group_sizes, jnp.asarray(layer, jnp.int32)
-    )
+    return dispatch.pick("grouped_matmul", case, implementation)(x, weights, group_sizes, jnp.asarray(layer, jnp.int32))
 
 
 def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:

@@ -6,12 +6,21 @@ Hkv heads (Hq a multiple of Hkv), D head size, N pairs of pages.
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention.pages import KV_HEADS_AXIS, POOL_DTYPES, kv_pool_dtype, kv_pool_shape
-from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
+from pallas_kernels.paged_attention.pages import (
+    KV_HEADS_AXIS,
+    POOL_DTYPES,
+    is_tpu_layout,
+    kv_pool_dtype,
+    kv_pool_shape,
+)
+from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, check_plan, fill_plan, plan_fields
 
 __all__ = [
     "KV_HEADS_AXIS",
@@ -24,6 +33,8 @@ __all__ = [
     "paged_attention",
     "plan_fields",
 ]
+
+CHECKED_VARIABLE = "LLM_INFER_CHECKED"
 
 
 def paged_attention(
@@ -73,8 +84,14 @@ def paged_attention(
     Raises:
         ValueError: at trace time, for shapes, dtypes or values that do not fit together (the message names the
             argument), or when no implementation, or not the one asked for, can run the case.
+        jax.errors.JaxRuntimeError: when the program runs, if LLM_INFER_CHECKED=1 was set when it was traced and the plan
+            points outside the pool or contradicts itself (the message names the array of the plan, see `check_plan`).
     """
     _check(q, k_new, v_new, pages, plan, layer, window, softcap, sinks, k_scale, v_scale)
+    if os.environ.get(CHECKED_VARIABLE) == "1":
+        on_tpu = is_tpu_layout(pages.shape, *k_new.shape[1:], pages.dtype.itemsize)
+        page_size = pages.shape[2 if on_tpu else 4]
+        jax.debug.callback(partial(check_plan, num_pages=pages.shape[1], page_size=page_size), plan)
     platform, device_kind = dispatch.target()
     arrays = {"q": q, "k_new": k_new, "v_new": v_new, "pages": pages, **plan._asdict()}
     case = dispatch.Case(
@@ -90,8 +107,7 @@ def paged_attention(
             "kv_scales": k_scale is not None or v_scale is not None,
         },
     )
-    choice = dispatch.choose("paged_attention", case, implementation)
-    return dispatch.implementation("paged_attention", choice.name)(
+    return dispatch.pick("paged_attention", case, implementation)(
         q,
         k_new,
         v_new,
@@ -136,8 +152,7 @@ def copy_pages(
         shapes={name: tuple(array.shape) for name, array in arrays.items()},
         dtypes={name: array.dtype.name for name, array in arrays.items()},
     )
-    choice = dispatch.choose("copy_pages", case, implementation)
-    return dispatch.implementation("copy_pages", choice.name)(pages, src, dst, count)
+    return dispatch.pick("copy_pages", case, implementation)(pages, src, dst, count)
 
 
 def _check(

@@ -199,6 +199,51 @@ def fill_plan(
     out["counts"][1] = num_items
 
 
+def check_plan(plan: AttentionPlan, num_pages: int, page_size: int) -> None:
+    """Raise ValueError for the first array of a plan that points outside the pool or contradicts another (host, numpy).
+
+    Args:
+        plan: of numpy arrays.
+        num_pages: P.
+        page_size: C, tokens.
+    """
+    tables, q_start, kv_len, write_slot, items, counts = (np.asarray(array) for array in plan)
+
+    def refuse(name: str, at: str, found: int, least: int, most: int) -> None:
+        raise ValueError(f"plan.{name}: {at} is {found}, expected {least} … {most}")
+
+    sequences, per_sequence = tables.shape
+    outside = np.argwhere((tables < 0) | (tables >= num_pages))
+    if len(outside):
+        seq, index = map(int, outside[0])
+        refuse("block_tables", f"page {index} of sequence {seq}", int(tables[seq, index]), 0, num_pages - 1)
+    q_len = np.diff(q_start)
+    if q_start[0] != 0 or (q_len < 0).any() or q_start[-1] > len(write_slot):
+        raise ValueError(
+            f"plan.q_start: expected to rise from 0 to at most T={len(write_slot)}, found {q_start.tolist()}"
+        )
+    for seq in range(sequences):
+        if not q_len[seq] <= kv_len[seq] <= per_sequence * page_size:
+            most = per_sequence * page_size
+            refuse("kv_len", f"sequence {seq}", int(kv_len[seq]), int(q_len[seq]), most)
+    for row, slot in enumerate(write_slot):
+        if not 0 <= slot < num_pages * page_size:
+            refuse("write_slot", f"row {row}", int(slot), 0, num_pages * page_size - 1)
+    if not 0 <= counts[0] <= counts[1] <= len(items):
+        raise ValueError(
+            f"plan.counts: expected 0 <= one-row items <= items <= N={len(items)}, found {counts.tolist()}"
+        )
+    for number, (seq, first, rows, page, pages) in enumerate(items[: counts[1]].tolist()):
+        if not 0 <= seq < sequences:
+            refuse("items", f"the sequence of item {number}", seq, 0, sequences - 1)
+        if not (rows >= 1 and q_start[seq] <= first and first + rows <= q_start[seq + 1]):
+            raise ValueError(
+                f"plan.items: item {number} has rows {first} … {first + rows - 1}, not rows of sequence {seq}"
+            )
+        if not 0 <= page < page + pages <= per_sequence:
+            raise ValueError(f"plan.items: item {number} has pages {page} … {page + pages - 1} of {per_sequence}")
+
+
 def _fill_tables(target: np.ndarray, tables: np.ndarray | Sequence[Sequence[int]], n: int) -> None:
     """Put the first n block tables into target [S, B], zero elsewhere; nothing to do where they are one memory."""
     if isinstance(tables, np.ndarray):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -101,9 +102,9 @@ def paged_attention(
     block = max(blocks.decode_pages, blocks.mixed_pages if rows > 1 else 0) * pages.shape[2]
 
     def grouped(x: jax.Array) -> jax.Array:
-        """[T or 1, Hq, D] → [T or 1, heads, group, Dp], filled up with 0."""
+        """[T, Hq, D] → [T, heads, group, D], filled up with 0."""
         x = x.reshape(x.shape[0], num_kv_heads, -1, x.shape[2])
-        return jnp.pad(x, ((0, 0), (0, heads - num_kv_heads), (0, group - x.shape[2]), (0, lanes - x.shape[3])))
+        return jnp.pad(x, ((0, 0), (0, heads - num_kv_heads), (0, group - x.shape[2]), (0, 0)))
 
     kv_new = (pack_tokens if interpret else pack_words)(
         to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype)
@@ -137,11 +138,11 @@ def paged_attention(
     scratch = {
         "table": pltpu.SMEM((tpu_kernel.TABLES, 1, tables.shape[2]), jnp.int32),
         "kv": pltpu.VMEM((2, block, *kv_new.shape[1:]), kv_new.dtype),
-        "zeros": pltpu.VMEM((ROWS, heads, group, lanes), dtype),
-        "q_one": pltpu.VMEM((2, heads, group, lanes), dtype),
-        "q_many": pltpu.VMEM((2, heads, rows, group, lanes), dtype),
-        "out_one": pltpu.VMEM((2, heads, group, lanes), dtype),
-        "out_many": pltpu.VMEM((2, heads, rows, group, lanes), dtype),
+        "zeros": pltpu.VMEM((ROWS, heads, group, head_dim), dtype),
+        "q_one": pltpu.VMEM((2, heads, group, head_dim), dtype),
+        "q_many": pltpu.VMEM((2, heads, rows, group, head_dim), dtype),
+        "out_one": pltpu.VMEM((2, heads, group, head_dim), dtype),
+        "out_many": pltpu.VMEM((2, heads, rows, group, head_dim), dtype),
         "one_q": pltpu.VMEM((heads, max(ROWS, group), lanes), dtype),
         "one_max": pltpu.VMEM((state, LANES), f32),
         "one_sum": pltpu.VMEM((state, LANES), f32),
@@ -171,7 +172,7 @@ def paged_attention(
             vmem_limit_bytes=vmem_bytes(scratch) + VMEM_MARGIN, disable_bounds_checks=True
         ),
     )(*operands)
-    out = out[:, :num_kv_heads, : num_heads // num_kv_heads, :head_dim].reshape(tokens, num_heads, head_dim)
+    out = out[:, :num_kv_heads, : num_heads // num_kv_heads].reshape(tokens, num_heads, head_dim)
     return out, pages
 
 
@@ -181,12 +182,10 @@ def group_rows(group: int, itemsize: int) -> int:
 
 
 def vmem_bytes(scratch: dict[str, Any]) -> int:
-    """VMEM that scratch arrays take, tiles of small arrays included."""
+    """VMEM that scratch arrays take; the last axis takes whole registers of 128 lanes."""
     total = 0
     for ref in scratch.values():
         if getattr(ref, "memory_space", None) == pltpu.VMEM:
-            size = 1
-            for n in ref.shape:
-                size *= n
-            total += size * jnp.dtype(ref.dtype).itemsize
+            *lead, last = ref.shape
+            total += math.prod(lead) * -(-last // LANES) * LANES * jnp.dtype(ref.dtype).itemsize
     return total

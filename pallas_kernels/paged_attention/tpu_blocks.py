@@ -43,7 +43,7 @@ def choose_blocks(device_kind: str, pages: Any, head_dim: int, group: int, q_blo
 
     rows = 1 << (q_block - 1).bit_length()
     tile = max(16 // group, 1, min(TILE_ROWS // group, rows))
-    measured = tuned.block_sizes(device_kind, "paged_attention").get(f"{pages.dtype.name}, head size {head_dim}", {})
+    measured = tuned.block_sizes(device_kind, "paged_attention").get(f"{pages.dtype.name}-{head_dim}", {})
     sizes = {"decode_pages": fit(DECODE_TOKENS), "mixed_pages": fit(MIXED_TOKENS), "tile_rows": tile, **measured}
     blocks = Blocks(**sizes)
     check_blocks(blocks, page_size, group)

@@ -88,7 +88,7 @@ class Refs(NamedTuple):
     integers: Any  # SMEM [2]: layer, window
     factors: Any  # SMEM float32 [2]: of scores and of values
     tables: Any  # HBM [S, 1, B]
-    q: Any  # HBM [T, heads, group, Dp]
+    q: Any  # HBM [T, heads, group, D]
     kv_new: Any  # HBM words [T, W, 1, Dp]; in the interpreter numbers [T, W, K, Dp], and so with `kv`
     sinks: Any  # VMEM float32 [heads * group, 128]
     pages_in: Any  # HBM, the same memory as `pages`
@@ -96,9 +96,9 @@ class Refs(NamedTuple):
     pages: Any  # HBM [L, P, C, W, K, Dp]
     table: Any  # SMEM [TABLES, 1, B]
     kv: Any  # VMEM words [2, N, W, 1, Dp]
-    zeros: Any  # VMEM [8, heads, group, Dp]
-    q_one: Any  # VMEM [2, 1, heads, group, Dp]
-    q_many: Any  # VMEM [2, heads, rows, group, Dp]
+    zeros: Any  # VMEM [8, heads, group, D]
+    q_one: Any  # VMEM [2, heads, group, D]
+    q_many: Any  # VMEM [2, heads, rows, group, D]
     out_one: Any
     out_many: Any
     one_q: Any  # VMEM [heads, 8 or group, Dp]: each head's queries in its rows of a bundle, 0 in the others

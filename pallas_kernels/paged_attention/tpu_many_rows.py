@@ -68,7 +68,8 @@ def _tile(
 ) -> None:
     """One tile of one head's rows and the K and V of that head."""
     first, rows = tile * static.tile_rows, static.tile_rows * static.group
-    queries = load_rows(refs.q_many.at[slot, head, pl.ds(first, static.tile_rows)], static.interpret)
+    of_tile = refs.q_many.at[slot, head, pl.ds(first, static.tile_rows)]
+    queries = load_rows(of_tile, refs.many_acc.shape[2], static.interpret)
     part = pl.ds(pl.multiple_of(first * static.group, rows), rows)
     products = softmax.dot(queries.astype(static.dtype), refs.k_block[:block, :], 1)
     scores = softmax.to_scores(products, refs.factors[0], static.softcap)

@@ -23,7 +23,7 @@ AHEAD = 2  # bundles whose products with K are on their way while one is finishe
 def begin(refs: Any, static: Any, slot: jax.Array) -> None:
     """Set the state before an item's first block; its query is in q buffer `slot`."""
     rows, fold = bundle_rows(static.group)
-    queries = load_rows(refs.q_one.at[slot], static.interpret).astype(jnp.float32)
+    queries = load_rows(refs.q_one.at[slot], refs.one_acc.shape[1], static.interpret).astype(jnp.float32)
     head_of_row = lax.broadcasted_iota(jnp.int32, (rows, queries.shape[1]), 0) // static.group
     for head in range(static.num_kv_heads):
         bundle = queries[head // fold * rows : (head // fold + 1) * rows]

@@ -92,17 +92,22 @@ def _converted(loaded: jax.Array, number: int, dtype: Any, compute_dtype: Any) -
     return pltpu.bitcast(byte, dtype).astype(jnp.float32).astype(compute_dtype)
 
 
-def load_rows(ref: Any, interpret: bool) -> jax.Array:
-    """[rows, G, Dp] → value [rows * G, Dp]; G is a multiple of the numbers in a word."""
-    rows, group, lanes = ref.shape
+def load_rows(ref: Any, lanes: int, interpret: bool) -> jax.Array:
+    """[rows, G, D] → value [rows * G, lanes], 0 past D; G is a multiple of the numbers in a word."""
+    rows, group, head_dim = ref.shape
     if interpret:
-        return ref[...].reshape(rows * group, lanes)
-    return pltpu.bitcast(_words_of_rows(ref)[...], ref.dtype) if ref.dtype.itemsize < 4 else _words_of_rows(ref)[...]
+        value = ref[...].reshape(rows * group, head_dim)
+    else:
+        value = _words_of_rows(ref)[...]
+        value = pltpu.bitcast(value, ref.dtype) if ref.dtype.itemsize < 4 else value
+    if head_dim == lanes:
+        return value
+    return jnp.concatenate([value, jnp.zeros((rows * group, lanes - head_dim), value.dtype)], axis=1)
 
 
 def store_rows(ref: Any, value: jax.Array, interpret: bool) -> None:
-    """Value [rows * G, Dp] → ref [rows, G, Dp], in the reference's dtype."""
-    value = value.astype(ref.dtype)
+    """Value [rows * G, lanes] → ref [rows, G, D], in the reference's dtype, without the lanes past D."""
+    value = value[:, : ref.shape[2]].astype(ref.dtype)
     if interpret:
         ref[...] = value.reshape(ref.shape)
     else:
@@ -110,10 +115,10 @@ def store_rows(ref: Any, value: jax.Array, interpret: bool) -> None:
 
 
 def _words_of_rows(ref: Any) -> Any:
-    rows, group, lanes = ref.shape
+    rows, group, head_dim = ref.shape
     packing = 4 // ref.dtype.itemsize
     words = ref.bitcast(jnp.uint32) if packing > 1 else ref
-    return words.reshape(rows * group // packing, lanes)
+    return words.reshape(rows * group // packing, head_dim)
 
 
 def fill_with_zero(ref: Any, interpret: bool) -> None:

@@ -73,8 +73,7 @@ def quant_matmul(
         dtypes={"x": x.dtype.name, "blocks": blocks.dtype.name},
         options={"kind": kind, "precision": precision, "tiled": tiled},
     )
-    choice = dispatch.choose("quant_matmul", case, implementation)
-    return dispatch.implementation("quant_matmul", choice.name)(
+    return dispatch.pick("quant_matmul", case, implementation)(
         x, blocks, jnp.asarray(layer, jnp.int32), kind=kind, precision=precision, tiled=tiled
     )
 

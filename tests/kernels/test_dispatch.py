@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import dispatch
@@ -13,11 +16,16 @@ from pallas_kernels.paged_attention import (
     AttentionPlan,
     PlanShape,
     copy_pages,
+    fill_plan,
     kv_pool_dtype,
     kv_pool_shape,
     paged_attention,
     plan_fields,
 )
+from pallas_kernels.paged_attention.pages import itemsize_of, token_shape
+from pallas_kernels.paged_attention.plan import check_plan
+from pallas_kernels.targets import TARGETS
+from pallas_kernels.typical import typical_cases
 
 
 def legal_arguments():
@@ -129,3 +137,131 @@ def test_dispatch_table_and_overrides():
     on_tpu = dispatch.Case("tpu", "TPU v5 lite", shapes, dtypes)
     assert "needs the package no_such_package_xyz" in (row.why_not(on_tpu) or "")
     assert dispatch.target() == ("cpu", "cpu")
+
+
+MACHINES = [("cpu", "cpu"), *((target.platform, target.device_kind) for target in TARGETS.values())]
+
+
+def attention_cases(platform: str, kind: str) -> Iterator[tuple[dispatch.Case, bool]]:
+    """Cases over everything that a choice may depend on, and whether the pool has the platform's own layout."""
+    dtypes = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
+    sizes = itertools.product(
+        dtypes, ("float32", "bfloat16", "float16"), (40, 64, 80, 128, 256, 512), (1, 3, 8), (8, 24, 64)
+    )
+    for (page_dtype, q_dtype, head_dim, group, page_size), layout in itertools.product(sizes, ("plain", "tpu", "none")):
+        itemsize = itemsize_of(page_dtype)
+        plain = (2, 9, 2, 4, page_size, head_dim)
+        shape = {"plain": plain, "tpu": (2, 9, page_size, *token_shape(4, head_dim, itemsize)), "none": (2, 9, 7)}[
+            layout
+        ]
+        kv = (16, 4, head_dim)
+        case = dispatch.Case(
+            platform,
+            kind,
+            {"q": (16, 4 * group, head_dim), "k_new": kv, "v_new": kv, "pages": shape},
+            {"q": q_dtype, "k_new": q_dtype, "v_new": q_dtype, "pages": page_dtype},
+            {"q_block": 8, "window": None, "softcap": None, "sinks": False, "kv_scales": False},
+        )
+        yield case, layout == ("tpu" if platform == "tpu" else "plain")
+
+
+@pytest.mark.parametrize(("platform", "kind"), MACHINES)
+def test_every_choice_is_the_first_that_can_run(platform, kind):
+    """The choice, and all reasons, are those of the rows asked one by one; where nothing can run, all reasons are told."""
+    seen = set()
+    for case, own_layout in attention_cases(platform, kind):
+        expected = [(row.name, row.why_not(case)) for row in dispatch.IMPLEMENTATIONS["paged_attention"]]
+        able = [name for name, reason in expected if reason is None]
+        if not able:
+            assert not own_layout
+            with pytest.raises(ValueError, match="no implementation of paged_attention can run") as refused:
+                dispatch.choose("paged_attention", case, environ={})
+            assert all(reason in str(refused.value) for _, reason in expected if reason)
+            continue
+        choice = dispatch.choose("paged_attention", case, environ={})
+        assert choice.name == able[0] and dispatch.choose("paged_attention", case, environ={}) == choice
+        assert choice.reasons[:-1] == tuple(expected[: len(choice.reasons) - 1])
+        seen.add(choice.name)
+    assert {"cpu": "xla", "gpu": "gpu_triton", "tpu": "tpu"}[platform] in seen
+
+
+def test_the_tpu_kernel_serves_what_it_says():
+    for case, own_layout in attention_cases("tpu", "TPU v6 lite"):
+        serves = (
+            own_layout
+            and case.dtypes["pages"] not in ("float16", "uint16")
+            and case.dtypes["q"] != "float16"
+            and case.shapes["q"][2] <= 256
+            and case.shapes["pages"][2] != 24
+        )
+        if own_layout:
+            assert (dispatch.choose("paged_attention", case, environ={}).name == "tpu") == serves, case
+
+
+@pytest.mark.parametrize(("platform", "kind"), MACHINES)
+def test_typical_cases_run_everywhere(platform, kind):
+    cases = typical_cases(platform, kind)
+    assert {op for op, _, _ in cases} == set(dispatch.IMPLEMENTATIONS)
+    for op, _, case in cases:
+        assert dispatch.choose(op, case, environ={}).name != "reference"
+
+
+def test_choices_are_recorded_and_explained():
+    pool, ids = jnp.zeros((1, 4, 2), jnp.float32), jnp.zeros(3, jnp.int32)
+    jax.eval_shape(functools.partial(copy_pages, implementation="xla"), pool, ids, ids, jnp.int32(0))
+    (line,) = [line for line in dispatch.explain().splitlines() if "pages float32[1, 4, 2]" in line]
+    assert line.startswith("copy_pages: xla (xla: asked for (implementation='xla'))") and "traced 1×" in line
+
+
+def test_the_report_names_chips_and_choices():
+    from llm_infer.errors import UserError
+    from llm_infer.kernel_report import choices
+
+    everything = choices()
+    assert all(f"{name} (" in everything for name in ("here", *TARGETS))
+    only = choices("v6e")
+    assert only.startswith("v6e (TPU v6 lite)") and "cpu runs on cpu, not on tpu" in only
+    with pytest.raises(UserError, match="expected one of here, v5e"):
+        choices("v99")
+
+
+def plan_of_two() -> AttentionPlan:
+    shape = PlanShape(tokens=4, sequences=2, pages_per_seq=3, q_block=4)
+    out = {name: np.zeros(dims, np.int32) for name, dims in plan_fields(shape).items()}
+    fill_plan(shape, out, [1, 2], [17, 2], [[1, 2], [3]], page_size=16)
+    return AttentionPlan(**out)
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "message"),
+    [
+        ("block_tables", (0, 1), 9, r"plan.block_tables: page 1 of sequence 0 is 9, expected 0 … 4"),
+        ("block_tables", (1, 0), -1, r"plan.block_tables: page 0 of sequence 1 is -1"),
+        ("q_start", (2,), 5, "plan.q_start: expected to rise from 0 to at most T=4"),
+        ("kv_len", (0,), 99, "plan.kv_len: sequence 0 is 99, expected 1 … 48"),
+        ("write_slot", (3,), 80, "plan.write_slot: row 3 is 80, expected 0 … 79"),
+        ("counts", (1,), 7, "plan.counts: expected"),
+        ("items", (0, 0), 2, "plan.items: the sequence of item 0 is 2, expected 0 … 1"),
+        ("items", (1, 2), 3, "plan.items: item 1 has rows 1 … 3, not rows of sequence 1"),
+        ("items", (0, 4), 4, "plan.items: item 0 has pages 0 … 3 of 3"),
+    ],
+)
+def test_a_plan_that_points_outside_is_refused(name, index, value, message):
+    plan = plan_of_two()
+    check_plan(plan, num_pages=5, page_size=16)
+    getattr(plan, name)[index] = value
+    with pytest.raises(ValueError, match=message):
+        check_plan(plan, num_pages=5, page_size=16)
+
+
+def test_checked_mode_checks_while_the_program_runs(monkeypatch):
+    monkeypatch.setenv("LLM_INFER_CHECKED", "1")
+    plan = plan_of_two()
+    plan.block_tables[0, 1] = 9
+    kv = jnp.zeros((4, 2, 64))
+    call = jax.jit(functools.partial(paged_attention, layer=0, scale=1.0, implementation="xla"))
+    with pytest.raises(
+        jax.errors.JaxRuntimeError, match=r"plan.block_tables: page 1 of sequence 0 is 9, expected 0 … 4"
+    ):
+        jax.block_until_ready(call(kv, kv, kv, jnp.zeros((1, 5, 2, 2, 16, 64)), plan))
+        jax.effects_barrier()
