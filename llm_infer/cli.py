@@ -257,14 +257,30 @@ def offline(
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
     load_format: LoadFormat = "auto",
+    dtype: Dtype = "auto",
     precision: Precision = "exact",
+    tensor_parallel_size: TensorParallel = None,
+    data_parallel_size: DataParallel = None,
+    expert_parallel_size: ExpertParallel = None,
+    memory_utilization: MemoryUtilization = None,
+    config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
     """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
     from llm_infer.bench.offline import run
 
-    limits = (prompt_tokens, new_tokens, prefill_tokens)
-    run(model, batch, *limits, rounds, json_file, load_format, precision, num_scheduler_steps)
+    arguments = _engine_arguments(
+        config,
+        num_scheduler_steps=num_scheduler_steps,
+        load_format=load_format,
+        dtype=dtype,
+        precision=precision,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        memory_utilization=memory_utilization,
+    )
+    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, arguments)
 
 
 @bench.command()
@@ -372,6 +388,7 @@ def bench_kernels(
 def aot(
     models: Annotated[str, typer.Option(help="Architectures, comma separated; default: five.")] = "",
     slices: Annotated[str, typer.Option(help="Slices such as v6e:2x4, comma separated; default: five.")] = "",
+    tokens: Annotated[str, typer.Option(help="Steps: 2048 (prefill), 64 (decode); default: both.")] = "",
     write: Annotated[str | None, typer.Option(help="Markdown file whose marked part becomes the table.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     debug: Debug = False,
@@ -379,7 +396,7 @@ def aot(
     """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
     from llm_infer.bench.aot import run
 
-    run(models, slices, write, json_file)
+    run(models, slices, tokens, write, json_file)
 
 
 @bench.command()
@@ -426,7 +443,8 @@ def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:
     return LLM(model, **{"max_num_seqs": 1, "max_num_batched_tokens": 512, **arguments})
 
 
-FLAG_DEFAULTS = {"load_format": "auto", "dtype": "auto", "precision": "exact"}
+FLAG_DEFAULTS = {"load_format": "auto", "dtype": "auto", "precision": "exact", "num_scheduler_steps": 1}
+"""Flags at these values leave a setting to the file of `--config`, and without one to `LLM`."""
 
 
 def _engine_arguments(config: str | None, **flags: Any) -> dict[str, Any]:
@@ -465,6 +483,9 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
     # JAX would print a warning on machines with a TPU library or GPU driver that it does not use.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # JAX would set aside three quarters of a GPU; how much of it is used is for --memory-utilization to say.
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except UserError as error:

@@ -46,13 +46,14 @@ class Job:
         return ParallelConfig(tensor_parallel_size=8) if self.config().moe is None else ParallelConfig(1, 1, 8)
 
 
-def run(models: str, slices: str, write: str | None, json_file: str | None) -> None:
-    """Compiles prefill and decode of every model for every slice, prints a table, and writes it into `write`."""
+def run(models: str, slices: str, tokens: str, write: str | None, json_file: str | None) -> None:
+    """Compiles steps of `tokens` tokens of every model for every slice, prints a table, and writes it into `write`."""
+    steps = [int(each) for each in _chosen(tokens, (str(PREFILL_TOKENS), str(DECODE_SEQUENCES)), "--tokens")]
     jobs = [
-        Job(model, each, tokens)
+        Job(model, each, num_tokens)
         for each in _chosen(slices, SLICES, "--slices")
         for model in _chosen(models, MODELS, "--models")
-        for tokens in (PREFILL_TOKENS, DECODE_SEQUENCES)
+        for num_tokens in steps
     ]
     results = []
     for result in compile_all(jobs):
@@ -121,7 +122,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table: a row for each program, and a line for each refusal."""
     lines = [
         "| slice | model | step | GB a device | ÷ closed form | temporaries MB | pages | all-reduces a layer | other "
-        "collectives | largest copy MB | compiler's Mcycles | compile s |",
+        "collectives | largest copy MB | compiler's Mcycles | compile CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     refusals = []
@@ -139,7 +140,7 @@ def table(results: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {r['slice']} | {r['model']} | {step} | {r['total_bytes'] / 1e9:.2f} | "
             f"{r['total_bytes'] / r['estimated_bytes']:.3f} | {r['temporary_bytes'] / 1e6:.0f} | {r['num_pages']} | "
-            f"{per_layer} | {others} | {r['largest_copy'] / 1e6:.1f} | {cycles} | {r['compile_seconds']:.1f} |"
+            f"{per_layer} | {others} | {r['largest_copy'] / 1e6:.1f} | {cycles} | {r['compile_cpu_seconds']:.0f} |"
         )
     return "\n".join(lines + (["", "Refused:", "", *refusals] if refusals else []))
 

@@ -22,23 +22,21 @@ def run(
     prefill_tokens: int,
     rounds: int,
     json_file: str | None,
-    load_format: str = "auto",
-    precision: str = "exact",
-    num_scheduler_steps: int = 1,
+    arguments: Mapping[str, Any],
 ) -> None:
-    """Measures and prints a table; rounds go through all settings in turn, so that drift hits them alike."""
+    """Measures and prints a table; rounds go through all settings in turn, so that drift hits them alike.
+
+    `arguments` of `LLM`; the limits that the runs need are set here.
+    """
     sizes = _batch_sizes(batch)
     longest = max(prompt_tokens + new_tokens, prefill_tokens + 1)
-    llm = LLM(
-        model,
-        max_model_len=longest,
-        max_num_seqs=max(2, *sizes),
-        max_num_batched_tokens=max(512, *sizes),
-        enable_prefix_caching=False,
-        load_format=load_format,
-        precision=precision,
-        num_scheduler_steps=num_scheduler_steps,
-    )
+    limits = {
+        "max_model_len": longest,
+        "max_num_seqs": max(2, *sizes),
+        "max_num_batched_tokens": max(512, *sizes),
+        "enable_prefix_caching": False,
+    }
+    llm = LLM(model, **{**arguments, **limits})
     llm.warm_up()
     engine, rng = llm.engine, np.random.default_rng(0)
     runs: dict[str, list[dict[str, Any]]] = {}
