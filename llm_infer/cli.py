@@ -51,6 +51,11 @@ DataParallel = Annotated[
     int | None, typer.Option("--data-parallel-size", "-dp", help="Shards of the batch, each on devices of its own.")
 ]
 ExpertParallel = Annotated[int | None, typer.Option(help="Devices over which the experts of a mixture are spread.")]
+CoordinatorAddress = Annotated[
+    str | None, typer.Option(help="With several hosts: address and free port of process 0, as in 10.0.0.1:8476.")
+]
+NumProcesses = Annotated[int | None, typer.Option(help="With several hosts: processes, one on each.")]
+ProcessId = Annotated[int | None, typer.Option(help="With several hosts: number of this process, from 0.")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
 ]
@@ -84,6 +89,9 @@ def generate(
     tensor_parallel_size: TensorParallel = None,
     data_parallel_size: DataParallel = None,
     expert_parallel_size: ExpertParallel = None,
+    coordinator_address: CoordinatorAddress = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
@@ -113,6 +121,9 @@ def generate(
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         expert_parallel_size=expert_parallel_size,
+        coordinator_address=coordinator_address,
+        num_processes=num_processes,
+        process_id=process_id,
     )
     llm = _interactive_llm(model, arguments)
     ids = llm.tokenizer.encode(text)
@@ -141,6 +152,9 @@ def chat(
     tensor_parallel_size: TensorParallel = None,
     data_parallel_size: DataParallel = None,
     expert_parallel_size: ExpertParallel = None,
+    coordinator_address: CoordinatorAddress = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
     config: ConfigFile = None,
     debug: Debug = False,
 ) -> None:
@@ -155,6 +169,9 @@ def chat(
         tensor_parallel_size=tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         expert_parallel_size=expert_parallel_size,
+        coordinator_address=coordinator_address,
+        num_processes=num_processes,
+        process_id=process_id,
     )
     llm = _interactive_llm(model, arguments)
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -440,7 +457,17 @@ def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:
     """An engine for one user: one sequence at a time, so that few rows are computed and little memory is taken."""
     from llm_infer.llm import LLM
 
+    if "coordinator_address" in arguments:
+        _keep_stdout_for_answers()
     return LLM(model, **{"max_num_seqs": 1, "max_num_batched_tokens": 512, **arguments})
+
+
+def _keep_stdout_for_answers() -> None:
+    """Sends what libraries write to descriptor 1 to standard error: Gloo, which connects CPUs, reports there."""
+    sys.stdout.flush()
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = open(answers, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
 
 
 FLAG_DEFAULTS = {"load_format": "auto", "dtype": "auto", "precision": "exact", "num_scheduler_steps": 1}

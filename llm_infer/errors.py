@@ -15,3 +15,7 @@ class RequestError(UserError):
 
 class CapacityError(UserError):
     """The device or the host has not enough memory for what was asked."""
+
+
+class ProcessLostError(UserError):
+    """A process of another host has ended: nothing can be computed any more."""

@@ -20,6 +20,8 @@ from llm_infer.errors import RequestError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load, require_same_tokens
 from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
+from llm_infer.parallel.channel import Follower, Leader
+from llm_infer.parallel.distributed import join
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
@@ -30,6 +32,10 @@ Prompt = str | Sequence[int]
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
+
+
+OF_THIS_PROCESS = ("self", "coordinator_address", "num_processes", "process_id", "progress")
+"""Arguments of `LLM` that may differ between the processes of several hosts."""
 
 
 class LLM:
@@ -68,6 +74,9 @@ class LLM:
         data_parallel_size: shards of the batch, each on devices and with pages of its own; `max_num_seqs`,
             `max_num_batched_tokens` and `num_pages` are per shard.
         expert_parallel_size: devices over which a mixture's experts are spread.
+        coordinator_address, num_processes, process_id: with several hosts, where process 0 listens ("10.0.0.1:8476"), how
+            many processes there are and which one this is; all are started with the same command. SLURM and Cloud TPU
+            tell by themselves. On all but process 0, this call runs what process 0 runs, and ends the process with it.
         load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
             architecture (see `llm-infer models`) or a directory with a config.json.
         progress: show progress bars on stderr.
@@ -101,9 +110,13 @@ class LLM:
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
         expert_parallel_size: int = 1,
+        coordinator_address: str | None = None,
+        num_processes: int | None = None,
+        process_id: int | None = None,
         load_format: str = "auto",
         progress: bool = True,
     ) -> None:
+        settings = {name: str(value) for name, value in locals().items() if name not in OF_THIS_PROCESS}
         pages = kv_cache_dtype if kv_cache_dtype != "auto" else "bfloat16" if precision == "fast" else None
         config = EngineConfig(
             cache=CacheConfig(
@@ -128,7 +141,8 @@ class LLM:
             speculative=None if speculative_config is None else SpeculativeConfig.of(speculative_config),
         )
         parallel = ParallelConfig(tensor_parallel_size, data_parallel_size, expert_parallel_size)
-        self._progress = Progress(enabled=progress)
+        channel = join(coordinator_address, num_processes, process_id, settings)
+        self._progress = Progress(enabled=progress and not isinstance(channel, Follower))
         if note := enable_compile_cache():
             self._progress.note(note)
         self.tokenizer, loaded = load(
@@ -153,7 +167,12 @@ class LLM:
                 parallel=parallel,
             )
             require_same_tokens(self.tokenizer, tokenizer, name)
-        self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids, draft_model=draft)
+        self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids, draft_model=draft, channel=channel)
+        if isinstance(channel, Leader):
+            channel.watch()
+        elif channel is not None:
+            self.engine.follow()
+            raise SystemExit(0)
         self._tracked: dict[str, TrackedRequest] = {}
         # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
         self._lock = threading.RLock()

@@ -14,6 +14,7 @@ from llm_infer.errors import UserError
 from llm_infer.kvcache.page_allocator import PageAllocator
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.models.load import LoadedModel
+from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence
 
@@ -60,6 +61,7 @@ class DraftModel:
         num_pages: int,
         max_model_len: int,
         num_shards: int = 1,
+        channel: Channel | None = None,
     ) -> None:
         if model.config.vocab_size != vocab_size:
             raise UserError(
@@ -73,7 +75,12 @@ class DraftModel:
             )
         scheduler = replace(config.scheduler, num_scheduler_steps=max(2, most))
         self.runner = Runner(
-            model, replace(config, scheduler=scheduler), num_pages=num_pages, max_model_len=max_model_len
+            model,
+            replace(config, scheduler=scheduler),
+            num_pages=num_pages,
+            max_model_len=max_model_len,
+            channel=channel,
+            name="draft model",
         )
         self._page_size, self._limits = config.cache.page_size, config.scheduler
         self._num_pages, self._num_shards = num_pages, num_shards

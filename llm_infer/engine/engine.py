@@ -18,8 +18,10 @@ from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
-from llm_infer.errors import RequestError, UserError
+from llm_infer.errors import ProcessLostError, RequestError, UserError
 from llm_infer.models.load import LoadedModel
+from llm_infer.parallel.channel import Follower, Leader
+from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, TokenEvent
 from llm_infer.scheduler.request import Sequence as LiveSequence
@@ -45,6 +47,8 @@ class Engine:
         eos_token_ids: tokens that end a sequence.
         draft_model: proposes tokens, with the speculative method "draft_model".
         device_memory: bytes of each device; None asks the devices.
+        channel: connects the processes of several hosts, which all make the same engine: the first one uses it, the
+            others `follow`.
 
     Raises:
         UserError: the configuration does not fit the model, or the draft model does not.
@@ -58,6 +62,7 @@ class Engine:
         *,
         draft_model: LoadedModel | None = None,
         device_memory: int | None = None,
+        channel: Channel | None = None,
     ) -> None:
         config = config or EngineConfig()
         model.config.check_context(config.scheduler.max_model_len)
@@ -67,8 +72,14 @@ class Engine:
         self._num_shards = model.num_shards
         self.eos_token_ids = frozenset(eos_token_ids)
         self.times = EngineTimes()
+        self._channel = channel
         self.runner = Runner(
-            model, config, max_model_len=self.max_model_len, device_memory=device_memory, draft_model=draft_model
+            model,
+            config,
+            max_model_len=self.max_model_len,
+            device_memory=device_memory,
+            draft_model=draft_model,
+            channel=channel,
         )
         self._num_pages = self.runner.num_pages
         self.speculator, self._draft_model = self._new_speculator(draft_model)
@@ -92,6 +103,7 @@ class Engine:
                 num_pages=self._num_pages,
                 max_model_len=self.max_model_len,
                 num_shards=self._num_shards,
+                channel=self._channel,
             )
         most = config.scheduler.max_num_batched_tokens
         bucket_of = lambda tokens: self.runner.bucket_of(min(tokens, most))  # noqa: E731
@@ -216,6 +228,15 @@ class Engine:
         """Ends one sequence, for example at a stop string; tokens in flight are dropped."""
         self.scheduler.finish(sequence, reason)
 
+    def follow(self) -> None:
+        """On every process but the first: runs what the first one runs, until it ends."""
+        assert isinstance(self._channel, Follower)
+        runners = {self.runner.name: self.runner}
+        if self._draft_model is not None:
+            runners[self._draft_model.runner.name] = self._draft_model.runner
+        while (message := self._channel.receive())[0]["do"] != "stop":
+            runners[message[0]["runner"]].obey(*message)
+
     @property
     def has_work(self) -> bool:
         """Whether a further `step` can produce anything."""
@@ -260,8 +281,11 @@ class Engine:
                     and plan.num_steps == 1
                 ):
                     self.speculator.observe_time(plan.num_tokens, time.perf_counter() - submitted)
-        except Exception:
-            self._start_anew()
+        except Exception as error:
+            lost = self._channel.loss() if isinstance(self._channel, Leader) else None
+            self._start_anew(usable=lost is None)
+            if lost is not None:
+                raise ProcessLostError(lost) from error
             raise
         self.times.steps += plan is not None
         if self.config.check_every_step:
@@ -279,11 +303,16 @@ class Engine:
             speculator=self.speculator,
         )
 
-    def _start_anew(self) -> None:
-        """After a step failed: its pages may be lost, so what runs ends with "abort"; later requests find a clean engine."""
+    def _start_anew(self, usable: bool) -> None:
+        """After a step failed: its pages may be lost, so what runs ends with "abort"; later requests find a clean engine.
+
+        If the devices are not `usable` any more, there is none.
+        """
         for request_id in list(self.scheduler.requests):
             self.scheduler.abort(request_id)
         self._in_flight = None
+        if not usable:
+            return
         self.scheduler = self._new_scheduler()
         self.runner.reset()
         if self._draft_model is not None:

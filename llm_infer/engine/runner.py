@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.slots import SlotTable
 from llm_infer.models.load import LoadedModel
+from llm_infer.parallel.channel import Leader
+from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence
 from pallas_kernels.paged_attention.plan import fill_plan
@@ -64,6 +67,10 @@ class RunnerTimes:
     compiles_after_warmup: int = 0
 
 
+StateRow = tuple[int, np.ndarray, np.ndarray]
+"""Row of the per-slot state (over all shards), and what it gets: counts [V] of seen tokens and biases [V]."""
+
+
 class Runner:
     """Owns the device side of an engine: parameters, page pool, the last drawn id of each slot, and the step programs.
 
@@ -78,6 +85,8 @@ class Runner:
         num_pages: pages of each data-parallel shard, including the null page; None chooses (`choose_num_pages`).
         device_memory: bytes of each device; None asks the devices.
         draft_model: has as many pages of its own, which a chosen number leaves room for.
+        channel: connects the processes of several hosts; the first tells the others what to run.
+        name: tells this runner's messages from those of others.
         keep_logits: every step also returns its logits, for tests.
     """
 
@@ -90,6 +99,8 @@ class Runner:
         num_pages: int | None = None,
         device_memory: int | None = None,
         draft_model: LoadedModel | None = None,
+        channel: Channel | None = None,
+        name: str = "model",
         keep_logits: bool = False,
     ) -> None:
         self.model, self.config, self.times = model, config, RunnerTimes()
@@ -100,15 +111,38 @@ class Runner:
         if num_pages is None:
             beside = None if draft_model is None else StepPrograms.of(draft_model, config, max_model_len)
             num_pages = choose_num_pages(self.steps, self.buckets[-1], device_memory, beside)
+            num_pages = num_pages if channel is None else channel.smallest(num_pages)
         self.num_pages = num_pages
+        self._channel, self.name = channel, name
         self._vocab = model.config.vocab_size
-        self.reset()
+        self._clear()
         self._keep_logits = keep_logits
         self._programs: dict[tuple[int, StepFeatures], StepProgram] = {}
         self._warm = False
 
     def reset(self) -> None:
         """Empty pages and slots; the programs stay."""
+        self._tell("reset")
+        self._clear()
+
+    def _tell(self, do: str, arrays: Iterable[np.ndarray] = (), **values: Any) -> None:
+        """Has the processes of other hosts do what this one is about to do; see `obey`."""
+        if isinstance(self._channel, Leader):
+            self._channel.send({"do": do, "runner": self.name, **values}, list(arrays))
+
+    def obey(self, message: dict[str, Any], arrays: list[np.ndarray]) -> None:
+        """Does what the first process does (`_tell`)."""
+        if message["do"] == "reset":
+            self._clear()
+            return
+        program = self.compile(message["bucket"], StepFeatures(message["features"]))
+        if message["do"] == "step":
+            packed, *arrays = arrays
+            allowed = arrays.pop(0) if StepFeatures.MASKED in program.features else None
+            rows = list(zip(message["slots"], arrays[::2], arrays[1::2], strict=True))
+            self._launch(program, packed, allowed, rows)
+
+    def _clear(self) -> None:
         sharding = self._sharding
         self.__dict__.pop("pages", None)  # two pools would not fit
         with out_of_memory_names_the_setting():
@@ -132,6 +166,7 @@ class Runner:
         if (bucket, features) not in self._programs:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self._warm
+            self._tell("compile", bucket=bucket, features=features.value)
             set_slot = self._compile_set_slot() if StepFeatures.SHAPED in features else None
             lowered = self.steps.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
             with out_of_memory_names_the_setting():
@@ -181,9 +216,9 @@ class Runner:
                 if slots.update(row, page_size) and StepFeatures.SHAPED in slots.features_at(row):
                     self._unset[row.sequence] = shard
         needed = self._features(plan)
-        program = self.program(self.bucket_of(plan.num_tokens), needed)
+        bucket = self.bucket_of(plan.num_tokens)
+        program = self.program(bucket, needed)
         layout = program.layout
-        state = None if program.set_slot is None else self._shaped_state(program.set_slot)
         allowed, dead = None, []
         if StepFeatures.MASKED in program.features:
             allowed = np.full((len(plan.rows), layout.num_draws, mask_words(self._vocab)), ALL)
@@ -197,19 +232,19 @@ class Runner:
             if layout.steps > 1:
                 fields["most_steps"][0] = plan.num_steps
         prepared = time.perf_counter()
-        self.pages, self.last_ids, state, outputs = program.run(
-            self.model.params, self.pages, self.last_ids, packed, state, allowed
-        )
-        self.state = self.state if state is None else state
+        fresh = [] if program.set_slot is None else self._fresh_rows()
+        arrays = [packed, *([] if allowed is None else [allowed]), *(each for row in fresh for each in row[1:])]
+        self._tell("step", arrays, bucket=bucket, features=program.features.value, slots=[slot for slot, *_ in fresh])
+        outputs = self._launch(program, packed, allowed, fresh)
         for value in outputs.values():
             value.copy_to_host_async()
         self.times.prepare += prepared - started
         self.times.dispatch += time.perf_counter() - prepared
         return PendingStep(plan, outputs, dead)
 
-    def _shaped_state(self, setter: Callable) -> SlotState:
-        """The per-slot state on the device, with the rows of sequences set that got their slot since the last such step."""
-        state = jax.tree.map(self._sharding.zeros, self.steps.state()) if self.state is None else self.state
+    def _fresh_rows(self) -> list[StateRow]:
+        """Rows of the per-slot state for sequences that got their slot since the last step that has such a state."""
+        rows = []
         unset, self._unset = self._unset, {}
         for sequence, shard in unset.items():
             params = sequence.request.sampling
@@ -218,8 +253,23 @@ class Runner:
                 seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
                 bias = np.zeros(self._vocab, np.float32)
                 bias[list(params.logit_bias)] = list(params.logit_bias.values())
-                state = setter(state, np.int32(shard * (self.max_num_seqs + 1) + sequence.slot), seen, bias)
-        return state
+                rows.append((shard * (self.max_num_seqs + 1) + sequence.slot, seen, bias))
+        return rows
+
+    def _launch(
+        self, program: StepProgram, packed: np.ndarray, allowed: np.ndarray | None, rows: list[StateRow]
+    ) -> dict[str, jax.Array]:
+        """Starts a program after it has set rows of the per-slot state."""
+        state = None
+        if program.set_slot is not None:
+            state = jax.tree.map(self._sharding.zeros, self.steps.state()) if self.state is None else self.state
+            for slot, seen, bias in rows:
+                state = program.set_slot(state, np.int32(slot), seen, bias)
+        self.pages, self.last_ids, state, outputs = program.run(
+            self.model.params, self.pages, self.last_ids, packed, state, allowed
+        )
+        self.state = self.state if state is None else state
+        return outputs
 
     def _features(self, plan: StepPlan) -> StepFeatures:
         needed = PLAIN

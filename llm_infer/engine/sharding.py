@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 
 from llm_infer.engine.steps import StepFunction
 from llm_infer.models.config import ModelConfig
+from llm_infer.parallel.collectives import gather_rows
 from llm_infer.parallel.rules import num_parts, parameter_partition, partition
 from pallas_kernels.paged_attention import KV_HEADS_AXIS, kv_pool_dtype, kv_pool_shape
 
@@ -93,11 +95,19 @@ class StepSharding:
         leaves = {name: jax.tree.leaves(value)[0].ndim for name, value in params.items()}
         weights = {name: parameter_partition(name, ndim, moe=moe) for name, ndim in leaves.items()}
         pages = pool.sharding.spec
+        # The first process reads the results of all shards, also of those on other hosts.
+        several_hosts = len({device.process_index for device in self.devices}) > 1
+
+        def local_step(*arguments: Any) -> tuple:
+            *kept, outputs = step(*arguments)
+            gather = partial(gather_rows, axes=("dp",) if self.num_shards > 1 else ())
+            return *kept, jax.tree.map(gather, outputs) if several_hosts else outputs
+
         over_mesh = jax.shard_map(
-            step,
+            local_step,
             mesh=self.mesh,
             in_specs=(weights, pages, BATCH, BATCH, BATCH, BATCH),
-            out_specs=(pages, BATCH, BATCH, BATCH),
+            out_specs=(pages, BATCH, BATCH, PartitionSpec() if several_hosts else BATCH),
             check_vma=False,
         )
         return jax.jit(over_mesh, donate_argnums=(1, 2, 4))

@@ -82,13 +82,19 @@ def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[
         UserError: heads, MLP or experts do not divide, or there are too few devices; the message names the nearest
             sizes that work.
     """
-    devices = jax.devices() if devices is None else devices
+    running, devices = devices is None, jax.devices() if devices is None else devices
 
     def reason(sizes: ParallelConfig) -> str | None:
         return why_not(config, sizes) or too_large(sizes, len(devices))
 
     if (problem := reason(parallel)) is not None:
         raise UserError(f"{problem}: set {nearest(parallel, len(devices), lambda each: reason(each) is None)}")
+    used = {each.process_index for each in devices[: parallel.num_devices]} if running else set()
+    if running and (idle := {each.process_index for each in devices} - used):
+        raise UserError(
+            f"{parallel} uses {parallel.num_devices} of {len(devices)} devices and none of process {min(idle)}: set sizes "
+            f"whose product is {len(devices)}, or start fewer processes"
+        )
     if parallel.num_devices == 1:
         return None
     tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size

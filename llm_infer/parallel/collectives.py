@@ -19,6 +19,11 @@ def gather_columns(x: Array, axes: MeshAxes) -> Array:
     return lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
 
 
+def gather_rows(x: Array, axes: MeshAxes) -> Array:
+    """Every device's rows [B, …] one below the other."""
+    return lax.all_gather(x, axes, axis=0, tiled=True) if axes else x
+
+
 def first_of_part(size: int, axes: MeshAxes) -> Array:
     """Index of the first of the `size` elements that this device has of an axis cut over `axes`."""
     return lax.axis_index(axes) * size if axes else jnp.int32(0)

@@ -1,0 +1,213 @@
+"""Messages from the first process to the others, over TCP: they are sent while the devices compute, so no step waits for them.
+
+A message is a small JSON object and arrays of numbers. The others have nothing to say, so whatever ends a connection means that
+a process is gone, which is noticed at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm_infer.errors import UserError
+
+GRACE = 5.0
+"""Seconds after the loss of a process in which a running step may say so; then this process ends."""
+
+
+class Leader:
+    """The first process's end.
+
+    Args:
+        num_followers: processes to wait for.
+        settings: what all processes must agree on, by name.
+    """
+
+    def __init__(self, num_followers: int, settings: Mapping[str, str]) -> None:
+        self.num_followers, self.settings = num_followers, dict(settings)
+        self.token = secrets.token_bytes(16)
+        self._listener = socket.create_server(("", 0))
+        self._lock = threading.Lock()
+        self._followers: dict[int, socket.socket] = {}
+        self._lost: str | None = None
+        self._noticed = threading.Event()
+        self._closed = self._reported = False
+
+    @property
+    def port(self) -> int:
+        """Where followers connect."""
+        return self._listener.getsockname()[1]
+
+    def accept(self, seconds: float) -> None:
+        """Waits for all followers.
+
+        Raises:
+            UserError: one did not come, or was started with other settings; those that came are told.
+        """
+        self._listener.settimeout(seconds)
+        problem = None
+        while len(self._followers) < self.num_followers:
+            try:
+                connection, _ = self._listener.accept()
+            except TimeoutError:
+                missing = set(range(1, self.num_followers + 1)) - set(self._followers)
+                raise UserError(f"process {min(missing)} did not connect within {seconds:.0f} s") from None
+            connection.settimeout(seconds)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not hmac.compare_digest(_receive_exactly(connection, len(self.token)), self.token):
+                connection.close()  # a stranger
+                continue
+            hello, _ = _receive(connection)
+            self._followers[hello["process"]] = connection
+            problem = problem or self._difference(hello["process"], hello["settings"])
+        for connection in self._followers.values():
+            _send(connection, {"problem": problem})
+            connection.settimeout(None)
+        if problem is not None:
+            raise UserError(problem)
+
+    def _difference(self, process: int, theirs: Mapping[str, str]) -> str | None:
+        for name in sorted(self.settings.keys() | theirs.keys()):
+            here, there = self.settings.get(name), theirs.get(name)
+            if here != there:
+                return (
+                    f"process {process} was started with {name}={there}, process 0 with {name}={here}: start all "
+                    "processes with the same command"
+                )
+        return None
+
+    def smallest(self, value: int) -> int:
+        """The smallest of all processes' values; every process calls this."""
+        values = [_receive(connection)[0]["value"] for connection in self._followers.values()]
+        result = min([value, *values])
+        self.send({"value": result})
+        return result
+
+    def watch(self) -> None:
+        """From now on, the end of a follower is noticed; `smallest` cannot be called any more."""
+        for process, connection in self._followers.items():
+            threading.Thread(target=self._watch, args=(process, connection), daemon=True).start()
+
+    def send(self, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+        """Sends a message to every follower."""
+        with self._lock:
+            for connection in self._followers.values():
+                _send(connection, header, arrays)
+
+    def loss(self, seconds: float = 2.0) -> str | None:
+        """That a process is gone, if it is noticed within some seconds; it is then for the caller to report."""
+        self._reported = self._noticed.wait(seconds)
+        return self._lost
+
+    def close(self) -> None:
+        """Lets the followers end."""
+        if not self._closed and self._lost is None:
+            self._closed = True
+            self.send({"do": "stop"})
+
+    def _watch(self, process: int, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            connection.recv(1)
+        if self._closed:
+            return
+        self._lost = self._lost or f"process {process} of {self.num_followers + 1} is gone: restart all processes"
+        self._noticed.set()
+        time.sleep(GRACE)
+        end_process(None if self._reported else self._lost)
+
+
+class Follower:
+    """Another process's end.
+
+    Args:
+        hosts: names or addresses under which the leader may be reached, tried in turn.
+        port, token: the leader's.
+        process: number of this process.
+        settings: as the leader's.
+
+    Raises:
+        UserError: the leader cannot be reached, or was started with other settings.
+    """
+
+    def __init__(
+        self, hosts: Sequence[str], port: int, token: bytes, process: int, settings: Mapping[str, str]
+    ) -> None:
+        self._connection = _connect(hosts, port)
+        self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._connection.sendall(token)
+        _send(self._connection, {"process": process, "settings": dict(settings)})
+        answer, _ = self.receive()
+        if answer["problem"] is not None:
+            raise UserError(answer["problem"])
+
+    def smallest(self, value: int) -> int:
+        """See `Leader.smallest`."""
+        _send(self._connection, {"value": value})
+        return self.receive()[0]["value"]
+
+    def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """The next message. The process ends if the leader is gone."""
+        try:
+            return _receive(self._connection)
+        except OSError:
+            end_process("process 0 is gone: restart all processes")
+            raise
+
+
+def _connect(hosts: Sequence[str], port: int) -> socket.socket:
+    for host in hosts:
+        try:
+            connection = socket.create_connection((host, port), timeout=10)
+        except OSError:
+            continue
+        connection.settimeout(None)
+        return connection
+    raise UserError(f"process 0 cannot be reached at {', '.join(hosts)}, port {port}: open the ports between the hosts")
+
+
+def _send(connection: socket.socket, header: Mapping[str, Any], arrays: Sequence[np.ndarray] = ()) -> None:
+    described = {**header, "arrays": [(array.dtype.str, array.shape) for array in arrays]}
+    text = json.dumps(described).encode()
+    connection.sendall(struct.pack("<I", len(text)) + text)
+    for array in arrays:
+        connection.sendall(np.ascontiguousarray(array).data.cast("B"))
+
+
+def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[np.ndarray]]:
+    (size,) = struct.unpack("<I", _receive_exactly(connection, 4))
+    header = json.loads(_receive_exactly(connection, size))
+    arrays = []
+    for dtype, shape in header.pop("arrays"):
+        array = np.empty(shape, np.dtype(dtype))
+        array.data.cast("B")[:] = _receive_exactly(connection, array.nbytes)
+        arrays.append(array)
+    return header, arrays
+
+
+def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = connection.recv(size - len(parts))
+        if not part:
+            raise ConnectionError("the other process has closed the connection")
+        parts += part
+    return bytes(parts)
+
+
+def end_process(message: str | None) -> None:
+    """Ends this process without waiting for the others, which JAX's own way to end would do."""
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -1,0 +1,112 @@
+"""Several hosts: one process on each runs the same programs over the devices of all (JAX's distributed runtime).
+
+Process 0 owns requests and scheduler and sends the others what each step computes (`parallel.channel`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import socket
+from collections.abc import Mapping
+from glob import glob
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llm_infer.errors import UserError
+from llm_infer.parallel.channel import Follower, Leader
+
+HEARTBEAT = 10
+"""Seconds without a sign of life after which JAX gives a process up for lost, where its connection has not told."""
+
+PATIENCE = 300.0
+"""Seconds in which all processes must have started."""
+
+Channel = Leader | Follower
+
+
+def join(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None, settings: Mapping[str, str]
+) -> Channel | None:
+    """Joins the other processes; to be called before JAX does anything else.
+
+    Without arguments this looks for the other processes of a SLURM step or a Cloud TPU slice.
+
+    Args:
+        coordinator_address: host and a free port of process 0, e.g. "10.0.0.1:8476".
+        num_processes, process_id: how many there are, and which one this is.
+        settings: what all processes must agree on, by name.
+
+    Returns:
+        The connection to the others; None for a single process.
+
+    Raises:
+        UserError: some of the arguments are missing, a process did not come, or one has other settings.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if all(each is None for each in given):
+        if not _on_cluster():
+            return None
+    elif any(each is None for each in given):
+        raise UserError(
+            f"coordinator_address={coordinator_address}, num_processes={num_processes}, process_id={process_id}: "
+            "give all three, or none where SLURM or Cloud TPU tells them"
+        )
+    elif not 0 <= process_id < num_processes:  # type: ignore[operator]
+        raise UserError(f"process_id={process_id}: expected 0 to {num_processes - 1}")  # type: ignore[operator]
+    if num_processes == 1:
+        return None
+    try:
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            initialization_timeout=int(PATIENCE),
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the processes did not come together: {str(error).splitlines()[0]}") from error
+    if jax.process_count() == 1:
+        return None
+    return _connect(coordinator_address, settings)
+
+
+def _on_cluster() -> bool:
+    """Whether this is one of several tasks of a SLURM step, or a host of a Cloud TPU slice."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return True
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return True
+    chips = bool(glob("/dev/accel0") or glob("/dev/vfio/0")) and importlib.util.find_spec("libtpu") is not None
+    return chips and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def _connect(coordinator_address: str | None, settings: Mapping[str, str]) -> Channel:
+    """Connects the processes; port and a secret travel once through the devices, which only these processes share."""
+    settings = {**settings, "jax": jax.__version__, "devices": str(jax.local_device_count())}
+    leader = Leader(jax.process_count() - 1, settings) if jax.process_index() == 0 else None
+    message = np.zeros(512, np.uint8)
+    if leader is not None:
+        hosts = [] if coordinator_address is None else [coordinator_address.rpartition(":")[0]]
+        text = "\n".join([str(leader.port), *dict.fromkeys([*hosts, socket.gethostname(), _own_address()])]).encode()
+        message[: 16 + len(text)] = np.frombuffer(leader.token + text, np.uint8)
+    message = np.asarray(multihost_utils.broadcast_one_to_all(message))
+    if leader is not None:
+        leader.accept(PATIENCE)
+        atexit.register(leader.close)
+        return leader
+    port, *hosts = message[16:].tobytes().rstrip(b"\0").decode().split("\n")
+    return Follower(hosts, int(port), message[:16].tobytes(), jax.process_index(), settings)
+
+
+def _own_address() -> str:
+    """The address from which this host reaches others (a datagram socket that sends nothing)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:  # no network at all
+            return "127.0.0.1"
+        return probe.getsockname()[0]

@@ -1,0 +1,129 @@
+"""Several processes, as on several hosts: the same tokens as one, and one clear line when one of them is lost or differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.errors import UserError
+from llm_infer.llm import LLM
+from llm_infer.parallel.distributed import join
+from tests.parallel.two_hosts import ARGUMENTS, generate
+
+ROOT = Path(__file__).parents[2]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    **dict(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=2),
+    **dict(head_dim=16, intermediate_size=64, max_position_embeddings=1024, tie_word_embeddings=True),
+}
+PROMPT = "Some text that is longer than a page of tokens, so that there is more than one."
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    return path
+
+
+class Processes:
+    """Starts processes that are ended, whatever happens, when the test is over."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.started = directory, []
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(self, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "LLM_INFER_CACHE": str(self.directory / "cache"),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+        errors = (self.directory / f"stderr{len(self.started)}").open("w+")
+        process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+        self.started.append((process, errors))
+        return process
+
+    def errors(self, number: int) -> list[str]:
+        """Lines on stderr that are meant for the user."""
+        _, file = self.started[number]
+        file.seek(0)
+        return [line.strip() for line in file if line.startswith("error:")]
+
+
+@pytest.fixture
+def processes(directory: Path) -> Iterator[Processes]:
+    made = Processes(directory)
+    yield made
+    for process, file in made.started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        file.close()
+
+
+def test_two_processes_give_the_tokens_of_one_and_notice_a_loss_while_idle(
+    processes: Processes, directory: Path
+) -> None:
+    each = ["-m", "tests.parallel.two_hosts", str(directory), processes.address]
+    leader, follower = processes.start(*each, "0", devices=2), processes.start(*each, "1", devices=2)
+    lines = (line for line in leader.stdout if not line.startswith("[Gloo]"))
+    found = json.loads(next(lines, "null"))
+    assert found is not None, processes.errors(0)
+    assert found == generate(LLM(str(directory), progress=False, **ARGUMENTS))
+    follower.send_signal(signal.SIGKILL)
+    started = time.monotonic()
+    assert leader.wait(timeout=15) == 1
+    assert time.monotonic() - started < 15
+    assert processes.errors(0) == ["error: process 1 of 2 is gone: restart all processes"]
+
+
+def test_four_processes_give_the_text_of_one_until_one_is_lost_in_a_step(processes: Processes, directory: Path) -> None:
+    flags = ["--load-format", "dummy", "--raw", "--temperature", "1", "--seed", "3", "--max-tokens", "900"]
+    hosts = ["-tp", "4", "--coordinator-address", processes.address, "--num-processes", "4", "--process-id"]
+    command = ["-m", "llm_infer.cli", "generate", PROMPT, "--model", str(directory), *flags, *hosts]
+    leader, *others = [processes.start(*command, str(process)) for process in range(4)]
+    text = leader.stdout.read(20)
+    others[1].send_signal(signal.SIGKILL)
+    text += leader.stdout.read()
+    assert leader.wait(timeout=30) == 1
+    assert processes.errors(0) == ["error: process 2 of 4 is gone: restart all processes"]
+    for other in (others[0], others[2]):
+        assert other.wait(timeout=30) == 1
+    params = SamplingParams(temperature=1.0, seed=3, max_tokens=900)
+    alone = LLM(str(directory), load_format="dummy", max_num_seqs=1, max_num_batched_tokens=512, progress=False)
+    (whole,) = alone.generate([PROMPT], params)
+    assert len(text) >= 20 and whole.outputs[0].text.startswith(text)
+
+
+def test_another_configuration_is_named_by_both(processes: Processes, directory: Path) -> None:
+    command = ["-m", "llm_infer.cli", "generate", "x", "--model", str(directory), "--load-format", "dummy", "-tp", "2"]
+    hosts = ["--coordinator-address", processes.address, "--num-processes", "2", "--process-id"]
+    both = [processes.start(*command, *hosts, str(i), "--max-model-len", str(64 + i)) for i in range(2)]
+    for number, process in enumerate(both):
+        assert process.wait(timeout=60) == 1
+        assert processes.errors(number) == [
+            "error: process 1 was started with max_model_len=65, process 0 with max_model_len=64: start all processes "
+            "with the same command"
+        ]
+
+
+def test_half_of_the_arguments_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"num_processes=2, process_id=None: give all three"):
+        join("10.0.0.1:1", 2, None, {})
+    with pytest.raises(UserError, match=r"process_id=2: expected 0 to 1"):
+        join("10.0.0.1:1", 2, 2, {})
+    assert join(None, None, None, {}) is None
