@@ -43,8 +43,9 @@ def local_bytes(arrays: Any) -> int:
 
 
 def memory_limit(devices: Iterable[jax.Device]) -> int:
-    """Bytes of the smallest device: what its allocator may hand out; of CPU devices, an equal share of the machine's."""
-    devices = list(devices)
+    """Bytes of the smallest of this host's devices: what its allocator may hand out; of CPU devices, an equal share of the
+    machine's memory."""
+    devices = [device for device in devices if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in devices]
     limits = [each["bytes_limit"] for each in stats if each and "bytes_limit" in each]
     return min(limits) if limits else physical_memory() // len(devices)

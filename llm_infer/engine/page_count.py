@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.memory import device_bytes, is_out_of_memory, local_bytes, memory_limit, physical_memory
@@ -78,7 +80,9 @@ def choose_num_pages(
             page_bytes=one_page + draft_page,
             most=most,
         )
-    whole = pages * page_bytes(steps) * len(sharding.devices)
+    if cache.num_pages is None and jax.process_count() > 1:  # hosts may differ in memory, not in pages
+        pages = int(multihost_utils.process_allgather(np.int32(pages)).min())
+    whole = pages * page_bytes(steps) * len(sharding.devices) // jax.process_count()
     if sharding.platform == "cpu" and whole > physical_memory():
         raise CapacityError(
             f"num_pages={pages} makes a page pool of {whole / 1e9:.1f} GB, the machine has "

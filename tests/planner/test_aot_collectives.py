@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
+import jax
 import pytest
 
 from llm_infer.bench.aot import Job, compile_all, table
@@ -23,9 +25,9 @@ def compiled(job: Job) -> dict[str, Any]:
     reason = why_not(TARGETS[job.slice.partition(":")[0]])
     if reason is not None:
         pytest.skip(reason)
+    if jax.__version_info__ < (0, 11) and not version("libtpu").startswith("0.0.42"):
+        pytest.skip(f"jax {jax.__version__} cannot read what libtpu {version('libtpu')} compiles; newer versions can")
     (result,) = compile_all([job])
-    if "cannot read the programs" in result.get("refused", ""):
-        pytest.skip(result["refused"])
     return result
 
 
