@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,7 @@ from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_p
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.errors import ProcessLostError, RequestError, UserError
 from llm_infer.models.load import LoadedModel
-from llm_infer.parallel.channel import Follower, Leader
+from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, TokenEvent
@@ -234,8 +235,12 @@ class Engine:
         runners = {self.runner.name: self.runner}
         if self._draft_model is not None:
             runners[self._draft_model.runner.name] = self._draft_model.runner
-        while (message := self._channel.receive())[0]["do"] != "stop":
-            runners[message[0]["runner"]].obey(*message)
+        try:
+            while (message := self._channel.receive())[0]["do"] != "stop":
+                runners[message[0]["runner"]].obey(*message)
+        except Exception as error:  # of any kind: the others wait for this process in vain, so it must not linger
+            traceback.print_exc()
+            end_process(f"process {self._channel.process} failed: {error}")
 
     @property
     def has_work(self) -> bool:

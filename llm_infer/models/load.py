@@ -123,6 +123,9 @@ def _loaded(
     return LoadedModel(placement.config, definition, params, jnp.dtype(dtype), placement.mesh)
 
 
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+
 def compute_dtype(dtype: str, precision: str) -> tuple[jnp.dtype, str | None]:
     """The type of parameters and activations on this platform, and `precision` where native kernels multiply with weights
     in the form of the file, else None.

@@ -144,6 +144,7 @@ class Follower:
     def __init__(
         self, hosts: Sequence[str], port: int, token: bytes, process: int, settings: Mapping[str, str]
     ) -> None:
+        self.process = process
         self._connection = _connect(hosts, port)
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection.sendall(token)

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_infer.errors import ModelError
-from llm_infer.models.load import load_model
+from llm_infer.errors import ModelError, UserError
+from llm_infer.models.load import compute_dtype, load_model
 from llm_infer.weights.sources import open_model, resolve
 from tests.models.family_checkpoints import FOLDER, NAMES, load
 
@@ -80,3 +81,12 @@ def test_a_sharded_directory(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.params[param], values, err_msg=param)
     (directory / "model-00002-of-00003.safetensors").unlink()
     check_error(directory, "model-00002-of-00003.safetensors is missing")
+
+
+def test_types_of_weights_and_what_they_exclude() -> None:
+    assert compute_dtype("bfloat16", "exact") == (jnp.dtype(jnp.bfloat16), None)
+    assert compute_dtype("auto", "exact")[0] == jnp.float32
+    with pytest.raises(UserError, match="dtype='int4': expected auto, float32, bfloat16, float16"):
+        compute_dtype("int4", "exact")
+    with pytest.raises(UserError, match="dtype=bfloat16 is not float32"):
+        compute_dtype("bfloat16", "fast")
