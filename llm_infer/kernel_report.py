@@ -5,7 +5,9 @@ from __future__ import annotations
 from llm_infer.errors import UserError
 from llm_infer.weights.progress import Progress
 from pallas_kernels import cpu_ffi, dispatch, tuned
+from pallas_kernels.quant_matmul import tiles_pay
 from pallas_kernels.quant_matmul.formats import FORMATS
+from pallas_kernels.quant_matmul.tiles import ROWS
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.typical import typical_cases
 
@@ -72,6 +74,11 @@ def report() -> str:
         native = _rows(found.get("native_rows"), "then XLA")
         int8 = _rows(found.get("int8_rows", INT8_ROWS.get(kind)), "then as exact") if kind in INT8_KINDS else "no"
         lines.append(f"{kind:<10}{native:<26}{int8:<26}")
+    if woven := [kind for kind in FORMATS if tiles_pay(kind, ROWS)]:
+        kinds = ", ".join(woven)
+        lines.append(
+            f"matrices of {kinds} whose rows are a multiple of {ROWS} are woven at loading: native for any number"
+        )
     return "\n".join(lines)
 
 

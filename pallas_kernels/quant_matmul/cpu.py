@@ -122,7 +122,7 @@ def tiles_kernel(kind: str, precision: str) -> Any:
 
     here, count, group = Path(__file__).parent, digits(kind, precision), TILE_GROUP
     return Kernel(
-        name=f"quant_matmul_tiles_{precision}_{kind}",
+        name=f"quant_matmul_tiles_{8 * count}bit_{kind}",
         args={"x": Buffer("float32", "M K"), "blocks": Buffer("uint8", "L N R"), "layer": Buffer("int32", "")},
         results={
             "out": Buffer("float32", "M N"),
