@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 import json
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, Schedule
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model
+from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model, save_model
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.sources import open_model, resolve
 from tests.engine.engines import greedy, run_all
@@ -69,6 +70,7 @@ CASES = {
     "opt on 2x4": Case("opt_pre", (2, 4, 1)),
     "qwen2 with biases on 1x8": Case("qwen2_gqa", (1, 8, 1)),
     "unfused on 1x4": Case("qwen3_gqa", (1, 4, 1), {"fused_qkv": False}),
+    "converted on 1x8": Case("llama_gqa", (1, 8, 1), {"converted": True}),
     "native kernels on 2x2": Case("llama 8/8", (2, 2, 1), {"stored": "exact"}),
     "sampled, preempted, cached on 2x4": Case(
         "llama 8/2", (2, 4, 1), draw=dict(temperature=1.0, top_p=0.95, n=2), pages=7, rounds=2
@@ -80,7 +82,11 @@ CASES = {
 }
 
 
-def load(name: str, parallel: ParallelConfig, **options: Any) -> LoadedModel:
+def load(name: str, parallel: ParallelConfig, *, converted: bool = False, **options: Any) -> LoadedModel:
+    if converted:  # through a checkpoint, whose parameters are mapped files
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(load(name, ONE, **options), folder, {})
+            return load_model(open_model(resolve(folder)), parallel=parallel, **options)
     if name in DUMMIES:
         return dummy_model(DUMMIES[name], seed=3, parallel=parallel, **options)
     return load_model(open_model(resolve(str(FOLDER / name))), parallel=parallel, **options)

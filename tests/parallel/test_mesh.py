@@ -16,12 +16,20 @@ from llm_infer.config import ParallelConfig
 from llm_infer.errors import UserError
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.sharded import place_over
+from llm_infer.weights.rules import Rule
+from llm_infer.weights.stored_blocks import stored_kinds
 
 ROOT = Path(__file__).parents[2]
 
 CASES = (
     *("8/8 on 8x1", "8/8 on 1x8", "8/8 on 2x4", "8/2 on 8x1", "8/2 on 1x8", "8/2 on 2x4", "moe on 2x2x2"),
-    *("opt on 2x4", "qwen2 with biases on 1x8", "native kernels on 2x2", "sampled, preempted, cached on 2x4"),
+    *(
+        "opt on 2x4",
+        "qwen2 with biases on 1x8",
+        "converted on 1x8",
+        "native kernels on 2x2",
+        "sampled, preempted, cached on 2x4",
+    ),
     *("beams on 2x4", "speculation on 2x4"),
 )
 MORE_CASES = ("wide experts on 1x2x2", "unfused on 1x4", "penalties on 4x2", "several steps on 2x4")
@@ -131,3 +139,22 @@ def test_a_mesh_that_cannot_be_names_the_nearest(
 ) -> None:
     with pytest.raises(UserError, match=message):
         place_over(config, ParallelConfig(**sizes), [None] * devices)
+
+
+class OneMatrix:
+    """A source whose every tensor is 64 rows of three blocks."""
+
+    def shape(self, name: str) -> tuple[int, int]:
+        return 64, 96
+
+    def stored(self, name: str) -> tuple[str, None]:
+        return "q4_1", None
+
+
+def test_blocks_are_not_cut() -> None:
+    rule = Rule("layers.attn.o.weight", ("{layer}.o",))
+    assert stored_kinds(OneMatrix(), rule, 1, cuts=3) == ("q4_1",)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"rows of 3 blocks of q4_1 cannot be cut for 2 devices: .* to 1 or another divisor"
+    ):
+        stored_kinds(OneMatrix(), rule, 1, cuts=2)  # type: ignore[arg-type]
