@@ -17,6 +17,9 @@ def layer_loop(platform: str, device_kind: str) -> LayerLoop:
 def query_rows(platform: str, group: int) -> int:
     """Most query rows of one work item of a prefill, for `group` query heads per KV head.
 
-    A GPU's thread block holds all heads of a group at once: 128 queries are what Hopper's matrix units want.
+    A GPU's thread block holds all heads of a group at once: 128 queries are what Hopper's matrix units want. A TPU unpacks
+    a block of K and V once per item, so items are as long as the state of all their heads leaves room in VMEM.
     """
+    if platform == "tpu":
+        return max(16, min(128, 512 // group))
     return max(8, min(128, 128 // group)) if platform == "gpu" else 32

@@ -43,3 +43,4 @@ def test_loop_form_and_item_rows_of_each_platform() -> None:
         "unroll",
     ]
     assert [query_rows("gpu", group) for group in (1, 4, 8, 71)] == [128, 32, 16, 8] and query_rows("cpu", 3) == 32
+    assert [query_rows("tpu", group) for group in (1, 4, 8, 71)] == [128, 128, 64, 16]
