@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 import jax
 from rich.console import Console
@@ -22,12 +21,8 @@ Row = Mapping[str, str | int | float | None]
 """Column → value. Units are in the columns' names; the first columns say what was compiled. Rows may differ in columns."""
 
 
-class Recorder(Protocol):
-    """A module `llm_infer.bench.kernels_PLATFORM`."""
-
-    def record(self, target: Target) -> Iterator[Row]:
-        """Compile each kernel for the target, in processes of their own, and yield a row for each."""
-        ...
+Record = Callable[[Target], Iterator[Row]]
+"""What a module `llm_infer.bench.kernels_PLATFORM` has as `record`: it compiles each kernel and yields its row."""
 
 
 def run(name: str, json_file: str | None = None) -> None:
@@ -41,8 +36,8 @@ def run(name: str, json_file: str | None = None) -> None:
     target = TARGETS[name]
     if reason := why_not(target):
         raise UserError(f"--target {name}: {reason}")
-    recorder: Recorder = importlib.import_module(f"llm_infer.bench.kernels_{target.platform}")
-    rows = [dict(row) for row in recorder.record(target)]
+    record: Record = importlib.import_module(f"llm_infer.bench.kernels_{target.platform}").record
+    rows = [dict(row) for row in record(target)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = Table(*columns, title=f"{name}: static record, jax {jax.__version__}")
     for row in rows:

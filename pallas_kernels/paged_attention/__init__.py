@@ -89,7 +89,7 @@ def paged_attention(
     """
     _check(q, k_new, v_new, pages, plan, layer, window, softcap, sinks, k_scale, v_scale)
     if os.environ.get(CHECKED_VARIABLE) == "1":
-        on_tpu = is_tpu_layout(pages.shape, *k_new.shape[1:], pages.dtype.itemsize)
+        on_tpu = is_tpu_layout(pages.shape, k_new.shape[1], k_new.shape[2], pages.dtype.itemsize)
         page_size = pages.shape[2 if on_tpu else 4]
         jax.debug.callback(partial(check_plan, num_pages=pages.shape[1], page_size=page_size), plan)
     platform, device_kind = dispatch.target()

@@ -78,7 +78,7 @@ def _write(
     k_new: jax.Array, v_new: jax.Array, pages: jax.Array, plan: AttentionPlan, layer: jax.Array | int
 ) -> jax.Array:
     """Put the new rows [T, Hkv, D] into the pool, in place. Padding rows are left out altogether."""
-    on_tpu = is_tpu_layout(pages.shape, *k_new.shape[1:], pages.dtype.itemsize)
+    on_tpu = is_tpu_layout(pages.shape, k_new.shape[1], k_new.shape[2], pages.dtype.itemsize)
     page_size = jnp.int32(pages.shape[2 if on_tpu else 4])
     rows = pack_tokens(k_new, v_new) if on_tpu else jnp.stack([k_new, v_new], axis=1)[..., None, :]
 
