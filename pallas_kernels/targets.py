@@ -138,6 +138,8 @@ def devices(target: Target, topology: str | None = None) -> list[jax.Device]:
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"topology_name": f"{target.name}:{topology or target.topology}"}
+    if (topology or target.topology) == "1x1":  # older compilers know whole hosts only unless told
+        options["chips_per_host_bounds"] = (1, 1, 1)
     if target.platform == "gpu":
         options = {"target_config": _H200, "topology": topology or target.topology}
     try:
