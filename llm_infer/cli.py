@@ -345,6 +345,21 @@ def step(
 
 
 @bench.command()
+def decoding(
+    model: Model = DEFAULT_MODEL_NAME,
+    spec_bench: Annotated[str | None, typer.Option(help="Questions in the format of Spec-Bench (JSON lines).")] = None,
+    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.", min=1)] = 5,
+    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """What beam search, speculation, sampling parameters and structured output cost and save."""
+    from llm_infer.bench.decoding import run
+
+    run(model, spec_bench, rounds, json_file, precision)
+
+
+@bench.command()
 def startup(
     model: Model = DEFAULT_MODEL_NAME,
     rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,

@@ -26,12 +26,14 @@ def make_steps(
     page_size: int,
     *,
     loop: LayerLoop = "scan",
+    ends_early: bool = True,
 ) -> StepFunction:
     """Up to `layout.steps` decode steps, with the arguments and results of `make_step`.
 
     Each row has one token and draws `num_steps` more, each from the one before. It ends earlier at one of its `stop_ids`;
-    what it would compute then goes to the null page, and the loop ends when all rows have ended. The outputs have an axis
-    of steps behind that of shards: `ids` is [dp, K, R].
+    what it would compute then goes to the null page. With `ends_early` the loop ends when all rows have ended; shards must
+    take the same number of turns where they talk to each other, so it is for one shard. The outputs have an axis of steps
+    behind that of shards: `ids` is [dp, K, R].
     """
     scale = config.head_dim**-0.5
 
@@ -65,7 +67,8 @@ def make_steps(
 
         def proceeds(carry: tuple) -> Array:
             index, _, ended, *_ = carry
-            return (index < f["most_steps"][0]) & jnp.any(~ended & (index < f["num_steps"]))
+            goes_on = jnp.any(~ended & (index < f["num_steps"])) if ends_early else True
+            return (index < f["most_steps"][0]) & goes_on
 
         def body(carry: tuple) -> tuple:
             index, ids, ended, pages, state, outputs = carry

@@ -104,7 +104,8 @@ class StepPrograms:
         layout, sharding = self.layout(bucket, features), self.sharding
         loop = layer_loop(sharding.platform, sharding.devices[0].device_kind)
         if StepFeatures.STEPS in features:
-            step = make_steps(self.definition, self.config, layout, features, self.engine.cache.page_size, loop=loop)
+            alone, page_size = sharding.num_shards == 1, self.engine.cache.page_size
+            step = make_steps(self.definition, self.config, layout, features, page_size, loop=loop, ends_early=alone)
         else:
             step = make_step(self.definition, self.config, layout, features, loop=loop, keep_logits=keep_logits)
         params, pool, shards = jax.tree.map(described, dict(self.params)), self.pool(num_pages), sharding.num_shards
