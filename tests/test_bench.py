@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_infer.bench import context, memory, step
+from llm_infer.bench import context, decoding, memory, step
 from llm_infer.bench.peers import table
 from llm_infer.errors import UserError
 
@@ -76,3 +76,19 @@ def test_a_profiled_step_names_its_kernels(default_gguf, capsys: pytest.CaptureF
     out = capsys.readouterr().out
     print(out)
     assert "quant_matmul" in out and "paged_attention" in out
+
+
+def test_questions_in_the_format_of_spec_bench(tmp_path) -> None:
+    lines = [
+        '{"question_id": 1, "category": "summarization", "turns": ["Summarize: One. Two. Three. Four. Five. Six."]}',
+        '{"question_id": 2, "category": "writing", "turns": ["Write a poem.", "Again."]}',
+        '{"question_id": 3, "category": "translation", "turns": ["Translate this."]}',
+    ]
+    (file := tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    found = decoding._questions(str(file))
+    assert found["summarise"] == ["Summarize: One. Two. Three. Four. Five. Six."] and found["free"] == ["Write a poem."]
+    assert found["edit"] == [f"{decoding.EDITS[0]}:\n\nOne. Two. Three. Four."]
+    file.write_text('{"question_id": 1}')
+    with pytest.raises(UserError, match="--spec-bench"):
+        decoding._questions(str(file))
+    assert "   1.50 ×   (goal ≤ 2; 1.00 … 3.00)" in str(decoding._figure("time", [3.0, 1.5, 1.0], "×", "≤ 2"))

@@ -120,7 +120,9 @@ class Speculator:
         self._most = config.num_speculative_tokens
         self.proposer = proposer or NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
         self._bucket_of = bucket_of
-        self._seconds: dict[int, float] = {}
+        # By size of a step: how long it took, and when that was measured last, in measured steps.
+        self._seconds: dict[int, tuple[float, int]] = {}
+        self._num_times = 0
         self._seconds_to_propose: float | None = None
         self.num_drafted = self.num_accepted = 0
 
@@ -184,7 +186,9 @@ class Speculator:
     def observe_time(self, num_tokens: int, seconds: float) -> None:
         """Takes in how long a step of this many tokens took from submission to its result."""
         bucket = self._bucket_of(num_tokens)
-        self._seconds[bucket] = _smooth(self._seconds.get(bucket), seconds)
+        self._num_times += 1
+        before, _ = self._seconds.get(bucket, (None, 0))
+        self._seconds[bucket] = _smooth(before, seconds), self._num_times
 
     def _fail(self, speculation: Speculation, most: int) -> None:
         speculation.failures += 1
@@ -192,10 +196,16 @@ class Speculator:
             speculation.rest = min(most, 2 ** (speculation.failures - 1))
 
     def _seconds_of(self, num_tokens: int) -> float:
-        """Of a step of that size: measured, or else of the nearest smaller one that is (a trial will tell)."""
+        """Of a step of that size: measured, or else of the nearest smaller one that is (a trial will tell).
+
+        What was measured long ago, maybe on a busy machine, is to be tried again: it counts for less from step to step.
+        """
         bucket = self._bucket_of(num_tokens)
         known = [size for size in self._seconds if size <= bucket]
-        return self._seconds[max(known)] if known else 1.0
+        if not known:
+            return 1.0
+        seconds, measured = self._seconds[max(known)]
+        return seconds * 0.99 ** (self._num_times - measured)
 
 
 def _smooth(before: float | None, seconds: float) -> float:

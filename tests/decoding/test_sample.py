@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from llm_infer.decoding.sample import CANDIDATES, SamplingRows, kept_candidates, kept_tokens, sample
+from llm_infer.decoding.shape import ShapeRows, empty_state, mask_logits, seen_counts, set_slot, shape_logits
+from llm_infer.decoding.token_rules import ALL, TokenRules, mask_words
 from llm_infer.decoding.top_tokens import top_tokens
 
 ROWS, VOCAB = 2048, 300
@@ -88,7 +90,70 @@ def test_frequencies_follow_the_distribution(
     expected = distribution(logits, *rules)
     batch = jnp.asarray(np.tile(logits, (ROWS, 1)))
     draws = [SAMPLE(batch, make_rows(*rules, first=i * ROWS)) for i in range(8)]
-    counts = np.bincount(np.concatenate(draws), minlength=VOCAB)
+    check_frequencies(np.bincount(np.concatenate(draws), minlength=VOCAB), expected)
+
+
+SHAPES = {
+    "repetition_penalty": 1.8,
+    "presence_penalty": 1.5,
+    "frequency_penalty": 0.7,
+    "logit_bias": {3: 2.5, 120: -1.5, 77: 4.0},
+    "allowed_token_ids": range(0, VOCAB, 3),
+}
+
+
+@pytest.mark.parametrize("names", [*((name,) for name in SHAPES), tuple(SHAPES)], ids=str)
+def test_frequencies_follow_penalties_biases_and_masks(names: tuple[str, ...]) -> None:
+    """Against their definitions in float64: repetition, then frequency and presence, then bias, then the mask."""
+    chosen = {name: SHAPES[name] for name in names}
+    logits = (np.random.default_rng(6).standard_normal(VOCAB) * 2).astype(np.float32)
+    best = np.argsort(-logits).tolist()
+    prompt, output = [*best[:5], 9], [*best[2:9:2], best[0], 4, 4, 4]
+    shaped = logits.astype(np.float64)
+    seen = np.zeros(VOCAB, bool)
+    seen[[*prompt, *output]] = True
+    penalty = chosen.get("repetition_penalty", 1.0)
+    shaped[seen] = np.where(shaped[seen] > 0, shaped[seen] / penalty, shaped[seen] * penalty)
+    for token in output:
+        shaped[token] -= chosen.get("frequency_penalty", 0.0)
+    shaped[sorted(set(output))] -= chosen.get("presence_penalty", 0.0)
+    bias = np.zeros(VOCAB, np.float32)
+    for token, value in chosen.get("logit_bias", {}).items():
+        shaped[token] += value
+        bias[token] = value
+    mask = np.full(mask_words(VOCAB), ALL)
+    if (allowed := chosen.get("allowed_token_ids")) is not None:
+        shaped[np.setdiff1d(np.arange(VOCAB), allowed)] = -np.inf
+        assert TokenRules(VOCAB, allowed=allowed).fill(mask, 0, [], None)
+    expected = np.exp(shaped - shaped.max())
+    expected /= expected.sum()
+
+    state = set_slot(
+        empty_state(1, VOCAB), jnp.int32(0), jnp.asarray(seen_counts(prompt, output, VOCAB)), jnp.asarray(bias)
+    )
+    full = [
+        jnp.full(ROWS, chosen.get(name, 1.0 * (name == "repetition_penalty")), jnp.float32)
+        for name in ShapeRows._fields[:3]
+    ]
+    rows = ShapeRows(*full, jnp.full(ROWS, "logit_bias" in chosen, jnp.int32))
+
+    @jax.jit
+    def draw(first: jax.Array) -> jax.Array:
+        batch = jnp.broadcast_to(jnp.asarray(logits), (ROWS, VOCAB))
+        batch = shape_logits(batch, state, jnp.zeros(ROWS, jnp.int32), rows)
+        batch = mask_logits(batch, jnp.broadcast_to(jnp.asarray(mask), (ROWS, len(mask))))
+        drawn = make_rows(1.0, seed=11)
+        return sample(batch, drawn._replace(position=drawn.position + first))
+
+    counts = np.bincount(np.concatenate([draw(jnp.int32(i * ROWS)) for i in range(8)]), minlength=VOCAB)
+    check_frequencies(counts, expected)
+    plain = np.exp(logits.astype(np.float64) - logits.max())
+    with pytest.raises(AssertionError):  # the parameter makes a difference that so many draws show
+        check_frequencies(counts, plain / plain.sum())
+
+
+def check_frequencies(counts: np.ndarray, expected: np.ndarray) -> None:
+    """Chi-square of draws against probabilities."""
     assert counts[expected == 0].sum() == 0
     # Merge rare tokens so that every cell expects at least 8 draws; then chi-square at a one in ten thousand level.
     order = np.argsort(expected)

@@ -18,6 +18,7 @@ class EngineFactory:
     """Makes engines over one model whose programs have the same shapes and are compiled once.
 
     `seqs` limits what runs at the same time and `pages` what the scheduler may hand out, below what the programs allow.
+    `buckets`, if set, are the only token counts for which there are programs.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class EngineFactory:
     ) -> None:
         self.model, self.max_num_seqs, self.draft_model = model, max_num_seqs, draft_model
         self.num_pages, self.max_model_len = num_pages, max_model_len
+        self.buckets: tuple[int, ...] | None = None
         self._programs: dict[Any, Any] = {}
         self._draft_programs: dict[Any, Any] = {}
 
@@ -60,6 +62,8 @@ class EngineFactory:
         engine.runner._programs = self._programs
         if engine._draft_model is not None:
             engine._draft_model.runner._programs = self._draft_programs
+        for runner in (engine.runner, getattr(engine._draft_model, "runner", engine.runner)):
+            runner.buckets = self.buckets or runner.buckets
         engine.scheduler = Scheduler(
             SchedulerConfig(
                 seqs or min(self.max_num_seqs, chunk), chunk, self.max_model_len, policy, num_scheduler_steps=steps
@@ -71,6 +75,14 @@ class EngineFactory:
             speculator=engine.speculator,
         )
         return engine
+
+
+def without_clock(engine: Engine) -> None:
+    """Lengths of proposals follow from acceptance alone, not from how busy the machine is."""
+    if (speculator := engine.speculator) is not None:
+        prepare = speculator.proposer.prepare
+        speculator.observe_time = lambda *_: None  # type: ignore[method-assign]
+        speculator.proposer.prepare = lambda asked: prepare(asked) and None  # type: ignore[method-assign]
 
 
 def run_all(

@@ -13,7 +13,7 @@ from llm_infer.errors import UserError
 from llm_infer.loading import require_same_tokens
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.text.byte_tokenizer import byte_tokenizer
-from tests.engine.engines import EngineFactory, run_all
+from tests.engine.engines import EngineFactory, run_all, without_clock
 from tests.engine.test_speculation import CONFIG, LENGTH, requests
 
 DRAFT = SpeculativeConfig("draft_model", 4, model="another")
@@ -31,7 +31,7 @@ def factory(model: LoadedModel) -> Callable[[LoadedModel], EngineFactory]:
 
     def make(draft_model: LoadedModel) -> EngineFactory:
         made = EngineFactory(model, max_num_seqs=4, num_pages=PAGES, max_model_len=LENGTH, draft_model=draft_model)
-        made._programs = programs
+        made._programs, made.buckets = programs, (8,)
         return made
 
     return make
@@ -39,14 +39,8 @@ def factory(model: LoadedModel) -> Callable[[LoadedModel], EngineFactory]:
 
 def drafting(engine_of: EngineFactory, **options: object) -> Engine:
     engine = engine_of(speculative=DRAFT, **{"chunk": 8, **options})  # type: ignore[arg-type]
-    assert engine.speculator is not None
-    engine.speculator.observe_time = lambda *_: None  # type: ignore[method-assign]  # lengths do not depend on the machine
-    engine.speculator.proposer.prepare = without_time(engine.speculator.proposer.prepare)  # type: ignore[method-assign]
+    without_clock(engine)
     return engine
-
-
-def without_time(prepare):  # type: ignore[no-untyped-def]
-    return lambda asked: prepare(asked) and None
 
 
 def check_nothing_is_held(engine: Engine) -> None:

@@ -28,7 +28,9 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def make_engine(model: LoadedModel) -> EngineFactory:
-    return EngineFactory(model, max_num_seqs=4, num_pages=64, max_model_len=96)
+    factory = EngineFactory(model, max_num_seqs=4, num_pages=64, max_model_len=96)
+    factory.buckets = (16,)
+    return factory
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:

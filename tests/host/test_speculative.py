@@ -35,6 +35,18 @@ def test_proposals_get_longer_with_acceptance_and_shorter_where_steps_cost() -> 
     assert (speculation.drafted, speculation.accepted) == (speculator.num_drafted, speculator.num_accepted) == (20, 0)
 
 
+def test_a_time_measured_on_a_busy_machine_is_forgotten() -> None:
+    speculator = Speculator(SpeculativeConfig(num_speculative_tokens=1), lambda n: n)
+    for tokens, seconds in ((1, 1.0), (2, 9.0)):
+        speculator.observe_time(tokens, seconds)
+    assert speculator.best_length(0.9, 1) == 0
+    for _ in range(300):
+        speculator.observe_time(1, 1.0)
+    assert speculator.best_length(0.9, 1) == 1
+    speculator.observe_time(2, 1.7)  # what a trial finds counts at once
+    assert speculator.best_length(0.9, 1) == 1 and speculator.best_length(0.5, 1) == 0
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_accepted_tokens_come_in_one_step_and_pages_of_others_go_back(overlap: bool) -> None:
     engine = FakeEngine(overlap=overlap, num_drafts=4, max_model_len=200, num_pages=100)

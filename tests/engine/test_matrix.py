@@ -1,0 +1,154 @@
+"""The same request gives the same tokens alone and in every combination of strategies and shortages.
+
+The committed rows contain every pair of values of any two factors; a few more are drawn from the full product, which runs
+with `-m sweep`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+
+from llm_infer.config import SpeculativeConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.engine import Engine
+from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.models.load import dummy_model
+from llm_infer.scheduler.plan import StepPlan
+from tests.engine.engines import STEPS, EngineFactory, run_all, without_clock
+from tests.engine.test_speculation import CONFIG
+
+FACTORS = {
+    "cache": (True, False),
+    "chunk": (32, 8),
+    "pages": (64, 8),  # eight are too few for all that start together: some lose theirs
+    "copies": (True, False),  # several samples of a prompt share its last page, and copy it to write
+    "steps": (1, STEPS),
+    "speculation": ("none", "ngram", "draft"),
+    "beams": (True, False),
+    "overlap": (True, False),
+}
+Row = tuple
+SPECULATIVE = {
+    "none": None,
+    "ngram": SpeculativeConfig(num_speculative_tokens=5, prompt_lookup_max=3, prompt_lookup_min=1),
+    "draft": SpeculativeConfig("draft_model", 4, model="another"),
+}
+ROWS: list[Row] = [
+    # cache, chunk, pages, copies, steps, speculation, beams, overlap
+    (True, 32, 64, True, 1, "none", True, True),
+    (False, 8, 8, False, STEPS, "none", False, False),
+    (True, 8, 8, True, STEPS, "ngram", False, True),
+    (False, 32, 64, False, 1, "ngram", True, False),
+    (True, 32, 8, False, STEPS, "draft", True, True),
+    (False, 8, 64, True, 1, "draft", False, False),
+    (True, 8, 64, False, STEPS, "none", True, False),
+    (False, 32, 8, True, 1, "none", False, True),
+    (True, 32, 64, True, STEPS, "none", False, True),
+]
+PRODUCT = list(itertools.product(*FACTORS.values()))
+DRAWN = random.Random(20).sample(PRODUCT, 10)
+
+
+def test_rows_contain_every_pair() -> None:
+    assert len(ROWS) <= 24 and set(ROWS) <= set(PRODUCT)
+    for (i, first), (j, second) in itertools.combinations(enumerate(FACTORS.values()), 2):
+        missing = set(itertools.product(first, second)) - {(row[i], row[j]) for row in ROWS}
+        assert not missing, (list(FACTORS)[i], list(FACTORS)[j], missing)
+
+
+@pytest.fixture(scope="module")
+def make_engine() -> EngineFactory:
+    model, small = dummy_model(CONFIG, seed=3), dummy_model(replace(CONFIG, num_layers=1))
+    # A model with the target's first layer alone is right now and then.
+    params = {name: p if name.startswith(("embed", "final")) else p[:1] for name, p in model.params.items()}
+    factory = EngineFactory(
+        model, max_num_seqs=8, num_pages=64, max_model_len=96, draft_model=replace(small, params=params)
+    )
+    factory.buckets = (8, 32)
+    engine = factory(speculative=SPECULATIVE["draft"], chunk=32)
+    assert engine._draft_model is not None
+    for bucket in factory.buckets:
+        engine.runner.compile(bucket, PLAIN)
+        engine.runner.compile(bucket, StepFeatures.BEAMS | StepFeatures.DRAFTS)  # serves for either of them, too
+    return factory
+
+
+def requests(*, copies: bool, beams: bool) -> list[tuple[list[int], SamplingParams]]:
+    """Prompts around page boundaries, some with a common beginning that repeats; greedy, drawn and searched."""
+    rng = np.random.default_rng(5)
+    shared = rng.integers(1, 131, 18).tolist()
+    prompts = [rng.integers(1, 131, n).tolist() for n in (1, 15, 16, 33)]
+    prompts += [shared + rng.integers(1, 131, n).tolist() + shared[:9] for n in (1, 5, 12)] + [shared]
+    greedy = partial(SamplingParams, temperature=0.0, max_tokens=20, ignore_eos=True)
+    drawn = partial(SamplingParams, temperature=0.4, top_k=5, max_tokens=22)
+    several = 3 if copies else 1
+    params = [greedy(), drawn(seed=1, n=several), greedy(stop_token_ids=(5, 9)), drawn(seed=2), greedy()]
+    params += [drawn(seed=3, n=several, stop_token_ids=(7, 20, 40)), greedy(max_tokens=9), drawn(seed=4, n=several)]
+    asked = list(zip(prompts, params, strict=True))
+    if beams:
+        search = partial(SamplingParams, beam_width=3, max_tokens=10)
+        asked[2:2] = [(prompts[2], search()), (prompts[4], search(stop_token_ids=(3, 17), length_penalty=0.5))]
+    return asked
+
+
+@pytest.fixture(scope="module")
+def alone(make_engine: EngineFactory) -> dict:
+    """What each request gives when nothing else is in the engine, one token at a time, the prompt in one piece."""
+    found = {}
+    for copies, beams in itertools.product((True, False), repeat=2):
+        for prompt, params in requests(copies=copies, beams=beams):
+            if (key := (tuple(prompt), params)) not in found:
+                engine = make_engine(chunk=32, cache=False, overlap=False)
+                found[key] = run_all(engine, [prompt], params)[0]
+    return found
+
+
+def check(make_engine: EngineFactory, alone: dict, row: Row) -> None:
+    values = dict(zip(FACTORS, row, strict=True))
+    copies, beams, speculation = values.pop("copies"), values.pop("beams"), values.pop("speculation")
+    engine: Engine = make_engine(speculative=SPECULATIVE[speculation], **values)
+    without_clock(engine)
+    submit, steps = engine.runner.submit, []
+
+    def counted(plan: StepPlan) -> object:
+        steps.append(plan.num_steps)
+        return submit(plan)
+
+    engine.runner.submit = counted  # type: ignore[method-assign,assignment]
+    asked = requests(copies=copies, beams=beams)
+    for _ in range(1 + values["cache"]):  # the second time the prefix cache is filled
+        outputs = run_all(engine, [prompt for prompt, _ in asked], [params for _, params in asked])
+        for (prompt, params), output in zip(asked, outputs, strict=True):
+            assert output == alone[tuple(prompt), params], (row, len(prompt), params)
+    scheduler, speculator = engine.scheduler, engine.speculator
+    # What the row is about has happened.
+    if values["pages"] == 64:
+        assert scheduler.num_preemptions == 0
+        assert speculator is None or 0 < speculator.num_accepted < speculator.num_drafted
+    elif values["chunk"] == 32:  # short chunks spread the starts, so that few pages may suffice
+        assert scheduler.num_preemptions > 0
+    assert scheduler.num_copied_pages > 0 or not (copies or beams)
+    assert max(steps) == (values["steps"] if speculator is None else max(steps))
+    assert not values["cache"] or scheduler.prefix_cache is None or scheduler.prefix_cache.num_hits > 0
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_every_pair(make_engine: EngineFactory, alone: dict, row: Row) -> None:
+    check(make_engine, alone, row)
+
+
+@pytest.mark.parametrize("row", DRAWN, ids=str)
+def test_some_of_the_product(make_engine: EngineFactory, alone: dict, row: Row) -> None:
+    check(make_engine, alone, row)
+
+
+@pytest.mark.sweep
+def test_the_product(make_engine: EngineFactory, alone: dict) -> None:
+    for row in PRODUCT:
+        check(make_engine, alone, row)
