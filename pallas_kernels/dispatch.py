@@ -102,8 +102,15 @@ _COPY_PAGES = (
     Implementation("xla", "pallas_kernels.paged_attention.copy_pages"),
 )
 _GROUPED_MATMUL = (
+    Implementation("gpu_triton", "pallas_kernels.grouped_matmul.gpu_triton", ("gpu",)),
     Implementation("ragged", "pallas_kernels.grouped_matmul.ragged"),
     Implementation("reference", "pallas_kernels.grouped_matmul.reference"),
+)
+
+_SCALED_MATMUL = (
+    Implementation("gpu_triton", "pallas_kernels.scaled_matmul.gpu_triton", ("gpu",)),
+    Implementation("xla", "pallas_kernels.scaled_matmul.xla"),
+    Implementation("reference", "pallas_kernels.scaled_matmul.reference"),
 )
 
 # op -> its implementations, the first that can run the case is taken.
@@ -111,6 +118,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "paged_attention": _ATTENTION,
     "copy_pages": _COPY_PAGES,
     "quant_matmul": _QUANT_MATMUL,
+    "scaled_matmul": _SCALED_MATMUL,
     "grouped_matmul": _GROUPED_MATMUL,
 }
 

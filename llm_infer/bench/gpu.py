@@ -38,13 +38,14 @@ class Setting:
 
 def sections() -> dict[str, Section]:
     """Name → what measures it, the most wanted first."""
-    from llm_infer.bench import gpu_checks, gpu_engine, gpu_kernels, gpu_peers
+    from llm_infer.bench import gpu_checks, gpu_engine, gpu_kernels, gpu_peers, gpu_products
 
     return {
         "correctness": gpu_checks.correctness,
         "machine": gpu_kernels.machine,
         "attention": gpu_kernels.attention,
         "engine": gpu_engine.throughput,
+        "products": gpu_products.products,
         "peers": gpu_peers.attention,
         "blocks": gpu_kernels.block_sizes,
     }

@@ -13,8 +13,14 @@ import numpy as np
 from llm_infer.bench.gpu import Row, Setting
 from llm_infer.bench.gpu_kernels import GPU_ATTENTION
 from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import cases as grouped_cases
+from pallas_kernels.grouped_matmul import gpu_triton as grouped_triton
+from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.paged_attention import gpu_copy, reference
 from pallas_kernels.paged_attention.cases import CASES, AttentionCase, Inputs, build
+from pallas_kernels.scaled_matmul import gpu_triton as scaled_triton
+from pallas_kernels.scaled_matmul import quantise
+from pallas_kernels.scaled_matmul import reference as scaled_reference
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
 
@@ -30,6 +36,26 @@ def correctness(setting: Setting) -> Iterator[Row]:
                 setting, implementation, CASES[name], inputs, expected, expected_pages
             )
     yield {"op": "copy_pages", "case": "", "implementation": "gpu_triton"} | _check_copy(setting)
+    for name in ("uneven_and_empty",) if setting.small else tuple(grouped_cases.CASES):
+        x, weights, sizes = grouped_cases.build(grouped_cases.CASES[name])
+        arguments = x, weights, sizes, np.int32(grouped_cases.LAYER)
+        row = {"op": "grouped_matmul", "case": name, "implementation": "gpu_triton"}
+        yield row | _check_product(setting, grouped_triton.grouped_matmul, grouped_reference.grouped_matmul, arguments)
+    for kind in ("int4",) if setting.small else ("int8", "int4", "float8_e4m3fn", "float8_e5m2"):
+        x, weights = (jax.random.normal(jax.random.key(i), (n, 512), jnp.float32) for i, n in enumerate((33, 96)))
+        stored, scales = quantise(weights[None], kind, 4)
+        arguments = x.astype(jnp.bfloat16), stored, scales, np.int32(0)
+        row = {"op": "scaled_matmul", "case": kind, "implementation": "gpu_triton"}
+        yield row | _check_product(setting, scaled_triton.scaled_matmul, scaled_reference.scaled_matmul, arguments)
+
+
+def _check_product(setting: Setting, function: Any, oracle: Any, arguments: tuple[Any, ...]) -> Row:
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = np.asarray(jax.jit(oracle)(*map(np.asarray, arguments)), np.float32)
+    found = np.asarray(jax.jit(functools.partial(function, interpret=setting.interpret))(*arguments), np.float32)
+    limit = TOLERANCE["float32" if arguments[0].dtype == np.float32 else "bfloat16"]
+    error = np.abs(found - expected).max() / max(1.0, np.abs(expected).max())
+    return {"ok": bool(error <= limit), "error": float(error), "note": "relative to the largest"}
 
 
 def _reference(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul import gpu_triton, grouped_matmul
 from pallas_kernels.grouped_matmul.cases import CASES, LAYER, build
 
 
@@ -33,6 +35,16 @@ def test_reference_is_one_product_per_expert(name):
 @pytest.mark.parametrize("name", CASES)
 def test_ragged_dot_matches_the_reference(name):
     found, expected = run(name, "ragged"), run(name, "reference")
+    tolerance = 2e-2 if CASES[name].dtype == "bfloat16" else 1e-5
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_gpu_kernel_matches_the_reference(name):
+    x, weights, sizes = build(CASES[name])
+    call = jax.jit(functools.partial(gpu_triton.grouped_matmul, interpret=True))
+    found, expected = np.asarray(call(x, weights, sizes, jnp.int32(LAYER))), run(name, "reference")
     tolerance = 2e-2 if CASES[name].dtype == "bfloat16" else 1e-5
     assert found.dtype == expected.dtype
     np.testing.assert_allclose(found.astype(np.float32), expected.astype(np.float32), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,93 @@
+"""Grouped matmul on a GPU through Pallas' Triton lowering: a thread block takes a tile of one expert's rows and features.
+
+Which tile belongs to which expert follows from the group sizes in a few small XLA operations; experts without rows cost nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.dispatch import Case
+from pallas_kernels.gpu_devices import why_not_capability
+
+
+def why_not(case: Case) -> str | None:
+    """Runs on NVIDIA GPUs from Ampere on."""
+    return why_not_capability(case.device_kind, (8, 0), "for Triton")
+
+
+def grouped_matmul(
+    x: jax.Array, weights: jax.Array, group_sizes: jax.Array, layer: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """See `pallas_kernels.grouped_matmul.grouped_matmul`. `interpret` runs the kernel in Pallas' interpreter."""
+    rows, num_experts = x.shape[0], group_sizes.shape[0]
+    features = weights.shape[1] // num_experts
+    exact = jnp.promote_types(x.dtype, weights.dtype) == jnp.float32
+    # Rows of an expert, were they even: a tile holds them all, between what a matrix unit takes and what registers hold.
+    per_expert = pl.cdiv(rows, num_experts)
+    tile = min(64 if exact else 128, max(16, 1 << (per_expert - 1).bit_length()))
+    tiles = _tiles(group_sizes, rows, tile)
+    block = dict(tile=tile, columns=64 if exact or tile < 64 else 128, depth=32 if exact else 64)
+    return pl.pallas_call(
+        functools.partial(_kernel, features, **block),
+        grid=(tiles.shape[0], pl.cdiv(features, block["columns"])),
+        out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
+        compiler_params=plgpu.CompilerParams(num_warps=8 if tile == 128 else 4, num_stages=2 if exact else 4),
+        interpret=interpret,
+        name=f"grouped_matmul_{weights.dtype.name}_{tile}",
+    )(tiles, layer.reshape(1), x, weights)
+
+
+def _tiles(group_sizes: jax.Array, rows: int, tile: int) -> jax.Array:
+    """Int32 [X + 1 + M // tile, 3]: expert, first row and end of its rows; expert X stands for the rows of nobody."""
+    nobody = rows - jnp.sum(group_sizes, keepdims=True)
+    sizes = jnp.concatenate([group_sizes, nobody])
+    row_ends = jnp.cumsum(sizes, dtype=jnp.int32)
+    counts = lax.div(sizes + (tile - 1), jnp.int32(tile))
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    index = jnp.arange(sizes.shape[0] + rows // tile, dtype=jnp.int32)
+    expert = jnp.sum(ends[None, :] <= index[:, None], axis=1, dtype=jnp.int32)
+    used, expert = expert < sizes.shape[0], jnp.minimum(expert, sizes.shape[0] - 1)
+    first = (row_ends - sizes)[expert] + (index - (ends - counts)[expert]) * tile
+    return jnp.stack([expert, first, jnp.where(used, row_ends[expert], first)], axis=1)
+
+
+def _kernel(features: int, tiles_ref, layer_ref, x_ref, weights_ref, out_ref, *, tile: int, columns: int, depth: int):
+    width = x_ref.shape[1]
+    num_experts = weights_ref.shape[1] // features
+    index, block = pl.program_id(0), pl.program_id(1)
+    expert, first, end = tiles_ref[index, 0], tiles_ref[index, 1], tiles_ref[index, 2]
+    layer = layer_ref[0]
+    dtype = jnp.promote_types(x_ref.dtype, weights_ref.dtype)
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    @pl.when(first < end)
+    def _multiply() -> None:
+        row = first + jnp.arange(tile, dtype=jnp.int32)
+        column = block * columns + jnp.arange(columns, dtype=jnp.int32)
+
+        def add(step: jax.Array, acc: jax.Array) -> jax.Array:
+            k = (step * depth + jnp.arange(depth, dtype=jnp.int32))[None, :]
+            x = plgpu.load(x_ref.at[row[:, None], k], mask=(row < end)[:, None] & (k < width), other=0.0)
+            mask = (column < features)[:, None] & (k < width)
+            w = plgpu.load(weights_ref.at[layer, (expert * features + column)[:, None], k], mask=mask, other=0.0)
+            product = lax.dot_general(
+                x.astype(dtype),
+                w.astype(dtype),
+                (((1,), (1,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            return acc + product
+
+        # Nobody's rows are not multiplied: their sums stay 0.
+        steps = (expert < num_experts).astype(jnp.int32) * pl.cdiv(width, depth)
+        acc = lax.fori_loop(jnp.int32(0), steps, add, jnp.zeros((tile, columns), jnp.float32))
+        mask = (row < end)[:, None] & (column < features)[None, :]
+        plgpu.store(out_ref.at[row[:, None], column[None, :]], acc.astype(out_ref.dtype), mask=mask)

@@ -1,0 +1,66 @@
+"""Matmul with weight-only quantisation for accelerators: int8, float8 or packed int4 weights and scales. Contract and entry.
+
+Axis letters: M activation rows, K their width, N output features, L layers, B groups of K that share a scale (1: the scale is
+per output feature), H = K / B.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import dispatch
+from pallas_kernels.scaled_matmul.packing import pack_int4, quantise, unpack_int4
+
+__all__ = ["WEIGHT_DTYPES", "pack_int4", "quantise", "scaled_matmul", "unpack_int4"]
+
+WEIGHT_DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2", "uint8")
+"""uint8 holds two int4 numbers, see `packing.pack_int4`."""
+
+
+def scaled_matmul(
+    x: jax.Array,
+    weights: jax.Array,
+    scales: jax.Array,
+    layer: jax.Array | int = 0,
+    *,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x times the transposed weights of one layer, each weight multiplied with its group's scale. Sums are float32.
+
+    Args:
+        x: Float[Array, "M K"].
+        weights: [L, N, K] of int8 or float8, or UInt8[Array, "L N K/2"] of packed int4.
+        scales: Float[Array, "L N B"]; the weights k of group b are b·H … (b + 1)·H - 1.
+        layer: Int32 scalar, may be traced.
+        implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
+
+    Returns:
+        Float[Array, "M N"] in x's dtype.
+
+    Raises:
+        ValueError: at trace time, for shapes or dtypes other than these.
+    """
+    _expect(x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating), "x", "floats of shape [M, K]", x)
+    _expect(weights.dtype.name in WEIGHT_DTYPES, "weights", f"a dtype of {', '.join(WEIGHT_DTYPES)}", weights)
+    width = x.shape[1] // (2 if weights.dtype == jnp.uint8 else 1)
+    _expect(weights.ndim == 3 and weights.shape[2] == width, "weights", f"[L, N, {width}] for K={x.shape[1]}", weights)
+    fits = scales.ndim == 3 and scales.shape[:2] == weights.shape[:2] and jnp.issubdtype(scales.dtype, jnp.floating)
+    _expect(fits, "scales", f"floats of shape [L={weights.shape[0]}, N={weights.shape[1]}, B]", scales)
+    even = x.shape[1] % (scales.shape[2] * (2 if weights.dtype == jnp.uint8 else 1)) == 0
+    _expect(even, "scales", f"a number of groups that divides K={x.shape[1]} (into even groups for int4)", scales)
+    platform, device_kind = dispatch.target()
+    arrays = {"x": x, "weights": weights, "scales": scales}
+    case = dispatch.Case(
+        platform=platform,
+        device_kind=device_kind,
+        shapes={name: tuple(array.shape) for name, array in arrays.items()},
+        dtypes={name: array.dtype.name for name, array in arrays.items()},
+    )
+    choice = dispatch.choose("scaled_matmul", case, implementation)
+    return dispatch.implementation("scaled_matmul", choice.name)(x, weights, scales, jnp.asarray(layer, jnp.int32))
+
+
+def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, found {found.dtype.name} of shape {list(found.shape)}")
