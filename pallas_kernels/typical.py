@@ -13,7 +13,7 @@ PAGE_DTYPES["tpu"] = PAGE_DTYPES["gpu"]
 def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]]:
     """(op, what is special about it, case) on a platform (cpu, gpu or tpu) and device.
 
-    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a GGUF matrix of 4096 × 4096.
+    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096.
     """
     found: list[tuple[str, str, Case]] = []
     dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -38,6 +38,13 @@ def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]
     experts = {"x": (512, 2048), "weights": (48, 128 * 768, 2048), "group_sizes": (128,)}
     dtypes = {"x": dtype, "weights": dtype, "group_sizes": "int32"}
     found.append(("grouped_matmul", "128 experts", Case(platform, device_kind, experts, dtypes)))
+    for label, dtype_of_weights, width, groups in (
+        ("int8, a scale per feature", "int8", 4096, 1),
+        ("int4, groups of 128", "uint8", 2048, 32),
+    ):
+        shapes = {"x": (64, 4096), "weights": (32, 4096, width), "scales": (32, 4096, groups)}
+        dtypes = {"x": dtype, "weights": dtype_of_weights, "scales": "float32"}
+        found.append(("scaled_matmul", label, Case(platform, device_kind, shapes, dtypes)))
     return found
 
 

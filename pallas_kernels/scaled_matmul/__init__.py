@@ -57,8 +57,7 @@ def scaled_matmul(
         shapes={name: tuple(array.shape) for name, array in arrays.items()},
         dtypes={name: array.dtype.name for name, array in arrays.items()},
     )
-    choice = dispatch.choose("scaled_matmul", case, implementation)
-    return dispatch.implementation("scaled_matmul", choice.name)(x, weights, scales, jnp.asarray(layer, jnp.int32))
+    return dispatch.pick("scaled_matmul", case, implementation)(x, weights, scales, jnp.asarray(layer, jnp.int32))
 
 
 def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
