@@ -66,8 +66,11 @@ def host_target() -> Target:
 
 @once
 def _target_machine(target: Target) -> llvm.TargetMachine:
+    # Code and constants are loaded wherever the process has room. On x86 nothing keeps them within the 2 GB that the small
+    # model reaches, and LLVM ends the process where they are not; on other CPUs llvmlite reserves one piece for both.
+    reloc, codemodel = ("static", "large") if target.triple.startswith("x86_64") else ("pic", "small")
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
-        cpu=target.cpu, features=target.features, opt=3, reloc="pic", codemodel="small", jit=True
+        cpu=target.cpu, features=target.features, opt=3, reloc=reloc, codemodel=codemodel, jit=True
     )
     machine.set_asm_verbosity(True)
     return machine
