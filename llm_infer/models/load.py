@@ -29,7 +29,7 @@ from llm_infer.weights.orbax_checkpoint import Checkpoint
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.sources import OpenModel, read_json
 from pallas_kernels import cpu_ffi, dispatch
-from pallas_kernels.quant_matmul import FORMATS, PRECISIONS
+from pallas_kernels.quant_matmul import FORMATS
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,17 @@ def load_model(
         place=placement,
         cuts=None if placement is None else placement.cuts,
     )
-    return _loaded(config, definition, params, dtype, placement)
+    return _finer(_loaded(config, definition, params, dtype, placement))
+
+
+def _finer(model: LoadedModel) -> LoadedModel:
+    """The model with FINE_IN_FAST applied."""
+
+    def finer(name: str, value: Array | StoredWeights) -> Array | StoredWeights:
+        fast = isinstance(value, StoredWeights) and value.precision == "fast" and name in FINE_IN_FAST
+        return replace(value, precision="fine") if fast else value  # type: ignore[type-var]
+
+    return replace(model, params={name: finer(name, value) for name, value in model.params.items()})
 
 
 def _loaded(
@@ -124,6 +134,10 @@ def _loaded(
 
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = ("exact", "fast")
+FINE_IN_FAST = frozenset(f"layers.attn.{name}.weight" for name in ("qkv", "q", "k", "v"))
+"""Matrices that `fast` gives finer activations: few weights, and of all layers' matrices rounding shows most in these (of the
+default model's mean KL 40 %, for 16 % of the products)."""
 
 
 def compute_dtype(dtype: str, precision: str) -> tuple[jnp.dtype, str | None]:
@@ -180,7 +194,7 @@ def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
             kept = jax.device_put(kept, placement.sharding(name, 3))
         return kept or value
 
-    return replace(model, params={name: wrap(name, value) for name, value in model.params.items()})
+    return _finer(replace(model, params={name: wrap(name, value) for name, value in model.params.items()}))
 
 
 def _load_checkpoint(

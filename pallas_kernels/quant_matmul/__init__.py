@@ -15,7 +15,7 @@ from pallas_kernels.quant_matmul.tiles import ROWS, can_tile, tile_rows, untile
 
 __all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tile_rows", "tiles_pay", "untile"]
 
-PRECISIONS = ("exact", "fast")
+PRECISIONS = ("exact", "fine", "fast")
 
 
 def quant_matmul(
@@ -31,7 +31,7 @@ def quant_matmul(
     """x times the transposed weights of one layer, from the file's own blocks.
 
     `exact`: the relative error is about 1e-7, that of a float32 sum of the products with dequantised weights.
-    `fast`: the implementation may round activations to int8 in blocks of 32, as llama.cpp does.
+    `fast`: the implementation may round activations to int8 in blocks of 32, as llama.cpp does; `fine`: to 16 bits.
     With the native CPU implementation a row of the result has the same bits whatever M and the number of threads.
 
     Args:
@@ -40,7 +40,7 @@ def quant_matmul(
             the dense kinds f32, f16 and bf16 the array [L, N, K] of that dtype. K is a multiple of 32 for all of them.
         layer: Int32 scalar, may be traced.
         kind: a key of FORMATS.
-        precision: exact or fast.
+        precision: one of PRECISIONS.
         tiled: the rows have the tiled order, see `tiles`; N is a multiple of 16.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 

@@ -21,7 +21,7 @@ def digits(kind: str, precision: str) -> int:
     `fast` gives 8-bit weights 16 bits: files keep what matters most in them, the head above all, and there 8 bits cost more
     agreement with `exact` than all other matrices together.
     """
-    return 3 if precision == "exact" else 2 if kind == "q8_0" else 1
+    return {"exact": 3, "fine": 2, "fast": 2 if kind == "q8_0" else 1}[precision]
 
 
 TILE_GROUP = 8
