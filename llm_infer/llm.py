@@ -59,8 +59,8 @@ class LLM:
             the same, a stream gets so many tokens at once.
         seed: seeds requests without a seed of their own.
         fused_qkv: store query, key and value projections as one matrix.
-        dtype: type of weights and activations: "float32", "bfloat16" or "float16"; "auto" is float32 on CPUs, where weights
-            then stay as the file has them, and bfloat16 on accelerators.
+        dtype: type of weights and activations, a draft model's too: "float32", "bfloat16" or "float16"; "auto" is float32
+            on CPUs, where weights then stay as the file has them, and bfloat16 on accelerators.
         precision: "exact" computes in float32 with the file's weights; "fast" also rounds activations to int8 before
             they meet 4-bit weights, and keeps bfloat16 pages, on CPUs with the native kernels.
         kv_cache_dtype: type of keys and values in the pages: "float32", "bfloat16" or "float16"; "auto" follows
@@ -162,6 +162,7 @@ class LLM:
                 name,
                 load_format=load_format,
                 fused_qkv=fused_qkv,
+                dtype=dtype,
                 precision=precision,
                 progress=self._progress,
                 parallel=parallel,

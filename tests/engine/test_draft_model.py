@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
+import jax
 import pytest
 
+from llm_infer import LLM, SamplingParams
 from llm_infer.config import EngineConfig, SpeculativeConfig
 from llm_infer.engine.engine import Engine
 from llm_infer.errors import UserError
 from llm_infer.loading import require_same_tokens
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.text.byte_tokenizer import byte_tokenizer
+from llm_infer.weights.sources import read_json
 from tests.engine.engines import EngineFactory, run_all, without_clock
 from tests.engine.test_speculation import CONFIG, LENGTH, requests
+from tests.models.family_checkpoints import FOLDER
 
 DRAFT = SpeculativeConfig("draft_model", 4, model="another")
 PAGES = 64
@@ -107,3 +113,26 @@ def test_draft_models_that_do_not_fit_are_refused(model: LoadedModel) -> None:
     for values in ({"method": "draft_model"}, {"method": "ngram", "model": "x"}):
         with pytest.raises(UserError, match="needs a model"):
             SpeculativeConfig.of(values)
+
+
+def test_llm_loads_its_draft_model_like_the_model_and_gives_the_same_text(tmp_path: Path) -> None:
+    config = read_json(FOLDER / "llama_gqa" / "config.json") | {"vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    limits = {"max_model_len": 48, "max_num_seqs": 2, "max_num_batched_tokens": 8, "num_pages": 16}
+    drafts = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3}
+
+    def llm(**options: object) -> LLM:
+        return LLM(str(tmp_path), load_format="dummy", progress=False, **limits, **options)  # type: ignore[arg-type]
+
+    half = llm(dtype="bfloat16", speculative_config=drafts)
+    assert half.engine._draft_model is not None
+    for runner in (half.engine.runner, half.engine._draft_model.runner):
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(runner.model.params)} == {"bfloat16"}
+
+    params = SamplingParams(temperature=0.8, seed=2, max_tokens=16)
+    plain, drafting = llm(dtype="float32"), llm(dtype="float32", speculative_config=drafts)
+    without_clock(drafting.engine)
+    (expected,), (result,) = plain.generate("abcabc", params), drafting.generate("abcabc", params)
+    assert result.outputs == expected.outputs
+    assert result.metrics is not None and drafting.engine.times.steps < plain.engine.times.steps
+    assert 0 < result.metrics.num_accepted_tokens == result.metrics.num_drafted_tokens, "the model itself drafts"
