@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_infer.bench import pages
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.structured import StructuredOutputsParams
 from llm_infer.errors import UserError
@@ -78,20 +79,22 @@ def run(model: str, spec_bench: str | None, rounds: int, json_file: str | None, 
 def beams(model: str, precision: str, rounds: int) -> list[Figure]:
     """Beam search of width 4 beside four samples of the same prompt: time, and pages beside four sequences of their own."""
     length, new, width = 32, 128, 4
-    llm = _llm(model, precision, max_model_len=length + new, max_num_seqs=width)
-    prompts = [_exactly(llm, prompt, length) for prompt in PROMPTS]
     search = SamplingParams(beam_width=width, max_tokens=new, ignore_eos=True)
     draw = SamplingParams(n=width, seed=1, max_tokens=new, ignore_eos=True)
+    llm = _llm(model, precision, [search], max_model_len=length + new, max_num_seqs=max(pages.WIDTHS))
+    prompts = [_exactly(llm, prompt, length) for prompt in PROMPTS]
+    print(*pages.table(llm.engine, prompts[0], new), sep="\n", flush=True)
     separate = width * -(-(length + new - 1) // llm.engine.config.cache.page_size)
     ratios, saved = [], []
     _time(llm, prompts[:1], search), _time(llm, prompts[:1], draw)
     for index in range(rounds):
         prompt = [prompts[index % len(prompts)]]
-        (beam, pages), (samples, _) = _alternate(
+        (beam, most), (samples, _) = _alternate(
             index, lambda p=prompt: _time(llm, p, search), lambda p=prompt: _time(llm, p, draw)
         )
         ratios.append(beam / samples)
-        saved.append(100 * (1 - pages / separate))
+        saved.append(100 * (1 - most / separate))
+    _nothing_compiled(llm)
     return [
         _figure("beam search of 4 : 4 samples, time", ratios, "×", "≤ 1.25"),
         _figure(f"beam search of 4, {length} + {new} tokens: pages saved", saved, "%", "≥ 35"),
@@ -101,9 +104,6 @@ def beams(model: str, precision: str, rounds: int) -> list[Figure]:
 def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
     """All sampling parameters at once beside greedy decoding, 32 sequences."""
     batch, new = 32, 24
-    llm = _llm(model, precision, max_model_len=64, max_num_seqs=batch)
-    ids = llm.tokenizer.encode(TEXT, add_special_tokens=False)
-    prompts = [ids[i : i + 8] for i in range(batch)]
     greedy = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     everything = [
         SamplingParams(
@@ -115,7 +115,7 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
             repetition_penalty=1.1,
             presence_penalty=0.2,
             frequency_penalty=0.1,
-            logit_bias={ids[0]: 1.0},
+            logit_bias={100: 1.0},
             min_tokens=new,
             seed=i,
             max_tokens=new,
@@ -123,6 +123,9 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
         )
         for i in range(batch)
     ]
+    llm = _llm(model, precision, everything, max_model_len=64, max_num_seqs=batch)
+    ids = llm.tokenizer.encode(TEXT, add_special_tokens=False)
+    prompts = [ids[i : i + 8] for i in range(batch)]
     _step_seconds(llm, prompts, everything), _step_seconds(llm, prompts, greedy)
     extra = []
     for index in range(rounds):
@@ -130,6 +133,7 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
             index, lambda: _step_seconds(llm, prompts, everything), lambda: _step_seconds(llm, prompts, greedy)
         )
         extra.append(1e3 * (all_ - plain))
+    _nothing_compiled(llm)
     name = f"all sampling parameters − greedy, {batch} × {llm.engine.vocab_size} logits, per step"
     return [_figure(name, extra, "ms", "≤ 6")]
 
@@ -137,18 +141,19 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
 def structured(model: str, precision: str, rounds: int) -> list[Figure]:
     """Throughput of 8 free-running requests beside 8 that follow a JSON schema, and beside 8 free-running ones."""
     half, new = 8, 40
-    llm = _llm(model, precision, max_model_len=128, max_num_seqs=2 * half)
     prompts = [f"{prompt} (a JSON record): " for prompt in (PROMPTS * 4)[: 2 * half]]
     free = [SamplingParams(seed=i, max_tokens=new, ignore_eos=True) for i in range(2 * half)]
     schema = StructuredOutputsParams(json=SCHEMA)
     bound = [SamplingParams(seed=i, max_tokens=new, structured_outputs=schema) for i in range(half)]
     runs = [free[:half] + bound, free]
+    llm = _llm(model, precision, bound, max_model_len=128, max_num_seqs=2 * half)
     for params in runs:
         _free_rate(llm, prompts, params, half)
     lost = []
     for index in range(rounds):
         beside, alone = _alternate(index, *(lambda p=params: _free_rate(llm, prompts, p, half) for params in runs))
         lost.append(100 * (1 - beside / alone))
+    _nothing_compiled(llm)
     return [_figure(f"{half} free-running beside {half} schema-bound: throughput lost", lost, "%", "≤ 15")]
 
 
@@ -156,8 +161,8 @@ def speculation(model: str, precision: str, rounds: int, questions: dict[str, li
     """Decode tokens per second at batch 1 with and without n-gram proposals, by kind of prompt."""
     new, longest = 96, 1024
     options = {"max_model_len": longest + new, "max_num_seqs": 1}
-    plain = _llm(model, precision, **options)
-    ngram = _llm(model, precision, **options, speculative_config={"method": "ngram"})
+    plain = _llm(model, precision, [], **options)
+    ngram = _llm(model, precision, [], **options, speculative_config={"method": "ngram"})
     params = SamplingParams(temperature=0.0, max_tokens=new)
     figures = []
     copied: list[float] = []
@@ -166,7 +171,7 @@ def speculation(model: str, precision: str, rounds: int, questions: dict[str, li
         prompts = [ids for ids in chats if len(ids) <= longest][: 3 * rounds]
         if not prompts:
             raise UserError(f"no {kind} question has at most {longest} tokens: give another file to --spec-bench")
-        for llm in (ngram, plain, ngram):  # programs, and times of steps of each size
+        for llm in (ngram, plain, ngram):  # times of steps of each size
             _decode_rate(llm, prompts[0], params)
         ratios = []
         for index, prompt in enumerate(prompts):
@@ -177,6 +182,8 @@ def speculation(model: str, precision: str, rounds: int, questions: dict[str, li
         figures.append(_figure(f"n-gram speculation, {kind} ({len(prompts)} prompts), tok/s", ratios, "×", goal))
         copied += ratios if kind != "free" else []
     figures.append(_figure("n-gram speculation, edit and summarise, tok/s", copied, "×", "≥ 1.5"))
+    _nothing_compiled(plain)
+    _nothing_compiled(ngram)
     speculator = ngram.engine.speculator
     assert speculator is not None
     share = 100 * speculator.num_accepted / max(1, speculator.num_drafted)
@@ -184,28 +191,25 @@ def speculation(model: str, precision: str, rounds: int, questions: dict[str, li
     return figures
 
 
-def _llm(model: str, precision: str, **options: Any) -> LLM:
-    return LLM(model, precision=precision, enable_prefix_caching=False, progress=False, **options)
+def _llm(model: str, precision: str, params: Sequence[SamplingParams], **options: Any) -> LLM:
+    """With all programs that requests with these parameters, or without any, need."""
+    llm = LLM(model, precision=precision, enable_prefix_caching=False, progress=False, **options)
+    llm.warm_up(None, params)
+    return llm
+
+
+def _nothing_compiled(llm: LLM) -> None:
+    if count := llm.engine.runner.times.compiles_after_warmup:
+        raise RuntimeError(f"{count} programs were compiled while the time was taken: the figures are not to be used")
 
 
 def _time(llm: LLM, prompts: Sequence[Any], params: Any) -> tuple[float, int]:
     """Seconds of a generation, and the most pages that were in use."""
-    scheduler, most = llm.engine.scheduler, 0
-    schedule = scheduler.schedule
-
-    def counted() -> Any:
-        nonlocal most
-        plan = schedule()
-        most = max(most, round(scheduler.usage(0) * scheduler.allocator.num_usable))
-        return plan
-
-    scheduler.schedule = counted  # type: ignore[method-assign]
-    try:
+    scheduler = llm.engine.scheduler
+    with pages.at_each_plan(scheduler, lambda: pages.pages_in_use(scheduler)) as used:
         started = time.perf_counter()
         llm.generate(prompts, params)
-        return time.perf_counter() - started, most
-    finally:
-        scheduler.schedule = schedule  # type: ignore[method-assign]
+        return time.perf_counter() - started, max(used)
 
 
 def _step_seconds(llm: LLM, prompts: Sequence[list[int]], params: Any) -> float:

@@ -116,8 +116,11 @@ class Engine:
         """Compiles step programs, yielding each one's token bucket: those for steps of these token counts.
 
         By default compiles for all counts; afterwards nothing compiles for requests whose features (`features_of` their
-        parameters) together are within one of `features`.
+        parameters) together are within one of `features`. Proposed tokens count, too.
         """
+        features = list(features)
+        if self.speculator is not None:  # the plain programs stay, for steps without proposals
+            features = [each for each in features if each == PLAIN] + [each | StepFeatures.DRAFTS for each in features]
         limit = self.config.scheduler.max_num_batched_tokens
         counts = None if token_counts is None else [min(count, limit) for count in token_counts]
         yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts], features)

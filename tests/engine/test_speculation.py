@@ -7,8 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 
-from llm_infer.config import SpeculativeConfig
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.engine import Engine
+from llm_infer.engine.features import PLAIN, features_of
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from tests.engine.engines import EngineFactory, run_all, without_clock
@@ -71,3 +73,16 @@ def test_nothing_is_proposed_for_requests_whose_rules_look_back(make_engine: Eng
     for options in ({"logprobs": 1}, {"min_tokens": 2}, {"presence_penalty": 1.0}, {"beam_width": 2}):
         assert not engine.add_request([5, 6] * 12, SamplingParams(**options)).speculate
     assert engine.add_request([5, 6] * 12, SamplingParams()).speculate
+
+
+def test_nothing_compiles_after_warm_up_whatever_is_proposed(model: LoadedModel) -> None:
+    config = EngineConfig(CacheConfig(num_pages=32), SchedulerConfig(1, 2, LENGTH), speculative=NGRAM)
+    engine = Engine(model, config)
+    shaped = SamplingParams(temperature=0.0, max_tokens=6, repetition_penalty=1.2)
+    assert list(engine.warm_up(features=[PLAIN, features_of(shaped)])) == [2, 2, 2]
+    for params in (SamplingParams(temperature=0.0, max_tokens=COUNT), shaped, SamplingParams(seed=1, n=2)):
+        engine.add_request([5, 6, 7, 5, 6, 7, 5], params)
+    while engine.has_work:
+        engine.step()
+    assert engine.speculator is not None and engine.speculator.num_drafted > 0
+    assert engine.runner.times.compiles == 3 and engine.runner.times.compiles_after_warmup == 0
