@@ -187,6 +187,44 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
+def run_everything(mesh: tuple[int, int]) -> dict[str, Any]:
+    """Several steps in one, masks, log-probabilities of prompts and of outputs, on a mesh; one by one on one device."""
+    (dp, tp), name = mesh, "llama 8/2"
+    drawn = SamplingParams(temperature=0.8, max_tokens=20, logprobs=2, prompt_logprobs=1, allowed_token_ids=range(90))
+    options = ({"seed": 1, "n": 2}, {"temperature": 0.0}, {"seed": 2, "stop_token_ids": range(40, 60)}, {"seed": 3})
+    # A phrase needs the host after every token: while such a request runs, steps are single.
+    phrase = replace(drawn, seed=4, max_tokens=3, bad_words=("7 8",))
+    asked = [(text, replace(drawn, **options[i % 4])) for i, text in enumerate(prompts(131))] + [([4, 5], phrase)]
+
+    def found(parallel: ParallelConfig, steps: int) -> tuple[list, list, list, list]:
+        made = engine(load(name, parallel), Case(name, (dp, tp, 1), steps=steps), 64)
+        several, events = [], []
+        submit = made.runner.submit
+        made.runner.submit = lambda plan: several.append(plan.num_steps) or submit(plan)  # type: ignore[method-assign]
+        requests = [made.add_request(text, each, bad_words=[(7, 8)] if each.bad_words else ()) for text, each in asked]
+        while made.has_work:
+            events += made.step()
+        sequences = [sequence for request in requests for sequence in request.sequences]
+        places = {sequence: at for at, sequence in enumerate(sequences)}
+        outputs = sorted(((places[e.sequence], e.logprobs) for e in events), key=lambda pair: pair[0])
+        scores = [score for request in requests for score in request.prompt_results if score is not None]
+        return [s.output for s in sequences], [score for _, score in outputs], scores, several
+
+    alone, here = found(ONE, 1), found(ParallelConfig(tp, dp), 4)
+    difference = 0.0
+    for one, other in zip([*alone[1], *alone[2]], [*here[1], *here[2]], strict=True):
+        assert (one.rank, one.top_ids) == (other.rank, other.top_ids)
+        apart = np.subtract((one.logprob, *one.top_logprobs), (other.logprob, *other.top_logprobs))
+        difference = max(difference, float(np.abs(apart).max()))
+    return {
+        "same": alone[0] == here[0],
+        "scores": [len(here[1]), len(here[2])],
+        "difference": difference,
+        "steps": [sorted(set(alone[3])), sorted(set(here[3]))],
+        "tokens": [min(map(len, here[0])), max(map(max, here[0]))],
+    }
+
+
 def run_default_model(mesh: tuple[int, int]) -> dict[str, Any]:
     """The default model as `LLM` loads it, against what transformers computed from the same file."""
     goldens, (dp, tp) = load_goldens(), mesh
@@ -201,6 +239,7 @@ def run_default_model(mesh: tuple[int, int]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        default = re.fullmatch(r"default model on (\d)x(\d)", name)
-        result = run_default_model((int(default[1]), int(default[2]))) if default else run(CASES[name])
+        special = re.fullmatch(r"(default model|everything) on (\d)x(\d)", name)
+        run_special = run_default_model if name.startswith("default") else run_everything
+        result = run_special((int(special[2]), int(special[3]))) if special else run(CASES[name])
         print(json.dumps({"name": name, **result}), flush=True)

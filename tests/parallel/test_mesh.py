@@ -35,6 +35,9 @@ CASES = (
 MORE_CASES = ("wide experts on 1x2x2", "unfused on 1x4", "penalties on 4x2", "several steps on 2x4")
 
 
+EVERYTHING = "everything on 2x2"
+
+
 def run_cases(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Results of cases, from one process with eight devices."""
     done = subprocess.run(
@@ -51,7 +54,7 @@ def run_cases(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, Any]]:
-    return run_cases(CASES)
+    return run_cases((*CASES, EVERYTHING))
 
 
 def check_tokens(result: dict[str, Any]) -> None:
@@ -82,6 +85,25 @@ def test_same_tokens_as_one_device(results: dict[str, dict[str, Any]], name: str
 @pytest.mark.parametrize("name", CASES)
 def test_collectives_of_a_step(results: dict[str, dict[str, Any]], name: str) -> None:
     check_collectives(results[name])
+
+
+def check_everything(result: dict[str, Any]) -> None:
+    assert result["same"] and result["difference"] < 1e-4
+    assert min(result["scores"]) > 200, "log-probabilities of outputs and of prompts"
+    alone, here = result["steps"]
+    assert alone == [1] and min(here) == 1 and max(here) == 4, "single steps on one device; here up to four in one"
+    shortest, largest = result["tokens"]
+    assert shortest == 3 and largest < 90, "one request waits for the host after each token; ids from 90 are forbidden"
+
+
+def test_several_steps_masks_and_prompts_as_on_one_device(results: dict[str, dict[str, Any]]) -> None:
+    check_everything(results[EVERYTHING])
+
+
+@pytest.mark.sweep
+def test_everything_on_more_meshes() -> None:
+    for result in run_cases(("everything on 2x1", "everything on 4x2", "everything on 1x4")).values():
+        check_everything(result)
 
 
 @pytest.mark.sweep
