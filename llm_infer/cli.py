@@ -421,14 +421,17 @@ def aot(
     models: Annotated[str, typer.Option(help="Architectures, comma separated; default: five.")] = "",
     slices: Annotated[str, typer.Option(help="Slices such as v6e:2x4, comma separated; default: five.")] = "",
     tokens: Annotated[str, typer.Option(help="Steps: 2048 (prefill), 64 (decode); default: both.")] = "",
-    write: Annotated[str | None, typer.Option(help="Markdown file whose marked part becomes the table.")] = None,
+    write: Annotated[str | None, typer.Option(help="Markdown file whose table, between marks, gets the rows.")] = None,
+    limit: Annotated[
+        int, typer.Option(help="Seconds of CPU time for a program, then it is given up; 0: no limit.")
+    ] = 0,
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
     from llm_infer.bench.aot import run
 
-    run(models, slices, tokens, write, json_file)
+    run(models, slices, tokens, write, json_file, limit)
 
 
 @bench.command()

@@ -78,9 +78,10 @@ def read_work(text: str) -> Work:
         elif op == "conditional":
             names = _called(line, "branch_computations") or _called(line, "(?:true|false)_computation")
             total.add(min(map(work_of, names), key=lambda work: work.cycles))
-        elif op in ("call", "async-start"):
-            for called in _called(line, "to_apply") or _called(line, "calls"):
-                total.add(work_of(called))
+        elif op in ("call", "async-start", "custom-call-start"):  # the last: a collective on a TPU7x's SparseCore
+            for attribute in ("to_apply", "calls", "called_computations"):
+                for called in _called(line, attribute):
+                    total.add(work_of(called))
 
     return work_of(entry)
 

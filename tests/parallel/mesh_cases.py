@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Machine code is optimised for nothing: the programs run for a moment, and collectives are decided before it is made.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import json
 import re
@@ -27,10 +28,11 @@ from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, Schedule
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.decoder import split_model
 from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model, save_model
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.sources import open_model, resolve
-from tests.engine.engines import greedy, run_all
+from tests.engine.engines import greedy, run_all, without_clock
 from tests.golden_tokens import assert_same_tokens, load_goldens
 from tests.models.family_checkpoints import FOLDER, dense, golden
 from tests.parallel.hlo import collectives
@@ -38,6 +40,10 @@ from tests.parallel.hlo import collectives
 ONE = ParallelConfig()
 MARGIN = 2e-3  # between the two best tokens; below it, the last bit of a sum may decide
 BUCKET = 16
+SPECULATIVE = {
+    "ngram": SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1),
+    "draft_model": SpeculativeConfig("draft_model", 3, model="first layer"),
+}
 
 
 def llama(heads: int, kv_heads: int) -> ModelConfig:
@@ -58,7 +64,7 @@ class Case:
     draw: dict[str, Any] = field(default_factory=dict)
     pages: int = 64
     rounds: int = 1
-    speculative: bool = False
+    speculative: str | None = None
     steps: int = 1
 
 
@@ -77,7 +83,8 @@ CASES = {
     ),
     "penalties on 4x2": Case("llama 8/2", (4, 2, 1), draw=dict(repetition_penalty=1.3, presence_penalty=0.5)),
     "beams on 2x4": Case("llama 8/2", (2, 4, 1), draw=dict(beam_width=3)),
-    "speculation on 2x4": Case("llama 8/2", (2, 4, 1), speculative=True),
+    "speculation on 2x4": Case("llama 8/2", (2, 4, 1), speculative="ngram"),
+    "draft model on 2x2": Case("llama 8/2", (2, 2, 1), draw=dict(temperature=1.0), speculative="draft_model"),
     "several steps on 2x4": Case("llama 8/2", (2, 4, 1), steps=4),
 }
 
@@ -101,10 +108,16 @@ def prompts(vocab: int) -> list[list[int]]:
 
 
 @cache
+def load_plain(name: str, options: str) -> LoadedModel:
+    """The model on one device; `options` are JSON."""
+    return load(name, ONE, **json.loads(options))
+
+
+@cache
 def on_one_device(model: str, load_options: str, draw_options: str) -> list[list[list[int]]]:
     """Tokens of the dummy model's prompts by a plain engine."""
     case = Case(model, (1, 1, 1), json.loads(load_options))
-    plain = load(model, ONE, **case.load)
+    plain = load_plain(model, load_options)
     return run_all(engine(plain, case, 64), prompts(plain.config.vocab_size), parameters(json.loads(draw_options)))
 
 
@@ -117,11 +130,24 @@ def engine(model: LoadedModel, case: Case, pages: int) -> Engine:
         CacheConfig(num_pages=pages),
         SchedulerConfig(8, BUCKET, min(96, model.config.max_position_embeddings), num_scheduler_steps=case.steps),
         check_every_step=True,
-        speculative=SpeculativeConfig(num_speculative_tokens=3, prompt_lookup_min=1) if case.speculative else None,
+        speculative=None if case.speculative is None else SPECULATIVE[case.speculative],
     )
-    made = Engine(model, config)
+    made = Engine(model, config, draft_model=first_layer(model) if case.speculative == "draft_model" else None)
     made.runner.buckets = (BUCKET,)  # one program
+    if made._draft_model is not None:
+        made._draft_model.runner.buckets = (BUCKET,)
+        without_clock(made)
     return made
+
+
+def first_layer(model: LoadedModel) -> LoadedModel:
+    """A draft model that is right now and then: the target's first layer only, on the same mesh."""
+    small = replace(model.config, num_layers=1)
+    params = {
+        name: array if name.startswith(("embed", "final")) else jax.device_put(array[:1], array.sharding)
+        for name, array in model.params.items()
+    }
+    return replace(model, config=small, definition=split_model(small, "float32")[0], params=params)
 
 
 def forced_steps(plain: LoadedModel, sharded: Engine, prompt: list[int], wanted: list[int]) -> int | None:
@@ -154,7 +180,7 @@ def run(case: Case) -> dict[str, Any]:
     dp, tp, ep = case.mesh
     started = time.process_time()
     model = load(case.model, ParallelConfig(tp, dp, ep), **case.load)
-    plain = load(case.model, ONE, **case.load)
+    plain = load_plain(case.model, json.dumps(case.load))
     draw = parameters(case.draw)
     sharded = engine(model, case, case.pages)
     if case.model in DUMMIES or case.draw:
@@ -182,6 +208,8 @@ def run(case: Case) -> dict[str, Any]:
         "logits": [programs[0].layout.num_draws, model.config.vocab_size],
         "bytes": device_bytes(model),
         "whole": sum(device_bytes(plain)),
+        "drafted": 0 if (speculator := sharded.speculator) is None else speculator.num_drafted,
+        "accepted": 0 if speculator is None else speculator.num_accepted,
         "preemptions": sharded.scheduler.num_preemptions,
         "seconds": time.process_time() - started,
     }

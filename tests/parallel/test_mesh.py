@@ -30,7 +30,7 @@ CASES = (
         "native kernels on 2x2",
         "sampled, preempted, cached on 2x4",
     ),
-    *("beams on 2x4", "speculation on 2x4"),
+    *("beams on 2x4", "speculation on 2x4", "draft model on 2x2"),
 )
 MORE_CASES = ("wide experts on 1x2x2", "unfused on 1x4", "penalties on 4x2", "several steps on 2x4")
 
@@ -124,6 +124,10 @@ def test_every_device_has_its_part_of_the_weights(results: dict[str, dict[str, A
 
 def test_pages_ran_out_in_the_case_that_is_about_it(results: dict[str, dict[str, Any]]) -> None:
     assert results["sampled, preempted, cached on 2x4"]["preemptions"] > 0
+
+
+def test_a_draft_model_on_the_mesh_is_right_now_and_then(results: dict[str, dict[str, Any]]) -> None:
+    assert 0 < results["draft model on 2x2"]["accepted"] < results["draft model on 2x2"]["drafted"]
 
 
 @pytest.mark.real

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from llm_infer.bench.aot import Job, compile_all, table
+from llm_infer.bench.aot import BEGIN, END, Job, compile_all, merged, put_between_markers, table
 from llm_infer.models.architectures import architecture_config
 from llm_infer.planner.cost import Cut, weights_of_device
 from pallas_kernels.targets import TARGETS, why_not
 
 # Where the layers are a loop, the program is as large at full depth as with two layers.
 JOBS = {
-    "dense": Job("llama-3.1-70b", "v6e:2x4", 64),
-    "experts": Job("qwen3-30b-a3b", "v5e:2x4", 64),
+    "dense decode": Job("llama-3.1-70b", "v6e:2x4", 64),
+    "experts prefill": Job("qwen3-30b-a3b", "v5p:2x2x2", 2048),
+}
+MORE_JOBS = {
+    "experts decode": Job("qwen3-30b-a3b", "v5e:2x4", 64),
     "prefill": Job("opt-13b", "v5p:2x2x2", 2048),
+    "unrolled": Job("llama-3.1-8b", "tpu7x:2x2x1", 64, layers=4),
 }
 
 
-def compiled(job: Job) -> dict[str, Any]:
-    reason = why_not(TARGETS[job.slice.partition(":")[0]])
-    if reason is not None:
-        pytest.skip(reason)
+def compiled(*jobs: Job, limit: int = 0) -> list[dict[str, Any]]:
+    for job in jobs:
+        if (reason := why_not(TARGETS[job.chip])) is not None:
+            pytest.skip(reason)
     if jax.__version_info__ < (0, 11) and not version("libtpu").startswith("0.0.42"):
         pytest.skip(f"jax {jax.__version__} cannot read what libtpu {version('libtpu')} compiles; newer versions can")
-    (result,) = compile_all([job])
-    return result
+    return list(compile_all(list(jobs), limit))
 
 
-@pytest.mark.parametrize("name", JOBS)
-def test_collectives_memory_and_copies_of_the_compiled_step(name: str) -> None:
-    job, result = JOBS[name], compiled(JOBS[name])
+@pytest.mark.parametrize(
+    "job",
+    [
+        *(pytest.param(job, id=name) for name, job in JOBS.items()),
+        *(pytest.param(job, id=name, marks=pytest.mark.sweep) for name, job in MORE_JOBS.items()),
+    ],
+)
+def test_collectives_memory_and_copies_of_the_compiled_step(job: Job) -> None:
+    (result,) = compiled(job)
     assert "refused" not in result, result["refused"]
     config, parallel = job.config(), job.parallel()
     collectives = result["collectives"]
@@ -48,8 +59,36 @@ def test_collectives_memory_and_copies_of_the_compiled_step(name: str) -> None:
 
 
 def test_what_cannot_be_is_refused_with_what_is_short_or_works() -> None:
-    too_large = compiled(Job("llama-3.1-70b", "v5e:2x4", 64))["refused"]
+    slow, large, odd, small = compiled(
+        Job("llama-3.1-8b", "v5e:2x4", 64),
+        Job("llama-3.1-70b", "v5e:2x4", 64),
+        Job("llama-3.1-8b", "v5e:3x7", 64),
+        Job("llama-3.1-8b", "v5e:2x2", 64),
+        limit=3,
+    )
+    assert slow["refused"] == "given up after 3 s of CPU time"
     weights = 2 * weights_of_device(architecture_config("llama-3.1-70b"), Cut(tp=8)) / 1e9
-    assert f"({weights:.1f} GB of weights)" in too_large and "short by" in too_large
-    assert "the nearest is '4x4'" in compiled(Job("llama-3.1-8b", "v5e:3x7", 64))["refused"]
-    assert "needs 8 devices" in compiled(Job("llama-3.1-8b", "v5e:2x2", 64))["refused"]
+    assert f"({weights:.1f} GB of weights)" in large["refused"] and "short by" in large["refused"]
+    assert "the nearest is '4x4'" in odd["refused"]
+    assert "needs 8 devices" in small["refused"]
+
+
+def test_a_table_keeps_the_rows_of_other_programs(tmp_path: Path) -> None:
+    def rows(*results: tuple[str, int]) -> str:
+        job = Job("opt-13b", "v6e:2x4", 64)
+        return table([{**asdict(job), "model": m, "tokens": t, "refused": f"{m} {t}"} for m, t in results])
+
+    row = "| v6e:2x4 | qwen3-8b | decode 64 | 11.88 | 1.001 | 157 | 8193 | 2 | – | 38.9 | 5.8 | 24 |"
+    file = tmp_path / "page.md"
+    file.write_text(f"above\n{BEGIN}\n{merged('', row)}\n{END}\nbelow\n")
+    for each in (("opt-13b", 64), ("llama-3.1-8b", 2048), ("opt-13b", 2048), ("opt-13b", 64)):
+        put_between_markers(file, rows(each))
+    text = file.read_text()
+    assert text.startswith(f"above\n{BEGIN}\n| slice") and text.endswith(f"{END}\nbelow\n") and row in text
+    assert [line.rpartition(": ")[2] for line in text.splitlines() if line.startswith("- ")] == [
+        "opt-13b 64",
+        "llama-3.1-8b 2048",
+        "opt-13b 2048",
+    ]
+    put_between_markers(file, rows(("qwen3-8b", 64)))
+    assert row not in file.read_text() and "qwen3-8b 64" in file.read_text()

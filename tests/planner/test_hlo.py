@@ -31,6 +31,10 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %d = f32[] fusion(%arg), backend_config={"estimated_cycles":"5000"}
 }
 
+%on_sparse_core (arg: f32[1,16]) -> f32[8,16] {
+  ROOT %all-gather.4 = f32[8,16]{1,0:T(8,128)} all-gather(%arg), channel_id=1, dimensions={0}
+}
+
 ENTRY %main (p: bf16[2,8]) -> bf16[2,8] {
   %layers = (s32[], bf16[64,4096]) while(%init), condition=%condition, body=%body
   %pages = (s32[], s32[]) while(%init), condition=%dynamic_condition, body=%cheap
@@ -38,12 +42,15 @@ ENTRY %main (p: bf16[2,8]) -> bf16[2,8] {
   %gathered = f32[8,16032,64]{2,1,0} all-gather(%y), channel_id=2, dimensions={0}
   %moved = bf16[8,128]{0,1} copy(%gathered)
   %near-start = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]) copy-start(%moved)
+  %offloaded = ((), (), (s32[8]{0:T(1)S(11)})) custom-call-start(), called_computations={%on_sparse_core}, metadata={}
+  %more = ((f32[1,16]), f32[8,16], (s32[8]{0:T(1)S(11)})) custom-call-update(%offloaded, %y)
+  %done = f32[8,16]{1,0:T(8,128)} custom-call-done(%more)
 }
 """
 
 
 def test_loops_count_as_often_as_they_run() -> None:
     work = read_work(TEXT)
-    assert work.collectives == {"all-reduce": 64, "all-gather": 1}
+    assert work.collectives == {"all-reduce": 64, "all-gather": 2}
     assert work.cycles == 32 * 107 + 1 + 1
     assert work.copies == [8 * 128 * 2]
