@@ -51,27 +51,33 @@ def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
 
 
 def write_out(k: Emitter, a: Frame, variant: Variant, item: Item, state: State, first: Value, count: Value) -> None:
-    """out = weighted sum / sum for `count` rows from `first`."""
-    with k.range(0, count) as i:
-        row = first + i
-        at = ((item.first_row + row // item.group) * a.Hq + item.head * item.group + row % item.group) * state.d
-        factor = k.const(F32, 1.0) / state.total[i]
+    """out = weighted sum / sum for `count` rows from `first` of each head."""
+    with k.range(0, item.heads) as head, k.range(0, count) as i:
+        row, here = first + i, head * item.group + i
+        column = (item.head + head) * item.group + row % item.group
+        at = ((item.first_row + row // item.group) * a.Hq + column) * state.d
+        factor = k.const(F32, 1.0) / state.total[here]
         factor = factor * a.v_scale[0] if variant.scales else factor
         for v in range(0, state.d, k.lanes):
-            a.out.store(at + v, state.acc.load(i * state.d + v, k.lanes) * factor)
+            a.out.store(at + v, state.acc.load(here * state.d + v, k.lanes) * factor)
 
 
 def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
-    """One (item, head), or one split of it.
+    """Heads of one item, or one split of them: one head of an item of several rows, `heads` of one with one row.
 
-    With `max_splits` = 0 the task does all splits and writes the result, later items (longer, for a prefill) first.
-    Else task number = (item, head, split), and the split's state goes to `partial`, as if it were the only one.
+    With `max_splits` = 0 the task does all splits and writes the result; items of several rows first, and of these the
+    later ones, which are longer in a prefill. Else all items have one row, task number = (item, heads, split), and the
+    split's state goes to `partial`, as if it were the only one.
     """
     shared = a.max_splits > 0
-    pair = k.select(shared, number // k.max(a.max_splits, 1), number)
-    backwards = a.num_items - 1 - pair // a.Hkv
-    item = Item(k, a, k.select(shared, pair // a.Hkv, backwards), pair % a.Hkv)
-    begin = k.select(shared, item.first_split + number % k.max(a.max_splits, 1), item.first_split)
+    splits, blocks = k.max(a.max_splits, 1), (a.Hkv + a.heads - 1) // a.heads
+    of_many = (a.num_items - a.num_single) * a.Hkv
+    many = number < of_many
+    single = (number - of_many) // splits
+    which = k.select(many, a.num_items - 1 - number // a.Hkv, k.min(single // blocks, k.max(a.num_single - 1, 0)))
+    first_head = k.select(many, number % a.Hkv, single % blocks * a.heads)
+    item = Item(k, a, which, first_head, k.select(many, k.i64(1), k.min(a.heads, a.Hkv - first_head)))
+    begin = k.select(shared, item.first_split + number % splits, item.first_split)
     stop = k.select(shared, k.min(begin + 1, item.end_split), item.end_split)
     state = State(k, variant.head_dim)
     attention = SplitAttention(k, a, variant, item, state)
@@ -81,12 +87,13 @@ def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
         with k.range(begin, stop) as split:
             attention.rows(split, base, end, base)
         with k.when_else(shared) as (partial, complete):
-            with partial:
-                target = a.partial + number * a.width
-                with k.range(0, item.rows) as i:
-                    target[i], target[i + item.rows] = state.maximum[i], state.total[i]
-                with k.range(0, item.rows * variant.head_dim, k.lanes) as i:
-                    target.store(i + item.rows * 2, state.acc.load(i, k.lanes))
+            with partial, k.range(0, item.heads) as head:
+                target = a.partial + ((which * a.Hkv + first_head + head) * splits + number % splits) * a.width
+                rows, row = item.rows, head * item.group
+                with k.range(0, rows) as i:
+                    target[i], target[i + rows] = state.maximum[row + i], state.total[row + i]
+                with k.range(0, rows * variant.head_dim, k.lanes) as i:
+                    target.store(i + rows * 2, state.acc.load(i + row * variant.head_dim, k.lanes))
             with complete:
                 write_out(k, a, variant, item, state, base, end - base)
 
@@ -129,8 +136,13 @@ def body(k: Emitter, a: Frame, variant: Variant) -> None:
     pairs, splits, group = num_items * a.Hkv, most_splits.v, a.Hq // a.Hkv
     share = num_single.eq(num_items) & (pairs < SPLIT_TASKS) & (splits > 1) & (pairs * splits <= a.slots)
     share = share & (group <= GROUP_ROWS) & (group * (variant.head_dim + 2) <= a.width)
-    extra = {"num_items": num_items, "max_splits": k.select(share, splits, k.i64(0))}
-    tasks = k.select(share, pairs * splits, pairs)
+    # A page's heads lie side by side, and a long run of memory comes faster: as many heads a task as leave all threads some.
+    splits = k.select(share, splits, k.i64(1))
+    most_heads = k.min(k.i64(GROUP_ROWS) // group, a.Hkv)
+    heads = k.max(k.min(pairs * splits * 2 // a.num_threads(), most_heads), 1)
+    extra = {"num_items": num_items, "num_single": num_single, "heads": heads}
+    extra["max_splits"] = k.select(share, splits, k.i64(0))
+    tasks = (num_items - num_single) * a.Hkv + num_single * ((a.Hkv + heads - 1) // heads) * splits
     a.parallel(tasks, lambda k, a, i: attend(k, a, i, variant), **extra)
     with k.when(share):
         a.parallel(pairs, lambda k, a, i: merge_splits(k, a, i, variant), **extra)

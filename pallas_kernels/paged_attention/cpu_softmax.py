@@ -1,8 +1,8 @@
-"""One split of the keys for a few rows: scores, softmax within the split, weighted sum of V, merged into the rows' state.
+"""One split of the keys for a few rows: scores, softmax, weighted sum of V, merged into the rows' state.
 
-A row's softmax is taken split by split: SPLIT_KEYS keys at absolute positions, each with a maximum, a sum and a weighted sum
-of its own, merged in order. That is what lets threads share a long context, and it fixes the order of every sum, so a row's
-result is the same bits in any batch, any chunk of a prefill, on any number of threads.
+A row's softmax is taken split by split, SPLIT_KEYS keys at absolute positions, each with a maximum, a sum and a weighted sum
+of its own that grow page by page; splits are merged in order. That is what lets threads share a long context, and it fixes
+the order of every sum, so a row's result is the same bits in any batch, any chunk of a prefill, on any number of threads.
 (Online softmax: Milakov & Gimelshein 2018; splits over keys: flash-decoding, Dao et al. 2023.)
 """
 
@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
-from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value, Var, element_bytes
+from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value
 
 SPLIT_KEYS = 256  # 128 KiB of K and V a head at D = 64: stays in L2 while the rows of an item pass
 GROUP_ROWS = 48  # (token, head) rows that are worked on together
 BLOCK_ROWS = 6  # of them in registers, with two sums of a vector of keys each, or with 4 vectors of V
-PREFETCH_MOST_ROWS = 16  # items of more rows find K in the L2 cache: there the prefetches would only cost
-LINE_BYTES = 64
 FIRST_MAXIMUM = -1e30  # finite, so that two empty maxima compare as exp(0)
 
 
@@ -72,12 +70,13 @@ def page_block(k: Emitter, a: Frame, page: Value, which: int, head: Value, d: in
 
 
 class Item:
-    """One work item and KV head: where its rows and keys are."""
+    """One work item and `heads` KV heads from `head` on: where its rows and keys are. `rows` are those of one KV head."""
 
-    def __init__(self, k: Emitter, a: Frame, item: Value, head: Value) -> None:
+    def __init__(self, k: Emitter, a: Frame, item: Value, head: Value, heads: Value | None = None) -> None:
         columns = [a.items[item * 5 + i].to(I64) for i in range(5)]
         self.seq, self.first_row, rows, first_page, page_count = columns
         self.head, self.group = head, a.Hq // a.Hkv
+        self.heads = k.i64(1) if heads is None else heads
         self.rows = rows * self.group
         self.shift = (a.kv_len[self.seq] - a.q_start[self.seq + 1]).to(I64)  # position of a row = row + shift
         self.window = k.max(a.window[0].to(I64), 1)
@@ -89,7 +88,10 @@ class Item:
 
 
 class State:
-    """Running maximum, sum and weighted sum of up to GROUP_ROWS rows, on the stack (or read from partial results)."""
+    """Running maximum, sum and weighted sum of up to GROUP_ROWS rows, on the stack (or read from partial results).
+
+    Of several heads those of the first come first, `item.group` rows each.
+    """
 
     def __init__(self, k: Emitter, d: int) -> None:
         self.maximum, self.total = k.scratch(F32, GROUP_ROWS), k.scratch(F32, GROUP_ROWS)
@@ -99,13 +101,15 @@ class State:
         self, k: Emitter, a: Frame, variant: Variant, item: Item, first: Value, count: Value, partial: Value
     ) -> None:
         """No key yet; with sinks (and the state not one that is merged later), one key of score `sink` without value."""
-        with k.range(0, count) as i:
-            self.maximum[i], self.total[i] = FIRST_MAXIMUM, 0.0
+        with k.range(0, item.heads) as head, k.range(0, count) as i:
+            at = head * item.group + i
+            self.maximum[at], self.total[at] = FIRST_MAXIMUM, 0.0
             if variant.sinks:
                 with k.when(partial ^ 1):
-                    sink = a.sinks[item.head * item.group + (first + i) % item.group]
-                    self.maximum[i], self.total[i] = sink, 1.0
-        with k.range(0, count * self.d, k.lanes) as i:
+                    sink = a.sinks[(item.head + head) * item.group + (first + i) % item.group]
+                    self.maximum[at], self.total[at] = sink, 1.0
+        rows = k.select(item.heads > 1, item.heads * item.group, count)
+        with k.range(0, rows * self.d, k.lanes) as i:
             self.acc.store(i, k.zeros(F32, k.lanes))
 
     def merge_sums(self, k: Emitter, i: Value, maximum: Value, total: Value) -> tuple[Value, Value]:
@@ -121,18 +125,26 @@ class State:
 
 
 class SplitAttention:
-    """One split for a few (1 … BLOCK_ROWS) rows: scores, softmax within the split, weighted sum, merged into the state."""
+    """One split for a few (1 … BLOCK_ROWS) rows of each head: a softmax of its own, page by page, merged into the state.
+
+    Memory is read in the order in which it lies, page by page with the keys and values of all heads: the hardware then
+    fetches ahead, and a page comes about twice as fast as head by head.
+    """
 
     def __init__(self, k: Emitter, a: Frame, variant: Variant, item: Item, state: State) -> None:
         self.k, self.a, self.variant, self.item, self.state = k, a, variant, item, state
-        self.scores = k.scratch(F32, BLOCK_ROWS * SPLIT_KEYS)
+        d = variant.head_dim
+        # By (head, row). Of the split: maximum, sum lane by lane, weighted sum. Of the page: scores, then
+        # exp(score - maximum), and the factor of what the pages before gave.
+        self.maximum, self.total = k.scratch(F32, GROUP_ROWS), k.scratch(F32, GROUP_ROWS * k.lanes)
+        self.acc = k.scratch(F32, GROUP_ROWS * d)
+        self.weights, self.factors = k.scratch(F32, GROUP_ROWS * SPLIT_KEYS), k.scratch(F32, GROUP_ROWS)
         self.table = a.block_tables + item.seq * a.B
-        scale = a.scale[0] * a.k_scale[0] if variant.scales else a.scale[0]
-        self.scale = scale
+        self.scale = a.scale[0] * a.k_scale[0] if variant.scales else a.scale[0]
 
     def run(self, split: Value, first: Value, base: Value, count: int) -> None:
-        """Rows first … first + count - 1 of the item; their state is at first - base."""
-        k, a, item = self.k, self.a, self.item
+        """Rows first … first + count - 1 of each head of the item; their state is at first - base."""
+        k, a, item, d, lanes = self.k, self.a, self.item, self.variant.head_dim, self.k.lanes
         pages = split_pages(k, a)
         start = split * pages
         rows = [first + i for i in range(count)]
@@ -141,94 +153,103 @@ class SplitAttention:
         first_page = k.max(k.max(item.first_page, start), oldest // a.C)
         end_page = k.min(k.min(item.end_page, start + pages), positions[-1] // a.C + 1)
         with k.when(first_page < end_page):
-            self._scores(rows, start, first_page, end_page)
-            factors = []
-            for i, position in enumerate(positions):
-                low = k.max(position - item.window + 1, 0) - start * a.C
-                bounds = (first_page - start) * a.C, (end_page - start) * a.C
-                maximum, total = self._softmax(i, bounds, low, position + 1 - start * a.C)
-                factors.append(self.state.merge_sums(k, rows[i] - base, maximum, total))
-            low, high = oldest, positions[-1] + 1
-            self._values(count, first - base, factors, start, first_page, end_page, low, high)
+            with k.range(0, item.heads * count) as i:
+                self.maximum[i] = FIRST_MAXIMUM
+                self.total.store(i * lanes, k.zeros(F32, lanes))
+                for v in range(0, d, lanes):
+                    self.acc.store(i * d + v, k.zeros(F32, lanes))
+            with k.range(first_page, end_page) as page:
+                self._page(page, rows, positions)
+            with k.range(0, item.heads) as head, k.range(0, count) as i:
+                here, there = head * count + i, head * item.group + (first - base) + i
+                total = k.sum_lanes(self.total.load(here * lanes, lanes))
+                factors = self.state.merge_sums(k, there, self.maximum[here], total)
+                for v in range(0, d, lanes):
+                    self.state.merge_acc(k, there * d + v, self.acc.load(here * d + v, lanes), *factors)
 
-    def _scores(self, rows: list[Value], start: Value, first_page: Value, end_page: Value) -> None:
-        """A lane is a key, so no sum crosses lanes: each is over d in two halves, whatever the rows beside it."""
-        k, a, d, lanes = self.k, self.a, self.variant.head_dim, self.k.lanes
-        group, head, half, unroll = self.item.group, self.item.head, d // 2, 4
-        q = [a.q + ((self.item.first_row + row // group) * a.Hq + head * group + row % group) * d for row in rows]
-        with k.range(first_page, end_page) as page:
-            keys = page_block(k, a, self.table[page].to(I64), 0, head, d)
-            values = page_block(k, a, self.table[page].to(I64), 1, head, d)
-            next_keys = page_block(k, a, self.table[k.min(page + 1, end_page - 1)].to(I64), 0, head, d)
-            with k.range(0, a.C, lanes) as key:
-                sums = [[k.var(k.zeros(F32, lanes)) for _ in (0, 1)] for _ in rows]
-                with k.range(0, half, unroll) as i:
-                    for part in (0, 1):
-                        for step in range(unroll):
-                            at = i + (part * half + step)
-                            k_vector = load_page(k, keys, at * a.C + key, self.variant.page_dtype, lanes)
-                            for row, both in zip(q, sums, strict=True):
-                                both[part].v = k.fma(k.splat(row[at], lanes), k_vector, both[part].v)
-                    with k.when((self.item.rows <= PREFETCH_MOST_ROWS) & key.eq(0)):
-                        bytes_ = 2 * unroll * a.C * element_bytes(keys.element)  # this turn's share of a page
-                        for next_block in (next_keys, values):
-                            block = next_block.as_(I8) + i // unroll * bytes_
-                            with k.range(0, bytes_, LINE_BYTES) as line:
-                                (block + line).prefetch(0)
-                at = (page - start) * a.C + key
-                for i, (first, second) in enumerate(sums):
-                    score = (first.v + second.v) * self.scale
-                    if self.variant.softcap:  # cap * tanh(s / cap), tanh(x) = 1 - 2 / (exp(2 x) + 1)
-                        cap = k.splat(a.softcap[0], lanes)
-                        score = cap * (k.like(score, 1.0) - k.like(score, 2.0) / (k.exp(score * 2.0 / cap) + 1.0))
-                    self.scores.store(at + i * SPLIT_KEYS, score)
+    def _page(self, page: Value, rows: list[Value], positions: list[Value]) -> None:
+        """Take one page into the split's sums. A row that sees none of its keys stays as it is, to the bit."""
+        k, a, item, d = self.k, self.a, self.item, self.variant.head_dim
+        number, start = self.table[page].to(I64), page * a.C
+        seen = [(k.max(p - item.window + 1, 0) - start, p + 1 - start) for p in positions]  # of the page's keys
+        with k.range(0, item.heads) as head:
+            self._keys(page_block(k, a, number, 0, item.head + head, d), head, rows, seen)
+        # Keys that a row of these sees, which all have been written; other slots may hold NaN.
+        begin, end = k.max(seen[0][0], 0), k.min(seen[-1][1], a.C)
+        with k.range(0, item.heads) as head:
+            self._values(page_block(k, a, number, 1, item.head + head, d), head * len(rows), len(rows), begin, end)
 
-    def _softmax(self, i: int, bounds: tuple[Value, Value], low: Value, high: Value) -> tuple[Value, Value]:
-        """Scores of row i → exp(score - maximum), 0 where not visible; returns the split's maximum and sum."""
-        k, lanes = self.k, self.k.lanes
+    def _keys(self, keys: Ptr, head: Value, rows: list[Value], seen: list[tuple[Value, Value]]) -> None:
+        """Weights of one head's keys, and what they change of the rows' maxima and sums."""
+        k, a, lanes = self.k, self.a, self.k.lanes
         iota = k.const(ir.VectorType(I32, lanes), list(range(lanes)))
-        low, high = low.to(I32), high.to(I32)
+        bounds = [(low.to(I32), high.to(I32)) for low, high in seen]
 
-        def visible(key: Value) -> Value:
-            position = iota + key.to(I32)
-            return (position >= low) & (position < high)
+        def visible(i: int, key: Value) -> Value:
+            place = iota + key.to(I32)
+            return (place >= bounds[i][0]) & (place < bounds[i][1])
 
-        best = k.var(k.const(ir.VectorType(F32, lanes), FIRST_MAXIMUM))
-        with k.range(*bounds, lanes) as key:
-            score = self.scores.load(key + i * SPLIT_KEYS, lanes)
-            best.v = k.max(best.v, k.select(visible(key), score, best.v))
-        maximum = k.max_lanes(best.v)
-        total: Var = k.var(k.zeros(F32, lanes))
-        with k.range(*bounds, lanes) as key:
-            score = self.scores.load(key + i * SPLIT_KEYS, lanes)
-            weight = k.select(visible(key), k.exp(score - maximum), k.zeros(F32, lanes))
-            self.scores.store(key + i * SPLIT_KEYS, weight)
-            total.v = total.v + weight
-        return maximum, k.sum_lanes(total.v)
+        here = [head * len(rows) + i for i in range(len(rows))]
+        weights = [self.weights + at * SPLIT_KEYS for at in here]
+        best = [k.var(k.const(ir.VectorType(F32, lanes), FIRST_MAXIMUM)) for _ in rows]
+        with k.range(0, a.C, lanes) as key:
+            for i, score in enumerate(self._scores(keys, key, self.item.head + head, rows)):
+                weights[i].store(key, score)
+                best[i].v = k.max(best[i].v, k.select(visible(i, key), score, best[i].v))
+        maxima, totals = [], []
+        for i, at in enumerate(here):
+            before, factor = self.maximum[at], k.var(k.const(F32, 1.0))
+            maximum = k.max(before, k.max_lanes(best[i].v))
+            with k.when(maximum > before):  # seldom: an exp of one number costs as much as one of a vector
+                factor.v = k.exp(before - maximum)
+                self.maximum[at] = maximum
+            self.factors[at] = factor.v
+            maxima.append(maximum)
+            totals.append(k.var(self.total.load(at * lanes, lanes) * factor.v))
+        with k.range(0, a.C, lanes) as key:
+            for i, maximum in enumerate(maxima):
+                weight = k.exp(weights[i].load(key, lanes) - maximum)
+                weight = k.select(visible(i, key), weight, k.zeros(F32, lanes))
+                weights[i].store(key, weight)
+                totals[i].v = totals[i].v + weight
+        for at, total in zip(here, totals, strict=True):
+            self.total.store(at * lanes, total.v)
 
-    def _values(
-        self, count: int, at: Value, factors: list[tuple[Value, Value]], start: Value, first_page: Value,
-        end_page: Value, low: Value, high: Value,
-    ) -> None:  # fmt: skip
-        """Weighted sum of V over positions low … high - 1, which all have been written; other slots may hold NaN."""
-        k, a, d, lanes = self.k, self.a, self.variant.head_dim, self.k.lanes
+    def _scores(self, keys: Ptr, key: Value, head: Value, rows: list[Value]) -> list[Value]:
+        """Of `lanes` keys with each row. A lane is a key, so no sum crosses lanes; each is over even and odd d."""
+        k, a, d, lanes, unroll = self.k, self.a, self.variant.head_dim, self.k.lanes, 8
+        group, first_row = self.item.group, self.item.first_row
+        q = [a.q + ((first_row + row // group) * a.Hq + head * group + row % group) * d for row in rows]
+        sums = [[k.var(k.zeros(F32, lanes)) for _ in (0, 1)] for _ in rows]
+        with k.range(0, d, unroll) as i:
+            for step in range(unroll):
+                at = i + step
+                k_vector = load_page(k, keys, at * a.C + key, self.variant.page_dtype, lanes)
+                for row, both in zip(q, sums, strict=True):
+                    both[step % 2].v = k.fma(k.splat(row[at], lanes), k_vector, both[step % 2].v)
+        scores = [(even.v + odd.v) * self.scale for even, odd in sums]
+        if not self.variant.softcap:
+            return scores
+        cap = k.splat(a.softcap[0], lanes)  # cap * tanh(s / cap), tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        return [cap * (k.like(s, 1.0) - k.like(s, 2.0) / (k.exp(s * 2.0 / cap) + 1.0)) for s in scores]
+
+    def _values(self, values: Ptr, first: Value, count: int, begin: Value, end: Value) -> None:
+        """Weighted sums of one head's values begin … end - 1, added to the rows' of the pages before."""
+        k, d, lanes = self.k, self.variant.head_dim, self.k.lanes
         vectors = 8 if k.registers >= 32 else 4
+        here = [first + i for i in range(count)]
         for v0 in range(0, d, vectors * lanes):
             columns = range(v0, min(v0 + vectors * lanes, d), lanes)
-            acc = [[k.var(k.zeros(F32, lanes)) for _ in columns] for _ in range(count)]
-            with k.range(first_page, end_page) as page:
-                values = page_block(k, a, self.table[page].to(I64), 1, self.item.head, d)
-                begin, end = k.max(low - page * a.C, 0), k.min(high - page * a.C, a.C)
-                with k.range(begin, end) as key:
-                    local = (page - start) * a.C + key
-                    weights = [k.splat(self.scores[local + i * SPLIT_KEYS], lanes) for i in range(count)]
-                    for j, v in enumerate(columns):
-                        value = load_page(k, values, key * d + v, self.variant.page_dtype, lanes)
-                        for i in range(count):
-                            acc[i][j].v = k.fma(weights[i], value, acc[i][j].v)
-            for i in range(count):
+            acc = [[k.var(self.acc.load(at * d + v, lanes) * self.factors[at]) for v in columns] for at in here]
+            with k.range(begin, end) as key:
+                weights = [k.splat(self.weights[at * SPLIT_KEYS + key], lanes) for at in here]
                 for j, v in enumerate(columns):
-                    self.state.merge_acc(k, (at + i) * d + v, acc[i][j].v, *factors[i])
+                    value = load_page(k, values, key * d + v, self.variant.page_dtype, lanes)
+                    for weight, sums in zip(weights, acc, strict=True):
+                        sums[j].v = k.fma(weight, value, sums[j].v)
+            for at, sums in zip(here, acc, strict=True):
+                for v, sum_ in zip(columns, sums, strict=True):
+                    self.acc.store(at * d + v, sum_.v)
 
     def rows(self, split: Value, first: Value, end: Value, base: Value) -> None:
         """All rows first … end - 1, BLOCK_ROWS at a time."""
