@@ -18,6 +18,7 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures, for_steps
+from llm_infer.engine.huge_pages import empty_in_huge_pages
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting, release_free_memory
 from llm_infer.engine.page_count import choose_num_pages
@@ -147,6 +148,7 @@ class Runner:
         self.__dict__.pop("pages", None)  # two pools would not fit
         with out_of_memory_names_the_setting():
             self.pages = sharding.zeros(self.steps.pool(self.num_pages))
+            empty_in_huge_pages(self.pages)
             self.last_ids = sharding.zeros(self.steps.last_ids())
         # Made by the first step that needs it: two arrays of slots × vocabulary.
         self.state: SlotState | None = None
