@@ -474,8 +474,9 @@ def _structured(schema_file: str | None) -> StructuredOutputsParams | None:
 def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:
     """An engine for one user: one sequence at a time, so that few rows are computed and little memory is taken."""
     from llm_infer.llm import LLM
+    from llm_infer.parallel.distributed import on_cluster
 
-    if "coordinator_address" in arguments:
+    if "coordinator_address" in arguments or on_cluster():
         _keep_stdout_for_answers()
     return LLM(model, **{"max_num_seqs": 1, "max_num_batched_tokens": 512, **arguments})
 

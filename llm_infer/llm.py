@@ -16,7 +16,7 @@ from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.results import PooledPrompt
-from llm_infer.errors import RequestError
+from llm_infer.errors import RequestError, UserError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load, require_same_tokens
 from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
@@ -158,15 +158,18 @@ class LLM:
         draft = None
         if config.speculative is not None and config.speculative.model is not None:
             name = config.speculative.model
-            tokenizer, draft = load(
-                name,
-                load_format=load_format,
-                fused_qkv=fused_qkv,
-                dtype=dtype,
-                precision=precision,
-                progress=self._progress,
-                parallel=parallel,
-            )
+            try:
+                tokenizer, draft = load(
+                    name,
+                    load_format=load_format,
+                    fused_qkv=fused_qkv,
+                    dtype=dtype,
+                    precision=precision,
+                    progress=self._progress,
+                    parallel=parallel,
+                )
+            except UserError as error:  # it need not be cut like the model
+                raise UserError(f"the draft model {name!r}: {error}") from error
             require_same_tokens(self.tokenizer, tokenizer, name)
         self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids, draft_model=draft, channel=channel)
         if isinstance(channel, Leader):

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_infer.errors import UserError
-from llm_infer.parallel.channel import Follower, Leader
+from llm_infer.parallel.channel import Follower, Leader, end_process
 
 HEARTBEAT = 10
 """Seconds without a sign of life after which JAX gives a process up for lost, where its connection has not told."""
@@ -48,7 +48,7 @@ def join(
     """
     given = (coordinator_address, num_processes, process_id)
     if all(each is None for each in given):
-        if not _on_cluster():
+        if not on_cluster():
             return None
     elif any(each is None for each in given):
         raise UserError(
@@ -71,10 +71,14 @@ def join(
         raise UserError(f"the processes did not come together: {str(error).splitlines()[0]}") from error
     if jax.process_count() == 1:
         return None
-    return _connect(coordinator_address, settings)
+    try:
+        return _connect(coordinator_address, settings)
+    except jax.errors.JaxRuntimeError as error:
+        end_process(f"a process is gone ({str(error).splitlines()[0]:.200}): restart all processes")
+        raise
 
 
-def _on_cluster() -> bool:
+def on_cluster() -> bool:
     """Whether this is one of several tasks of a SLURM step, or a host of a Cloud TPU slice."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return True

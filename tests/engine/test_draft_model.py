@@ -136,3 +136,9 @@ def test_llm_loads_its_draft_model_like_the_model_and_gives_the_same_text(tmp_pa
     assert result.outputs == expected.outputs
     assert result.metrics is not None and drafting.engine.times.steps < plain.engine.times.steps
     assert 0 < result.metrics.num_accepted_tokens == result.metrics.num_drafted_tokens, "the model itself drafts"
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    with pytest.raises(UserError, match=r"^the draft model '.*broken': .*5"):
+        llm(speculative_config=drafts | {"model": str(broken)})

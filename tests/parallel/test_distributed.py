@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -12,11 +13,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster
+from jax.experimental import multihost_utils
 
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.errors import UserError
 from llm_infer.llm import LLM
+from llm_infer.parallel import distributed
 from llm_infer.parallel.distributed import join
 from tests.parallel.two_hosts import ARGUMENTS, generate
 
@@ -36,6 +41,22 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
+
+
+def slurm(job: int, tasks: int, task: int) -> dict[str, str]:
+    """What SLURM tells a task of a step."""
+    counts = {"NTASKS": tasks, "STEP_NUM_TASKS": tasks, "STEP_NUM_NODES": tasks, "PROCID": task, "LOCALID": 0}
+    return {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1,localhost"} | {
+        f"SLURM_{name}": str(count) for name, count in counts.items()
+    }
+
+
 class Processes:
     """Starts processes that are ended, whatever happens, when the test is over."""
 
@@ -43,13 +64,18 @@ class Processes:
         self.directory, self.started = directory, []
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.job = next(job for job in range(random.randrange(4096), 8192) if is_free(61440 + job % 4096))
 
-    def start(self, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "LLM_INFER_CACHE": str(self.directory / "cache"),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }
+    def start(self, *arguments: str, devices: int = 1, **variables: str) -> subprocess.Popen[str]:
+        environment = (
+            os.environ
+            | variables
+            | {
+                "PYTHONPATH": str(ROOT),
+                "LLM_INFER_CACHE": str(self.directory / "cache"),
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            }
+        )
         errors = (self.directory / f"stderr{len(self.started)}").open("w+")
         process = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -92,10 +118,10 @@ def test_two_processes_give_the_tokens_of_one_and_notice_a_loss_while_idle(
 
 
 def test_four_processes_give_the_text_of_one_until_one_is_lost_in_a_step(processes: Processes, directory: Path) -> None:
-    flags = ["--load-format", "dummy", "--raw", "--temperature", "1", "--seed", "3", "--max-tokens", "900"]
-    hosts = ["-tp", "4", "--coordinator-address", processes.address, "--num-processes", "4", "--process-id"]
-    command = ["-m", "llm_infer.cli", "generate", PROMPT, "--model", str(directory), *flags, *hosts]
-    leader, *others = [processes.start(*command, str(process)) for process in range(4)]
+    """Started by SLURM, which tells all but the port; JAX makes that from the job's number."""
+    flags = ["--load-format", "dummy", "--raw", "--temperature", "1", "--seed", "3", "--max-tokens", "900", "-tp", "4"]
+    command = ["-m", "llm_infer.cli", "generate", PROMPT, "--model", str(directory), *flags]
+    leader, *others = [processes.start(*command, **slurm(processes.job, 4, process)) for process in range(4)]
     text = leader.stdout.read(20)
     others[1].send_signal(signal.SIGKILL)
     text += leader.stdout.read()
@@ -127,3 +153,56 @@ def test_half_of_the_arguments_is_an_error() -> None:
     with pytest.raises(UserError, match=r"process_id=2: expected 0 to 1"):
         join("10.0.0.1:1", 2, 2, {})
     assert join(None, None, None, {}) is None
+
+
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """What JAX's own detection makes of what it is asked: coordinator, number of processes, this one; heartbeat."""
+    calls = []
+
+    def initialize(*asked: object, heartbeat_timeout_seconds: int, initialization_timeout: int) -> None:
+        found = ClusterEnv.auto_detect_unset_distributed_params(*asked, None, None, initialization_timeout)
+        calls.append((*found[:3], heartbeat_timeout_seconds))
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "TPU_", "MEGASCALE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    for name in ("COORDINATOR_ADDRESS", "NUM_SLICES", "SLICE_ID"):  # set, so that nobody asks Google's metadata server
+        monkeypatch.setenv(f"MEGASCALE_{name}", "")
+    return calls
+
+
+def test_hosts_of_a_cloud_tpu_slice_find_each_other(joined: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cluster, cloud_tpu_cluster):
+        monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setenv("TPU_WORKER_ID", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    assert join(None, None, None, {}) is None and not joined, "a slice of one host"
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost,127.0.0.2")
+    join(None, None, None, {})
+    assert joined == [("localhost:8482", 2, 1, 10)]
+    join("10.0.0.1:77", 3, 2, {})
+    assert joined[1:] == [("10.0.0.1:77", 3, 2, 10)], "what is given counts"
+
+
+def test_tasks_of_a_slurm_step_find_each_other(joined: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variables, found in ((slurm(5, 1, 0), []), (slurm(5, 3, 2), [("127.0.0.1:61445", 3, 2, 10)])):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert join(None, None, None, {}) is None, "JAX says that there is one process"
+        assert joined == found
+
+
+def test_a_process_lost_while_connecting_is_told(joined: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(_: object) -> None:
+        raise jax.errors.JaxRuntimeError("Gloo all-reduce failed\nand more")
+
+    said: list[str] = []
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lose)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "end_process", said.append)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        join("127.0.0.1:77", 2, 1, {})
+    assert said == ["a process is gone (Gloo all-reduce failed): restart all processes"]
