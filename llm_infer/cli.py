@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llm_infer import accelerators
 from llm_infer.errors import UserError
 
 if TYPE_CHECKING:
@@ -529,6 +530,8 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the answer
     # JAX would print a warning on machines with a TPU library or GPU driver that it does not use.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if "JAX_PLATFORMS" not in os.environ and accelerators.none_is_here():
+        os.environ["JAX_PLATFORMS"] = "cpu"
     # JAX would set aside three quarters of a GPU; how much of it is used is for --memory-utilization to say.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")

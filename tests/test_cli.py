@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
-from llm_infer import cli
+from llm_infer import accelerators, cli
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -130,3 +132,23 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(default_gguf: Pat
 def test_help_does_not_load_jax() -> None:
     code = "import sys, llm_infer.cli; assert 'jax' not in sys.modules, 'jax was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("device", [None, "nvidia0", "accel0"])
+def test_libraries_for_devices_that_are_not_here_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, device: str | None
+) -> None:
+    """A CUDA plugin or libtpu that finds no device writes a screenful before the answer; with a device it may complain."""
+    if device is not None:
+        (tmp_path / device).touch()
+    files = [pattern.replace("/dev", str(tmp_path)) for pattern in accelerators.DEVICE_FILES]
+    monkeypatch.setattr(accelerators.none_is_here, "__defaults__", (files,))
+    monkeypatch.setenv("JAX_PLATFORMS", "of the user")
+    assert run(monkeypatch, capsys, "--help")[0] == 0
+    assert os.environ["JAX_PLATFORMS"] == "of the user"
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert run(monkeypatch, capsys, "--help")[0] == 0
+    assert os.environ.get("JAX_PLATFORMS") == ("cpu" if device is None else None)
+    plugins = [EntryPoint("metal", "jax_plugins.metal", "jax_plugins")]
+    monkeypatch.setattr(accelerators, "entry_points", lambda group: plugins)
+    assert not accelerators.none_is_here(), "who knows where its device is"

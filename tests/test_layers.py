@@ -27,7 +27,13 @@ ONLY_IN = {
 # These run without JAX: they can be read, tested and reused on their own.
 HOST = (
     *("llm_infer/scheduler/", "llm_infer/kvcache/page_", "llm_infer/kvcache/prefix_", "llm_infer/kvcache/simulate"),
-    *("llm_infer/text/", "llm_infer/errors.py", "llm_infer/config.py", "llm_infer/outputs.py"),
+    *(
+        "llm_infer/text/",
+        "llm_infer/errors.py",
+        "llm_infer/config.py",
+        "llm_infer/outputs.py",
+        "llm_infer/accelerators.py",
+    ),
     *(
         "llm_infer/decoding/sampling_params.py",
         "llm_infer/decoding/beam.py",
@@ -52,7 +58,10 @@ ORDER = (
     ("llm_infer/kvcache/",),
     ("llm_infer/parallel/",),
     ("llm_infer/quant/",),
-    ("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
+    (
+        *("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
+        "llm_infer/accelerators.py",
+    ),
     ("llm_infer/__init__.py",),
     ("pallas_kernels/",),
 )
