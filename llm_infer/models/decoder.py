@@ -23,7 +23,6 @@ from llm_infer.models.layers import (
     rope_angles,
     rope_frequencies,
     rotate,
-    silu,
 )
 from llm_infer.models.registry import decoder_class
 
@@ -94,7 +93,7 @@ class GatedMLP(nnx.Module):
         self.down = Linear(layers, width, inner, reduce=config.shards.axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
-        return self.down(silu(self.gate(x, layer)) * self.up(x, layer), layer)
+        return self.down(self.up(x, layer), layer, gate=self.gate(x, layer))
 
 
 class DecoderLayers(nnx.Module):

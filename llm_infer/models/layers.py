@@ -22,13 +22,17 @@ def linear(
     stacked: Float[Array, "L O I"] | StoredWeights,
     layer: Layer,
     part: tuple[int, Array] | None = None,
+    gate: Float[Array, "T I"] | None = None,
 ) -> Float[Array, "T _"]:
     """`x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`.
 
     `part` = (P, p) takes the p-th of P equal runs of rows: one expert's matrix of those that lie below each other.
+    With a `gate`, silu(gate) · x takes the place of x.
     """
     if isinstance(stacked, StoredWeights):
-        return stacked.matmul(x, layer, part).astype(x.dtype)
+        return stacked.matmul(x, layer, part, gate).astype(x.dtype)
+    if gate is not None:
+        x = silu(gate) * x
     if part is None:
         weight = lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
     else:
@@ -97,8 +101,10 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if bias else None
         self.reduce = reduce
 
-    def __call__(self, x: Float[Array, "T I"], layer: Layer) -> Float[Array, "T O"]:
-        out = sum_over(linear(x, self.weight.get_value(), layer), self.reduce)
+    def __call__(
+        self, x: Float[Array, "T I"], layer: Layer, gate: Float[Array, "T I"] | None = None
+    ) -> Float[Array, "T O"]:
+        out = sum_over(linear(x, self.weight.get_value(), layer, gate=gate), self.reduce)
         if self.bias is not None:
             out = out + lax.dynamic_index_in_dim(self.bias[...], layer)
         return out

@@ -55,7 +55,11 @@ class StoredWeights:
         return sum(block.nbytes for block in self.blocks)
 
     def matmul(
-        self, x: Float[Array, "T K"], layer: Int[Array, ""] | int, part: tuple[int, Array] | None = None
+        self,
+        x: Float[Array, "T K"],
+        layer: Int[Array, ""] | int,
+        part: tuple[int, Array] | None = None,
+        gate: Float[Array, "T K"] | None = None,
     ) -> Array:
         """`x @ weights[layer].T` in float32, [T, N].
 
@@ -63,15 +67,16 @@ class StoredWeights:
             x: activations.
             layer: index of the layer.
             part: (P, p) takes the p-th of P equal runs of rows of the layer's matrix, e.g. one expert's.
+            gate: silu(gate) · x takes the place of x.
         """
-        x = x.astype(jnp.float32)
+        x, gate = x.astype(jnp.float32), None if gate is None else gate.astype(jnp.float32)
         branches = [partial(self._matmul, stack, part=part) for stack in range(len(self.blocks))]
         if len(branches) == 1:
-            return branches[0](x, jnp.asarray(layer, jnp.int32))
+            return branches[0](x, gate, jnp.asarray(layer, jnp.int32))
         stack, index = (jnp.asarray(column)[layer] for column in np.array(self.places, np.int32).T)
-        return lax.switch(stack, branches, x, index)
+        return lax.switch(stack, branches, x, gate, index)
 
-    def _matmul(self, stack: int, x: Array, index: Array, part: tuple[int, Array] | None) -> Array:
+    def _matmul(self, stack: int, x: Array, gate: Array | None, index: Array, part: tuple[int, Array] | None) -> Array:
         blocks, kind, tiled = self.blocks[stack], self.kinds[stack], self.is_tiled(stack)
         if part is not None:
             count, number = part
@@ -79,7 +84,7 @@ class StoredWeights:
                 blocks, tiled = untile(blocks, kind), False
             blocks = blocks.reshape(blocks.shape[0] * count, -1, blocks.shape[2])
             index = index * count + number
-        return quant_matmul(x, blocks, index, kind=kind, precision=self.precision, tiled=tiled)
+        return quant_matmul(x, blocks, index, gate, kind=kind, precision=self.precision, tiled=tiled)
 
     def rows(self, ids: Int[Array, "T"]) -> Float[Array, "T K"]:
         """Rows of the only layer's matrix as float32; ids outside are clipped."""

@@ -22,6 +22,7 @@ def quant_matmul(
     x: jax.Array,
     blocks: jax.Array,
     layer: jax.Array | int = 0,
+    gate: jax.Array | None = None,
     *,
     kind: str,
     precision: str = "exact",
@@ -39,6 +40,7 @@ def quant_matmul(
         blocks: UInt8[Array, "L N R"], rows of K weights in GGUF blocks of `kind`, R = FORMATS[kind].row_items(K); for
             the dense kinds f32, f16 and bf16 the array [L, N, K] of that dtype. K is a multiple of 32 for all of them.
         layer: Int32 scalar, may be traced.
+        gate: Float[Array, "M K"] float32: silu(gate) · x is multiplied instead of x (SwiGLU); None for x.
         kind: a key of FORMATS.
         precision: one of PRECISIONS.
         tiled: the rows have the tiled order, see `tiles`; N is a multiple of 16.
@@ -56,6 +58,9 @@ def quant_matmul(
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
     if x.ndim != 2 or x.dtype != jnp.float32:
         raise ValueError(f"x: expected float32 [M, K], found {x.dtype.name} of shape {list(x.shape)}")
+    if gate is not None and (gate.shape != x.shape or gate.dtype != jnp.float32):
+        expected = f"float32 {list(x.shape)}, as x"
+        raise ValueError(f"gate: expected {expected}, found {gate.dtype.name} of shape {list(gate.shape)}")
     fmt = FORMATS[kind]
     if blocks.ndim != 3 or blocks.dtype.name != fmt.dtype:
         found = f"{blocks.dtype.name} of shape {list(blocks.shape)}"
@@ -74,7 +79,7 @@ def quant_matmul(
         options={"kind": kind, "precision": precision, "tiled": tiled},
     )
     return dispatch.pick("quant_matmul", case, implementation)(
-        x, blocks, jnp.asarray(layer, jnp.int32), kind=kind, precision=precision, tiled=tiled
+        x, blocks, jnp.asarray(layer, jnp.int32), gate, kind=kind, precision=precision, tiled=tiled
     )
 
 

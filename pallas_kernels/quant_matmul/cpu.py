@@ -11,6 +11,7 @@ import jax
 from pallas_kernels import cpu_ffi, tuned
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
+from pallas_kernels.quant_matmul.reference import gated
 
 INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # have a kernel with int8 activations; others are computed exactly
 
@@ -59,12 +60,21 @@ def _rounds(kind: str, rows: int, precision: str) -> bool:
 
 
 def quant_matmul(
-    x: jax.Array, blocks: jax.Array, layer: jax.Array, *, kind: str, precision: str = "exact", tiled: bool = False
+    x: jax.Array,
+    blocks: jax.Array,
+    layer: jax.Array,
+    gate: jax.Array | None = None,
+    *,
+    kind: str,
+    precision: str = "exact",
+    tiled: bool = False,
 ) -> jax.Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`."""
     if tiled:
         dims = {"A": -(-x.shape[0] // TILE_GROUP), "G": x.shape[1] // 32}
-        return tiles_kernel(kind, precision)(x, blocks, layer, dims=dims)[0]
+        gates = [] if gate is None else [gate]
+        return tiles_kernel(kind, precision, gate is not None)(x, blocks, layer, *gates, dims=dims)[0]
+    x = gated(x, gate)
     if _rounds(kind, x.shape[0], precision):
         return int8_kernel(kind)(x, blocks, layer, dims={"G": x.shape[1] // 32})[0]
     return matmul_kernel(kind)(x, blocks, layer)[0]
@@ -114,22 +124,27 @@ def int8_kernel(kind: str) -> Any:
 
 
 @cache
-def tiles_kernel(kind: str, precision: str) -> Any:
-    """The kernel for tiled rows of one block format (see `tiles`)."""
+def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
+    """The kernel for tiled rows of one block format (see `tiles`); `gated` ones compute silu(gate) · x where they round it."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.quant_matmul import cpu_tiles
 
     here, count, group = Path(__file__).parent, digits(kind, precision), TILE_GROUP
     return Kernel(
-        name=f"quant_matmul_tiles_{8 * count}bit_{kind}",
-        args={"x": Buffer("float32", "M K"), "blocks": Buffer("uint8", "L N R"), "layer": Buffer("int32", "")},
+        name=f"quant_matmul_tiles_{8 * count}bit_{kind}{'_gated' if gated else ''}",
+        args={
+            "x": Buffer("float32", "M K"),
+            "blocks": Buffer("uint8", "L N R"),
+            "layer": Buffer("int32", ""),
+            **({"gate": Buffer("float32", "M K")} if gated else {}),
+        },
         results={
             "out": Buffer("float32", "M N"),
             "xq": Buffer("int8", f"A G {group} {count} {cpu_tiles.BLOCK}"),
             "xd": Buffer("float32", f"A G {group}"),
             "xs": Buffer("float32", f"A G {group} 2"),
         },
-        body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count),
+        body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count, gated=gated),
         sources=tuple(str(here / name) for name in ("cpu_tiles.py", "cpu_tasks.py", "tiles.py", "formats.py")),
     )

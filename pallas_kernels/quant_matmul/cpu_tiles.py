@@ -36,8 +36,8 @@ class Activations:
     and the others apart where `split`), else as float32.
     """
 
-    def __init__(self, k: Emitter, a: Frame, kind: str, digits: int) -> None:
-        self.k, self.a, self.bias, self.digits = k, a, BIAS[kind], digits
+    def __init__(self, k: Emitter, a: Frame, kind: str, digits: int, gated: bool) -> None:
+        self.k, self.a, self.bias, self.digits, self.gated = k, a, BIAS[kind], digits, gated
         self.split = kind == "q8_0" and digits == 3  # 8-bit weights times 23 bits do not fit 32
 
     def at(self, group: Value, block: Value) -> tuple[Ptr, Ptr, Ptr]:
@@ -46,12 +46,16 @@ class Activations:
         return self.a.xq + index * (self.digits * BLOCK), self.a.xd + index, self.a.xs + index * 2
 
     def round_row(self, m: Value) -> None:
-        """Fill in activation row m."""
+        """Fill in activation row m, times silu of its gate where there is one."""
         k, a, lanes = self.k, self.a, self.k.lanes
         with k.range(0, a.G) as g:
             digits, scales, sums = self.at(m // GROUP, g)
             digits, slot = digits + m % GROUP * (self.digits * BLOCK), m % GROUP
-            parts = [a.x.load(m * a.K + g * BLOCK + i, lanes) for i in range(0, BLOCK, lanes)]
+            places = [m * a.K + g * BLOCK + i for i in range(0, BLOCK, lanes)]
+            parts = [a.x.load(at, lanes) for at in places]
+            if self.gated:
+                gates = [a.gate.load(at, lanes) for at in places]
+                parts = [x * (gate / (k.exp(gate * -1.0) + 1.0)) for x, gate in zip(parts, gates, strict=True)]
             # The sizes' bits are in the order of the sizes, and those of what is not finite are the largest.
             sizes = [k.abs(part).bits(ir.VectorType(I32, lanes)) for part in parts]
             bits = k.max_lanes(functools.reduce(k.max, sizes))
@@ -138,7 +142,7 @@ def multiply(
         a.out.store((group * GROUP + first + i) * a.N + tile * ROWS, sum_.v)
 
 
-def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int) -> None:
+def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> None:
     """Check what the buffers' sizes do not say; cut the activations into digits; then a few tiles a task."""
     a.require((a.G * BLOCK).eq(a.K), "result xd: expected K / 32 blocks")
     a.require((a.A * GROUP) >= a.M, f"result xd: expected groups of {GROUP} for all M rows")
@@ -148,10 +152,10 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int) -> None:
     a.require((layer >= 0) & (layer < a.L), "argument layer is out of range")
 
     def rounding(k: Emitter, a: Frame, number: Value) -> None:
-        Activations(k, a, fmt.kind, digits).round_row(number)
+        Activations(k, a, fmt.kind, digits, gated).round_row(number)
 
     def task(k: Emitter, a: Frame, number: Value) -> None:
-        x = Activations(k, a, fmt.kind, digits)
+        x = Activations(k, a, fmt.kind, digits, gated)
         first = number * a.task_tiles
         last = k.min(first + a.task_tiles, a.N // ROWS)
         whole = a.M // GROUP

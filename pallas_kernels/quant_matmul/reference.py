@@ -91,6 +91,11 @@ def dequantise(blocks: Array, kind: str) -> Array:
     return _DEQUANTISE[kind](grouped).reshape(*blocks.shape[:-1], k)
 
 
+def gated(x: Array, gate: Array | None) -> Array:
+    """silu(gate) · x, or x where there is no gate."""
+    return x if gate is None else jax.nn.silu(gate) * x
+
+
 def why_not(case: Case) -> str | None:
     """Runs everywhere; it dequantises a whole layer's matrix for each call."""
     del case
@@ -98,10 +103,17 @@ def why_not(case: Case) -> str | None:
 
 
 def quant_matmul(
-    x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact", tiled: bool = False
+    x: Array,
+    blocks: Array,
+    layer: Array,
+    gate: Array | None = None,
+    *,
+    kind: str,
+    precision: str = "exact",
+    tiled: bool = False,
 ) -> Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
     del precision
     rows = jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
     weights = dequantise(untile(rows, kind) if tiled else rows, kind)
-    return jnp.einsum("mk,nk->mn", x, weights, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("mk,nk->mn", gated(x, gate), weights, precision=jax.lax.Precision.HIGHEST)

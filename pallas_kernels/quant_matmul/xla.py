@@ -6,7 +6,7 @@ import jax
 from jax import Array, lax
 
 from pallas_kernels.dispatch import Case
-from pallas_kernels.quant_matmul.reference import dequantise
+from pallas_kernels.quant_matmul.reference import dequantise, gated
 from pallas_kernels.quant_matmul.tiles import untile
 
 
@@ -17,10 +17,17 @@ def why_not(case: Case) -> str | None:
 
 
 def quant_matmul(
-    x: Array, blocks: Array, layer: Array, *, kind: str, precision: str = "exact", tiled: bool = False
+    x: Array,
+    blocks: Array,
+    layer: Array,
+    gate: Array | None = None,
+    *,
+    kind: str,
+    precision: str = "exact",
+    tiled: bool = False,
 ) -> Array:
     """See `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
     del precision
     rows = lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
     weights = dequantise(untile(rows, kind) if tiled else rows, kind)
-    return lax.dot_general(x, weights, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    return lax.dot_general(gated(x, gate), weights, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)

@@ -144,6 +144,22 @@ def test_rows_do_not_depend_on_the_batch_or_the_threads(kind):
         pool.set_threads(before)
 
 
+@pytest.mark.parametrize("gate", [0.0, -200.0, 200.0, np.inf, -np.inf, np.nan])
+def test_gates_of_any_size(gate):
+    """silu of what is not finite: infinity and -infinity · 0 are not numbers, and only their own row knows of them."""
+    x, tiled = np.ones((2, 64), np.float32), random_blocks("q4_1", 2, 16, 64)
+    gates = np.ones_like(x)
+    gates[1] = gate
+    plain = quant_matmul(x, jnp.asarray(tiled), 1, jnp.ones_like(x), kind="q4_1", tiled=True, implementation="cpu")
+    out = np.asarray(quant_matmul(x, jnp.asarray(tiled), 1, gates, kind="q4_1", tiled=True, implementation="cpu"))
+    np.testing.assert_array_equal(out[0], plain[0])
+    if np.isfinite(gate):
+        expected = quant_matmul(x, jnp.asarray(tiled), 1, gates, kind="q4_1", tiled=True, implementation="reference")
+        np.testing.assert_allclose(out[1], np.asarray(expected)[1], rtol=1e-4, atol=1e-5)
+    else:
+        assert np.isnan(out[1]).all()
+
+
 @pytest.mark.parametrize("kind", cpu.INT8_KINDS)
 def test_fast_is_exact_but_for_the_rounding_of_activations(kind):
     """Equal to a matmul of activations rounded to int8 in blocks of 32; the same bits for every M and vector width."""
@@ -221,6 +237,12 @@ def test_the_op_picks_the_native_kernel_and_checks_its_arguments():
     for name in ("cpu", "xla", "reference"):
         out = quant_matmul(jnp.asarray(x), jnp.asarray(tiled), 1, kind="q4_1", tiled=True, implementation=name)
         np.testing.assert_allclose(np.asarray(out), np.asarray(plain), rtol=1e-4, atol=1e-5)
+        gated = quant_matmul(
+            jnp.asarray(x), jnp.asarray(tiled), 1, jnp.asarray(x[::-1]), kind="q4_1", tiled=True, implementation=name
+        )
+        product = x[::-1] / (1 + np.exp(-x[::-1])) * x
+        weights = reference.dequantise(tiles.untile(jnp.asarray(tiled[1]), "q4_1"), "q4_1")
+        np.testing.assert_allclose(np.asarray(gated), product @ np.asarray(weights).T, rtol=1e-4, atol=1e-5)
     wrong = {
         "tiled rows of q4_1 must be a multiple of 16, found 5": dict(kind="q4_1", tiled=True),
         "kind is 'q3_k'": dict(kind="q3_k"),
@@ -228,6 +250,9 @@ def test_the_op_picks_the_native_kernel_and_checks_its_arguments():
         "x: expected float32": dict(kind="q4_1", x=jnp.zeros((3, 64), jnp.int32)),
         "expected rows of 36 uint8": dict(kind="q4_0"),
         "blocks: expected float32": dict(kind="f32"),
+        r"gate: expected float32 \[3, 64\], as x, found float32 of shape \[2, 64\]": dict(
+            kind="q4_1", gate=jnp.zeros((2, 64), jnp.float32)
+        ),
         "row of 48 weights": dict(kind="q4_1", x=jnp.zeros((3, 48))),
     }
     for message, change in wrong.items():
