@@ -24,6 +24,10 @@ CANDIDATES = 64
 """Most likely tokens that a row looks at before it turns to the whole vocabulary."""
 
 
+ROWS_AT_ONCE = 8
+"""Rows of the whole vocabulary that are looked at together on CPUs."""
+
+
 class SamplingRows(NamedTuple):
     """Parameters of each row, all [S].
 
@@ -88,17 +92,18 @@ def kept_tokens(scaled: Float[Array, "S V"], rows: SamplingRows) -> Bool[Array, 
 
     `scaled` has been divided by the temperature and has maximum 0.
     """
-    keys = ordered_bits(scaled)
     vocab = scaled.shape[-1]
     limited = (rows.top_k > 0) & (rows.top_k < vocab)
     counts = jnp.where(limited, rows.top_k, vocab).astype(jnp.float32)
     everything = scaled > -jnp.inf
 
     def by_count(kept: Array) -> Array:
+        keys = ordered_bits(scaled)
         return kept & (keys >= largest_threshold(keys, jnp.ones_like(scaled), counts)[:, None])
 
     def by_mass(kept: Array) -> Array:
         mass = jnp.where(kept, jax.nn.softmax(scaled, axis=-1), 0.0)
+        keys = ordered_bits(scaled)
         threshold = largest_threshold(keys, mass, rows.top_p * jnp.sum(mass, axis=-1))
         # top_p = 1 keeps all, also what rounding of the mass would lose.
         return kept & ((keys >= threshold[:, None]) | (rows.top_p >= 1.0)[:, None])
@@ -181,8 +186,26 @@ def without_limits(rows: SamplingRows, which: Bool[Array, "S"]) -> SamplingRows:
     return rows._replace(**changed)
 
 
+def draw_from_all(logits: Float[Array, "S V"], rows: SamplingRows, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+    """A random token of each row among all that its limits keep."""
+    scaled = scale(logits, rows)
+    return invert_cdf(jnp.where(kept_tokens(scaled, rows), jnp.exp(scaled), 0.0), uniform)
+
+
+def in_row_blocks(logits: Float[Array, "S V"], rows: SamplingRows, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+    """As `draw_from_all`, a few rows at a time: what a search for thresholds reads again and again stays in the cache.
+
+    Temporaries of the whole batch would come from the system anew in every step (glibc gives back what is above 32 MB),
+    and touching them took longer than the draw.
+    """
+    num_rows = logits.shape[0]
+    size = next(size for size in range(ROWS_AT_ONCE, 0, -1) if num_rows % size == 0)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (logits, rows, uniform))
+    return lax.map(lambda block: draw_from_all(*block), blocks).reshape(-1)
+
+
 def draw(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
-    """A random token of each row with a temperature above 0; of the others, any."""
+    """A random token of each row with a temperature above 0; of the others, the most likely one."""
     uniform = uniforms(rows)
     drawn = rows.temperature > 0.0
     rows = without_limits(rows, ~drawn)
@@ -199,15 +222,14 @@ def draw(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
     chosen = jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
 
     def from_all(chosen: Array) -> Array:
-        scaled = scale(logits, rows)
-        mass = jnp.where(kept_tokens(scaled, without_limits(rows, enough)), jnp.exp(scaled), 0.0)
-        return jnp.where(enough, chosen, invert_cdf(mass, uniform))
+        arguments = logits, without_limits(rows, enough), uniform
+        found = lax.platform_dependent(*arguments, cpu=in_row_blocks, default=draw_from_all)
+        return jnp.where(enough, chosen, found)
 
-    return lax.cond(jnp.any(drawn & ~enough), from_all, lambda chosen: chosen, chosen)
+    chosen = lax.cond(jnp.any(drawn & ~enough), from_all, lambda chosen: chosen, chosen)
+    return jnp.where(drawn, chosen, ids[:, 0])
 
 
 def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
     """The next token of each row. A batch of greedy rows only takes the argmax and nothing else."""
-    greedy = top_token(logits)
-    is_greedy = rows.temperature <= 0.0
-    return lax.cond(jnp.all(is_greedy), lambda: greedy, lambda: jnp.where(is_greedy, greedy, draw(logits, rows)))
+    return lax.cond(jnp.all(rows.temperature <= 0.0), lambda: top_token(logits), lambda: draw(logits, rows))

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.decoding.sample import CANDIDATES, SamplingRows, kept_candidates, kept_tokens, sample
+from llm_infer.decoding.sample import (
+    CANDIDATES,
+    SamplingRows,
+    draw_from_all,
+    in_row_blocks,
+    kept_candidates,
+    kept_tokens,
+    sample,
+)
 from llm_infer.decoding.shape import ShapeRows, empty_state, mask_logits, seen_counts, set_slot, shape_logits
 from llm_infer.decoding.token_rules import ALL, TokenRules, mask_words
 from llm_infer.decoding.top_tokens import top_tokens
@@ -215,3 +223,23 @@ def test_infinite_logits_are_never_drawn() -> None:
     logits[:, [3, 200]] = 0.0
     drawn = np.asarray(SAMPLE(jnp.asarray(logits), make_rows(1.0)))
     assert set(np.unique(drawn)) == {3, 200}
+
+
+def test_greedy_rows_take_the_first_of_equal_logits_in_every_company() -> None:
+    logits = np.random.default_rng(5).integers(0, 4, (10, 20_000)).astype(np.float32)
+    for temperatures in (np.zeros(ROWS), np.arange(ROWS) % 2):
+        rows = SamplingRows(*(values[:10] for values in make_rows(temperatures)))
+        found = np.asarray(SAMPLE(jnp.asarray(logits), rows))
+        greedy = temperatures[:10] == 0
+        np.testing.assert_array_equal(found[greedy], logits.argmax(-1)[greedy])
+
+
+@pytest.mark.parametrize("count", [24, 11, 10])
+def test_rows_draw_the_same_a_few_at_a_time(count: int) -> None:
+    logits = jnp.asarray(np.random.default_rng(6).standard_normal((count, VOCAB)).astype(np.float32))
+    limits = np.arange(ROWS) % 100
+    rows = SamplingRows(*(values[:count] for values in make_rows(1.0, 0.97, limits, 0.01, 0.95)))
+    uniform = jnp.linspace(0, 0.99, count)
+    whole, blocks = jax.jit(draw_from_all)(logits, rows, uniform), jax.jit(in_row_blocks)(logits, rows, uniform)
+    np.testing.assert_array_equal(np.asarray(blocks), np.asarray(whole))
+    assert len(set(whole.tolist())) > count // 2
