@@ -129,7 +129,7 @@ def environment(target: Target) -> dict[str, str]:
     return {"JAX_PLATFORMS": "cpu", **(_TPU_ENVIRONMENT if target.platform == "tpu" else _GPU_ENVIRONMENT)}
 
 
-def devices(target: Target, topology: str | None = None) -> list[jax.Device]:
+def devices(target: Target, topology: str | None = None) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     """Devices of a slice, such as "2x4" (by default the smallest); they compile and cannot run.
 
     Raises:

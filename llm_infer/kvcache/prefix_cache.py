@@ -17,6 +17,9 @@ class PrefixCache:
     salts never share (nor learn by timing what others asked). The cache owns one reference to each of its pages;
     a page that nobody else owns is taken back by the allocator when it has no free one, least recently used first.
 
+    Only full pages of committed steps are inserted and shared pages are never written, so no sequence reads a slot that
+    another writes in the same step, as `paged_attention` demands (checked in `tests/host/fake_device.py`).
+
     Attributes:
         num_queries: prompt tokens that were looked up (counted when the sequence is admitted).
         num_hits: those of them that were found.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import case_of, expect, layer_index
 
 __all__ = ["grouped_matmul"]
 
@@ -39,23 +40,12 @@ def grouped_matmul(
     Raises:
         ValueError: at trace time, for shapes or dtypes other than these.
     """
-    _expect(x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating), "x", "floats of shape [M, K]", x)
-    _expect(group_sizes.ndim == 1 and group_sizes.dtype == jnp.int32, "group_sizes", "int32 of shape [X]", group_sizes)
+    expect(x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating), "x", "floats of shape [M, K]", x)
+    expect(group_sizes.ndim == 1 and group_sizes.dtype == jnp.int32, "group_sizes", "int32 of shape [X]", group_sizes)
     num_experts, width = group_sizes.shape[0], x.shape[1]
     fits = weights.ndim == 3 and weights.shape[2] == width and weights.shape[1] % num_experts == 0
-    _expect(fits, "weights", f"[L, X*N, K] with X={num_experts} and K={width}", weights)
-    _expect(weights.dtype in (jnp.float32, jnp.bfloat16), "weights", "float32 or bfloat16", weights)
-    platform, device_kind = dispatch.target()
-    arrays = {"x": x, "weights": weights, "group_sizes": group_sizes}
-    case = dispatch.Case(
-        platform=platform,
-        device_kind=device_kind,
-        shapes={name: tuple(array.shape) for name, array in arrays.items()},
-        dtypes={name: array.dtype.name for name, array in arrays.items()},
-    )
-    return dispatch.pick("grouped_matmul", case, implementation)(x, weights, group_sizes, jnp.asarray(layer, jnp.int32))
-
-
-def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, found {found.dtype.name} of shape {list(found.shape)}")
+    expect(fits, "weights", f"[L, X*N, K] with X={num_experts} and K={width}", weights)
+    expect(weights.dtype in (jnp.float32, jnp.bfloat16), "weights", "float32 or bfloat16", weights)
+    index = layer_index(layer, weights.shape[0])
+    case = case_of({"x": x, "weights": weights, "group_sizes": group_sizes})
+    return dispatch.pick("grouped_matmul", case, implementation)(x, weights, group_sizes, index)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.paged_attention.pages import (
     KV_HEADS_AXIS,
     POOL_DTYPES,
@@ -59,6 +60,10 @@ def paged_attention(
     written by this call included. Scores and sums are float32 whatever the dtypes. To be called under jit with `pages`
     donated: they are updated in place.
 
+    No sequence may read a slot that another writes in the same call: kernels write a sequence's new K and V while they
+    read others', in an order of their own. Two sequences may share pages (a common prefix) as long as neither writes to
+    them. The caller guarantees it; nothing here checks it.
+
     Args:
         q: Float[Array, "T Hq D"]. Query head h reads KV head h // (Hq / Hkv). Rows past the last token may hold
             anything.
@@ -92,20 +97,13 @@ def paged_attention(
         on_tpu = is_tpu_layout(pages.shape, k_new.shape[1], k_new.shape[2], pages.dtype.itemsize)
         page_size = pages.shape[2 if on_tpu else 4]
         jax.debug.callback(partial(check_plan, num_pages=pages.shape[1], page_size=page_size), plan)
-    platform, device_kind = dispatch.target()
-    arrays = {"q": q, "k_new": k_new, "v_new": v_new, "pages": pages, **plan._asdict()}
-    case = dispatch.Case(
-        platform=platform,
-        device_kind=device_kind,
-        shapes={name: tuple(array.shape) for name, array in arrays.items()},
-        dtypes={name: array.dtype.name for name, array in arrays.items()},
-        options={
-            "q_block": plan.q_block,
-            "window": None if window is None else "traced" if isinstance(window, jax.Array) else window,
-            "softcap": softcap,
-            "sinks": sinks is not None,
-            "kv_scales": k_scale is not None or v_scale is not None,
-        },
+    case = case_of(
+        {"q": q, "k_new": k_new, "v_new": v_new, "pages": pages, **plan._asdict()},
+        q_block=plan.q_block,
+        window="traced" if isinstance(window, jax.Array) else window,
+        softcap=softcap,
+        sinks=sinks is not None,
+        kv_scales=k_scale is not None or v_scale is not None,
     )
     return dispatch.pick("paged_attention", case, implementation)(
         q,
@@ -142,16 +140,9 @@ def copy_pages(
         ValueError: at trace time, for ranks, shapes or dtypes other than these.
     """
     for name, array, rank in (("src", src, 1), ("dst", dst, 1), ("count", count, 0)):
-        _expect(array.ndim == rank and array.dtype == jnp.int32, name, f"int32 of rank {rank}", array)
-    _expect(src.shape == dst.shape, "dst", f"the shape of src, {list(src.shape)}", dst)
-    platform, device_kind = dispatch.target()
-    arrays = {"pages": pages, "src": src, "dst": dst}
-    case = dispatch.Case(
-        platform=platform,
-        device_kind=device_kind,
-        shapes={name: tuple(array.shape) for name, array in arrays.items()},
-        dtypes={name: array.dtype.name for name, array in arrays.items()},
-    )
+        expect(array.ndim == rank and array.dtype == jnp.int32, name, f"int32 of rank {rank}", array)
+    expect(src.shape == dst.shape, "dst", f"the shape of src, {list(src.shape)}", dst)
+    case = case_of({"pages": pages, "src": src, "dst": dst})
     return dispatch.pick("copy_pages", case, implementation)(pages, src, dst, count)
 
 
@@ -170,37 +161,34 @@ def _check(
 ) -> None:
     """Raise ValueError for the first argument that does not fit the others."""
     for name, array in (("q", q), ("k_new", k_new), ("v_new", v_new)):
-        _expect(array.ndim == 3, name, "rank 3 [T, heads, D]", array)
-        _expect(jnp.issubdtype(array.dtype, jnp.floating), name, "a floating dtype", array)
+        expect(array.ndim == 3, name, "rank 3 [T, heads, D]", array)
+        expect(jnp.issubdtype(array.dtype, jnp.floating), name, "a floating dtype", array)
     tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_new.shape[1]
-    _expect(k_new.shape == (tokens, num_kv_heads, head_dim), "k_new", f"[T={tokens}, Hkv, D={head_dim}] as in q", k_new)
-    _expect(v_new.shape == k_new.shape, "v_new", f"the shape of k_new, {list(k_new.shape)}", v_new)
-    _expect(num_heads % num_kv_heads == 0, "q", f"a number of heads that is a multiple of Hkv={num_kv_heads}", q)
-    _expect(pages.dtype.name in POOL_DTYPES, "pages", f"a dtype of {', '.join(POOL_DTYPES)}", pages)
+    expect(k_new.shape == (tokens, num_kv_heads, head_dim), "k_new", f"[T={tokens}, Hkv, D={head_dim}] as in q", k_new)
+    expect(v_new.shape == k_new.shape, "v_new", f"the shape of k_new, {list(k_new.shape)}", v_new)
+    expect(num_heads % num_kv_heads == 0, "q", f"a number of heads that is a multiple of Hkv={num_kv_heads}", q)
+    expect(pages.ndim == 6, "pages", "rank 6, see kv_pool_shape", pages)
+    expect(pages.dtype.name in POOL_DTYPES, "pages", f"a dtype of {', '.join(POOL_DTYPES)}", pages)
     for name, array in plan._asdict().items():
-        _expect(array.dtype == jnp.int32, f"plan.{name}", "int32", array)
-    _expect(plan.block_tables.ndim == 2, "plan.block_tables", "rank 2 [S, B]", plan.block_tables)
+        expect(array.dtype == jnp.int32, f"plan.{name}", "int32", array)
+    expect(plan.block_tables.ndim == 2, "plan.block_tables", "rank 2 [S, B]", plan.block_tables)
     sequences = plan.block_tables.shape[0]
-    _expect(plan.q_start.shape == (sequences + 1,), "plan.q_start", f"[S+1={sequences + 1}]", plan.q_start)
-    _expect(plan.kv_len.shape == (sequences,), "plan.kv_len", f"[S={sequences}]", plan.kv_len)
-    _expect(plan.write_slot.shape == (tokens,), "plan.write_slot", f"[T={tokens}] as in q", plan.write_slot)
+    expect(plan.q_start.shape == (sequences + 1,), "plan.q_start", f"[S+1={sequences + 1}]", plan.q_start)
+    expect(plan.kv_len.shape == (sequences,), "plan.kv_len", f"[S={sequences}]", plan.kv_len)
+    expect(plan.write_slot.shape == (tokens,), "plan.write_slot", f"[T={tokens}] as in q", plan.write_slot)
     fits = plan.items.ndim == 2 and plan.items.shape[0] > sequences and plan.items.shape[1] == 5
-    _expect(fits, "plan.items", f"[N, 5] with N > S={sequences}", plan.items)
-    _expect(plan.counts.shape == (2,), "plan.counts", "[2]", plan.counts)
+    expect(fits, "plan.items", f"[N, 5] with N > S={sequences}", plan.items)
+    expect(plan.counts.shape == (2,), "plan.counts", "[2]", plan.counts)
+    layer_index(layer, pages.shape[0])
     if sinks is not None:
         floats = jnp.issubdtype(sinks.dtype, jnp.floating)
-        _expect(sinks.shape == (num_heads,) and floats, "sinks", f"floats of shape [Hq={num_heads}]", sinks)
-    for name, scalar in (("layer", layer), ("window", window), ("k_scale", k_scale), ("v_scale", v_scale)):
+        expect(sinks.shape == (num_heads,) and floats, "sinks", f"floats of shape [Hq={num_heads}]", sinks)
+    for name, scalar in (("window", window), ("k_scale", k_scale), ("v_scale", v_scale)):
         if isinstance(scalar, jax.Array):
             kind = jnp.floating if name.endswith("scale") else jnp.integer
-            _expect(scalar.ndim == 0 and jnp.issubdtype(scalar.dtype, kind), name, f"a scalar {kind.__name__}", scalar)
+            expect(scalar.ndim == 0 and jnp.issubdtype(scalar.dtype, kind), name, f"a scalar {kind.__name__}", scalar)
     if isinstance(window, int) and window < 1:
         raise ValueError(f"window is {window}, expected at least 1 (the row itself) or None")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}, expected a positive number or None")
-
-
-def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, found {found.dtype.name} of shape {list(found.shape)}")

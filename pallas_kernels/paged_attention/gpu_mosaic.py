@@ -145,6 +145,6 @@ def _paged_attention(
         pages,
         slots=tokens * max_splits,
         static=Static(stages=4, programs=programs, scale=scale, softcap=softcap, twins=interpret),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,  # pyright: ignore (jax >= 0.11)
     )
     return merge_splits(out, partial, lse, units.merge, max_splits, sinks, interpret), pages

@@ -210,7 +210,7 @@ def _attend(static: Static, unit: _Unit, window_ref, kv_head, step, refs, scratc
 
         @pl.when(first + TILE > unit.last_key)
         def _clear() -> None:  # what lies past the last key may be NaN, and 0 * NaN is NaN
-            value = plgpu.load(v_smem.at[place], layout=wide)
+            value = plgpu.load(v_smem.at[place], layout=wide)  # pyright: ignore (jax < 0.11 wants an index too)
             row = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=wide) + first
             v_smem.at[place][...] = jnp.where(row < unit.last_key, value, jnp.zeros_like(value))
             plgpu.commit_smem()
@@ -246,7 +246,7 @@ def _scores(static: Static, q_smem, k_smem) -> jax.Array:
         plgpu.wgmma(acc_ref, q_smem, k_smem.transpose((1, 0)))
         return acc_ref[...]
 
-    return pl.run_scoped(product, plgpu.ACC((TILE, TILE), jnp.float32))
+    return pl.run_scoped(product, plgpu.ACC((TILE, TILE), jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _add_values(static: Static, acc: jax.Array, weights: jax.Array, v_smem) -> jax.Array:
@@ -257,4 +257,4 @@ def _add_values(static: Static, acc: jax.Array, weights: jax.Array, v_smem) -> j
     def product(acc_ref) -> None:
         plgpu.wgmma(acc_ref, weights, v_smem)
 
-    return pl.run_state(product)(plgpu.ACC.init(acc))
+    return pl.run_state(product)(plgpu.ACC.init(acc))  # pyright: ignore (ACC is public, the state it returns an array)

@@ -161,7 +161,8 @@ def attend(
     )(*inputs.values())
     if blocks.max_splits == 1:
         return results[0]
-    return merge_splits(*results, units.merge, blocks.max_splits, options["sinks"], interpret)
+    out, partial, lse = results
+    return merge_splits(out, partial, lse, units.merge, blocks.max_splits, options["sinks"], interpret)
 
 
 def _as_vector(name: str, value: Any) -> jax.Array:

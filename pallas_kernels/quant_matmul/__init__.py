@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
 from pallas_kernels.quant_matmul.reference import dequantise
 from pallas_kernels.quant_matmul.tiles import ROWS, can_tile, tile_rows, untile
@@ -56,31 +57,21 @@ def quant_matmul(
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(FORMATS)}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if x.ndim != 2 or x.dtype != jnp.float32:
-        raise ValueError(f"x: expected float32 [M, K], found {x.dtype.name} of shape {list(x.shape)}")
-    if gate is not None and (gate.shape != x.shape or gate.dtype != jnp.float32):
-        expected = f"float32 {list(x.shape)}, as x"
-        raise ValueError(f"gate: expected {expected}, found {gate.dtype.name} of shape {list(gate.shape)}")
+    expect(x.ndim == 2 and x.dtype == jnp.float32, "x", "float32 [M, K]", x)
+    if gate is not None:
+        legal = gate.shape == x.shape and gate.dtype == jnp.float32
+        expect(legal, "gate", f"float32 {list(x.shape)}, as x", gate)
     fmt = FORMATS[kind]
-    if blocks.ndim != 3 or blocks.dtype.name != fmt.dtype:
-        found = f"{blocks.dtype.name} of shape {list(blocks.shape)}"
-        raise ValueError(f"blocks: expected {fmt.dtype} [L, N, R] for {kind}, found {found}")
-    if blocks.shape[2] != fmt.row_items(x.shape[1]):
-        expected = f"rows of {fmt.row_items(x.shape[1])} {fmt.dtype} (K={x.shape[1]} {kind})"
-        raise ValueError(f"blocks: expected {expected}, found {blocks.shape[2]}")
+    legal = blocks.ndim == 3 and blocks.dtype.name == fmt.dtype
+    expect(legal, "blocks", f"{fmt.dtype} [L, N, R] for {kind}", blocks)
+    items = fmt.row_items(x.shape[1])
+    expect(blocks.shape[2] == items, "blocks", f"rows of {items} {fmt.dtype} (K={x.shape[1]} {kind})", blocks)
     if tiled and not can_tile(kind, blocks.shape[1]):
         raise ValueError(f"blocks: tiled rows of {kind} must be a multiple of {ROWS}, found {blocks.shape[1]}")
-    platform, device_kind = dispatch.target()
-    case = dispatch.Case(
-        platform=platform,
-        device_kind=device_kind,
-        shapes={"x": tuple(x.shape), "blocks": tuple(blocks.shape)},
-        dtypes={"x": x.dtype.name, "blocks": blocks.dtype.name},
-        options={"kind": kind, "precision": precision, "tiled": tiled},
-    )
-    return dispatch.pick("quant_matmul", case, implementation)(
-        x, blocks, jnp.asarray(layer, jnp.int32), gate, kind=kind, precision=precision, tiled=tiled
-    )
+    index = layer_index(layer, blocks.shape[0])
+    options = dict(kind=kind, precision=precision, tiled=tiled)
+    case = case_of({"x": x, "blocks": blocks}, **options)
+    return dispatch.pick("quant_matmul", case, implementation)(x, blocks, index, gate, **options)
 
 
 def tiles_pay(kind: str, rows: int) -> bool:

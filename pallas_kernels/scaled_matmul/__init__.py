@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.scaled_matmul.packing import pack_int4, quantise, unpack_int4
 
 __all__ = ["WEIGHT_DTYPES", "pack_int4", "quantise", "scaled_matmul", "unpack_int4"]
@@ -41,25 +42,14 @@ def scaled_matmul(
     Raises:
         ValueError: at trace time, for shapes or dtypes other than these.
     """
-    _expect(x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating), "x", "floats of shape [M, K]", x)
-    _expect(weights.dtype.name in WEIGHT_DTYPES, "weights", f"a dtype of {', '.join(WEIGHT_DTYPES)}", weights)
+    expect(x.ndim == 2 and jnp.issubdtype(x.dtype, jnp.floating), "x", "floats of shape [M, K]", x)
+    expect(weights.dtype.name in WEIGHT_DTYPES, "weights", f"a dtype of {', '.join(WEIGHT_DTYPES)}", weights)
     width = x.shape[1] // (2 if weights.dtype == jnp.uint8 else 1)
-    _expect(weights.ndim == 3 and weights.shape[2] == width, "weights", f"[L, N, {width}] for K={x.shape[1]}", weights)
+    expect(weights.ndim == 3 and weights.shape[2] == width, "weights", f"[L, N, {width}] for K={x.shape[1]}", weights)
     fits = scales.ndim == 3 and scales.shape[:2] == weights.shape[:2] and jnp.issubdtype(scales.dtype, jnp.floating)
-    _expect(fits, "scales", f"floats of shape [L={weights.shape[0]}, N={weights.shape[1]}, B]", scales)
+    expect(fits, "scales", f"floats of shape [L={weights.shape[0]}, N={weights.shape[1]}, B]", scales)
     even = x.shape[1] % (scales.shape[2] * (2 if weights.dtype == jnp.uint8 else 1)) == 0
-    _expect(even, "scales", f"a number of groups that divides K={x.shape[1]} (into even groups for int4)", scales)
-    platform, device_kind = dispatch.target()
-    arrays = {"x": x, "weights": weights, "scales": scales}
-    case = dispatch.Case(
-        platform=platform,
-        device_kind=device_kind,
-        shapes={name: tuple(array.shape) for name, array in arrays.items()},
-        dtypes={name: array.dtype.name for name, array in arrays.items()},
-    )
-    return dispatch.pick("scaled_matmul", case, implementation)(x, weights, scales, jnp.asarray(layer, jnp.int32))
-
-
-def _expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
-    if not holds:
-        raise ValueError(f"{name}: expected {expected}, found {found.dtype.name} of shape {list(found.shape)}")
+    expect(even, "scales", f"a number of groups that divides K={x.shape[1]} (into even groups for int4)", scales)
+    index = layer_index(layer, weights.shape[0])
+    case = case_of({"x": x, "weights": weights, "scales": scales})
+    return dispatch.pick("scaled_matmul", case, implementation)(x, weights, scales, index)

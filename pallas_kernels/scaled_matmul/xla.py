@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,12 +24,12 @@ def scaled_matmul(x: jax.Array, weights: jax.Array, scales: jax.Array, layer: ja
     groups = s.shape[1]
     w = unpack_int4(w, groups) if w.dtype == jnp.uint8 else w
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    options = dict(precision=precision, preferred_element_type=jnp.float32)
+    product = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
     s = s.astype(jnp.float32)
     if groups == 1:
-        out = lax.dot_general(x, w.astype(x.dtype), (((1,), (1,)), ((), ())), **options) * s[:, 0][None, :]
+        out = product(x, w.astype(x.dtype), (((1,), (1,)), ((), ()))) * s[:, 0][None, :]
     else:
         split_x, split_w = (array.reshape(array.shape[0], groups, -1) for array in (x, w.astype(x.dtype)))
-        products = lax.dot_general(split_x, split_w, (((2,), (2,)), ((1,), (1,))), **options)  # [B, M, N]
+        products = product(split_x, split_w, (((2,), (2,)), ((1,), (1,))))  # [B, M, N]
         out = jnp.sum(products * s.T[:, None, :], axis=0)
     return out.astype(x.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from llm_infer.config import SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.scheduler import Request, Scheduler, Sequence, Status, StepPlan, TokenEvent
+from llm_infer.scheduler.plan import ScheduledRow
 from tests.naive_beam import naive_beam_search
 
 VOCABULARY = 7
@@ -91,6 +93,7 @@ class FakeDevice:
                     self._write(shard, row.sequence, position, token, written)
         if plan.num_steps > 1:
             return self._run_steps(shard, plan, written)
+        self._check_readers(shard, rows, written)
         ids = [self._attend(shard, row.sequence, row.start + row.count) for row in rows]
         for row in rows:
             ends = range(row.start + row.count - len(row.drafts), row.start + row.count)
@@ -136,6 +139,16 @@ class FakeDevice:
             forks = [s for s in owners if s.request is writer.request and s.num_computed == len(s.request.prompt) - 1]
             assert count == 1 + len(forks), f"{writer} writes page {page}, which has {count} owners"
             assert writer.sample_index == 0 and position < len(writer.request.prompt)
+
+    def _check_readers(self, shard: int, rows: Iterable[ScheduledRow], written: set[tuple[int, int]]) -> None:
+        """No sequence reads a slot that another writes in this step: kernels read and write in an order of their own."""
+        size = self.scheduler.page_size
+        read = Counter[tuple[int, int]]()
+        for row in rows:
+            if row.sequence not in self.ended:
+                assert row.sequence.table is not None
+                read.update((row.sequence.table.pages[at // size], at % size) for at in range(row.start + row.count))
+        assert all(read[slot] <= 1 for slot in written)
 
     def _attend(self, shard: int, sequence: Sequence, length: int) -> int:
         """Everything that the last token of a row sees must be the sequence's own history."""

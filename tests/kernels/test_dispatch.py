@@ -44,8 +44,11 @@ def replaced(**changes):
     plan = plan._replace(**{name: changes.pop(name) for name in plan._fields if name in changes})
     arrays = dict(q=q, k_new=kv, v_new=kv, pages=pages, plan=plan, layer=array((), jnp.int32))
     static = {"implementation": changes.pop("implementation", None), "softcap": changes.pop("softcap", None)}
-    window = changes.pop("window", None)
-    call = functools.partial(paged_attention, scale=0.125, window=window, **static)
+    static["window"] = changes.pop("window", None)
+    if isinstance(changes.get("layer"), int):
+        static["layer"] = changes.pop("layer")
+        del arrays["layer"]
+    call = functools.partial(paged_attention, scale=0.125, **static)
     return jax.eval_shape(call, **{**arrays, **changes})
 
 
@@ -67,7 +70,9 @@ def test_legal_call_passes_the_checks():
         (dict(kv_len=jax.ShapeDtypeStruct((4,), jnp.float32)), "plan.kv_len: expected int32"),
         (dict(q_start=jax.ShapeDtypeStruct((4,), jnp.int32)), r"plan.q_start: expected \[S\+1=5\]"),
         (dict(items=jax.ShapeDtypeStruct((4, 5), jnp.int32)), r"plan.items: expected \[N, 5\]"),
+        (dict(pages=jax.ShapeDtypeStruct((4, 9, 64), jnp.float32)), "pages: expected rank 6, see kv_pool_shape"),
         (dict(layer=jax.ShapeDtypeStruct((1,), jnp.int32)), "layer: expected a scalar integer"),
+        (dict(layer=4), "layer: expected 0 … 3, found 4"),
         (dict(sinks=jax.ShapeDtypeStruct((2,), jnp.float32)), r"sinks: expected floats of shape \[Hq=6\]"),
         (dict(window=0), "window is 0"),
         (dict(softcap=-1.0), "softcap is -1.0"),

@@ -13,7 +13,7 @@ import pytest
 from pallas_kernels.gpu_resources import dump_flags, read_dump
 from pallas_kernels.targets import TARGETS, environment, why_not
 
-PROGRAM = Path(__file__).with_name("gpu_matmul_programs.py")
+PROGRAM = Path(__file__).with_name("matmul_programs.py")
 
 
 def test_products_compile_for_hopper_without_temporaries_or_spills(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_products_compile_for_hopper_without_temporaries_or_spills(tmp_path: Pat
     variables = environment(target)
     variables["XLA_FLAGS"] += " " + dump_flags(tmp_path)
     done = subprocess.run(
-        [sys.executable, str(PROGRAM)],
+        [sys.executable, str(PROGRAM), target.name],
         env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

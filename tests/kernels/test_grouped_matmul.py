@@ -57,6 +57,8 @@ def test_interpreted_gpu_kernel_matches_the_reference(name):
         (dict(weights=jnp.zeros((1, 5, 3))), r"weights: expected \[L, X\*N, K\] with X=2 and K=3"),
         (dict(weights=jnp.zeros((1, 4, 3), jnp.float16)), "weights: expected float32 or bfloat16"),
         (dict(group_sizes=jnp.zeros((2, 1), jnp.int32)), r"group_sizes: expected int32 of shape \[X\]"),
+        (dict(layer=-1), "layer: expected 0 … 0, found -1"),
+        (dict(layer=jnp.float32(0)), "layer: expected a scalar integer, found float32"),
         (dict(implementation="fast"), "no such implementation, choose from"),
     ],
 )

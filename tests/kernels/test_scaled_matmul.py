@@ -83,6 +83,9 @@ def test_quantising_keeps_the_largest_of_a_group(kind: str, error: float) -> Non
         (dict(weights=jnp.zeros((1, 8, 32), jnp.uint8)), r"weights: expected \[L, N, 16\] for K=32"),
         (dict(scales=jnp.zeros((1, 7, 2))), r"scales: expected floats of shape \[L=1, N=8, B\]"),
         (dict(scales=jnp.zeros((1, 8, 5))), "scales: expected a number of groups that divides K=32"),
+        (dict(layer=1), "layer: expected 0 … 0, found 1"),
+        (dict(layer=0.0), "layer: expected an integer, found 0.0"),
+        (dict(layer=jnp.zeros(1, jnp.int32)), r"layer: expected a scalar integer, found int32 of shape \[1\]"),
         (dict(implementation="fast"), "no such implementation, choose from"),
     ],
 )

@@ -14,6 +14,7 @@ from pallas_kernels.targets import TARGETS, environment, why_not
 from pallas_kernels.tpu_schedule import dump_arguments
 
 PROGRAM = Path(__file__).parent / "compile_tpu_kernels.py"
+MATMULS = Path(__file__).parent / "matmul_programs.py"
 TPUS = [name for name, target in TARGETS.items() if target.platform == "tpu"]
 # name → arguments of `compile_tpu_kernels.attention`; a copy of pages is compiled for each chip too.
 VARIANTS = {
@@ -53,6 +54,25 @@ def compile_kernels(name: str, variants: dict, libtpu_arguments: str = "", direc
         assert row["temporary"] < row["pool"] / 20, row
         assert row["scoped_memory"] < 0.8 * target.scratch_bytes, row
     return rows
+
+
+def test_scaled_products_keep_no_bfloat16_copy_of_the_weights():
+    """One scale per output feature: no copy at all. One per group: XLA still turns the 8-bit numbers over, no more."""
+    target = TARGETS["v5e"]
+    if reason := why_not(target):
+        pytest.skip(reason)
+    done = subprocess.run(
+        [sys.executable, str(MATMULS), "v5e", "int8_per_channel", "int8_decode", "int4_decode"],
+        env={**os.environ, **environment(target), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    temporaries = json.loads(done.stdout)
+    assert set(temporaries) == {"int8_per_channel", "int8_decode", "int4_decode"}
+    matrix = 14_336 * 4096  # bytes of the weights as 8-bit numbers; bfloat16 takes twice that
+    assert temporaries.pop("int8_per_channel") < matrix / 100
+    assert all(size < 1.1 * matrix for size in temporaries.values()), temporaries
 
 
 @pytest.mark.parametrize("name", TPUS)

@@ -1,8 +1,12 @@
-"""Compiles matrix products of production size for an H200, prints their temporaries as JSON. Run in its own process."""
+"""Compiles matrix products of production size for the chip argv[1], prints their temporaries as JSON. Run in its own process.
+
+More arguments are names of programs; without them all are compiled.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +18,16 @@ from pallas_kernels.scaled_matmul import scaled_matmul
 from pallas_kernels.targets import TARGETS, make_mesh
 
 Array = jax.ShapeDtypeStruct
-mesh = make_mesh(TARGETS["sm_90"])
+target = TARGETS[sys.argv[1]]
+on_gpu = target.platform == "gpu"
+mesh = make_mesh(target)
 replicated = NamedSharding(mesh, PartitionSpec())
 found = {}
 
 
 def compile_one(name: str, function, *arguments) -> None:
+    if sys.argv[2:] and name not in sys.argv[2:]:
+        return
     function.__name__ = name
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(function, in_shardings=replicated, out_shardings=replicated).lower(*arguments).compile()
@@ -44,7 +52,7 @@ for name, rows, dtype, groups in (
 ):
     x, scales = Array((rows, 4096), jnp.bfloat16), Array((2, 14_336, groups), jnp.float32)
     weights = Array((2, 14_336, 4096 // (2 if dtype == jnp.uint8 else 1)), dtype)
-    if groups == 1:  # XLA does not fuse the slice of a layer that it learns at run time; layers are unrolled on GPUs
+    if groups == 1 and on_gpu:  # XLA does not fuse the slice of a layer that it learns at run time; layers are unrolled
         compile_one(name, lambda *a: scaled_matmul(*a, jnp.int32(1)), x, weights, scales)
     else:
         compile_one(name, lambda *a: scaled_matmul(*a), x, weights, scales, layer)
