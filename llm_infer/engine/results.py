@@ -21,11 +21,12 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
     for event in events:
         params = event.sequence.request.sampling
         assert isinstance(params, SamplingParams)
+        if StepFeatures.LOGPROBS not in features_of(params):
+            continue  # results of a beam search may belong to sequences without a row in the step
         shard, row = places[event.sequence]
         place = (shard, row) if plan.num_steps == 1 else (shard, steps[event.sequence], row)
         steps[event.sequence] += 1
-        if StepFeatures.LOGPROBS in features_of(params):
-            event.logprobs = logprobs_at(outputs, place, params.logprobs or 0)
+        event.logprobs = logprobs_at(outputs, place, params.logprobs or 0)
 
 
 def logprobs_at(

@@ -159,6 +159,7 @@ class Scheduler:
             limit = min(limit, length + request.max_tokens)
         # The last token is drawn but its K/V are never computed.
         needed = -(-(limit - 1) // self.page_size)
+        each, lower = "", ""
         if request.beams is not None:
             width = request.beams.width
             if width > self.config.max_num_seqs:
@@ -167,10 +168,11 @@ class Scheduler:
                     "raise max_num_seqs or lower beam_width"
                 )
             needed = most_pages(length, limit - 1, width, self.page_size)
+            each, lower = f" with {width} beams", "beam_width, "
         if needed > self.allocator.num_usable:
             raise RequestError(
-                f"the request can grow to {limit} tokens, which need {needed} pages of {self.page_size} tokens; there "
-                f"are {self.allocator.num_usable}: raise num_pages or kv_cache_memory, or lower "
+                f"the request can grow to {limit} tokens{each}, which need {needed} pages of {self.page_size} tokens; there "
+                f"are {self.allocator.num_usable}: raise num_pages or kv_cache_memory, or lower {lower}"
                 "max_tokens or max_model_len"
             )
         request.arrival = self._num_arrived

@@ -159,6 +159,17 @@ def test_beams_equal_the_literal_search(
     assert engine.scheduler.num_preemptions > 0 or pages == 64 or seqs == 4
 
 
+def test_a_search_of_one_token_beside_logprobs(make_engine: EngineFactory) -> None:
+    """Its only step has one row for all its results."""
+    engine = make_engine()
+    search = SamplingParams(beam_width=3, max_tokens=1)
+    beams, other = run(engine, [([5, 6], search), ([7, 8], SamplingParams(temperature=0.0, max_tokens=2, logprobs=1))])
+    (alone,) = run(make_engine(), [([5, 6], search)])
+    assert [beam.output for beam in beams.sequences] == [beam.output for beam in alone.sequences]
+    assert len(other.sequences[0].output) == 2
+    engine.scheduler.check()
+
+
 def test_parameters_that_make_no_sense_with_beams_are_refused(model: LoadedModel, make_engine: EngineFactory) -> None:
     for options in ({"n": 2}, {"top_k": 5}, {"logprobs": 2}, {"temperature": 0.5}, {"early_stopping": "soon"}):
         with pytest.raises(RequestError, match=next(iter(options))):

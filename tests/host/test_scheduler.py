@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llm_infer.config import SchedulerConfig
+from llm_infer.decoding.beam import BeamParams
 from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_allocator import InvariantError
 from llm_infer.scheduler import Request, Scheduler, Status
@@ -281,6 +282,8 @@ def test_request_that_can_never_fit_is_refused() -> None:
         RequestError, match=r"grow to 18 tokens, which need 5 pages.*are 4: raise num_pages or kv_cache_mem"
     ):
         engine.add([1] * 10, max_tokens=8)
+    with pytest.raises(RequestError, match=r"18 tokens with 2 beams, which need 8 pages.*lower beam_width, max_tokens"):
+        engine.scheduler.add(Request("beams", [1] * 10, max_tokens=8, n=2, beams=BeamParams(2)))
     with pytest.raises(RequestError, match=r"the context holds 64.*max_model_len"):
         engine.add([1] * 64, max_tokens=1)
     engine.add([1] * 10, max_tokens=7)
