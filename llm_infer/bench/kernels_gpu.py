@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,15 @@ SHAPES = [
 """Attention of Llama 3.1 8B and of Qwen3 8B (32 query heads over 8 of size 128), and the same with heads of 64."""
 
 
-def record(target: Target) -> Iterator[dict[str, str | int | float | None]]:
-    """A row for each kernel that a layer of each shape launches, and each implementation that can run it."""
+def record(
+    target: Target, indices: Sequence[int] = range(len(SHAPES))
+) -> Iterator[dict[str, str | int | float | None]]:
+    """A row for each kernel that a layer of SHAPES[indices] launches, and each implementation that can run it."""
     with tempfile.TemporaryDirectory() as folder:
         variables = environment(target)
         variables["XLA_FLAGS"] += " " + dump_flags(folder)
         variables |= mosaic_variables(folder)
-        command = [sys.executable, "-m", "llm_infer.bench.kernels_gpu", target.name]
+        command = [sys.executable, "-m", "llm_infer.bench.kernels_gpu", target.name, *map(str, indices)]
         done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"the compiler for {target.name} failed: {done.stderr[-2000:]}")
@@ -69,12 +71,13 @@ def roofline(shape: Shape, target: Target) -> float:
     return max(shape.kv_bytes / target.bytes_per_s, shape.flops / target.flops)
 
 
-def _compile_all(target: Target) -> None:
+def _compile_all(target: Target, indices: Sequence[int]) -> None:
     """In the process that the compiler runs in: compiles every program and prints their names as JSON."""
     mesh = make_mesh(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     programs = []
-    for index, shape in enumerate(SHAPES):
+    for index in indices:
+        shape = SHAPES[index]
         arguments = abstract_arguments(shape)
         arrays = dict(zip(("pages", "q", "k_new"), arguments, strict=False)) | arguments[4]._asdict()
         case = dispatch.Case(
@@ -106,4 +109,4 @@ def _compile_all(target: Target) -> None:
 
 
 if __name__ == "__main__":
-    _compile_all(TARGETS[sys.argv[1]])
+    _compile_all(TARGETS[sys.argv[1]], [int(index) for index in sys.argv[2:]])

@@ -66,7 +66,8 @@ def record(target: Target) -> Iterator[dict[str, Any]]:
 
 def _candidates(case: AttentionCase) -> list[tuple[str, Sequence[tuple[int, ...]]]]:
     decode = case.batch[0][0] == 1
-    jaxs = (JAXS_DECODE if decode else JAXS_PREFILL) if case.sizes.head_dim % 128 == 0 else ()
+    both = case.sizes.head_dim % 128 == 0 and case.kv_scales is None
+    jaxs = (JAXS_DECODE if decode else JAXS_PREFILL) if both else ()
     return [("ours", OURS_DECODE if decode else OURS_PREFILL), ("jax", jaxs)]
 
 
@@ -78,7 +79,7 @@ def _finished(row: dict[str, Any], case: AttentionCase, target: Target, jaxs: di
     """A row with what follows from the case and the chip."""
     sizes = case.sizes
     kv_tokens = sum(kv_len for _, kv_len in case.batch)
-    per_token = 2 * sizes.num_kv_heads * max(sizes.head_dim, 64) * 2
+    per_token = 2 * sizes.num_kv_heads * max(sizes.head_dim, 64) * _page_bytes(case)
     rows = sum(q_len for q_len, _ in case.batch)
     pairs = sum(q_len * kv_len - q_len * (q_len - 1) // 2 for q_len, kv_len in case.batch)
     flops = 4 * pairs * sizes.num_heads * sizes.head_dim
@@ -102,11 +103,15 @@ def _finished(row: dict[str, Any], case: AttentionCase, target: Target, jaxs: di
     }
 
 
+def _page_bytes(case: AttentionCase) -> int:
+    return 2 if case.sizes.page_dtype == "bfloat16" else 1
+
+
 def our_trips(case: AttentionCase, blocks: Sequence[int], rows_per_item: int) -> tuple[Any, Any]:
     """Trips of our kernel's loops, and (loop path, trips of its inner loops) of the busiest one, for `tpu_schedule`."""
     size, (decode_pages, mixed_pages, tile_rows) = case.sizes, blocks
     page = size.page_size
-    packing = 4 // (2 if size.page_dtype == "bfloat16" else 1)
+    packing = 4 // _page_bytes(case)
     turns = -(-size.num_kv_heads // max(1, packing // (1 if size.head_dim <= 64 else 2)))
     heads_per_turn = -(-size.num_kv_heads // turns)
     decode = [(kv_len, 1) for q_len, kv_len in case.batch if q_len == 1]
@@ -190,15 +195,17 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
             page_size=size.page_size,
             num_kv_heads=size.num_kv_heads,
             head_dim=size.head_dim,
-            dtype=bf16,
+            dtype=size.page_dtype,
         )
+        k_scale, v_scale = case.kv_scales or (None, None)
         q, kv = (array((size.tokens, heads, size.head_dim), bf16) for heads in (size.num_heads, size.num_kv_heads))
 
         def call(q: Any, k: Any, v: Any, pages: Any, plan: Any) -> Any:
             scale = size.head_dim**-0.5
-            return tpu.paged_attention(q, k, v, pages, plan, layer=1, scale=scale, blocks=Blocks(*blocks))
+            options = dict(scale=scale, blocks=Blocks(*blocks), k_scale=k_scale, v_scale=v_scale)
+            return tpu.paged_attention(q, k, v, pages, plan, layer=1, **options)
 
-        program = compiled(call, (q, kv, kv, array(pool, bf16), plan), 3)
+        program = compiled(call, (q, kv, kv, array(pool, size.page_dtype), plan), 3)
         return program, "paged_attention", our_trips(case, blocks, shape.q_rows)
 
     def jaxs(case: AttentionCase, blocks: Sequence[int]) -> tuple[Any, Any, Any]:

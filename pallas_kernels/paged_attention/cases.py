@@ -162,6 +162,12 @@ _DECODE, _PREFILL = ((1, 4096),) * 64, ((2048, 2048),)
 PRODUCTION: dict[str, AttentionCase] = {
     "decode, 64 × 4096 tokens, heads of 128": AttentionCase(_HEADS_OF_128, _DECODE),
     "decode, 64 × 4096 tokens, heads of 64": AttentionCase(_HEADS_OF_64, _DECODE),
+    "decode, 64 × 4096 tokens, heads of 128, int8": AttentionCase(
+        replace(_HEADS_OF_128, page_dtype="int8"), _DECODE, kv_scales=(0.02, 0.02)
+    ),
+    "decode, 64 × 4096 tokens, heads of 128, float8": AttentionCase(
+        replace(_HEADS_OF_128, page_dtype="float8_e4m3fn"), _DECODE, kv_scales=(0.02, 0.02)
+    ),
     "prefill, 2048 tokens, heads of 128": AttentionCase(replace(_HEADS_OF_128, tokens=2048), _PREFILL),
     "prefill, 2048 tokens, heads of 64": AttentionCase(replace(_HEADS_OF_64, tokens=2048), _PREFILL),
 }
