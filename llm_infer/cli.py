@@ -536,7 +536,7 @@ def main() -> None:
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="llm-infer", standalone_mode=False) or 0)
     except UserError as error:
         if debug:
             raise
@@ -547,7 +547,9 @@ def main() -> None:
         # click's own errors (unknown flag, missing argument) carry an exit code and a message for the user.
         if debug or not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} (see llm-infer --help)", getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
+        context = getattr(error, "ctx", None)
+        command = "llm-infer" if context is None else context.command_path
+        _fail(f"{error.format_message()} (see {command} --help)", getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
 
 
 def _fail(message: str, code: int) -> None:

@@ -141,6 +141,11 @@ class ParallelConfig:
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or "tensor" in name)
 
+    def beside(self, other: ParallelConfig) -> str:
+        """These sizes, in words for somebody who has set `other`: every size that is not 1 in either."""
+        sizes = {field.name: getattr(self, field.name) for field in fields(self)}
+        return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or getattr(other, name) > 1)
+
 
 ONE_DEVICE = ParallelConfig()
 

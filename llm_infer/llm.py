@@ -315,8 +315,13 @@ class LLM:
         there is no context the model's first token (beginning or end of sequence) stands for it.
 
         Raises:
-            RequestError: the lists differ in length, or a continuation has no token or does not fit the context.
+            RequestError: a text in place of a list, the lists differ in length, or a continuation has no token or does not fit
+                the context.
         """
+        if isinstance(contexts, str) or isinstance(continuations, str):
+            raise RequestError(
+                "score takes a list of contexts and a list of continuations, found a text: put it in a list"
+            )
         if len(contexts) != len(continuations):
             raise RequestError(f"{len(contexts)} contexts for {len(continuations)} continuations: give one for each")
         prompts, lengths = [], []

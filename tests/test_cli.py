@@ -46,7 +46,7 @@ def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
         (["--stop", ""], ["stop"]),
         (["--logprobs", "99"], ["logprobs"]),
         (["--json-schema", "missing.json"], ["missing.json"]),
-        (["--no-such-flag"], ["--no-such-flag"]),
+        (["--no-such-flag"], ["--no-such-flag", "(see llm-infer generate --help)"]),
         (["--max-tokens", "many"], ["--max-tokens"]),
         (["--model", "missing.gguf"], ["missing.gguf"]),
         (["--max-model-len", "1"], ["max_model_len"]),

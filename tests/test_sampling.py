@@ -223,6 +223,11 @@ def test_prompt_logprobs_scores_and_embeddings(llm: LLM) -> None:
     (again,), (last,) = llm.embed(texts[0]), llm.embed(texts[0], pooling="last", normalize=False)
     np.testing.assert_allclose(again.embedding, first, atol=1e-5)
     assert len(last.embedding) == llm.engine.runner.model.config.hidden_size
-    for call in (lambda: llm.embed("a", pooling="max"), lambda: llm.score(["a"], []), lambda: llm.score(["a"], [""])):
+    for call in (
+        lambda: llm.embed("a", pooling="max"),
+        lambda: llm.score(["a"], []),
+        lambda: llm.score(["a"], [""]),
+        lambda: llm.score("a", ["b"]),
+    ):
         with pytest.raises(RequestError):
             call()

@@ -43,12 +43,22 @@ def local_bytes(arrays: Any) -> int:
 
 
 def memory_limit(devices: Iterable[jax.Device]) -> int:
-    """Bytes of the smallest of this host's devices: what its allocator may hand out; of CPU devices, an equal share of the
-    machine's memory."""
+    """Bytes of the smallest of this host's devices: what its allocator may hand out; of CPU devices, an equal share of what
+    the machine has free: nothing else keeps a pool from taking the memory that other programs are in."""
     devices = [device for device in devices if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in devices]
     limits = [each["bytes_limit"] for each in stats if each and "bytes_limit" in each]
-    return min(limits) if limits else physical_memory() // len(devices)
+    return min(limits) if limits else free_memory() // len(devices)
+
+
+def free_memory(meminfo: str = "/proc/meminfo") -> int:
+    """Bytes of the machine's memory that programs may still take, file caches included; all where the system does not tell."""
+    try:
+        with open(meminfo) as lines:
+            found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    except OSError:
+        found = []
+    return int(found[0]) << 10 if found else physical_memory()
 
 
 def physical_memory() -> int:

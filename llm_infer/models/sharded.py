@@ -88,7 +88,8 @@ def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[
         return why_not(config, sizes) or too_large(sizes, len(devices))
 
     if (problem := reason(parallel)) is not None:
-        raise UserError(f"{problem}: set {nearest(parallel, len(devices), lambda each: reason(each) is None)}")
+        fits = nearest(parallel, len(devices), lambda each: reason(each) is None)
+        raise UserError(f"{problem}: set {fits.beside(parallel)}")
     used = {each.process_index for each in devices[: parallel.num_devices]} if running else set()
     if running and (idle := {each.process_index for each in devices} - used):
         raise UserError(

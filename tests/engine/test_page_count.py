@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,7 +13,13 @@ from hypothesis import strategies as st
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.memory import device_bytes, out_of_memory_names_the_setting
+from llm_infer.engine.memory import (
+    device_bytes,
+    free_memory,
+    memory_limit,
+    out_of_memory_names_the_setting,
+    physical_memory,
+)
 from llm_infer.engine.page_count import LARGEST, page_bytes, pages_that_fit
 from llm_infer.errors import CapacityError
 from tests.models.family_checkpoints import load
@@ -99,3 +106,13 @@ def test_running_out_of_memory_names_the_setting() -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
     with pytest.raises(jax.errors.JaxRuntimeError), out_of_memory_names_the_setting():
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_the_limit_of_a_cpu_is_what_the_machine_has_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:  4000 kB\nMemFree:  1000 kB\nMemAvailable:  3000 kB\n")
+    assert free_memory(str(meminfo)) == 3000 << 10
+    assert free_memory(str(tmp_path / "none")) == physical_memory()
+    assert 0 < free_memory() <= physical_memory()
+    monkeypatch.setattr("llm_infer.engine.memory.free_memory", lambda: 1 << 20)
+    assert memory_limit(jax.devices()) == (1 << 20) // len(jax.devices())

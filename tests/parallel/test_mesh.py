@@ -155,7 +155,7 @@ MOE = ModelConfig("Qwen3MoeForCausalLM", 131, 32, 2, 8, 4, 16, 1, 256, moe=MoECo
             "intermediate_size=96 does not divide by 9: set tensor_parallel_size=3",
         ),
         (GQA, dict(tensor_parallel_size=3, data_parallel_size=4), 8, "needs 12 devices, there are 8: set .*=1, .*=4"),
-        (GQA, dict(expert_parallel_size=2), 8, "no experts: set tensor_parallel_size=1$"),
+        (GQA, dict(expert_parallel_size=2), 8, "no experts: set expert_parallel_size=1$"),
         (MOE, dict(expert_parallel_size=4), 8, "6 experts do not divide by 4: set .*expert_parallel_size=2"),
         (MOE, dict(tensor_parallel_size=16), 32, "16 times.* 8 query heads.*set tensor_parallel_size=8"),
     ],
