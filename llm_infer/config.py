@@ -190,6 +190,10 @@ class SpeculativeConfig:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SpeculativeConfig:
         """From a mapping; a key that is not known is an error."""
+        _require(
+            isinstance(values, Mapping),
+            f"speculative_config={values!r:.60}: expected a mapping such as {{'method': 'ngram'}}",
+        )
         unknown = set(values) - {field.name for field in fields(cls)}
         _require(
             not unknown,

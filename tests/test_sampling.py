@@ -132,6 +132,13 @@ def test_structured_output_is_checked_when_it_is_made(values: dict[str, Any]) ->
         structured(**values)
 
 
+def test_the_message_says_what_is_wrong_with_an_expression() -> None:
+    compiler = GrammarCompiler([b"a", b"<eos>"], [], [1], lambda text: [0] * len(text))
+    for params in (structured(regex="(("), structured(json={"type": "string", "pattern": "(("})):
+        with pytest.raises(RequestError, match=r"parse error: error: unclosed group$"):
+            compiler.compile(params)
+
+
 def test_a_compilation_that_takes_too_long_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler([b"a", b"<eos>"], [], [1], lambda text: [0] * len(text))
     monkeypatch.setattr(compiler, "_compile", lambda params: time.sleep(0.3))

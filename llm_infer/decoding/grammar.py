@@ -70,9 +70,9 @@ class GrammarCompiler:
         except ValueError as error:
             raise RequestError(f"{where}: {error}") from None
         if matcher.is_error():
-            raise RequestError(f"{where}: {_first_line(matcher.get_error())}")
+            raise RequestError(f"{where}: {_gist(matcher.get_error())}")
         if warnings := matcher.get_grammar_warnings():
-            raise RequestError(f"{where} asks for something that would be ignored: {_first_line(str(warnings[0]))}")
+            raise RequestError(f"{where} asks for something that would be ignored: {_gist(str(warnings[0]))}")
         grammar = CompiledGrammar(matcher)
         if not grammar.matcher().fill([], np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)):
             raise RequestError(f"{where}: nothing satisfies it")
@@ -139,5 +139,7 @@ class _Vocabulary:
         return self._encode(text if isinstance(text, str) else text.decode("utf-8"))
 
 
-def _first_line(text: str) -> str:
-    return text.strip().splitlines()[0][:300]
+def _gist(text: str) -> str:
+    """The first line, and the one that says what is wrong where the first only announces it (of regular expressions)."""
+    first, *others = text.strip().splitlines()
+    return " ".join([first[:300], *(line.strip()[:300] for line in others if line.startswith("error:"))])

@@ -75,6 +75,7 @@ def test_bad_settings_name_what_is_wrong() -> None:
     for values, message in (
         ({"method": "medusa"}, "method"),
         ({"method": "ngram", "k": 3}, "unknown keys"),
+        ("ngram", "expected a mapping"),
         ({"num_speculative_tokens": 0}, "num_speculative_tokens"),
         ({"prompt_lookup_min": 5}, "prompt_lookup_min"),
     ):
