@@ -139,6 +139,16 @@ def test_the_message_says_what_is_wrong_with_an_expression() -> None:
             compiler.compile(params)
 
 
+def test_thousands_of_choices_with_a_common_beginning() -> None:
+    vocabulary = [bytes([i]) for i in range(256)]
+    compiler = GrammarCompiler([*vocabulary, b"<eos>"], [], [256], lambda text: list(text.encode()))
+    grammar = compiler.compile(structured(choice=[f"c{i}" for i in range(9000)]))
+    for text, following in (("", {*b"c"}), ("c", {*b"0123456789"}), ("c0", {256}), ("c12", {*b"0123456789", 256})):
+        mask = np.zeros(9, np.int32)
+        assert grammar.matcher().fill([*text.encode()], mask)
+        assert {i for i in range(257) if mask[i // 32] >> i % 32 & 1} == following, text
+
+
 def test_a_compilation_that_takes_too_long_is_given_up(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler([b"a", b"<eos>"], [], [1], lambda text: [0] * len(text))
     monkeypatch.setattr(compiler, "_compile", lambda params: time.sleep(0.3))

@@ -85,7 +85,8 @@ class GrammarCompiler:
         elif params.regex is not None:
             text = library.grammar_from_regex(params.regex)
         elif params.choice is not None:
-            text = library.grammar_from_lark("start: " + " | ".join(map(json.dumps, params.choice)))
+            # A terminal: the parser's rows hold no more than 2000 alternatives, and the lexer's states all of them.
+            text = library.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, params.choice)))
         else:
             text = library.grammar_from_lark(params.grammar)
         return library(self._tokenizer, text, log_level=0, limits=self._limits)
