@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -145,29 +146,21 @@ class LLM:
         self._progress = Progress(enabled=progress and not isinstance(channel, Follower))
         if note := enable_compile_cache():
             self._progress.note(note)
-        self.tokenizer, loaded = load(
-            model,
+        load_one = partial(
+            load,
             load_format=load_format,
             fused_qkv=fused_qkv,
             dtype=dtype,
             precision=precision,
             progress=self._progress,
-            max_model_len=max_model_len,
             parallel=parallel,
         )
+        self.tokenizer, loaded = load_one(model, max_model_len=max_model_len)
         draft = None
         if config.speculative is not None and config.speculative.model is not None:
             name = config.speculative.model
             try:
-                tokenizer, draft = load(
-                    name,
-                    load_format=load_format,
-                    fused_qkv=fused_qkv,
-                    dtype=dtype,
-                    precision=precision,
-                    progress=self._progress,
-                    parallel=parallel,
-                )
+                tokenizer, draft = load_one(name)
             except UserError as error:  # it need not be cut like the model
                 raise UserError(f"the draft model {name!r}: {error}") from error
             require_same_tokens(self.tokenizer, tokenizer, name)

@@ -22,7 +22,7 @@ def empty_in_huge_pages(array: jax.Array) -> int:
     """
     if sys.platform != "linux" or not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     done = 0
     for shard in jax.block_until_ready(array).addressable_shards:

@@ -74,7 +74,7 @@ def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
     of_many = (a.num_items - a.num_single) * a.Hkv
     many = number < of_many
     single = (number - of_many) // splits
-    which = k.select(many, a.num_items - 1 - number // a.Hkv, k.min(single // blocks, k.max(a.num_single - 1, 0)))
+    which = k.select(many, a.num_items - 1 - number // a.Hkv, single // blocks)
     first_head = k.select(many, number % a.Hkv, single % blocks * a.heads)
     item = Item(k, a, which, first_head, k.select(many, k.i64(1), k.min(a.heads, a.Hkv - first_head)))
     begin = k.select(shared, item.first_split + number % splits, item.first_split)

@@ -108,9 +108,8 @@ class State:
                 with k.when(partial ^ 1):
                     sink = a.sinks[(item.head + head) * item.group + (first + i) % item.group]
                     self.maximum[at], self.total[at] = sink, 1.0
-        rows = k.select(item.heads > 1, item.heads * item.group, count)
-        with k.range(0, rows * self.d, k.lanes) as i:
-            self.acc.store(i, k.zeros(F32, k.lanes))
+            for v in range(0, self.d, k.lanes):
+                self.acc.store(at * self.d + v, k.zeros(F32, k.lanes))
 
     def merge_sums(self, k: Emitter, i: Value, maximum: Value, total: Value) -> tuple[Value, Value]:
         """Take in a split's maximum and sum; returns the factors of the old and of the split's weighted sum."""
