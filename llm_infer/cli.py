@@ -130,11 +130,15 @@ def generate(
     ids = llm.tokenizer.encode(text)
     if not raw and llm.tokenizer.chat_template is not None:
         ids = llm.chat_prompt([{"role": "user", "content": text}])
+    error = None
     for chunk in llm.stream(ids, params):
         _write(chunk.text)
         for at in chunk.logprobs or ():
             print("  ".join(f"{one.decoded_token!r} {one.logprob:.3f}" for one in at.values()), file=sys.stderr)
+        error = chunk.error
     _write("\n")
+    if error is not None:
+        raise UserError(error)
 
 
 @app.command()

@@ -23,7 +23,8 @@ class CompletionOutput:
         text: new text, special tokens left out.
         token_ids: new token ids, an ending end-of-sequence id included.
         finish_reason: "stop" (end-of-sequence, stop token or stop string), "length" (max_tokens or end of the context),
-            "abort", "error" (no token could follow); None while it runs.
+            "abort", "error" (no token could follow: see `error`); None while it runs.
+        error: with the finish reason "error": what went wrong, and which setting to change.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for anything else.
         logprobs: of each new token, by id: its own and those of the most likely ones; None if not asked for.
         cumulative_logprob: sum over the new tokens; None if neither `logprobs` nor `best_of` asked for it.
@@ -38,6 +39,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     score: float | None = None
+    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -109,7 +111,10 @@ class EmbeddingOutput:
 
 @dataclass(slots=True)
 class StreamChunk:
-    """New text of one sample while it is generated: only whole characters and what cannot become a stop string."""
+    """New text of one sample while it is generated: only whole characters and what cannot become a stop string.
+
+    The last chunk of a sample has a `finish_reason`, with `stop_reason` or `error` as in `CompletionOutput`.
+    """
 
     index: int
     text: str
@@ -117,3 +122,4 @@ class StreamChunk:
     finish_reason: str | None
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    error: str | None = None

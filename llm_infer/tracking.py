@@ -40,7 +40,7 @@ class TrackedRequest:
         """Last chunks of the samples that ended otherwise than by a token, as by an abort."""
         for sample, sequence in zip(self._samples, self.request.sequences, strict=True):
             if sample.output.finish_reason is None:
-                yield sample.end(sequence.finish_reason)
+                yield sample.end(sequence.finish_reason, sequence.error)
 
     def result(self) -> RequestOutput:
         """The finished request's result."""
@@ -115,12 +115,12 @@ class _Sample:
         output.finish_reason, output.score = reason, event.sequence.score
         return StreamChunk(output.index, text, [token], reason, output.stop_reason, logprobs)
 
-    def end(self, reason: str | None) -> StreamChunk:
+    def end(self, reason: str | None, error: str | None) -> StreamChunk:
         """Ends the text without a token."""
         text = self._stop.push(self._detokenizer.finish()) + self._stop.finish()
         self.output.text += text
-        self.output.finish_reason = reason
-        return StreamChunk(self.output.index, text, [], reason)
+        self.output.finish_reason, self.output.error = reason, error
+        return StreamChunk(self.output.index, text, [], reason, error=error)
 
 
 def position_logprobs(tokenizer: Tokenizer, token: int, found: TokenLogprobs) -> dict[int, Logprob]:

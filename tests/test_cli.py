@@ -7,12 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llm_infer import accelerators, cli
+from llm_infer.outputs import StreamChunk
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -108,6 +111,25 @@ def test_generate_streams_the_answer_to_stdout(default_gguf: Path) -> None:
     command += ["--model", str(default_gguf), "--max-tokens", "5", "--max-model-len", "512"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout.startswith(" Paris")
+
+
+class _Answering:
+    """In place of an `LLM`: these chunks answer every prompt."""
+
+    def __init__(self, *chunks: StreamChunk) -> None:
+        self.tokenizer = SimpleNamespace(encode=list, chat_template=None)
+        self.chunks = chunks
+
+    def stream(self, *_: object) -> Iterator[StreamChunk]:
+        return iter(self.chunks)
+
+
+def test_an_answer_that_could_not_go_on_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm = _Answering(StreamChunk(0, "begun", [1], None), StreamChunk(0, "", [], "error", error="lower min_tokens"))
+    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    assert run(monkeypatch, capsys, "generate", "hello") == (1, "begun\n", "error: lower min_tokens\n")
 
 
 @pytest.mark.real

@@ -87,6 +87,28 @@ def test_bad_words_truncation_and_special_tokens(llm: LLM) -> None:
     assert shown.text == llm.tokenizer.decode(end, skip_special_tokens=False) and shown.finish_reason == "stop"
 
 
+def test_an_output_that_cannot_go_on_says_why(llm: LLM) -> None:
+    word = llm.tokenizer.encode(" go", add_special_tokens=False)
+    params = greedy(allowed_token_ids=word, bad_words=["go go"])
+    (output,) = llm.generate(TEXT, params)[0].outputs
+    assert output.finish_reason == "error" and output.token_ids == word
+    assert output.error is not None and "drop some of bad_words" in output.error
+    last = list(llm.stream(TEXT, params))[-1]
+    assert (last.finish_reason, last.error) == ("error", output.error)
+    assert llm.generate(TEXT, greedy())[0].outputs[0].error is None
+    with pytest.raises(RequestError, match="lower min_tokens"):
+        llm.generate(TEXT, greedy(allowed_token_ids=sorted(llm.tokenizer.eos_token_ids), min_tokens=2))
+
+
+def test_a_grammar_that_cannot_go_on_says_so() -> None:
+    compiler = GrammarCompiler([b"a", b"b", b"<eos>"], [], [2], lambda text: [0] * len(text))
+    compiler._limits = compiler._library.LLParserLimits(max_lexer_states=12)
+    matcher, mask = compiler.compile(structured(regex="(a|b)*a(a|b){9}")).matcher(), np.zeros(1, np.int32)
+    assert matcher.fill([], mask) is None
+    why = matcher.fill([0], mask)
+    assert why is not None and re.search(r"structured_outputs could not go on at token 2 \(.*too many states", why)
+
+
 @pytest.mark.parametrize(
     ("params", "pattern"),
     [
@@ -145,7 +167,7 @@ def test_thousands_of_choices_with_a_common_beginning() -> None:
     grammar = compiler.compile(structured(choice=[f"c{i}" for i in range(9000)]))
     for text, following in (("", {*b"c"}), ("c", {*b"0123456789"}), ("c0", {256}), ("c12", {*b"0123456789", 256})):
         mask = np.zeros(9, np.int32)
-        assert grammar.matcher().fill([*text.encode()], mask)
+        assert grammar.matcher().fill([*text.encode()], mask) is None
         assert {i for i in range(257) if mask[i // 32] >> i % 32 & 1} == following, text
 
 

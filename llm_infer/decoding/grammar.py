@@ -74,7 +74,7 @@ class GrammarCompiler:
         if warnings := matcher.get_grammar_warnings():
             raise RequestError(f"{where} asks for something that would be ignored: {_gist(str(warnings[0]))}")
         grammar = CompiledGrammar(matcher)
-        if not grammar.matcher().fill([], np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)):
+        if grammar.matcher().fill([], np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)) is not None:
             raise RequestError(f"{where}: nothing satisfies it")
         return grammar
 
@@ -110,15 +110,17 @@ class GrammarMatcher:
         self._matcher = matcher
         self._consumed = 0
 
-    def fill(self, output: Sequence[int], mask: np.ndarray) -> bool:
-        """Writes the tokens that may follow `output` into `mask` [W] int32; False if there are none or a limit is hit."""
+    def fill(self, output: Sequence[int], mask: np.ndarray) -> str | None:
+        """Writes the tokens that may follow `output` into `mask` [W] int32; says why if there are none or a limit is hit."""
         matcher = self._matcher
         new = list(output[self._consumed :])
         self._consumed = len(output)
-        if new and not matcher.consume_tokens(new):
-            return False
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        return not matcher.is_error() and bool(mask.any())
+        if not new or matcher.consume_tokens(new):
+            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+            if not matcher.is_error() and mask.any():
+                return None
+        why = _gist(matcher.get_error()) if matcher.is_error() else "no token of the model continues it"
+        return f"structured_outputs could not go on at token {len(output) + 1} ({why}): simplify it"
 
 
 class _Vocabulary:

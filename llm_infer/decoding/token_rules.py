@@ -14,8 +14,8 @@ ALL = np.int32(-1)
 class Matcher(Protocol):
     """How far one sequence has got in a grammar."""
 
-    def fill(self, output: Sequence[int], mask: np.ndarray) -> bool:
-        """Writes the tokens that may follow `output` into `mask` [W] int32; False if there are none."""
+    def fill(self, output: Sequence[int], mask: np.ndarray) -> str | None:
+        """Writes the tokens that may follow `output` into `mask` [W] int32; if there are none, says why."""
         ...
 
 
@@ -72,19 +72,22 @@ class TokenRules:
         self._phrases = [(word[:-1], word[-1]) for word in words if len(word) > 1]
         self._min_tokens, self._stop_ids = min_tokens, stop_ids
         self.grammar = grammar
+        self._ways_out = {"allowed_token_ids": "allow more tokens"} if allowed is not None else {}
+        self._ways_out |= {"bad_words": "drop some of bad_words"} if words else {}
+        self._ways_out |= {"structured_outputs": "change its grammar"} if grammar is not None else {}
 
     @property
-    def allows_something(self) -> bool:
-        """Whether the rules that never change leave any token."""
-        return bool(self._base.any())
+    def why_nothing_starts(self) -> str | None:
+        """What leaves no first token, and what to change; None if there is one as far as the grammar goes along."""
+        return self.fill(self._base.copy(), 0, (), None)
 
     @property
     def needs_last_token(self) -> bool:
         """Whether the next mask depends on the id drawn last, so that the host must know it first."""
         return bool(self._phrases) or self.grammar is not None
 
-    def fill(self, mask: np.ndarray, num_new: int, output: Sequence[int], matcher: Matcher | None) -> bool:
-        """Writes the mask [W] int32 of a sequence's next draw; False if no token is left.
+    def fill(self, mask: np.ndarray, num_new: int, output: Sequence[int], matcher: Matcher | None) -> str | None:
+        """Writes the mask [W] int32 of a sequence's next draw; if no token is left, says why and what to change.
 
         Args:
             mask: overwritten.
@@ -95,12 +98,19 @@ class TokenRules:
         if matcher is None:
             mask[:] = self._base
         else:
-            if not matcher.fill(output, mask):
-                return False
+            if (why := matcher.fill(output, mask)) is not None:
+                return why
             mask &= self._base
         if num_new < self._min_tokens:
             clear(mask, self._stop_ids)
         for prefix, last in self._phrases:
             if tuple(output[-len(prefix) :]) == prefix:
                 clear(mask, (last,))
-        return bool(mask.any())
+        return None if mask.any() else self._why_empty(num_new)
+
+    def _why_empty(self, num_new: int) -> str:
+        ways_out = dict(self._ways_out)
+        if num_new < self._min_tokens:
+            ends = f"min_tokens={self._min_tokens} (no token may end the output earlier)"
+            ways_out[ends] = "lower min_tokens"
+        return f"{' and '.join(ways_out)} leave no token to draw: {' or '.join(ways_out.values())}"

@@ -153,7 +153,7 @@ class Engine:
             grammar: what the output must match: the compiled form of `params.structured_outputs`.
 
         Raises:
-            RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, no token is allowed,
+            RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, no token may be drawn,
                 or the request can never fit context or pages.
         """
         params = params or SamplingParams()
@@ -220,8 +220,8 @@ class Engine:
             stop_ids=request.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
             grammar=grammar,
         )
-        if not rules.allows_something:
-            raise RequestError("bad_words forbids every token of allowed_token_ids: allow others")
+        if (why := rules.why_nothing_starts) is not None:
+            raise RequestError(why)
         return rules
 
     def abort(self, request_id: str) -> None:
@@ -275,7 +275,8 @@ class Engine:
             events += self._commit(self._in_flight)
             self._in_flight = pending
             if pending is not None:
-                for sequence in pending.dead:
+                for sequence, why in pending.dead.items():
+                    sequence.error = why
                     self.scheduler.finish(sequence, "error")
             if not self.config.overlap or self.scheduler.needs_results:
                 alone = not events

@@ -46,12 +46,12 @@ class StepProgram:
 class PendingStep:
     """A step that the device may still be running. `outputs` are device arrays; `read` waits for them.
 
-    `dead` are sequences that no token may follow: what the step draws for them is not to be used.
+    `dead` are sequences that no token may follow, and why: what the step draws for them is not to be used.
     """
 
     plan: StepPlan
     outputs: dict[str, jax.Array]
-    dead: list[Sequence]
+    dead: dict[Sequence, str]
 
     def read(self) -> dict[str, np.ndarray]:
         """The outputs on the host: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`; of several steps [dp, K, S]."""
@@ -221,11 +221,11 @@ class Runner:
         bucket = self.bucket_of(plan.num_tokens)
         program = self.program(bucket, needed)
         layout = program.layout
-        allowed, dead = None, []
+        allowed, dead = None, {}
         if StepFeatures.MASKED in program.features:
             allowed = np.full((len(plan.rows), layout.num_draws, mask_words(self._vocab)), ALL)
             for rows, slots, masks in zip(plan.rows, self._slots, allowed, strict=True):
-                dead += slots.fill_masks(rows, masks)
+                dead |= slots.fill_masks(rows, masks)
         # A new buffer each step: on the CPU the device array may be this very memory.
         packed = np.zeros((len(plan.rows), layout.size), np.int32)
         for rows, slots, copies, buffer in zip(plan.rows, self._slots, plan.copies, packed, strict=True):

@@ -77,17 +77,22 @@ class SlotTable:
                 needed |= self.features_at(row) & FOR_PROMPT
         return needed
 
-    def fill_masks(self, rows: Iterable[ScheduledRow], masks: np.ndarray) -> list[Sequence]:
-        """Writes the masks [S, W] of a shard's rows that draw and have rules; returns sequences that no token may follow."""
-        dead = []
+    def fill_masks(self, rows: Iterable[ScheduledRow], masks: np.ndarray) -> dict[Sequence, str]:
+        """Writes the masks [S, W] of a shard's rows that draw and have rules.
+
+        Returns:
+            Sequences that no token may follow, and why.
+        """
+        dead = {}
         for mask, row in zip(masks, rows, strict=False):
             sequence, rules = row.sequence, row.sequence.request.rules
             if row.samples and isinstance(rules, TokenRules):
                 assert sequence.slot is not None
                 num_new = row.start + row.count - len(sequence.request.prompt)
-                if not rules.fill(mask, num_new, sequence.output, self._matchers[sequence.slot]):
+                why = rules.fill(mask, num_new, sequence.output, self._matchers[sequence.slot])
+                if why is not None:
                     mask[:] = -1
-                    dead.append(sequence)
+                    dead[sequence] = why
         return dead
 
     def _set_sampling(self, sequence: Sequence, slot: int) -> None:

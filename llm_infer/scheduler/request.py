@@ -129,15 +129,17 @@ class Sequence:
             beam); tells the engine when to look at all of them.
         digests: prefix-cache digests of its full pages, as far as they were needed.
         num_cached_pages: pages from the front that were offered to the prefix cache or came from it.
-        finish_reason: "stop", "length" or "abort" once FINISHED.
+        finish_reason: "stop", "length", "abort" or "error" once FINISHED.
+        error: what went wrong, for the user, with the finish reason "error".
         score: of a result of a beam search.
         num_drafts: proposed tokens in a step whose result is not here yet; until it is, the sequence is in no other.
         speculation: what is known of proposals for it.
     """
 
     __slots__ = (
-        *("digests", "finish_reason", "first_step", "in_flight", "max_length", "num_cached_pages", "num_computed"),
+        *("digests", "error", "finish_reason", "first_step", "in_flight", "max_length", "num_cached_pages"),
         *(
+            "num_computed",
             "num_drafts",
             "rank",
             "request",
@@ -168,6 +170,7 @@ class Sequence:
         self.digests: list[bytes] = []
         self.num_cached_pages = 0
         self.finish_reason: str | None = None
+        self.error: str | None = None
         self.score: float | None = None
         self.num_drafts = 0
         self.speculation: Speculation | None = None

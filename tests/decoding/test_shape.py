@@ -91,8 +91,21 @@ def test_masks_of_token_rules() -> None:
     expected = {(): {0, 5, 31, 699}, (1,): {0, 5, 31, 699}, (0, 1): {0, 5, 31, 32, 699}, (0, 31): {0, 31, 32, 699}}
     for output, tokens in expected.items():
         mask = np.zeros((ROWS, mask_words(VOCAB)), np.int32)
-        assert all(rules.fill(row, len(output), output, None) for row in mask)
+        assert all(rules.fill(row, len(output), output, None) is None for row in mask)
         masked = np.asarray(mask_logits(jnp.asarray(LOGITS), jnp.asarray(mask)))
         assert all(set(np.flatnonzero(row > -np.inf)) == tokens for row in masked)
-    assert not TokenRules(VOCAB, allowed=[699], bad_words=[(699,)]).allows_something
-    assert not TokenRules(VOCAB, allowed=[7], bad_words=[(7, 7)]).fill(mask[0], 1, [7], None)
+
+
+def test_rules_that_leave_no_token_say_which_of_them_to_change() -> None:
+    mask = np.zeros(mask_words(VOCAB), np.int32)
+    nothing = TokenRules(VOCAB, allowed=[699], bad_words=[(699,)])
+    said = "allowed_token_ids and bad_words leave no token to draw: allow more tokens or drop some of bad_words"
+    assert nothing.why_nothing_starts == said
+    later = TokenRules(VOCAB, allowed=[7], bad_words=[(7, 7)])
+    assert later.why_nothing_starts is None and later.fill(mask, 1, [7], None) == said
+    ends = TokenRules(VOCAB, allowed=[3, 4], min_tokens=2, stop_ids=frozenset({3, 4, 5}))
+    why = ends.why_nothing_starts
+    assert why is not None and "allowed_token_ids and min_tokens=2" in why and "lower min_tokens" in why
+    assert "bad_words" not in why
+    assert ends.fill(mask, 2, [3, 3], None) is None
+    assert TokenRules(VOCAB, allowed=[3, 9], min_tokens=2, stop_ids=frozenset({3})).why_nothing_starts is None

@@ -104,10 +104,15 @@ def test_a_request_that_no_token_can_continue_ends_alone(make_engine: EngineFact
     while engine.has_work:
         engine.step()
     assert dead.sequences[0].output == [7] and dead.sequences[0].finish_reason == "error"
+    assert "drop some of bad_words" in (dead.sequences[0].error or "")
     assert len(other.sequences[0].output) == 5
     assert engine.scheduler.usage(0) == 0.0
     with pytest.raises(RequestError, match="bad_words"):
         engine.add_request([1], stuck, bad_words=[(7,)])
+    ends = SamplingParams(allowed_token_ids=(7, 9), stop_token_ids=(7, 9, 11), min_tokens=1)
+    with pytest.raises(RequestError, match=r"allowed_token_ids and min_tokens=1 .*lower min_tokens"):
+        engine.add_request([1], ends)
+    assert not engine.scheduler.has_unfinished
 
 
 @pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logit_bias"])
