@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from llm_infer.errors import UserError
+from llm_infer.plain_values import plain
 
 
 def _require(condition: bool, message: str) -> None:
@@ -15,10 +16,18 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_integers(config: object, *names: str) -> None:
+    """Numbers of NumPy become Python's."""
     for name in names:
-        value = getattr(config, name)
+        value = plain(getattr(config, name))
+        object.__setattr__(config, name, value)
         ok = value is None or (isinstance(value, int) and not isinstance(value, bool))
         _require(ok, f"{name}={value!r}: expected a whole number")
+
+
+def _require_switches(config: object, *names: str) -> None:
+    for name in names:
+        value = plain(getattr(config, name))
+        _require(isinstance(value, bool), f"{name}={value!r:.60}: expected True or False")
 
 
 PAGE_DTYPES = ("float32", "bfloat16", "float16")
@@ -47,6 +56,7 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         _require_integers(self, "page_size", "num_pages", "memory_bytes")
+        _require_switches(self, "enable_prefix_caching")
         _require(
             self.dtype is None or self.dtype in PAGE_DTYPES,
             f"kv_cache_dtype={self.dtype!r}: expected auto, {', '.join(PAGE_DTYPES)}",
@@ -55,11 +65,12 @@ class CacheConfig:
             self.memory_bytes is None or self.memory_bytes > 0,
             f"kv_cache_memory={self.memory_bytes}: expected a positive number of bytes",
         )
-        share = self.memory_utilization
+        share = plain(self.memory_utilization)
         _require(
             share is None or (isinstance(share, int | float) and 0 < share <= 1),
             f"memory_utilization={share!r}: expected a share above 0 and up to 1",
         )
+        object.__setattr__(self, "memory_utilization", share)
         _require(
             self.page_size in (8, 16, 32, 64, 128),
             f"page_size={self.page_size} is not supported: set page_size to 8, 16, 32, 64 or 128",
@@ -225,4 +236,5 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require_integers(self, "seed")
+        _require_switches(self, "overlap", "check_every_step", "fused_qkv")
         _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ from llm_infer.loading import load, require_same_tokens
 from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import join
+from llm_infer.plain_values import plain_list
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.progress import Progress
 
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
+Prompt = str | Sequence[int] | np.ndarray
+"""Text, or token ids: a list or an array of integers (of NumPy or another library)."""
 
 Messages = Sequence[Mapping[str, Any]]
 """A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
@@ -88,7 +90,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = DEFAULT_MODEL.name,
+        model: str | os.PathLike[str] = DEFAULT_MODEL.name,
         *,
         max_model_len: int | None = None,
         max_num_seqs: int = 32,
@@ -251,9 +253,7 @@ class LLM:
 
         Several streams may be read in turn: all of them advance together.
         """
-        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
-            raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
-        params = _per_prompt(sampling_params, 1)
+        prompt, params = _as_prompt(prompt), _per_prompt(sampling_params, 1)
         if params[0].num_sequences > params[0].n:
             name = "best_of" if params[0].beam_width is None else "beam_width"
             raise RequestError(f"{name}={getattr(params[0], name)} cannot stream: the best is known at the end only")
@@ -445,16 +445,22 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several as a list of prompts."""
     if isinstance(prompts, str):
         return [prompts]
+    found = type(prompts).__name__
+    prompts = plain_list(prompts)
     if isinstance(prompts, bytes) or not isinstance(prompts, Sequence):
-        raise RequestError(
-            f"expected a prompt or a list of prompts (text or token ids), found {type(prompts).__name__}"
-        )
-    if prompts and not isinstance(prompts[0], str | Sequence):
+        raise RequestError(f"expected a prompt or a list of prompts (text or token ids), found {found}")
+    if prompts and isinstance(prompts[0], int | float):
         return [prompts]  # type: ignore[list-item]
-    for prompt in prompts:
-        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
-            raise RequestError(f"a prompt must be text or token ids, found {type(prompt).__name__}")
-    return list(prompts)  # type: ignore[arg-type]
+    return [_as_prompt(prompt) for prompt in prompts]
+
+
+def _as_prompt(prompt: Any) -> Prompt:
+    """One prompt, with token ids as a list of Python numbers."""
+    found = type(prompt).__name__
+    prompt = plain_list(prompt)
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise RequestError(f"a prompt must be text or token ids, found {found}")
+    return prompt
 
 
 def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from jax.typing import DTypeLike
@@ -21,7 +22,7 @@ LOAD_FORMATS = ("auto", "dummy")
 
 
 def load(
-    name: str,
+    name: str | os.PathLike[str],
     *,
     load_format: str,
     fused_qkv: bool,
@@ -37,6 +38,7 @@ def load(
         UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, `dtype` is no type of
             weights, `precision` is not to be had here, or the model cannot be cut over the mesh of `parallel`.
     """
+    name = _checked_name(name)
     compute, stored = compute_dtype(dtype, precision)
     if load_format not in LOAD_FORMATS:
         raise UserError(f"load_format={load_format!r}: expected one of {', '.join(LOAD_FORMATS)}")
@@ -66,7 +68,9 @@ def require_same_tokens(target: Tokenizer, draft: Tokenizer, name: str) -> None:
         )
 
 
-def convert(source: str, destination: str | Path, *, dtype: str = "float32", progress: Progress | None = None) -> Path:
+def convert(
+    source: str | os.PathLike[str], destination: str | Path, *, dtype: str = "float32", progress: Progress | None = None
+) -> Path:
     """Writes a model as a checkpoint of stacked, fused parameters that loads without any conversion.
 
     Args:
@@ -84,13 +88,20 @@ def convert(source: str, destination: str | Path, *, dtype: str = "float32", pro
     if dtype not in DTYPES:
         raise ModelError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     path = checked_destination(destination)
-    opened = open_model(resolve(source, progress=progress))
+    opened = open_model(resolve(_checked_name(source), progress=progress))
     _tokenizer(opened)  # a model whose tokenizer is not supported fails here, not after minutes of writing
     files = tokenizer_files(opened)
     model = load_model(opened, dtype=DTYPES[dtype], progress=progress)
     opened.tensors.close()
     save_model(model, path, files, progress=progress)
     return path
+
+
+def _checked_name(name: object) -> str:
+    name = os.fspath(name) if isinstance(name, os.PathLike) else name
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"model={name!r:.60}: expected the name of a model, a file or a directory")
+    return name
 
 
 def _dummy(

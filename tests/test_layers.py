@@ -33,6 +33,7 @@ HOST = (
         "llm_infer/config.py",
         "llm_infer/outputs.py",
         "llm_infer/accelerators.py",
+        "llm_infer/plain_values.py",
     ),
     *(
         "llm_infer/decoding/sampling_params.py",
@@ -60,7 +61,7 @@ ORDER = (
     ("llm_infer/quant/",),
     (
         *("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
-        "llm_infer/accelerators.py",
+        *("llm_infer/accelerators.py", "llm_infer/plain_values.py"),
     ),
     ("llm_infer/__init__.py",),
     ("pallas_kernels/",),

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llm_infer import LLM, SamplingParams
-from llm_infer.errors import RequestError
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.errors import RequestError, UserError
 
 pytestmark = pytest.mark.real
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -144,6 +146,11 @@ def test_threads_share_an_llm(llm: LLM) -> None:
         lambda llm: llm.generate(b"abc"),
         lambda llm: llm.generate([[1.5]]),
         lambda llm: llm.generate([[True]]),
+        lambda llm: llm.generate(np.array(3)),
+        lambda llm: llm.generate(np.array([1.5])),
+        lambda llm: llm.generate([[[1], [2, 3]]]),
+        lambda llm: list(llm.stream(np.array([[1, 2]]))),
+        lambda llm: llm.generate([[1, "a"]]),
         lambda llm: llm.generate(["a", 3]),
         lambda llm: llm.generate("a", {"max_tokens": 3}),
         lambda llm: list(llm.stream(["Hi", "a"])),
@@ -156,6 +163,23 @@ def test_malformed_calls_are_request_errors(llm: LLM, call: Callable[[LLM], obje
     with pytest.raises(RequestError):
         call(llm)
     assert not llm.engine.scheduler.has_unfinished
+
+
+@pytest.mark.parametrize("setting", [{"overlap": "no"}, {"enable_prefix_caching": 1}, {"model": 3}, {"model": ""}])
+def test_settings_of_another_kind_are_named(setting: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        LLM(**setting, progress=False)
+
+
+def test_prompts_and_settings_may_be_numpy_s(llm: LLM) -> None:
+    ids = llm.tokenizer.encode("The capital of France is")
+    expected = llm.generate(ids, GREEDY)[0].outputs[0].token_ids
+    forms = (np.array(ids, np.uint16), [np.int64(i) for i in ids], [np.array(ids)], np.array([ids, ids]))
+    for prompts in (*forms, np.array(["The capital of France is", "a"])):
+        assert llm.generate(prompts, GREEDY)[0].outputs[0].token_ids == expected
+    assert [i for chunk in llm.stream(np.array(ids), GREEDY) for i in chunk.token_ids] == expected
+    config = EngineConfig(CacheConfig(np.int64(16), memory_utilization=np.float32(0.5)), SchedulerConfig(np.int32(4)))
+    assert repr(config) == repr(EngineConfig(CacheConfig(16, memory_utilization=0.5), SchedulerConfig(4)))
 
 
 def test_beam_search_returns_results_ordered_by_score(llm: LLM) -> None:

@@ -10,6 +10,7 @@ from typing import Literal
 from llm_infer.decoding.beam import MAX_BEAM_WIDTH
 from llm_infer.decoding.structured import StructuredOutputsParams
 from llm_infer.errors import RequestError
+from llm_infer.plain_values import plain, plain_list
 
 MAX_LOGPROBS = 20
 """Most tokens per position whose log-probabilities a request can ask for (as in vLLM)."""
@@ -43,16 +44,17 @@ def _switch(name: str, value: object) -> None:
 
 
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    value = plain_list(value)
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise RequestError(f"{name}={value!r}: expected a list of token ids")
-    ids = tuple(value)
+        raise RequestError(f"{name}={value!r:.60}: expected a list of token ids")
+    ids = tuple(plain(token) for token in value)
     for token in ids:
         _integer(name, token, 0)
     return ids
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
+    texts = (value,) if isinstance(value, str) else plain_list(value)
     if not isinstance(texts, Iterable) or isinstance(texts, bytes):
         raise RequestError(f"{name}={value!r:.60}: expected a text or a list of texts")
     texts = tuple(texts)
@@ -136,6 +138,8 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         _integer("n", self.n, 1, MAX_N)
         if self.best_of is not None:
             _integer("best_of", self.best_of, 1, MAX_N)
@@ -157,6 +161,8 @@ class SamplingParams:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         if self.truncate_prompt_tokens is not None:
             _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
+        if self.beam_width is not None:
+            _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             _switch(name, getattr(self, name))
         normal: dict[str, object] = {
@@ -178,7 +184,8 @@ class SamplingParams:
         bias = {}
         for key, value in self.logit_bias.items():
             # JSON has only texts as keys, so the OpenAI API writes ids as texts.
-            token = int(key) if isinstance(key, str) and key.isdecimal() else key
+            token = int(key) if isinstance(key, str) and key.isdecimal() else plain(key)
+            value = plain(value)
             _integer("logit_bias token", token, 0)
             _number(f"logit_bias[{token}]", value, -100.0, 100.0)
             bias[token] = float(value)
@@ -208,13 +215,12 @@ class SamplingParams:
 
     def _check_beams(self) -> None:
         _number("length_penalty", self.length_penalty, -10.0, 10.0)
-        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+        if not isinstance(self.early_stopping, bool) and str(self.early_stopping) != "never":
             raise RequestError(f"early_stopping={self.early_stopping!r}: expected True, False or 'never'")
         set_apart = [
             f.name for f in fields(self) if getattr(self, f.name) != (f.default if f.default is not MISSING else {})
         ]
         if self.beam_width is not None:
-            _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
             if refused := [name for name in set_apart if name not in WITH_BEAMS]:
                 raise RequestError(f"beam_width={self.beam_width} cannot be combined with {', '.join(refused)}")
             if self.temperature not in (0.0, 1.0):

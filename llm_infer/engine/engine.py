@@ -159,8 +159,9 @@ class Engine:
         params = params or SamplingParams()
         params.check_vocabulary(self.vocab_size)
         index, self._num_requests = self._num_requests, self._num_requests + 1
-        ids = np.asarray(prompt_ids)
-        if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+        flat = not any(hasattr(token, "__len__") for token in prompt_ids)
+        ids = np.asarray(prompt_ids if flat else ())
+        if not flat or (ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu")):
             raise RequestError(f"a prompt of token ids must be a flat list of whole numbers, found {prompt_ids!r:.60}")
         if not ids.size:
             raise RequestError("the prompt is empty: at least one token is needed")

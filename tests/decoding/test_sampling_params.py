@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_infer.decoding.sampling_params import SamplingParams
@@ -48,6 +49,18 @@ from llm_infer.errors import RequestError
         ("truncate_prompt_tokens", 0),
         ("skip_special_tokens", 1),
         ("include_stop_str_in_output", True),
+        ("max_tokens", np.float32(5)),
+        ("max_tokens", np.array([5])),
+        ("n", np.bool_(True)),
+        ("temperature", np.array([0.5, 0.6])),
+        ("temperature", np.float32("nan")),
+        ("stop_token_ids", np.array([[1]])),
+        ("stop_token_ids", np.array(1)),
+        ("stop", np.array([1])),
+        ("logit_bias", {3: np.array([1.0, 2.0])}),
+        ("beam_width", np.array([1, 2])),
+        ("early_stopping", np.array([1, 2])),
+        ("skip_special_tokens", np.array([1, 2])),
     ],
 )
 def test_bad_values_are_named(name: str, value: Any) -> None:
@@ -71,6 +84,28 @@ def test_unknown_parameters_are_an_error() -> None:
 def test_contradictions_are_named(values: dict[str, Any], words: str) -> None:
     with pytest.raises(RequestError, match=words):
         SamplingParams(**values)
+
+
+def test_numbers_of_numpy_become_python_s() -> None:
+    given: dict[str, Any] = {
+        "n": np.int8(2),
+        "temperature": np.float32(0.5),
+        "top_p": np.float64(0.9),
+        "min_p": np.float16(0.25),
+        "seed": np.int32(3),
+        "max_tokens": np.int64(5),
+        "logprobs": np.array(3),
+        "ignore_eos": np.bool_(True),
+        "stop": np.array(["a", "b"]),
+        "stop_token_ids": np.array([1, 2]),
+        "allowed_token_ids": [np.int64(3)],
+        "logit_bias": {np.int64(4): np.float32(2)},
+    }
+    params = SamplingParams(**given)
+    lists = {"stop": ("a", "b"), "stop_token_ids": (1, 2), "allowed_token_ids": (3,), "logit_bias": {4: 2.0}}
+    scalars = {name: value.item() for name, value in given.items() if name not in lists}
+    expected = SamplingParams(**scalars, **lists)
+    assert repr(params) == repr(expected) and "np." not in repr(params)
 
 
 def test_forms_of_the_openai_api() -> None:
