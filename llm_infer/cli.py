@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_infer import accelerators
+from llm_infer.cli_answers import show_answer, write
 from llm_infer.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="File with a JSON schema that the answer follows.")] = None,
     logprobs: Annotated[
-        int | None, typer.Option(help="Also write each token's log-probability, and so many others, to stderr.")
+        int | None,
+        typer.Option(
+            help="After the answer, write each token's log-probability, and of so many likely ones, to stderr."
+        ),
     ] = None,
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
@@ -130,15 +134,7 @@ def generate(
     ids = llm.tokenizer.encode(text)
     if not raw and llm.tokenizer.chat_template is not None:
         ids = llm.chat_prompt([{"role": "user", "content": text}])
-    error = None
-    for chunk in llm.stream(ids, params):
-        _write(chunk.text)
-        for at in chunk.logprobs or ():
-            print("  ".join(f"{one.decoded_token!r} {one.logprob:.3f}" for one in at.values()), file=sys.stderr)
-        error = chunk.error
-    _write("\n")
-    if error is not None:
-        raise UserError(error)
+    show_answer(llm.stream(ids, params), params)
 
 
 @app.command()
@@ -208,7 +204,7 @@ def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) ->
         stream = llm.stream_chat(messages, params)
         try:
             for chunk in stream:
-                _write(chunk.text)
+                write(chunk.text)
                 answer.append(chunk.text)
         finally:
             stream.close()  # type: ignore[attr-defined]
@@ -217,7 +213,7 @@ def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) ->
     except UserError as error:
         print(f"error: {error} (/reset starts a new conversation)", file=sys.stderr)
         return messages[:-1]
-    _write("\n")
+    write("\n")
     return [*messages, {"role": "assistant", "content": "".join(answer)}]
 
 
@@ -511,15 +507,6 @@ def _standard_input() -> str:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
-
-
-def _write(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
 
 
 def main() -> None:

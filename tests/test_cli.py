@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from llm_infer import accelerators, cli
-from llm_infer.outputs import StreamChunk
+from llm_infer.outputs import Logprob, StreamChunk
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
@@ -130,6 +130,58 @@ def test_an_answer_that_could_not_go_on_is_an_error(
     llm = _Answering(StreamChunk(0, "begun", [1], None), StreamChunk(0, "", [], "error", error="lower min_tokens"))
     monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
     assert run(monkeypatch, capsys, "generate", "hello") == (1, "begun\n", "error: lower min_tokens\n")
+
+
+def test_log_probabilities_come_after_the_answer_as_a_table(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = {5: Logprob(-0.25, 1, " Paris"), 9: Logprob(-1.5, 2, " not")}
+    second = {7: Logprob(-12.125, 341, "\n"), 5: Logprob(-0.5, 1, "."), 9: Logprob(-1.0, 2, "!")}
+    llm = _Answering(
+        StreamChunk(0, " Paris", [5], None, logprobs=[first]), StreamChunk(0, "\n", [7], "length", logprobs=[second])
+    )
+    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)  # as a terminal shows it
+    code, out, _ = run(monkeypatch, capfd, "generate", "hello", "--logprobs", "2")
+    assert code == 0 and out.splitlines() == [
+        *(" Paris", ""),
+        "token     logprob    rank  likely tokens",
+        "' Paris'   -0.250       1  ' not' -1.500",
+        "'\\n'      -12.125     341  '.' -0.500  '!' -1.000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "said"),
+    [
+        (
+            3,
+            "length",
+            "note: --max-tokens 3 is reached, so the answer is cut and may be incomplete JSON: raise --max-tok",
+        ),
+        (
+            2,
+            "length",
+            "note: the context is full, so the answer is cut and may be incomplete JSON: give a shorter prompt",
+        ),
+        (3, "stop", ""),
+    ],
+)
+def test_a_structured_answer_that_was_cut_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tokens: int,
+    reason: str,
+    said: str,
+) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    llm = _Answering(*(StreamChunk(0, "{", [1], reason if i == tokens else None) for i in range(1, tokens + 1)))
+    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    for flags in ((), ("--json-schema", str(tmp_path / "schema.json"))):
+        code, out, err = run(monkeypatch, capsys, "generate", "hello", "--max-tokens", "3", *flags)
+        assert code == 0 and out == "{" * tokens + "\n"
+        assert err.startswith(said) and err.count("\n") == bool(said) if flags else err == ""
 
 
 @pytest.mark.real
