@@ -29,8 +29,21 @@ app = typer.Typer(
 bench = typer.Typer(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=None)
 
+
+def _existing_model(name: str) -> str:
+    """Refuses a name that no model can have, before JAX is imported, which takes seconds."""
+    from llm_infer.weights.model_names import why_unknown
+
+    if (problem := why_unknown(name)) is not None:
+        raise UserError(problem)
+    return name
+
+
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
-Model = Annotated[str, typer.Option(help="Default model, a GGUF file, a Hugging Face or converted directory, hub id.")]
+MODEL_HELP = "Default model, a GGUF file, a Hugging Face or converted directory, hub id."
+Model = Annotated[str, typer.Option(help=MODEL_HELP, callback=_existing_model)]
+AnyModel = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+"""Or, with random weights, a published architecture: see `_check_model`."""
 MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; -1 keeps all.")]
@@ -67,7 +80,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
-    model: Model = DEFAULT_MODEL_NAME,
+    model: AnyModel = DEFAULT_MODEL_NAME,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -101,6 +114,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
+    _check_model(model, load_format, config)
     params = _sampling_params(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -139,7 +153,7 @@ def generate(
 
 @app.command()
 def chat(
-    model: Model = DEFAULT_MODEL_NAME,
+    model: AnyModel = DEFAULT_MODEL_NAME,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
@@ -160,6 +174,7 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
+    _check_model(model, "auto", config)
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     arguments = _engine_arguments(
         config,
@@ -252,7 +267,7 @@ def doctor(debug: Debug = False) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A model as for --model.")],
+    source: Annotated[str, typer.Argument(help="A model as for --model.", callback=_existing_model)],
     dest: Annotated[str, typer.Argument(help="Directory to write, new or empty; give it to --model afterwards.")],
     dtype: Annotated[str, typer.Option(help="Type of the parameters: float32 or bfloat16.")] = "float32",
     debug: Debug = False,
@@ -266,7 +281,7 @@ def convert(
 
 @bench.command()
 def offline(
-    model: Model = DEFAULT_MODEL_NAME,
+    model: AnyModel = DEFAULT_MODEL_NAME,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the decode runs.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = 64,
@@ -285,6 +300,7 @@ def offline(
     debug: Debug = False,
 ) -> None:
     """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
+    _check_model(model, load_format, config)
     from llm_infer.bench.offline import run
 
     arguments = _engine_arguments(
@@ -452,6 +468,12 @@ def cache(debug: Debug = False) -> None:
     from llm_infer.kvcache.simulate import table
 
     print(table())
+
+
+def _check_model(name: str, load_format: str, config: str | None) -> None:
+    """As `_existing_model`, unless the weights may be random ones, which a file of `--config` may ask for, too."""
+    if load_format == "auto" and config is None:
+        _existing_model(name)
 
 
 def _sampling_params(**values: Any) -> SamplingParams:

@@ -61,6 +61,18 @@ def test_bad_arguments(
     assert_one_line_error(run(monkeypatch, capsys, "generate", "hello", *flags), *words)
 
 
+@pytest.mark.parametrize("name", ["missing.gguf", "./missing", "/missing/directory", "missing"])
+def test_a_model_that_is_not_there_is_refused_before_jax_is_imported(name: str, tmp_path: Path) -> None:
+    code = "import sys; from llm_infer import cli; sys.argv = ['llm-infer', *sys.argv[1:]]\n"
+    code += "try: cli.main()\nexcept SystemExit: print('jax' in sys.modules)"
+    commands = (["generate", "hello", "--model"], ["chat", "--model"], ["convert"], ["bench", "step", "--model"])
+    for command in commands:
+        arguments = [*command, name, *(["out"] if command == ["convert"] else [])]
+        result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+        assert result.stdout == "False\n", arguments
+        assert result.stderr.startswith(f"error: no model {name!r}: there is no such file or directory")
+
+
 @pytest.mark.parametrize("prompt", ["", "  \n"])
 def test_empty_prompt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prompt: str) -> None:
     assert_one_line_error(run(monkeypatch, capsys, "generate", prompt), "empty")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,11 @@ from llm_infer.weights import default_model
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from llm_infer.weights.hub import fetch_from_hub
+from llm_infer.weights.model_names import why_unknown
 from llm_infer.weights.orbax_checkpoint import Checkpoint, is_checkpoint, why_no_checkpoint
 from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsSource
 from llm_infer.weights.tensor_source import TensorSource
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_EXPECTED = (
-    f"expected {default_model.DEFAULT_MODEL.name!r}, a GGUF file, a Hugging Face directory, a directory written by "
-    "`llm-infer convert`, or a hub id org/name"
-)
 
 GGUF_TOKENIZER = "gguf_tokenizer.json"
 """File of a checkpoint made of a GGUF file: that file's metadata on its tokenizer."""
@@ -96,8 +90,8 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
     if name == default_model.DEFAULT_MODEL.name:
         pinned = default_model.DEFAULT_MODEL
         return ModelSource(name, "gguf", default_model.find(pinned) or default_model.fetch(pinned, progress))
-    if "\0" in name:  # the operating system's calls refuse it with an error of their own
-        raise ModelError(f"model {name!r}: {_EXPECTED}")
+    if (problem := why_unknown(name)) is not None:
+        raise ModelError(problem)
     path = Path(name).expanduser()
     if path.is_dir() and is_checkpoint(path):
         return ModelSource(name, "orbax", path)
@@ -107,10 +101,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
         if path.name.endswith((".safetensors", INDEX_NAME, "config.json")):
             raise ModelError(f"{path} is one file of a Hugging Face model: give its directory {path.parent}")
         return ModelSource(name, "gguf", path)
-    # Something that is spelled like a path or a weights file was never meant for the hub.
-    if _HUB_ID.fullmatch(name) and not name.endswith((".gguf", ".safetensors", ".bin", ".pt")):
-        return ModelSource(name, "huggingface", _checked_directory(fetch_from_hub(name, progress)))
-    raise ModelError(f"no model {name!r}: there is no such file or directory; {_EXPECTED}")
+    return ModelSource(name, "huggingface", _checked_directory(fetch_from_hub(name, progress)))
 
 
 def open_model(source: ModelSource) -> OpenModel:
