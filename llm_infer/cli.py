@@ -55,6 +55,7 @@ Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations a
 Dtype = Annotated[
     str, typer.Option(help="Of weights and activations: auto (float32 on CPUs, else bfloat16), float32 …")
 ]
+Device = Annotated[str, typer.Option(help="auto, or run only where JAX finds cpu, gpu or tpu.")]
 MemoryUtilization = Annotated[
     float | None,
     typer.Option("--memory-utilization", "--gpu-memory-utilization", help="Share of device memory to use (0.9)."),
@@ -101,6 +102,7 @@ def generate(
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
     load_format: LoadFormat = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     precision: Precision = "exact",
     memory_utilization: MemoryUtilization = None,
@@ -134,6 +136,7 @@ def generate(
         config,
         max_model_len=max_model_len,
         load_format=load_format,
+        device=device,
         dtype=dtype,
         precision=precision,
         memory_utilization=memory_utilization,
@@ -161,6 +164,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
+    device: Device = "auto",
     dtype: Dtype = "auto",
     precision: Precision = "exact",
     memory_utilization: MemoryUtilization = None,
@@ -179,6 +183,7 @@ def chat(
     arguments = _engine_arguments(
         config,
         max_model_len=max_model_len,
+        device=device,
         dtype=dtype,
         precision=precision,
         memory_utilization=memory_utilization,
@@ -290,6 +295,7 @@ def offline(
     json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
     load_format: LoadFormat = "auto",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     precision: Precision = "exact",
     tensor_parallel_size: TensorParallel = None,
@@ -307,6 +313,7 @@ def offline(
         config,
         num_scheduler_steps=num_scheduler_steps,
         load_format=load_format,
+        device=device,
         dtype=dtype,
         precision=precision,
         tensor_parallel_size=tensor_parallel_size,
@@ -512,7 +519,13 @@ def _keep_stdout_for_answers() -> None:
     sys.stdout = open(answers, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
 
 
-FLAG_DEFAULTS = {"load_format": "auto", "dtype": "auto", "precision": "exact", "num_scheduler_steps": 1}
+FLAG_DEFAULTS = {
+    "load_format": "auto",
+    "device": "auto",
+    "dtype": "auto",
+    "precision": "exact",
+    "num_scheduler_steps": 1,
+}
 """Flags at these values leave a setting to the file of `--config`, and without one to `LLM`."""
 
 

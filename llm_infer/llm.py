@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
@@ -62,6 +63,7 @@ class LLM:
             the same, a stream gets so many tokens at once.
         seed: seeds requests without a seed of their own.
         fused_qkv: store query, key and value projections as one matrix.
+        device: "auto" takes what JAX finds; "cpu", "gpu" or "tpu" refuses to run on anything else.
         dtype: type of weights and activations, a draft model's too: "float32", "bfloat16" or "float16"; "auto" is float32
             on CPUs, where weights then stay as the file has them, and bfloat16 on accelerators.
         precision: "exact" computes in float32 with the file's weights; "fast" also rounds activations to int8 before
@@ -104,6 +106,7 @@ class LLM:
         num_scheduler_steps: int = 1,
         seed: int = 0,
         fused_qkv: bool = True,
+        device: str = "auto",
         dtype: str = "auto",
         precision: str = "exact",
         kv_cache_dtype: str = "auto",
@@ -145,6 +148,7 @@ class LLM:
         )
         parallel = ParallelConfig(tensor_parallel_size, data_parallel_size, expert_parallel_size)
         channel = join(coordinator_address, num_processes, process_id, settings)
+        _require_device(device)
         self._progress = Progress(enabled=progress and not isinstance(channel, Follower))
         if note := enable_compile_cache():
             self._progress.note(note)
@@ -439,6 +443,21 @@ class LLM:
                     lambda text: tokenizer.encode(text, add_special_tokens=False),
                 )
         return self._grammars.compile(params.structured_outputs)
+
+
+DEVICES = ("auto", "cpu", "gpu", "tpu")
+
+
+def _require_device(device: str) -> None:
+    """Raises UserError if JAX has another kind of device: settings made for one waste memory and time of another."""
+    if device not in DEVICES:
+        raise UserError(f"device={device!r:.60}: expected one of {', '.join(DEVICES)}")
+    found = jax.default_backend()
+    if device not in ("auto", found):
+        raise UserError(
+            f"device={device!r}: JAX found {jax.device_count()} × {found} here (llm-infer doctor tells more): take settings "
+            f"made for it, or set device to {found!r} to run with these all the same"
+        )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -9,6 +9,7 @@ import pytest
 from llm_infer.cli import _engine_arguments
 from llm_infer.engine_arguments import VLLM_NAMES, argument_names, read_engine_arguments
 from llm_infer.errors import UserError
+from llm_infer.llm import LLM
 
 SERVING = sorted((Path(__file__).parent.parent / "configs" / "serving").glob("*.toml"))
 
@@ -16,6 +17,19 @@ SERVING = sorted((Path(__file__).parent.parent / "configs" / "serving").glob("*.
 @pytest.mark.parametrize("path", SERVING, ids=lambda path: path.stem)
 def test_committed_files_hold_arguments(path: Path) -> None:
     assert set(read_engine_arguments(path)) <= set(argument_names())
+
+
+def test_settings_for_a_device_are_refused_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llm_infer.llm.load", lambda *_, **__: pytest.fail("the model is not to be read"))
+    for path in SERVING:
+        device = {"cpu": "cpu", "h200": "gpu"}.get(path.stem, "tpu")
+        assert read_engine_arguments(path)["device"] == device
+        if device != "cpu":
+            with pytest.raises(UserError, match=rf"device='{device}': JAX found \d × cpu here .*set device to 'cpu'"):
+                LLM(**read_engine_arguments(path))
+    with pytest.raises(UserError, match="expected one of auto, cpu, gpu, tpu"):
+        LLM(device="cuda")
+    assert _engine_arguments(str(SERVING[-1]), device="cpu")["device"] == "cpu"
 
 
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
