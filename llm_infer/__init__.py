@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pallas_kernels.targets import prepare_libtpu
+
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.decoding.structured import StructuredOutputsParams
@@ -18,6 +20,9 @@ _HOME = {
     "StructuredOutputsParams": "llm_infer.decoding.structured",
     "RequestOutput": "llm_infer.outputs",
 }
+
+
+prepare_libtpu()
 
 
 def __getattr__(name: str) -> Any:

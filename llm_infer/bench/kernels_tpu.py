@@ -34,10 +34,11 @@ OUR_Q_BLOCK = 128
 def record(target: Target) -> Iterator[dict[str, Any]]:
     """For each production shape our best block sizes and jax's, by estimated cycles of the whole call."""
     with tempfile.TemporaryDirectory() as directory:
-        arguments = tpu_schedule.dump_arguments(directory)
+        variables = environment(target)
+        variables["LIBTPU_INIT_ARGS"] += " " + tpu_schedule.dump_arguments(directory)
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, target.name, directory],
-            env={**os.environ, **environment(target), "LIBTPU_INIT_ARGS": arguments},
+            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -25,7 +25,7 @@ def make_steps(
     features: StepFeatures,
     page_size: int,
     *,
-    loop: LayerLoop = "scan",
+    loop: LayerLoop = 1,
     ends_early: bool = True,
 ) -> StepFunction:
     """Up to `layout.steps` decode steps, with the arguments and results of `make_step`.

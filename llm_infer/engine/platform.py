@@ -5,13 +5,15 @@ from __future__ import annotations
 from llm_infer.models.decoder import LayerLoop
 
 
-def layer_loop(platform: str, device_kind: str) -> LayerLoop:
+def layer_loop(platform: str) -> LayerLoop:
     """The form of the loop over layers that copies neither weights nor pages.
 
-    A scan keeps the program small whatever the depth. On a GPU it keeps a step out of one CUDA graph and can make XLA copy a
-    layer's weights; on TPU7x it copies all of them, out of the tiles of 8 × 128 that XLA gives to arguments.
+    A loop keeps the program small whatever the depth. On a GPU it keeps a step out of one CUDA graph and can make XLA copy a
+    layer's weights. On a TPU four layers an iteration let XLA fetch the weights of the next layer under this one's
+    work: 4 to 11 % fewer cycles of a decode step by its estimate than one layer, and what no loop at all would save.
     """
-    return "unroll" if platform == "gpu" or "TPU7x" in device_kind else "scan"
+    loops: dict[str, LayerLoop] = {"gpu": "unroll", "tpu": 4}
+    return loops.get(platform, 1)
 
 
 def query_rows(platform: str, group: int) -> int:

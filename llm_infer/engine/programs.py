@@ -102,7 +102,7 @@ class StepPrograms:
     ) -> jax.stages.Lowered:
         """The step of a token bucket with these features, lowered for the devices of `sharding`."""
         layout, sharding = self.layout(bucket, features), self.sharding
-        loop = layer_loop(sharding.platform, sharding.devices[0].device_kind)
+        loop = layer_loop(sharding.platform)
         if StepFeatures.STEPS in features:
             alone, page_size = sharding.num_shards == 1, self.engine.cache.page_size
             step = make_steps(self.definition, self.config, layout, features, page_size, loop=loop, ends_early=alone)

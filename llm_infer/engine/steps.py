@@ -40,7 +40,7 @@ def make_step(
     layout: StepLayout,
     features: StepFeatures = PLAIN,
     *,
-    loop: LayerLoop = "scan",
+    loop: LayerLoop = 1,
     keep_logits: bool = False,
 ) -> StepFunction:
     """The step of one token bucket and a set of features, to be jitted with pages, last ids and

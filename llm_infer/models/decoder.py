@@ -32,8 +32,8 @@ Cache = Any
 Attend = Callable[[Array, Array, Array, Cache, Layer], tuple[Array, Cache]]
 """`attend(q[T,Hq,D], k[T,Hkv,D], v[T,Hkv,D], cache, layer) -> (out[T,Hq,D], cache)`: writes k and v, attends causally."""
 
-LayerLoop = Literal["scan", "unroll"]
-"""Form of the loop over layers. The one that copies neither weights nor pages differs by platform."""
+LayerLoop = int | Literal["unroll"]
+"""Layers that one iteration of the loop over layers computes, or "unroll": no loop, every layer's number is a constant."""
 
 Angles = tuple[Float[Array, "T H"], Float[Array, "T H"]] | None
 """Cosine and sine of each position's rotation, [T, D/2]; None for models without rotary positions."""
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         cache: Cache,
         attend: Attend,
         *,
-        loop: LayerLoop = "scan",
+        loop: LayerLoop = 1,
     ) -> tuple[Float[Array, "T E"], Cache]:
         """Hidden state of every token after the last layer (before the final norm), and the cache."""
         x = self.embed_tokens(token_ids, positions)
@@ -159,11 +159,11 @@ class Decoder(nnx.Module):
             return self.layers(carry[0], angles, carry[1], layer, attend), None
 
         layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        if loop == "scan":
-            (x, cache), _ = lax.scan(block, (x, cache), layers)
-        else:
+        if loop == "unroll":
             for index in range(self.config.num_layers):
                 (x, cache), _ = block((x, cache), jnp.int32(index))
+        else:
+            (x, cache), _ = lax.scan(block, (x, cache), layers, unroll=loop)
         return x, cache
 
     def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:

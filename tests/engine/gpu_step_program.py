@@ -35,7 +35,7 @@ found = {}
 for tokens in (8,):
     rows = min(tokens, query_rows("gpu", config.num_heads // config.num_kv_heads))
     layout = StepLayout(PlanShape(tokens, min(tokens, 64), 4096 // PAGE_SIZE, rows))
-    step = make_step(definition, config, layout, loop=layer_loop(target.platform, target.device_kind))
+    step = make_step(definition, config, layout, loop=layer_loop(target.platform))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert dispatch.target() == ("gpu", target.device_kind)
         jitted = jax.jit(step, donate_argnums=(1, 2), in_shardings=replicated, out_shardings=replicated)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from pallas_kernels.targets import TARGETS, Target, environment, why_not
+from pallas_kernels.targets import TARGETS, Target, environment, prepare_libtpu, why_not
 
 PROGRAM = """
 import sys
@@ -61,6 +62,33 @@ def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said = {target.platform: why_not(target) or "" for target in TARGETS.values()}
     assert "pip install libtpu" in said["tpu"] and "jax-cuda13-plugin" in said["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "expected"),
+    [
+        ("0x0076", None, "FLAG=false"),
+        ("0x0076", "--other=1", "--other=1 FLAG=false"),
+        ("0x0076", "FLAG=true", "FLAG=true"),
+        ("0x006f", None, None),  # v6e
+        (None, "--other=1", "--other=1"),
+    ],
+)
+def test_libtpu_is_told_on_machines_with_tpu7x_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str | None, given: str | None, expected: str | None
+) -> None:
+    flag = environment(TARGETS["tpu7x"])["LIBTPU_INIT_ARGS"].removesuffix("=false")
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", given.replace("FLAG", flag))
+    for address, vendor, number in (("0000:00:01.0", "0x8086", "0x0076"), ("0000:00:05.0", "0x1ae0", device)):
+        (tmp_path / address).mkdir()
+        for name, value in (("vendor", vendor), ("device", number)):
+            if value is not None:
+                (tmp_path / address / name).write_text(value + "\n")
+    prepare_libtpu(tmp_path)
+    prepare_libtpu(tmp_path)  # once is enough
+    assert os.environ.get("LIBTPU_INIT_ARGS") == (expected and expected.replace("FLAG", flag))
 
 
 def test_published_figures_have_plausible_units() -> None:

@@ -35,14 +35,11 @@ def compile_kernels(name: str, variants: dict, libtpu_arguments: str = "", direc
     target = TARGETS[name]
     if reason := why_not(target):
         pytest.skip(reason)
+    variables = environment(target)
+    variables["LIBTPU_INIT_ARGS"] += " " + libtpu_arguments
     done = subprocess.run(
         [sys.executable, str(PROGRAM), name, json.dumps(variants), directory],
-        env={
-            **os.environ,
-            **environment(target),
-            "LIBTPU_INIT_ARGS": libtpu_arguments,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        },
+        env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
