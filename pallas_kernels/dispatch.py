@@ -113,6 +113,11 @@ _SCALED_MATMUL = (
     Implementation("reference", "pallas_kernels.scaled_matmul.reference"),
 )
 
+_DRAW_TOKENS = (
+    Implementation("cpu", "pallas_kernels.draw_tokens.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("xla", "pallas_kernels.draw_tokens.xla"),
+)
+
 # op -> its implementations, the first that can run the case is taken.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "paged_attention": _ATTENTION,
@@ -120,6 +125,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "quant_matmul": _QUANT_MATMUL,
     "scaled_matmul": _SCALED_MATMUL,
     "grouped_matmul": _GROUPED_MATMUL,
+    "draw_tokens": _DRAW_TOKENS,
 }
 
 

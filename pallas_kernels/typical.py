@@ -13,7 +13,7 @@ PAGE_DTYPES["tpu"] = PAGE_DTYPES["gpu"]
 def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]]:
     """(op, what is special about it, case) on a platform (cpu, gpu or tpu) and device.
 
-    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096.
+    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096. Logits: Llama 3's.
     """
     found: list[tuple[str, str, Case]] = []
     dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -45,7 +45,8 @@ def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]
         shapes = {"x": (64, 4096), "weights": (32, 4096, width), "scales": (32, 4096, groups)}
         dtypes = {"x": dtype, "weights": dtype_of_weights, "scales": "float32"}
         found.append(("scaled_matmul", label, Case(platform, device_kind, shapes, dtypes)))
-    return found
+    logits = Case(platform, device_kind, {"logits": (64, 128256)}, {"logits": "float32"})
+    return [*found, ("draw_tokens", "64 rows", logits)]
 
 
 def attention(platform: str, device_kind: str, head_dim: int, page_dtype: str, dtype: str) -> Case:

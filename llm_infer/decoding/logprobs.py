@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
-from llm_infer.decoding.top_tokens import top_tokens
+from pallas_kernels.draw_tokens.top_tokens import top_tokens
 
 
 class Logprobs(NamedTuple):

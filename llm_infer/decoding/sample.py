@@ -1,9 +1,6 @@
 """The sampler of a step: one jittable function that serves a batch in which every row has its own parameters.
 
-No sort of the vocabulary and no random number per token. A row first looks at its most likely tokens only; where these
-provably hold all that its limits keep, it draws among them. Other rows find their thresholds over the whole vocabulary by
-bisection over the bits of the logits. The draw inverts the cumulative distribution with one uniform number per row. What a
-row does depends on nothing but the row itself.
+The random number of a row comes from its seed and the place of its token alone, so a text does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -13,26 +10,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 
-from llm_infer.decoding.top_tokens import top_token, top_tokens
-
-BLOCK = 128
-"""Tokens per block of the two-level cumulative sum."""
-
-CANDIDATES = 64
-"""Most likely tokens that a row looks at before it turns to the whole vocabulary."""
-
-
-ROWS_AT_ONCE = 8
-"""Rows of the whole vocabulary that are looked at together on CPUs."""
+from pallas_kernels.draw_tokens import Limits, draw_tokens
 
 
 class SamplingRows(NamedTuple):
-    """Parameters of each row, all [S].
+    """Parameters of each row, all [S]: those of `Limits`, and what its random number comes from.
 
-    `temperature` 0 is greedy; `top_k` ≤ 0 keeps all, as do `top_p` 1, `min_p` 0 and `typical_p` 1; `seed_high`, `seed_low`
-    are the words of the 64-bit seed; `position` is the place of the drawn token in its sequence.
+    `seed_high`, `seed_low` are the words of the 64-bit seed; `position` is the place of the drawn token in its sequence.
     """
 
     temperature: Float[Array, "S"]
@@ -57,179 +43,6 @@ def uniforms(rows: SamplingRows) -> Float[Array, "S"]:
     return jax.vmap(draw)(rows.seed_high, rows.seed_low, rows.sample_index, rows.position)
 
 
-def ordered_bits(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
-    """Unsigned integers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def largest_threshold(
-    keys: UInt32[Array, "S V"], weights: Float[Array, "S V"], target: Float[Array, "S"]
-) -> UInt32[Array, "S"]:
-    """Per row the largest threshold `t` with `sum(weights[keys >= t]) >= target`, by bisection over its bits."""
-
-    def bit(i: Array, threshold: Array) -> Array:
-        trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        mass = jnp.sum(jnp.where(keys >= trial[:, None], weights, 0.0), axis=-1)
-        return jnp.where(mass >= target, trial, threshold)
-
-    return lax.fori_loop(0, 32, bit, jnp.zeros(keys.shape[0], jnp.uint32))
-
-
-def surprise(scaled: Float[Array, "S V"], kept: Bool[Array, "S V"]) -> tuple[Float[Array, "S V"], Float[Array, "S V"]]:
-    """How far the information of each token is from the mean over the kept ones (the entropy), and its probability.
-
-    The distance is infinite for tokens that are not kept (locally typical sampling, Meister et al., 2023).
-    """
-    logp = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
-    p = jnp.exp(logp)
-    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1, keepdims=True)
-    return jnp.where(p > 0, jnp.abs(-logp - entropy), jnp.inf), p
-
-
-def kept_tokens(scaled: Float[Array, "S V"], rows: SamplingRows) -> Bool[Array, "S V"]:
-    """Tokens that top-k, then top-p, min-p and typical-p over what is left keep. Ties with the last one are kept.
-
-    `scaled` has been divided by the temperature and has maximum 0.
-    """
-    vocab = scaled.shape[-1]
-    limited = (rows.top_k > 0) & (rows.top_k < vocab)
-    counts = jnp.where(limited, rows.top_k, vocab).astype(jnp.float32)
-    everything = scaled > -jnp.inf
-
-    def by_count(kept: Array) -> Array:
-        keys = ordered_bits(scaled)
-        return kept & (keys >= largest_threshold(keys, jnp.ones_like(scaled), counts)[:, None])
-
-    def by_mass(kept: Array) -> Array:
-        mass = jnp.where(kept, jax.nn.softmax(scaled, axis=-1), 0.0)
-        keys = ordered_bits(scaled)
-        threshold = largest_threshold(keys, mass, rows.top_p * jnp.sum(mass, axis=-1))
-        # top_p = 1 keeps all, also what rounding of the mass would lose.
-        return kept & ((keys >= threshold[:, None]) | (rows.top_p >= 1.0)[:, None])
-
-    def by_surprise(kept: Array) -> Array:
-        distance, p = surprise(scaled, kept)
-        near = ordered_bits(-distance)
-        threshold = largest_threshold(near, p, rows.typical_p * jnp.sum(p, axis=-1))
-        return kept & ((near >= threshold[:, None]) | (rows.typical_p >= 1.0)[:, None])
-
-    kept = lax.cond(jnp.any(limited), by_count, lambda kept: kept, everything)
-    kept = lax.cond(jnp.any(rows.top_p < 1.0), by_mass, lambda kept: kept, kept)
-    kept = kept & (scaled >= jnp.log(rows.min_p)[:, None])
-    return lax.cond(jnp.any(rows.typical_p < 1.0), by_surprise, lambda kept: kept, kept)
-
-
-def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Array, "S"]:
-    """Per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass."""
-    vocab = mass.shape[-1]
-    blocks = jnp.pad(mass, ((0, 0), (0, -vocab % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
-    sums = jnp.sum(blocks, axis=-1)
-    ends = jnp.cumsum(sums, axis=-1)
-    target = uniform * ends[:, -1]
-
-    def pick(ends: Array, mass: Array, target: Array) -> Array:
-        # The last entry with mass bounds the pick from above: rounding may leave the target at the very end.
-        last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
-        return jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), last)
-
-    block = pick(ends, sums, target)
-    start = jnp.take_along_axis(ends - sums, block[:, None], axis=1)[:, 0]
-    chosen = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    inside = pick(jnp.cumsum(chosen, axis=-1), chosen, target - start)
-    return (block * BLOCK + inside).astype(jnp.int32)
-
-
-def scale(logits: Float[Array, "S V"], rows: SamplingRows) -> Float[Array, "S V"]:
-    """Logits divided by the temperature, less their maximum."""
-    temperature = jnp.where(rows.temperature <= 0.0, 1.0, rows.temperature)
-    scaled = logits.astype(jnp.float32) / temperature[:, None]
-    return scaled - jnp.max(scaled, axis=-1, keepdims=True)
-
-
-def kept_candidates(
-    scaled: Float[Array, "S N"], whole: Float[Array, "S"], rows: SamplingRows
-) -> tuple[Bool[Array, "S N"], Bool[Array, "S"]]:
-    """As `kept_tokens`, among the most likely tokens in descending order; and the rows for which these are enough.
-
-    They are where the last candidate is not kept: nothing below it is then either. `whole` is the sum of `exp(scaled)`
-    over the vocabulary; only rows with top-p but without top-k need it.
-    """
-    size = scaled.shape[-1]
-    limited = rows.top_k > 0
-    kth = jnp.take_along_axis(scaled, jnp.clip(rows.top_k, 1, size)[:, None] - 1, axis=1)
-    kept = (scaled > -jnp.inf) & (~limited[:, None] | (scaled >= kth))
-    mass = jnp.where(kept, jnp.exp(scaled), 0.0)
-    total = jnp.where(limited, jnp.sum(mass, axis=-1), whole)
-    reached = jnp.cumsum(mass, axis=-1) >= (rows.top_p * total)[:, None]
-    # Everything up to the first candidate with which the mass is reached, and what equals it.
-    last = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), size - 1)
-    threshold = jnp.take_along_axis(scaled, last[:, None], axis=1)
-    kept &= (scaled >= threshold) | (rows.top_p >= 1.0)[:, None]
-    kept &= scaled >= jnp.log(rows.min_p)[:, None]
-    enough = ~kept[:, -1]
-
-    def by_surprise(kept: Array) -> Array:
-        distance, p = surprise(scaled, kept)
-        ordered, weights = lax.sort((distance, p), num_keys=1)
-        before = jnp.sum(jnp.cumsum(weights, axis=-1) < rows.typical_p[:, None], axis=-1)
-        furthest = jnp.take_along_axis(ordered, jnp.minimum(before, size - 1)[:, None], axis=1)
-        return kept & ((distance <= furthest) | (rows.typical_p >= 1.0)[:, None])
-
-    return lax.cond(jnp.any(rows.typical_p < 1.0), by_surprise, lambda kept: kept, kept), enough
-
-
-def without_limits(rows: SamplingRows, which: Bool[Array, "S"]) -> SamplingRows:
-    """The rows with the limits of some removed: what nobody reads must not cost the batch a search for thresholds."""
-    neutral = {"top_k": -1, "top_p": 1.0, "typical_p": 1.0}
-    changed = {name: jnp.where(which, value, getattr(rows, name)) for name, value in neutral.items()}
-    return rows._replace(**changed)
-
-
-def draw_from_all(logits: Float[Array, "S V"], rows: SamplingRows, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
-    """A random token of each row among all that its limits keep."""
-    scaled = scale(logits, rows)
-    return invert_cdf(jnp.where(kept_tokens(scaled, rows), jnp.exp(scaled), 0.0), uniform)
-
-
-def in_row_blocks(logits: Float[Array, "S V"], rows: SamplingRows, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
-    """As `draw_from_all`, a few rows at a time: what a search for thresholds reads again and again stays in the cache.
-
-    Temporaries of the whole batch would come from the system anew in every step (glibc gives back what is above 32 MB),
-    and touching them took longer than the draw.
-    """
-    num_rows = logits.shape[0]
-    size = next(size for size in range(ROWS_AT_ONCE, 0, -1) if num_rows % size == 0)
-    blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), (logits, rows, uniform))
-    return lax.map(lambda block: draw_from_all(*block), blocks).reshape(-1)
-
-
-def draw(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
-    """A random token of each row with a temperature above 0; of the others, the most likely one."""
-    uniform = uniforms(rows)
-    drawn = rows.temperature > 0.0
-    rows = without_limits(rows, ~drawn)
-    values, ids = top_tokens(logits, min(CANDIDATES, logits.shape[-1]))
-    scaled = scale(values, rows)
-    by_total = drawn & (rows.top_k <= 0) & (rows.top_p < 1.0)
-
-    def sum_all(_: None) -> Array:
-        return jnp.sum(jnp.exp(scale(logits, rows)), axis=-1)
-
-    whole = lax.cond(jnp.any(by_total), sum_all, lambda _: jnp.ones_like(uniform), None)
-    kept, enough = kept_candidates(scaled, whole, rows)
-    place = invert_cdf(jnp.where(kept, jnp.exp(scaled), 0.0), uniform)
-    chosen = jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]
-
-    def from_all(chosen: Array) -> Array:
-        arguments = logits, without_limits(rows, enough), uniform
-        found = lax.platform_dependent(*arguments, cpu=in_row_blocks, default=draw_from_all)
-        return jnp.where(enough, chosen, found)
-
-    chosen = lax.cond(jnp.any(drawn & ~enough), from_all, lambda chosen: chosen, chosen)
-    return jnp.where(drawn, chosen, ids[:, 0])
-
-
 def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
-    """The next token of each row. A batch of greedy rows only takes the argmax and nothing else."""
-    return lax.cond(jnp.all(rows.temperature <= 0.0), lambda: top_token(logits), lambda: draw(logits, rows))
+    """The next token of each row."""
+    return draw_tokens(logits, Limits(*(getattr(rows, name) for name in Limits._fields)), uniforms(rows))

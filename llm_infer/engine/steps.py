@@ -16,11 +16,11 @@ from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_logits, shape_logits
-from llm_infer.decoding.top_tokens import top_tokens
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Attend, Cache, Layer, LayerLoop, Params, merge_model
+from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
 Pages = Shaped[Array, "L P ..."]

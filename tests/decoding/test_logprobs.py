@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llm_infer.decoding.logprobs import logprobs_of
-from llm_infer.decoding.top_tokens import top_token, top_tokens
+from pallas_kernels.draw_tokens.top_tokens import top_token, top_tokens
 
 
 @pytest.mark.parametrize("vocab", [3, 256, 1000])

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.decoding.sample import (
-    CANDIDATES,
-    SamplingRows,
-    draw_from_all,
-    in_row_blocks,
-    kept_candidates,
-    kept_tokens,
-    sample,
-)
+from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.shape import ShapeRows, empty_state, mask_logits, seen_counts, set_slot, shape_logits
 from llm_infer.decoding.token_rules import ALL, TokenRules, mask_words
-from llm_infer.decoding.top_tokens import top_tokens
+from pallas_kernels import cpu_ffi, dispatch
+from tests.decoding.distribution import distribution
 
 ROWS, VOCAB = 2048, 300
-SAMPLE = jax.jit(sample)
+SAMPLERS = {name: jax.jit(lambda logits, rows: sample(logits, rows)) for name in ("cpu", "xla")}
+
+
+@pytest.fixture(params=SAMPLERS)
+def sampler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., jax.Array]:
+    """The jitted sampler with each implementation of the draw."""
+    if request.param == "cpu" and (reason := cpu_ffi.why_not()):
+        pytest.skip(reason)
+    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, f"draw_tokens={request.param}")
+    return SAMPLERS[request.param]
 
 
 def make_rows(
@@ -50,28 +54,6 @@ def make_rows(
     )
 
 
-def distribution(
-    logits: np.ndarray, temperature: float, top_p: float, top_k: int, min_p: float = 0.0, typical_p: float = 1.0
-) -> np.ndarray:
-    """Probabilities by sorting, in float64: the definition, independent of the sampler's bisection."""
-    scaled = logits.astype(np.float64) / temperature
-    order = np.argsort(-scaled, kind="stable")[: top_k if top_k > 0 else None]
-    mass = np.exp(scaled[order] - scaled.max())
-    mass /= mass.sum()
-    count = int(np.searchsorted(np.cumsum(mass), top_p - 1e-12)) + 1
-    mass[count:] = 0.0
-    mass[mass < min_p * mass[0]] = 0.0
-    mass /= mass.sum()
-    information = -np.log(np.where(mass > 0, mass, 1.0))
-    distance = np.where(mass > 0, np.abs(information - (mass * information).sum()), np.inf)
-    nearest = np.argsort(distance, kind="stable")
-    kept = int(np.searchsorted(np.cumsum(mass[nearest]), typical_p - 1e-12)) + 1
-    mass[nearest[kept:]] = 0.0
-    result = np.zeros(len(logits))
-    result[order] = mass / mass.sum()
-    return result
-
-
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k", "min_p", "typical_p"),
     [
@@ -82,6 +64,7 @@ def distribution(
         (1.0, 1.0, 10, 0.0, 1.0),
         (1.0, 1.0, 100, 0.0, 1.0),  # more than the candidates
         (1.5, 0.8, 25, 0.0, 1.0),
+        (1.5, 0.8, 150, 0.0, 1.0),  # top-p of more than the candidates, which may leave fewer
         (1.0, 1.0, 1, 0.0, 1.0),
         (1.0, 0.01, -1, 0.0, 1.0),
         (1.0, 1.0, -1, 0.1, 1.0),
@@ -91,13 +74,13 @@ def distribution(
     ],
 )
 def test_frequencies_follow_the_distribution(
-    temperature: float, top_p: float, top_k: int, min_p: float, typical_p: float
+    sampler: Callable[..., jax.Array], temperature: float, top_p: float, top_k: int, min_p: float, typical_p: float
 ) -> None:
     logits = (np.random.default_rng(1).standard_normal(VOCAB) * 2).astype(np.float32)
     rules = (temperature, top_p, top_k, min_p, typical_p)
     expected = distribution(logits, *rules)
     batch = jnp.asarray(np.tile(logits, (ROWS, 1)))
-    draws = [SAMPLE(batch, make_rows(*rules, first=i * ROWS)) for i in range(8)]
+    draws = [sampler(batch, make_rows(*rules, first=i * ROWS)) for i in range(8)]
     check_frequencies(np.bincount(np.concatenate(draws), minlength=VOCAB), expected)
 
 
@@ -180,66 +163,37 @@ def check_frequencies(counts: np.ndarray, expected: np.ndarray) -> None:
     assert z < 3.9, f"chi-square {statistic:.1f} at {freedom} degrees of freedom"
 
 
-def test_kept_sets_equal_those_of_a_sort() -> None:
-    rng = np.random.default_rng(2)
-    logits = (rng.standard_normal((ROWS, VOCAB)) * 3).astype(np.float32)
-    logits -= logits.max(-1, keepdims=True)
-    for rules in ((1.0, 0.85, 40, 0.0, 1.0), (1.0, 0.9, -1, 0.02, 0.6)):
-        rows = make_rows(*rules)
-        kept = np.asarray(jax.jit(kept_tokens)(jnp.asarray(logits), rows))
-        values, ids = top_tokens(jnp.asarray(logits), CANDIDATES)
-        among, enough = jax.jit(kept_candidates)(values, jnp.sum(jnp.exp(jnp.asarray(logits)), axis=-1), rows)
-        assert enough.mean() > 0.95
-        for row in range(0, ROWS, 16):
-            expected = distribution(logits[row], *rules) > 0
-            np.testing.assert_array_equal(kept[row], expected)
-            if not enough[row]:
-                continue
-            assert set(np.asarray(ids)[row][np.asarray(among)[row]]) == set(np.flatnonzero(expected))
-
-
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbours(sampler: Callable[..., jax.Array]) -> None:
     rng = np.random.default_rng(3)
     logits = rng.standard_normal((ROWS, VOCAB)).astype(np.float32)
     mixed = np.where(np.arange(ROWS) % 3 == 0, 0.0, 1.0).astype(np.float32)
-    together = np.asarray(SAMPLE(jnp.asarray(logits), make_rows(mixed, 0.9, 50)))
-    alone = np.asarray(SAMPLE(jnp.asarray(logits), make_rows(1.0, 0.9, 50)))
+    together = np.asarray(sampler(jnp.asarray(logits), make_rows(mixed, 0.9, 50)))
+    alone = np.asarray(sampler(jnp.asarray(logits), make_rows(1.0, 0.9, 50)))
     drawn = mixed > 0
     np.testing.assert_array_equal(together[drawn], alone[drawn])
     np.testing.assert_array_equal(together[~drawn], logits[~drawn].argmax(-1))
-    shuffled = np.asarray(SAMPLE(jnp.asarray(logits), make_rows(1.0, 0.9, 50, seed=8)))
+    shuffled = np.asarray(sampler(jnp.asarray(logits), make_rows(1.0, 0.9, 50, seed=8)))
     assert (shuffled != alone).mean() > 0.3
 
 
-def test_a_row_that_needs_the_whole_vocabulary_changes_no_other() -> None:
+def test_a_row_that_needs_the_whole_vocabulary_changes_no_other(sampler: Callable[..., jax.Array]) -> None:
     logits = jnp.asarray(np.random.default_rng(4).standard_normal((ROWS, VOCAB)).astype(np.float32))
     limits = np.where(np.arange(ROWS) % 2 == 0, 20, 200).astype(np.int32)
-    mixed, narrow = (np.asarray(SAMPLE(logits, make_rows(1.0, 1.0, top_k))) for top_k in (limits, 20))
+    mixed, narrow = (np.asarray(sampler(logits, make_rows(1.0, 1.0, top_k))) for top_k in (limits, 20))
     np.testing.assert_array_equal(mixed[::2], narrow[::2])
 
 
-def test_infinite_logits_are_never_drawn() -> None:
+def test_infinite_logits_are_never_drawn(sampler: Callable[..., jax.Array]) -> None:
     logits = np.full((ROWS, VOCAB), -np.inf, np.float32)
     logits[:, [3, 200]] = 0.0
-    drawn = np.asarray(SAMPLE(jnp.asarray(logits), make_rows(1.0)))
+    drawn = np.asarray(sampler(jnp.asarray(logits), make_rows(1.0)))
     assert set(np.unique(drawn)) == {3, 200}
 
 
-def test_greedy_rows_take_the_first_of_equal_logits_in_every_company() -> None:
+def test_greedy_rows_take_the_first_of_equal_logits_in_every_company(sampler: Callable[..., jax.Array]) -> None:
     logits = np.random.default_rng(5).integers(0, 4, (10, 20_000)).astype(np.float32)
     for temperatures in (np.zeros(ROWS), np.arange(ROWS) % 2):
         rows = SamplingRows(*(values[:10] for values in make_rows(temperatures)))
-        found = np.asarray(SAMPLE(jnp.asarray(logits), rows))
+        found = np.asarray(sampler(jnp.asarray(logits), rows))
         greedy = temperatures[:10] == 0
         np.testing.assert_array_equal(found[greedy], logits.argmax(-1)[greedy])
-
-
-@pytest.mark.parametrize("count", [24, 11, 10])
-def test_rows_draw_the_same_a_few_at_a_time(count: int) -> None:
-    logits = jnp.asarray(np.random.default_rng(6).standard_normal((count, VOCAB)).astype(np.float32))
-    limits = np.arange(ROWS) % 100
-    rows = SamplingRows(*(values[:count] for values in make_rows(1.0, 0.97, limits, 0.01, 0.95)))
-    uniform = jnp.linspace(0, 0.99, count)
-    whole, blocks = jax.jit(draw_from_all)(logits, rows, uniform), jax.jit(in_row_blocks)(logits, rows, uniform)
-    np.testing.assert_array_equal(np.asarray(blocks), np.asarray(whole))
-    assert len(set(whole.tolist())) > count // 2

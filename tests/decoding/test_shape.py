@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.decoding.sample import SamplingRows, kept_tokens, scale
 from llm_infer.decoding.shape import (
     ShapeRows,
     SlotState,
@@ -21,6 +20,8 @@ from llm_infer.decoding.shape import (
     shape_logits,
 )
 from llm_infer.decoding.token_rules import TokenRules, mask_words
+from pallas_kernels.draw_tokens import Limits
+from pallas_kernels.draw_tokens.xla import kept_tokens, scale
 
 GOLDENS = np.load(Path(__file__).parent.parent / "goldens" / "processors.npz")
 LOGITS = GOLDENS["logits"]
@@ -30,15 +31,10 @@ NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "typical_p": 1.0}
 LIMITS = {"top_k": 30, "top_p": 0.8, "min_p": 0.05, "typical_p": 0.7}
 
 
-def limits(**values: float) -> SamplingRows:
-    chosen = NEUTRAL | values
-    ints = ("top_k", "seed_high", "seed_low", "sample_index", "position")
-    return SamplingRows(
-        **{
-            name: jnp.full(ROWS, chosen.get(name, 1), jnp.int32 if name in ints else jnp.float32)
-            for name in SamplingRows._fields
-        }
-    )
+def limits(**values: float) -> Limits:
+    chosen = NEUTRAL | {"temperature": 1.0} | values
+    kinds = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in Limits._fields}
+    return Limits(**{name: jnp.full(ROWS, chosen[name], kind) for name, kind in kinds.items()})
 
 
 def penalties(repetition: float = 1.0, presence: float = 0.0, frequency: float = 0.0, bias: int = 0) -> ShapeRows:

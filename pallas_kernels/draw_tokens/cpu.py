@@ -1,0 +1,54 @@
+"""draw_tokens natively on CPUs, called through XLA's FFI (see `pallas_kernels.cpu_ffi`): a row is a task of one thread."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import cpu_ffi
+from pallas_kernels.dispatch import Case
+from pallas_kernels.draw_tokens.limits import Limits
+
+_SOURCES = (str(Path(__file__).with_name("cpu_kernel.py")),)
+
+
+def why_not(case: Case) -> str | None:
+    """Needs llvmlite and a CPU its code can be made for."""
+    return cpu_ffi.why_not()
+
+
+def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array) -> jax.Array:
+    """See `pallas_kernels.draw_tokens.draw_tokens`."""
+    from pallas_kernels.draw_tokens.cpu_kernel import BLOCK
+
+    f32 = jnp.float32
+    blocks = -(-logits.shape[1] // BLOCK)
+    highest = -jnp.log(limits.min_p.astype(f32))
+    arguments = logits.astype(f32), *(x.astype(f32) for x in (limits.temperature, limits.top_p, highest)), limits.top_k
+    ids, _, _ = _kernel()(*arguments, limits.typical_p.astype(f32), uniform.astype(f32), dims={"B": blocks})
+    return ids
+
+
+@cache
+def _kernel() -> Any:
+    from pallas_kernels.cpu_ffi.bridge import Kernel
+    from pallas_kernels.cpu_ffi.call_frame import Buffer
+    from pallas_kernels.draw_tokens import cpu_kernel
+
+    row, blocks = Buffer("float32", "S"), Buffer("float32", "S B")
+    return Kernel(
+        name="draw_tokens",
+        args={
+            "logits": Buffer("float32", "S V"),
+            **dict.fromkeys(("temperature", "top_p", "highest"), row),
+            "top_k": Buffer("int32", "S"),
+            **dict.fromkeys(("typical_p", "uniform"), row),
+        },
+        results={"ids": Buffer("int32", "S"), "lowest": blocks, "masses": blocks},
+        body=cpu_kernel.body,
+        sources=_SOURCES,
+    )

@@ -1,0 +1,121 @@
+"""The two implementations of draw_tokens agree with each other and with the definition of the limits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import cpu_ffi
+from pallas_kernels.draw_tokens import Limits, draw_tokens
+from pallas_kernels.draw_tokens.limits import CANDIDATES
+from pallas_kernels.draw_tokens.top_tokens import top_tokens
+from pallas_kernels.draw_tokens.xla import draw_from_all, in_row_blocks, kept_candidates, kept_tokens
+from tests.decoding.distribution import distribution
+
+NATIVE, XLA = (jax.jit(partial(draw_tokens, implementation=name)) for name in ("cpu", "xla"))
+native = pytest.mark.skipif(cpu_ffi.why_not() is not None, reason=f"native CPU kernels: {cpu_ffi.why_not()}")
+
+
+def make_limits(rows: int, **values: float | np.ndarray) -> Limits:
+    values = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "typical_p": 1.0} | values
+    kinds = {name: np.int32 if name == "top_k" else np.float32 for name in Limits._fields}
+    return Limits(**{n: jnp.asarray(np.broadcast_to(np.asarray(values[n], kinds[n]), rows)) for n in kinds})
+
+
+def random_limits(rng: np.random.Generator, rows: int, vocab: int) -> Limits:
+    """Each row has some limits and not others, from hardly any to very strong."""
+
+    def some(values: np.ndarray, neutral: float) -> np.ndarray:
+        return np.where(rng.random(rows) < 0.5, values, neutral)
+
+    return make_limits(
+        rows,
+        temperature=some(rng.choice([0.0, 0.3, 0.8, 2.0, 30.0], rows), 1.0),
+        top_p=some(rng.choice([1e-6, 0.3, 0.8, 0.95, 0.9999], rows), 1.0),
+        top_k=some(rng.choice([1, 2, 40, CANDIDATES - 1, CANDIDATES, CANDIDATES + 1, 500, vocab + 1], rows), -1),
+        min_p=some(rng.choice([1e-9, 0.01, 0.2, 1.0], rows), 0.0),
+        typical_p=some(rng.choice([0.05, 0.5, 0.9], rows), 1.0),
+    )
+
+
+@native
+@pytest.mark.parametrize("vocab", [1, CANDIDATES, CANDIDATES + 1, 4097])
+def test_both_draw_the_same_tokens(vocab: int) -> None:
+    """Up to rounding: a sum in another order can move a threshold by a token, or a draw at the border of two."""
+    rng, rows = np.random.default_rng(vocab), 400
+    limits, uniform = random_limits(rng, rows, vocab), jnp.asarray(rng.random(rows), jnp.float32).at[:3].set(0.0)
+    logits = (rng.standard_normal((rows, vocab)) * rng.choice([0.1, 1, 4], (rows, 1))).astype(np.float32)
+    logits[:, 1:][rng.random((rows, vocab - 1)) < 0.1] = -np.inf
+    logits[: rows // 4] = np.round(logits[: rows // 4])  # ties
+    found, expected = (np.asarray(draw(jnp.asarray(logits), limits, uniform)) for draw in (NATIVE, XLA))
+    assert found.dtype == expected.dtype == np.int32
+    # Among candidates XLA's order of equal logits is any: the tokens may differ, their logits may not.
+    at = np.arange(rows)
+    differ = logits[at, found] != logits[at, expected]
+    assert differ.mean() <= 0.005, np.flatnonzero(differ)
+    tied = np.arange(rows) < rows // 4
+    np.testing.assert_array_equal(found[~tied & ~differ], expected[~tied & ~differ])
+
+
+@native
+def test_what_cannot_be_drawn_from_gives_some_token() -> None:
+    logits = np.zeros((6, 200), np.float32)
+    logits[0], logits[1], logits[2, 7], logits[3, 7], logits[4, 3:] = -np.inf, np.nan, np.nan, np.inf, np.nan
+    for top_k, top_p in ((-1, 1.0), (5, 0.5)):
+        limits = make_limits(6, top_k=top_k, top_p=top_p, typical_p=0.9 if top_k > 0 else 1.0)
+        found = np.asarray(NATIVE(jnp.asarray(logits), limits, jnp.full(6, 0.999, jnp.float32)))
+        assert ((found >= 0) & (found < 200)).all()
+
+
+@native
+def test_no_memory_beyond_the_row_is_read() -> None:
+    """Rows are neighbours in memory: one that is not a whole number of vectors must not take from the next."""
+    vocab = 131
+    logits = np.full((8, vocab), -1.0, np.float32)
+    logits[1::2] = 50.0
+    found = np.asarray(NATIVE(jnp.asarray(logits), make_limits(8), jnp.full(8, 0.9999999, jnp.float32)))
+    np.testing.assert_array_equal(found, vocab - 1)
+
+
+def test_kept_sets_equal_those_of_a_sort() -> None:
+    rng, rows, vocab = np.random.default_rng(2), 2048, 300
+    logits = (rng.standard_normal((rows, vocab)) * 3).astype(np.float32)
+    logits -= logits.max(-1, keepdims=True)
+    for rules in ((1.0, 0.85, 40, 0.0, 1.0), (1.0, 0.9, -1, 0.02, 0.6)):
+        limits = make_limits(
+            rows, **dict(zip(("temperature", "top_p", "top_k", "min_p", "typical_p"), rules, strict=True))
+        )
+        kept = np.asarray(jax.jit(kept_tokens)(jnp.asarray(logits), limits))
+        values, ids = top_tokens(jnp.asarray(logits), CANDIDATES)
+        among, enough = jax.jit(kept_candidates)(values, jnp.sum(jnp.exp(jnp.asarray(logits)), axis=-1), limits)
+        assert enough.mean() > 0.95
+        for row in range(0, rows, 16):
+            expected = distribution(logits[row], *rules) > 0
+            np.testing.assert_array_equal(kept[row], expected)
+            if not enough[row]:
+                continue
+            assert set(np.asarray(ids)[row][np.asarray(among)[row]]) == set(np.flatnonzero(expected))
+
+
+@pytest.mark.parametrize("count", [24, 11, 10])
+def test_rows_draw_the_same_a_few_at_a_time(count: int) -> None:
+    logits = jnp.asarray(np.random.default_rng(6).standard_normal((count, 300)).astype(np.float32))
+    limits = make_limits(count, top_p=0.97, top_k=np.arange(count) % 100, min_p=0.01, typical_p=0.95)
+    uniform = jnp.linspace(0, 0.99, count)
+    whole, blocks = jax.jit(draw_from_all)(logits, limits, uniform), jax.jit(in_row_blocks)(logits, limits, uniform)
+    np.testing.assert_array_equal(np.asarray(blocks), np.asarray(whole))
+    assert len(set(whole.tolist())) > count // 2
+
+
+def test_wrong_arguments_are_refused_by_name() -> None:
+    limits, uniform, logits = make_limits(3), jnp.zeros(3), jnp.zeros((3, 50))
+    with pytest.raises(ValueError, match=r"logits: expected floats of shape \[S, V\], found int32"):
+        draw_tokens(logits.astype(jnp.int32), limits, uniform)
+    with pytest.raises(ValueError, match=r"top_k: expected integers of shape \[S=3\], found float32"):
+        draw_tokens(logits, limits._replace(top_k=uniform), uniform)
+    with pytest.raises(ValueError, match=r"uniform: expected floats of shape \[S=3\], found float32 of shape \[2\]"):
+        draw_tokens(logits, limits, uniform[:2])
