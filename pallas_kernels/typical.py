@@ -13,7 +13,8 @@ PAGE_DTYPES["tpu"] = PAGE_DTYPES["gpu"]
 def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]]:
     """(op, what is special about it, case) on a platform (cpu, gpu or tpu) and device.
 
-    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096. Logits: Llama 3's.
+    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096.
+    Logits: Llama 3's.
     """
     found: list[tuple[str, str, Case]] = []
     dtype = "float32" if platform == "cpu" else "bfloat16"

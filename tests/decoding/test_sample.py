@@ -115,7 +115,7 @@ def test_frequencies_follow_penalties_biases_and_masks(names: tuple[str, ...]) -
     mask = np.full(mask_words(VOCAB), ALL)
     if (allowed := chosen.get("allowed_token_ids")) is not None:
         shaped[np.setdiff1d(np.arange(VOCAB), allowed)] = -np.inf
-        assert TokenRules(VOCAB, allowed=allowed).fill(mask, 0, [], None)
+        assert TokenRules(VOCAB, allowed=allowed).fill(mask, 0, [], None) is None
     expected = np.exp(shaped - shaped.max())
     expected /= expected.sum()
 
