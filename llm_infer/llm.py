@@ -17,8 +17,9 @@ from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
+from llm_infer.engine.features import PLAIN, features_of, union
 from llm_infer.engine.results import PooledPrompt
+from llm_infer.engine.warm_up import WarmUp
 from llm_infer.errors import RequestError, UserError
 from llm_infer.interrupts import uninterrupted
 from llm_infer.loading import load, require_same_tokens
@@ -194,12 +195,11 @@ class LLM:
             sampling_params: also for requests with these parameters side by side, beyond drawing and stopping.
         """
         params = [sampling_params] if isinstance(sampling_params, SamplingParams) else sampling_params
-        self._compile(token_counts, [PLAIN, union(map(features_of, params))])
+        self._compile(self.engine.warm_up(token_counts, [PLAIN, union(map(features_of, params))]))
 
-    def _compile(self, token_counts: Sequence[int] | None, features: Sequence[StepFeatures]) -> None:
-        total = len(token_counts or self.engine.runner.buckets) * len(set(features))
-        with self._progress.task("Compiling step programs", total=total) as bar:
-            for _ in self.engine.warm_up(token_counts, features):
+    def _compile(self, programs: WarmUp) -> None:
+        with self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
+            for _ in programs:
                 bar.advance(1)
 
     def generate(
@@ -402,14 +402,8 @@ class LLM:
                     one = TrackedRequest(request, prompt, param, self.tokenizer)
                     self._tracked[one.request.request_id] = one
                     tracked.append(one)
-                # The first step and the decode steps after it: compiled side by side, and with a word about it.
-                if tracked:
-                    counts = [sum(len(ids) for ids in prompt_ids), sum(param.num_sequences for param in params)]
-                    features = self.engine.features
-                    if self.engine.speculator is not None:  # a row becomes many tokens, and proposals pause
-                        most = self.engine.speculator.most_tokens
-                        counts += [min(size, most * counts[1]) for size in (4, 8, 16, 32)]
-                    self._compile(counts, [features])
+                # Compiled before the first step, side by side, and with a word about it.
+                self._compile(self.engine.warm_up_for([one.request for one in tracked]))
             yield tracked
         finally:
             with self._lock:

@@ -9,7 +9,10 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.speculative import Speculator
+from llm_infer.engine.features import PLAIN
 from llm_infer.engine.runner import Runner
+from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
 from llm_infer.errors import UserError
 from llm_infer.kvcache.page_allocator import PageAllocator
 from llm_infer.kvcache.page_table import PageTable
@@ -92,6 +95,17 @@ class DraftModel:
         self._free_slots = [list(range(self._limits.max_num_seqs)) for _ in range(self._num_shards)]
         # Those that have pages, the one used longest ago first.
         self._holding: OrderedDict[DraftState, None] = OrderedDict()
+
+    def warm_up(self, programs: WarmUp, prompts: SequenceOf[int], num_sequences: int) -> None:
+        """Asks for the programs of proposals for so many sequences with prompts of these lengths.
+
+        A proposal begins with the first new token, then with the one or two that the draft model has not computed, and
+        after a rest with all that came meanwhile.
+        """
+        most = self._limits.max_num_batched_tokens
+        sizes = prefill_sizes([count + 1 for count in prompts], self._limits.max_num_seqs, most)
+        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MOST_REST)))
+        programs.add(self.runner, sizes, (PLAIN,), up_to(self.runner, num_sequences))
 
     # ------------------------------------------------------------------ the proposer
 

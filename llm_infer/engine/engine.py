@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,15 +15,17 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.draft_model import DraftModel
-from llm_infer.engine.features import PLAIN, StepFeatures, features_of, union
+from llm_infer.engine.features import FOR_PROMPT, PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
+from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
 from llm_infer.errors import ProcessLostError, RequestError, UserError
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import StepPlan
+from llm_infer.scheduler.proposals import MOST_DRAFTS
 from llm_infer.scheduler.request import Request, TokenEvent
 from llm_infer.scheduler.request import Sequence as LiveSequence
 from llm_infer.scheduler.scheduler import Scheduler
@@ -110,23 +112,44 @@ class Engine:
         bucket_of = lambda tokens: self.runner.bucket_of(min(tokens, most))  # noqa: E731
         return Speculator(speculative, bucket_of, draft_model), draft_model
 
-    def warm_up(
-        self, token_counts: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
-    ) -> Iterator[int]:
-        """Compiles step programs, yielding each one's token bucket: those for steps of these token counts.
+    def warm_up(self, token_counts: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)) -> WarmUp:
+        """The step programs, of a draft model too, for steps of these token counts; to be compiled by iterating.
 
-        By default compiles for all counts; afterwards nothing compiles for requests whose features (`features_of` their
+        By default those for all counts; afterwards nothing compiles for requests whose features (`features_of` their
         parameters) together are within one of `features`. Proposed tokens count, too.
         """
-        features = list(features)
+        features, counts = list(features), None if token_counts is None else list(token_counts)
         if self.speculator is not None:  # the plain programs stay, for steps without proposals
             features = [each for each in features if each == PLAIN] + [each | StepFeatures.DRAFTS for each in features]
-        limit = self.config.scheduler.max_num_batched_tokens
-        counts = None if token_counts is None else [min(count, limit) for count in token_counts]
-        yield from self.runner.warm_up(counts and [self.runner.bucket_of(count) for count in counts], features)
+        programs = WarmUp(complete=counts is None)
+        programs.add(self.runner, counts, features)
         if self._draft_model is not None:
-            runner = self._draft_model.runner
-            yield from runner.warm_up(counts and [runner.bucket_of(count) for count in counts])
+            programs.add(self._draft_model.runner, counts, (PLAIN,))
+        return programs
+
+    def warm_up_for(self, requests: Sequence[Request]) -> WarmUp:
+        """The step programs that requests need which have just been added; to be compiled by iterating.
+
+        Those of their prompts, as far as the prefix cache does not have them, and of decoding while sequence after
+        sequence ends. What else runs may make the steps larger.
+        """
+        limits, shards, features = self.config.scheduler, self._num_shards, self.features
+        prompts = [self.scheduler.num_uncached(request) for request in requests]
+        # Of a sample after the first, the last token of the prompt is a step of its own.
+        decoding = sum(request.n - (request.max_tokens == 1) for request in requests)
+        decoding = min(-(-decoding // shards), limits.max_num_seqs)
+        most, sizes = limits.max_num_batched_tokens, []
+        for shard in range(min(shards, len(prompts))):
+            sizes += prefill_sizes(prompts[shard::shards], limits.max_num_seqs, most)
+        programs = WarmUp()
+        programs.add(self.runner, sizes, [features], ())
+        if decoding:
+            drafts = 0 if self.speculator is None else min(MOST_DRAFTS, decoding * (self.speculator.most_tokens - 1))
+            decode = up_to(self.runner, min(most, decoding + drafts))
+            programs.add(self.runner, decode, [features & ~FOR_PROMPT], up_to(self.runner, decoding))
+        if decoding and self._draft_model is not None:
+            self._draft_model.warm_up(programs, [len(request.prompt) for request in requests], decoding)
+        return programs
 
     def add_request(
         self,

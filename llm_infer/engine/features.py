@@ -31,12 +31,32 @@ class StepFeatures(enum.Flag):
     DRAFTS = enum.auto()
     STEPS = enum.auto()
 
+    @property
+    def words(self) -> list[str]:
+        """What the features are for, for the user."""
+        return [_WORDS[feature] for feature in self]
+
 
 PLAIN = StepFeatures(0)
 
+_WORDS = {
+    StepFeatures.LOGPROBS: "log-probabilities",
+    StepFeatures.SHAPED: "penalties and biases",
+    StepFeatures.MASKED: "allowed tokens",
+    StepFeatures.PROMPT_LOGPROBS: "log-probabilities of prompts",
+    StepFeatures.POOLED: "embeddings",
+    StepFeatures.BEAMS: "beams",
+    StepFeatures.DRAFTS: "proposed tokens",
+    StepFeatures.STEPS: "several tokens a step",
+}
 
 FOR_PROMPT = StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED
 """What rows of a prompt need, whether they draw or not; the other features are for rows that draw."""
+
+
+def serves(program: StepFeatures, needed: StepFeatures) -> bool:
+    """Whether a program has all that is needed. One that draws several tokens has another layout and serves nothing else."""
+    return needed in program and (program ^ needed) & StepFeatures.STEPS == PLAIN
 
 
 def for_steps(features: StepFeatures) -> StepFeatures:

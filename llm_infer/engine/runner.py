@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +15,10 @@ from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures, for_steps
+from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
 from llm_infer.engine.layout import StepLayout, token_buckets
-from llm_infer.engine.memory import out_of_memory_names_the_setting, release_free_memory
+from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.slots import SlotTable
@@ -79,6 +77,9 @@ class Runner:
     so a call can never recompile: arguments that do not fit are an error instead. A step runs the compiled program with
     the fewest features that has all those its rows need.
 
+    Attributes:
+        is_warm: all programs are there; a further compilation is counted in `times.compiles_after_warmup`.
+
     Args:
         model: definition, parameters and configuration of the model.
         config: limits and cache settings.
@@ -119,7 +120,7 @@ class Runner:
         self._clear()
         self._keep_logits = keep_logits
         self._programs: dict[tuple[int, StepFeatures], StepProgram] = {}
-        self._warm = False
+        self.is_warm = False
 
     def reset(self) -> None:
         """Empty pages and slots; the programs stay."""
@@ -159,15 +160,21 @@ class Runner:
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
         """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
-        several = StepFeatures.STEPS
-        able = [f for b, f in list(self._programs) if b == bucket and needed in f and (f ^ needed) & several == PLAIN]
+        able = self._able(bucket, needed)
         return self.compile(bucket, min(able, key=lambda features: features.value.bit_count(), default=needed))
+
+    def has(self, bucket: int, features: StepFeatures) -> bool:
+        """Whether there is a program with these features, or with more; the plain one counts only as it is."""
+        return (bucket, features) in self._programs or (features != PLAIN and bool(self._able(bucket, features)))
+
+    def _able(self, bucket: int, needed: StepFeatures) -> list[StepFeatures]:
+        return [features for b, features in list(self._programs) if b == bucket and serves(features, needed)]
 
     def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
         """The program of a bucket with exactly these features; compiled on first use."""
         if (bucket, features) not in self._programs:
             self.times.compiles += 1
-            self.times.compiles_after_warmup += self._warm
+            self.times.compiles_after_warmup += self.is_warm
             self._tell("compile", bucket=bucket, features=features.value)
             set_slot = self._compile_set_slot() if StepFeatures.SHAPED in features else None
             lowered = self.steps.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
@@ -182,28 +189,6 @@ class Runner:
         placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
         return setter.lower(state, jax.ShapeDtypeStruct((), jnp.int32), row, row.update(dtype=jnp.float32)).compile()
-
-    def warm_up(
-        self, buckets: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)
-    ) -> Iterator[int]:
-        """Compiles programs side by side, yielding the bucket of each when it is done: `buckets` × `features`.
-
-        By default all buckets; after that any further compilation is counted in `times.compiles_after_warmup`. A program
-        with more than the wanted features serves as well, but for the plain one, which is to stay fast.
-        """
-        chosen = self.buckets if buckets is None else tuple(dict.fromkeys(buckets))
-        features = dict.fromkeys(features)
-        wanted = [(bucket, each) for each in features for bucket in chosen]
-        if self.config.scheduler.num_scheduler_steps > 1:
-            decode = [bucket for bucket in chosen if bucket <= self.bucket_of(self.max_num_seqs)]
-            wanted += [(bucket, each) for each in dict.fromkeys(map(for_steps, features)) for bucket in decode]
-        compile_ = {True: self.program, False: self.compile}
-        # XLA compiles outside Python's lock, so a second core halves the time of a start.
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for (bucket, _), _ in zip(wanted, pool.map(lambda key: compile_[bool(key[1])](*key), wanted), strict=True):
-                yield bucket
-        release_free_memory()
-        self._warm = self._warm or buckets is None
 
     def bucket_of(self, num_tokens: int) -> int:
         """The smallest bucket that holds `num_tokens`."""

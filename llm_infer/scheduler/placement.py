@@ -50,6 +50,11 @@ class Placement:
                     best, place = score, (shard, cached)
         return place
 
+    def num_uncached(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that no shard's prefix cache has."""
+        cached = max(len(self._lookup(sequence, shard)) for shard in range(len(self.books.running)))
+        return len(sequence.tokens) - cached * self.books.page_size
+
     def _lookup(self, sequence: Sequence, shard: int) -> list[int]:
         """Cached pages of a sequence without pages. Its last token is always computed, to have logits to draw from."""
         cache = self.books.prefix_cache

@@ -190,6 +190,10 @@ class Scheduler:
         self.requests[request.request_id] = request
         self.books.enqueue(request.sequences[0])
 
+    def num_uncached(self, request: Request) -> int:
+        """Tokens of the prompt of a request that nothing of has run yet which the prefix cache does not have."""
+        return self._placement.num_uncached(request.sequences[0])
+
     def abort(self, request_id: str) -> bool:
         """Ends a request at once; tokens in flight are dropped when they come. False if there is none of that id."""
         request = self.requests.get(request_id)

@@ -106,7 +106,7 @@ def test_two_processes_give_the_tokens_of_one_and_notice_a_loss_while_idle(
 ) -> None:
     each = ["-m", "tests.parallel.two_hosts", str(directory), processes.address]
     leader, follower = processes.start(*each, "0", devices=2), processes.start(*each, "1", devices=2)
-    lines = (line for line in leader.stdout if not line.startswith("[Gloo]"))
+    lines = (line for line in leader.stdout if line.startswith("[[["))  # Gloo writes, too, from threads side by side
     found = json.loads(next(lines, "null"))
     assert found is not None, processes.errors(0)
     assert found == generate(LLM(str(directory), progress=False, **ARGUMENTS))
