@@ -512,10 +512,13 @@ def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:
 
 
 def _keep_stdout_for_answers() -> None:
-    """Sends what libraries write to descriptor 1 to standard error: Gloo, which connects CPUs, reports there."""
+    """Drops what libraries write to descriptor 1, or with `--debug` sends it to standard error.
+
+    Gloo, which connects CPUs, reports there each connection that it makes.
+    """
     sys.stdout.flush()
     answers = os.dup(1)
-    os.dup2(2, 1)
+    os.dup2(2 if "--debug" in sys.argv[1:] else os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = open(answers, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
 
 

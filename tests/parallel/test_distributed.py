@@ -127,6 +127,7 @@ def test_four_processes_give_the_text_of_one_until_one_is_lost_in_a_step(process
     text += leader.stdout.read()
     assert leader.wait(timeout=30) == 1
     assert processes.errors(0) == ["error: process 2 of 4 is gone: restart all processes"]
+    assert not any("[Gloo]" in file.read() for _, file in processes.started if not file.seek(0))
     for other in (others[0], others[2]):
         assert other.wait(timeout=30) == 1
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=900)
