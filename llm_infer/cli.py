@@ -12,6 +12,7 @@ import typer
 from llm_infer import accelerators
 from llm_infer.cli_answers import show_answer, write
 from llm_infer.errors import UserError
+from llm_infer.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
@@ -26,16 +27,57 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"llm-infer {version('llm-infer')}")
+        except PackageNotFoundError:
+            print("llm-infer (not installed: run from its source)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None: ...
+
+
 bench = typer.Typer(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=None)
 
 
 def _existing_model(name: str) -> str:
     """Refuses a name that no model can have, before JAX is imported, which takes seconds."""
+    from llm_infer.models.architectures import architecture_names
     from llm_infer.weights.model_names import why_unknown
 
     if (problem := why_unknown(name)) is not None:
+        if name in architecture_names():
+            problem = (
+                f"{name!r} is an architecture without weights: give the directory or hub id of weights, or for random "
+                "ones --load-format dummy (of generate and bench offline)"
+            )
         raise UserError(problem)
+    return name
+
+
+def _writable_file(name: str | None) -> str | None:
+    """Refuses a file that cannot be written before minutes are spent on what is to be in it."""
+    if name is not None:
+        existed = os.path.exists(name)
+        try:
+            with open(name, "a"):
+                pass
+            if not existed:
+                os.remove(name)
+        except OSError as error:
+            raise UserError(f"--json {name} cannot be written: {error.strerror}") from None
     return name
 
 
@@ -74,6 +116,9 @@ NumProcesses = Annotated[int | None, typer.Option(help="With several hosts: proc
 ProcessId = Annotated[int | None, typer.Option(help="With several hosts: number of this process, from 0.")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
+]
+JsonFile = Annotated[
+    str | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable_file)
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -292,7 +337,7 @@ def offline(
     new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = 64,
     prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill run.")] = 512,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
     load_format: LoadFormat = "auto",
     device: Device = "auto",
@@ -330,7 +375,7 @@ def context(
     contexts: Annotated[str, typer.Option(help="Context lengths, comma separated.")] = "128,512,1024,2048",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.", min=8)] = 32,
     rounds: Annotated[int, typer.Option(help="Repetitions; the smallest time counts.")] = 3,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
@@ -344,7 +389,7 @@ def context(
 def memory(
     model: Model = DEFAULT_MODEL_NAME,
     pool: Annotated[int, typer.Option(help="Page pool in MB.", min=1)] = 64,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
@@ -358,7 +403,7 @@ def memory(
 def step(
     model: Model = DEFAULT_MODEL_NAME,
     batch: Annotated[int, typer.Option(help="Sequences that decode together.", min=1)] = 1,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
@@ -373,7 +418,7 @@ def decoding(
     model: Model = DEFAULT_MODEL_NAME,
     spec_bench: Annotated[str | None, typer.Option(help="Questions in the format of Spec-Bench (JSON lines).")] = None,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.", min=1)] = 5,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
@@ -387,7 +432,7 @@ def decoding(
 def startup(
     model: Model = DEFAULT_MODEL_NAME,
     rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """Time from starting `llm-infer generate` to its first token: caches empty (cold) and filled (warm)."""
@@ -404,7 +449,7 @@ def peers(
     openvino: Annotated[str | None, typer.Option(help="A Python that has openvino-genai.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds through all engines; medians are reported.", min=1)] = 3,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; default: all cores.", min=1)] = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """Our throughput beside that of other engines on the same GGUF file, measured in turn on this machine."""
@@ -419,7 +464,7 @@ def quality(
     model: Model = DEFAULT_MODEL_NAME,
     text: Annotated[str | None, typer.Option(help="A text file; default: prose that comes with Python.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.", min=2)] = 4096,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """What `--precision fast` changes: agreement of the most likely token, KL divergence and perplexity on a text."""
@@ -431,7 +476,7 @@ def quality(
 @bench.command("kernels")
 def bench_kernels(
     target: Annotated[str, typer.Option(help="Chip to compile for: v5e, v6e, v5p, tpu7x or sm_90.")],
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """What the compiler for a chip says of each kernel: estimated cycles, bytes, spills. Needs no such chip."""
@@ -449,7 +494,7 @@ def aot(
     limit: Annotated[
         int, typer.Option(help="Seconds of CPU time for a program, then it is given up; 0: no limit.")
     ] = 0,
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
@@ -460,7 +505,7 @@ def aot(
 
 @bench.command()
 def host(
-    json_file: Annotated[str | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """What the host spends on a decode step of 64 and of 256 sequences when the device takes no time."""
@@ -497,7 +542,9 @@ def _structured(schema_file: str | None) -> StructuredOutputsParams | None:
     try:
         with open(schema_file, encoding="utf-8") as file:
             return StructuredOutputsParams(json=file.read())
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"--json-schema {schema_file}: {error.strerror}") from None
+    except (UserError, UnicodeDecodeError) as error:
         raise UserError(f"--json-schema {schema_file}: {error}") from None
 
 
@@ -534,7 +581,8 @@ FLAG_DEFAULTS = {
 
 def _engine_arguments(config: str | None, **flags: Any) -> dict[str, Any]:
     """Arguments of `LLM` from the file of `--config`, and over them the flags that were given."""
-    from llm_infer.engine_arguments import read_engine_arguments
+    with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
+        from llm_infer.engine_arguments import read_engine_arguments
 
     arguments = {} if config is None else read_engine_arguments(config)
     return arguments | {name: value for name, value in flags.items() if value != FLAG_DEFAULTS.get(name)}
@@ -578,7 +626,10 @@ def main() -> None:
             raise
         context = getattr(error, "ctx", None)
         command = "llm-infer" if context is None else context.command_path
-        _fail(f"{error.format_message()} (see {command} --help)", getattr(error, "exit_code", 2))  # type: ignore[attr-defined]
+        message = error.format_message()  # type: ignore[attr-defined]
+        if "unexpected extra argument" in message and command.endswith("generate"):
+            message += "; a prompt of several words stands in quotes"
+        _fail(f"{message} (see {command} --help)", getattr(error, "exit_code", 2))
 
 
 def _fail(message: str, code: int) -> None:

@@ -21,11 +21,14 @@ def show_answer(chunks: Iterable[StreamChunk], params: SamplingParams) -> None:
         UserError: the answer could not go on.
     """
     num_tokens, last, logprobs = 0, None, []
-    for last in chunks:
-        write(last.text)
-        num_tokens += len(last.token_ids)
-        logprobs += last.logprobs or ()
-    write("\n")
+    try:
+        for last in chunks:
+            write(last.text)
+            num_tokens += len(last.token_ids)
+            logprobs += last.logprobs or ()
+    finally:  # also after Ctrl-C: what comes next begins a line of its own
+        if last is not None:
+            write("\n")
     if logprobs:
         print(logprob_table(logprobs), file=sys.stderr)
     if last is not None and last.error is not None:
@@ -59,6 +62,8 @@ def write(text: str) -> None:
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as with `| head`
+    except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough, as with `| head`
+            raise SystemExit(0) from None
+        raise UserError(f"standard output cannot be written: {error.strerror}") from None

@@ -6,13 +6,18 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from glob import glob
 from pathlib import Path
 
+from llm_infer import accelerators
 from llm_infer.engine.compile_cache import cache_directory
 from llm_infer.weights.default_model import DEFAULT_MODEL, find
 from llm_infer.weights.environment import cache_dir, offline_variable
 
-PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "llvmlite", "gguf", "tokenizers", "safetensors", "numpy")
+PACKAGES = (
+    *("llm-infer", "jax", "jaxlib", "flax", "orbax-checkpoint", "llvmlite", "llguidance", "gguf", "tokenizers"),
+    *("safetensors", "numpy"),
+)
 
 
 def report() -> str:
@@ -31,6 +36,7 @@ def _facts() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in PACKAGES),
         ("devices", f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform})"),
+        ("drivers", _drivers()),
         ("cpu", f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable, vector units: {_vector_units()}"),
         ("cpu kernels", _cpu_kernels()),
         ("memory", f"{gib:.1f} GiB"),
@@ -43,6 +49,16 @@ def _facts() -> list[tuple[str, str]]:
         ),
     ]
     return facts
+
+
+def _drivers() -> str:
+    """What drivers of accelerators there are, and the libraries without which JAX does not see them."""
+    found = [file for pattern in accelerators.DEVICE_FILES for file in sorted(glob(pattern))]
+    if not found:
+        return "no GPU or TPU (none of the files that their drivers make)"
+    libraries = {"libtpu": "tpu", "jax-cuda13-plugin": "cuda13"}
+    missing = [f"{name} (extra {extra})" for name, extra in libraries.items() if _version(name) == "not installed"]
+    return f"{', '.join(found[:4])}; not installed: {', '.join(missing) or 'nothing'}"
 
 
 def _cpu_kernels() -> str:

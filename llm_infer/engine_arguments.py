@@ -35,7 +35,9 @@ def read_engine_arguments(path: str | Path) -> dict[str, Any]:
     try:
         with open(path, "rb") as file:
             values = tomllib.load(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"--config {path}: {error}") from None
     known, result = argument_names(), {}
     for key, value in values.items():

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_infer import accelerators, cli
+from llm_infer import accelerators, cli, doctor
 from llm_infer.outputs import Logprob, StreamChunk
 
 
@@ -52,6 +52,8 @@ def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
         (["--no-such-flag"], ["--no-such-flag", "(see llm-infer generate --help)"]),
         (["--max-tokens", "many"], ["--max-tokens"]),
         (["--model", "missing.gguf"], ["missing.gguf"]),
+        (["--model", "opt-125m"], ["architecture without weights", "--load-format dummy"]),
+        (["again"], ["unexpected extra argument", "stands in quotes"]),
         (["--max-model-len", "1"], ["max_model_len"]),
     ],
 )
@@ -213,6 +215,58 @@ def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(default_gguf: Pat
     assert b"Traceback" not in err
     answers = out.decode().split("\n", 1)
     assert len(answers) == 2 and len(answers[1].strip()) > 10, "the second question got no answer"
+
+
+@pytest.mark.parametrize("name", ["missing/figures.json", "."])
+def test_figures_that_cannot_be_written_are_refused_before_they_are_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert_one_line_error(run(monkeypatch, capsys, "bench", "step", "--json", name), f"--json {name} cannot be written")
+
+
+def test_doctor_tells_drivers_from_the_libraries_that_use_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "not installed" if name == "libtpu" else "1")
+    for files, said in (((), "no GPU or TPU"), (("accel0",), f"{tmp_path}/accel0; not installed: libtpu (extra tpu)")):
+        for file in files:
+            (tmp_path / file).touch()
+        monkeypatch.setattr(accelerators, "DEVICE_FILES", (f"{tmp_path}/accel*",))
+        code, out, err = run(monkeypatch, capsys, "doctor")
+        assert code == 0 and err == ""
+        assert (
+            next(line for line in out.splitlines() if line.startswith("drivers")).split(maxsplit=1)[1].startswith(said)
+        )
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(monkeypatch, capsys, "--version")
+    assert code == 0 and out.startswith("llm-infer ") and err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line() -> None:
+    code = "import sys; from llm_infer.cli import main, write, app; app.command('fill')(lambda: write('x' * 100))\n"
+    code += "sys.argv = ['llm-infer', 'fill']; main()"
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert result.returncode == 1
+    assert result.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_ctrl_c_while_jax_is_imported_ends_the_program(tmp_path: Path) -> None:
+    """What is imported in JAX's place, and then imports JAX, strikes in the middle, as a terminal would."""
+    (tmp_path / "jax.py").write_text(
+        "import os, signal, sys\n"
+        "try: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: sys.stderr.write('struck within')\n"
+        "sys.path.remove(os.path.dirname(__file__)); del sys.modules['jax']; import jax"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
+    command = [sys.executable, "-m", "llm_infer.cli", "generate", "hi"]
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (result.returncode, result.stderr) in ((130, ""), (130, "error: interrupted\n"))
 
 
 def test_help_does_not_load_jax() -> None:

@@ -115,15 +115,17 @@ def _bar(description: str, total: int | None, unit: Unit, stream: TextIO) -> Any
         TransferSpeedColumn,
     )
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
+    time_column = TimeElapsedColumn(table_column=Column(min_width=len("0:00:00")))  # a long description gives way
     # markup off: a description may hold a path with brackets.
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         *amount,
-        TimeElapsedColumn(),
+        time_column,
     )
     bar = RichProgress(*columns, console=Console(file=stream), transient=True)
     bar.add_task(description, total=total)
