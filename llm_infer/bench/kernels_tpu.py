@@ -108,8 +108,9 @@ def _page_bytes(case: AttentionCase) -> int:
     return 2 if case.sizes.page_dtype == "bfloat16" else 1
 
 
-def our_trips(case: AttentionCase, blocks: Sequence[int], rows_per_item: int) -> tuple[Any, Any]:
-    """Trips of our kernel's loops, and (loop path, trips of its inner loops) of the busiest one, for `tpu_schedule`."""
+def our_trips(case: AttentionCase, blocks: Sequence[int], rows_per_item: int, cores: int) -> tuple[Any, Any]:
+    """Trips of our kernel's loops on a core, and (loop path, trips of its inner loops) of the busiest one, for
+    `tpu_schedule`."""
     size, (decode_pages, mixed_pages, tile_rows) = case.sizes, blocks
     page = size.page_size
     packing = 4 // _page_bytes(case)
@@ -131,7 +132,7 @@ def our_trips(case: AttentionCase, blocks: Sequence[int], rows_per_item: int) ->
         old = mean([-(-(end - rows) // page) for end, rows in found])  # pages that hold tokens from before the step
         writes = mean([-(-rows // page) for _, rows in found])
         inside = [(old / max(1.0, blocks), []), *inner]
-        return len(found), [(writes, []), (blocks, inside), *at_end, (writes, [])]
+        return -(-len(found) // cores), [(writes, []), (blocks, inside), *at_end, (writes, [])]
 
     tiles = mean([-(-rows // tile_rows) for _, rows in mixed])
     tile_loops = [(tiles, []) for _ in range(heads_per_turn)]
@@ -207,7 +208,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
             return tpu.paged_attention(q, k, v, pages, plan, layer=1, **options)
 
         program = compiled(call, (q, kv, kv, array(pool, size.page_dtype), plan), 3)
-        return program, "paged_attention", our_trips(case, blocks, shape.q_rows)
+        return program, "paged_attention", our_trips(case, blocks, shape.q_rows, tpu.CORES.get(target.device_kind, 1))
 
     def jaxs(case: AttentionCase, blocks: Sequence[int]) -> tuple[Any, Any, Any]:
         from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention

@@ -27,6 +27,8 @@ from pallas_kernels.paged_attention.tpu_softmax import LOG2E, ROWS, score_factor
 from pallas_kernels.paged_attention.tpu_words import pack_words
 
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
+CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
+"""TensorCores of a JAX device by its kind, where it has several: one program runs on both."""
 VMEM_MARGIN = 8 << 20  # for what the compiler adds to the scratch memory
 PAGE_SIZES = (8, 512)
 
@@ -64,12 +66,14 @@ def paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     blocks: Blocks | None = None,
+    cores: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
 
     Args:
         blocks: block sizes; None takes those that were tuned, else estimated (`tpu_blocks`).
+        cores: that share the work; None takes those that a device has.
         interpret: of `pallas_call`, for tests without a TPU.
     """
     (tokens, num_heads, head_dim), num_kv_heads = q.shape, k_new.shape[1]
@@ -97,6 +101,7 @@ def paged_attention(
         window=window is not None,
         dtype=dtype,
         page_dtype=pages.dtype,
+        cores=CORES.get(target()[1], 1) if cores is None else cores,
         interpret=bool(interpret),
     )
     block = max(blocks.decode_pages, blocks.mixed_pages if rows > 1 else 0) * pages.shape[2]
@@ -161,6 +166,7 @@ def paged_attention(
     operands = (*scalars, in_hbm(tables), in_hbm(queries), in_hbm(kv_new), sink_rows, in_hbm(pages))
     out, pages = pl.pallas_call(
         partial(tpu_kernel.kernel, static=static),
+        grid=(static.cores,),
         out_shape=(array(queries.shape, dtype), array(pages.shape, pages.dtype)),
         in_specs=[*(smem for _ in scalars), hbm, hbm, hbm, pl.BlockSpec(memory_space=pltpu.VMEM), hbm],
         out_specs=(hbm, hbm),
@@ -169,7 +175,9 @@ def paged_attention(
         interpret=interpret,
         name=f"paged_attention_{static.page_size}x{blocks.decode_pages}_{rows}",
         compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=vmem_bytes(scratch) + VMEM_MARGIN, disable_bounds_checks=True
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=vmem_bytes(scratch) + VMEM_MARGIN,
+            disable_bounds_checks=True,
         ),
     )(*operands)
     out = out[:, :num_kv_heads, : num_heads // num_kv_heads].reshape(tokens, num_heads, head_dim)

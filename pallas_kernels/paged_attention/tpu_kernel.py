@@ -11,6 +11,8 @@ each item's pages in blocks. While a block is computed, the next one is on its w
 
 Old and new tokens come from different places, so nothing that is read is written in the same call, and no DMA has to wait
 for another. Only tokens that exist are fetched; the rest of a block holds finite numbers from before, and is masked.
+
+Where a device has two cores that share its memory (v4, v5p), each is a step of the grid and takes every other item.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ class Static:
         sinks, window: whether there are any.
         dtype: of q, K and V in products: bfloat16 or float32.
         page_dtype: of K and V in pages.
+        cores: that share the work.
         interpret: whether the body runs in the interpreter, with twins for what that lacks.
     """
 
@@ -63,6 +66,7 @@ class Static:
     window: bool
     dtype: Any
     page_dtype: Any
+    cores: int
     interpret: bool
 
 
@@ -76,6 +80,18 @@ class Item(NamedTuple):
     first_position: jax.Array  # of the first row
     first_page: jax.Array  # in the block table
     end: jax.Array  # position after the last row's
+
+
+class Walk(NamedTuple):
+    """The items of a phase that a core works through, in turns 0 … count - 1."""
+
+    begin: jax.Array
+    stride: int
+    count: jax.Array
+
+    def item(self, turn: jax.Array) -> jax.Array:
+        """Index of the item whose turn it is."""
+        return self.begin + turn * self.stride
 
 
 class Refs(NamedTuple):
@@ -118,7 +134,7 @@ class Refs(NamedTuple):
 
 
 def kernel(*args: Any, static: Static) -> None:
-    """The body of the pallas_call; its grid is one step."""
+    """The body of the pallas_call; its grid has a step for each core."""
     refs = Refs(*args)
     refs = refs._replace(**{name: as_words(getattr(refs, name), static.interpret) for name in ("pages_in", "pages")})
     fill_with_zero(refs.kv, static.interpret)
@@ -126,7 +142,10 @@ def kernel(*args: Any, static: Static) -> None:
     _phase(refs, static, jnp.int32(0), one, many=False)
     if static.rows > 1:
         _phase(refs, static, one, end, many=True)
-    _zero_padding(refs)
+    if static.cores == 1:
+        _zero_padding(refs)
+    else:
+        pl.when(pl.program_id(0) == 0)(lambda: _zero_padding(refs))
 
 
 def _zero_padding(refs: Refs) -> None:
@@ -153,36 +172,40 @@ def _zero_padding(refs: Refs) -> None:
 
 
 def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: bool) -> None:
-    """Work through items begin … end - 1, all of one row or all of many."""
+    """Work through this core's of the items begin … end - 1, all of one row or all of many."""
     block = (static.mixed_pages if many else static.decode_pages) * static.page_size
     attention = tpu_many_rows if many else tpu_one_row
+    walk, first = Walk(begin, 1, end - begin), jnp.int32(0)
+    if static.cores > 1:
+        begin = begin + pl.program_id(0)
+        walk = Walk(begin, static.cores, lax.div(end - begin + static.cores - 1, jnp.int32(static.cores)))
 
-    @pl.when(begin < end)
+    @pl.when(walk.count > 0)
     def _prologue() -> None:
-        _table_copy(refs, begin).start()
+        _table_copy(refs, walk, first).start()
 
-        @pl.when(begin + 1 < end)
+        @pl.when(walk.count > 1)
         def _second() -> None:
-            _table_copy(refs, begin + 1).start()
+            _table_copy(refs, walk, first + 1).start()
 
-        _start_q(refs, begin, many)
-        _table_copy(refs, begin).wait()
-        _start_block(refs, static, begin, jnp.int32(0), jnp.int32(0), block)
+        _start_q(refs, walk, first, many)
+        _table_copy(refs, walk, first).wait()
+        _start_block(refs, static, walk, first, first, first, block)
 
-    def item_body(index: jax.Array, slot: jax.Array) -> jax.Array:
-        item = _read_item(refs, static, index)
-        q_slot = lax.rem(index, jnp.int32(2))
+    def item_body(turn: jax.Array, slot: jax.Array) -> jax.Array:
+        item = _read_item(refs, static, walk.item(turn))
+        q_slot = lax.rem(turn, jnp.int32(2))
 
-        @pl.when(index + 2 < end)
+        @pl.when(turn + 2 < walk.count)
         def _next_table() -> None:
-            _table_copy(refs, index + 2).start()
+            _table_copy(refs, walk, turn + 2).start()
 
-        _write_new(refs, static, index, item, wait=False)
+        _write_new(refs, static, turn, item, wait=False)
         _wait_q(refs, item, q_slot, many)
 
-        @pl.when(index + 1 < end)
+        @pl.when(turn + 1 < walk.count)
         def _next_q() -> None:
-            _start_q(refs, index + 1, many)
+            _start_q(refs, walk, turn + 1, many)
 
         attention.begin(refs, static, q_slot)
         num_blocks = pl.cdiv(item.end - item.first_page * static.page_size, block)
@@ -190,14 +213,14 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         def block_body(number: jax.Array, slot: jax.Array) -> jax.Array:
             last = number + 1 == num_blocks
 
-            @pl.when(jnp.logical_and(last, index + 1 < end))
+            @pl.when(jnp.logical_and(last, turn + 1 < walk.count))
             def _next_table_is_here() -> None:
-                _table_copy(refs, index + 1).wait()
+                _table_copy(refs, walk, turn + 1).wait()
 
-            @pl.when(jnp.logical_or(jnp.logical_not(last), index + 1 < end))
+            @pl.when(jnp.logical_or(jnp.logical_not(last), turn + 1 < walk.count))
             def _next_block() -> None:
-                next_index, next_number = jnp.where(last, index + 1, index), jnp.where(last, 0, number + 1)
-                _start_block(refs, static, next_index, next_number, 1 - slot, block)
+                next_turn, next_number = jnp.where(last, turn + 1, turn), jnp.where(last, 0, number + 1)
+                _start_block(refs, static, walk, next_turn, next_number, 1 - slot, block)
 
             position = item.first_page * static.page_size + number * block
             _wait_tokens(refs, jnp.minimum(item.end - position, block), slot)
@@ -206,22 +229,23 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
 
         slot = lax.fori_loop(0, num_blocks, block_body, slot)
 
-        @pl.when(index >= begin + 2)
+        @pl.when(turn >= 2)
         def _buffer_is_free() -> None:
-            _copy_out(refs, _read_item(refs, static, index - 2), q_slot, many, wait=True)
+            _copy_out(refs, _read_item(refs, static, walk.item(turn - 2)), q_slot, many, wait=True)
 
         attention.end(refs, static, q_slot)
         _copy_out(refs, item, q_slot, many, wait=False)
-        _write_new(refs, static, index, item, wait=True)
+        _write_new(refs, static, turn, item, wait=True)
         return slot
 
-    lax.fori_loop(begin, end, item_body, jnp.int32(0))
+    lax.fori_loop(first, walk.count, item_body, jnp.int32(0))
 
     for back in (2, 1):
 
-        @pl.when(end - back >= begin)
-        def _last_out(index: jax.Array = end - back) -> None:
-            _copy_out(refs, _read_item(refs, static, index), lax.rem(index, jnp.int32(2)), many, wait=True)
+        @pl.when(walk.count >= back)
+        def _last_out(turn: jax.Array = walk.count - back) -> None:
+            item = _read_item(refs, static, walk.item(turn))
+            _copy_out(refs, item, lax.rem(turn, jnp.int32(2)), many, wait=True)
 
 
 def _read_item(refs: Refs, static: Static, index: jax.Array) -> Item:
@@ -235,16 +259,18 @@ def _read_item(refs: Refs, static: Static, index: jax.Array) -> Item:
     return Item(seq, first_row, num_rows, context, first_position, first_page, first_position + num_rows)
 
 
-def _table_copy(refs: Refs, index: jax.Array) -> Any:
-    slot = lax.rem(index, jnp.int32(TABLES))
-    seq = refs.items[index * ITEM_COLUMNS]
+def _table_copy(refs: Refs, walk: Walk, turn: jax.Array) -> Any:
+    slot = lax.rem(turn, jnp.int32(TABLES))
+    seq = refs.items[walk.item(turn) * ITEM_COLUMNS]
     return pltpu.make_async_copy(refs.tables.at[seq], refs.table.at[slot], refs.table_sem.at[slot])
 
 
-def _start_block(refs: Refs, static: Static, index: jax.Array, number: jax.Array, slot: jax.Array, block: int) -> None:
+def _start_block(
+    refs: Refs, static: Static, walk: Walk, turn: jax.Array, number: jax.Array, slot: jax.Array, block: int
+) -> None:
     """Fetch block `number` of an item's tokens; together they are min(block, what is left) tokens."""
-    item = _read_item(refs, static, index)
-    page_size, layer, table = static.page_size, refs.integers[0], lax.rem(index, jnp.int32(TABLES))
+    item = _read_item(refs, static, walk.item(turn))
+    page_size, layer, table = static.page_size, refs.integers[0], lax.rem(turn, jnp.int32(TABLES))
     page = item.first_page + number * (block // page_size)
     position = page * page_size
     old = jnp.clip(jnp.minimum(item.context, item.end) - position, 0, block)
@@ -278,8 +304,8 @@ def _wait_tokens(refs: Refs, count: jax.Array, slot: jax.Array) -> None:
     pltpu.make_async_copy(tokens, tokens, refs.kv_sem.at[slot]).wait()
 
 
-def _start_q(refs: Refs, index: jax.Array, many: bool) -> None:
-    slot = lax.rem(index, jnp.int32(2))
+def _start_q(refs: Refs, walk: Walk, turn: jax.Array, many: bool) -> None:
+    slot, index = lax.rem(turn, jnp.int32(2)), walk.item(turn)
     row, count = refs.items[index * ITEM_COLUMNS + 1], refs.items[index * ITEM_COLUMNS + 2]
     if not many:
         pltpu.make_async_copy(refs.q.at[row], refs.q_one.at[slot], refs.q_sem.at[slot]).start()
@@ -321,10 +347,10 @@ def _copy_out(refs: Refs, item: Item, slot: jax.Array, many: bool, wait: bool) -
             copy.start()
 
 
-def _write_new(refs: Refs, static: Static, index: jax.Array, item: Item, wait: bool) -> None:
+def _write_new(refs: Refs, static: Static, turn: jax.Array, item: Item, wait: bool) -> None:
     """Start, or wait for, the copies of the item's new K and V into its pages, one per page."""
     page_size, layer = static.page_size, refs.integers[0]
-    table = lax.rem(index, jnp.int32(TABLES))
+    table = lax.rem(turn, jnp.int32(TABLES))
     first = lax.div(item.first_position, jnp.int32(page_size))
 
     def write_page(page: jax.Array, carry: None) -> None:

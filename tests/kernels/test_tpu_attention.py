@@ -16,14 +16,15 @@ from pallas_kernels.paged_attention import paged_attention, tpu, tpu_copy
 from pallas_kernels.paged_attention.cases import CASES, Inputs, build
 from pallas_kernels.paged_attention.pages import kv_pool_shape, pack_tokens, plain_to_tpu, tpu_to_plain
 from pallas_kernels.paged_attention.tpu_words import number_of_word, pack_words
+from pallas_kernels.targets import TARGETS
 
 TPU_CASES = [name for name, case in CASES.items() if case.sizes.page_dtype != "uint16"]  # those bits are a CPU matter
 # Together: both phases, windows, soft-caps, sinks, scales, heads under 64 and over, all packings, pages of 16 to 64.
 QUICK = ("everything", "gqa4_head_128_bf16_pages", "int8_pages_scales")
 
 
-def interpreter() -> Any:
-    return pltpu.InterpretParams(detect_races=True)
+def interpreter(cores: int = 1) -> Any:
+    return pltpu.InterpretParams(detect_races=True, num_cores_or_threads=cores)
 
 
 def races_found() -> bool:
@@ -62,10 +63,20 @@ def test_kernel_matches_the_reference(name):
 
 
 @pytest.mark.sweep
+@pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("name", [name for name in TPU_CASES if name not in QUICK])
-def test_kernel_matches_the_reference_on_every_case(name):
-    check(name, tpu.paged_attention, interpret=interpreter())
+def test_kernel_matches_the_reference_on_every_case(name, cores):
+    check(name, tpu.paged_attention, cores=cores, interpret=interpreter(cores))
     assert not races_found()
+
+
+def test_two_cores_share_the_work():
+    check("everything", tpu.paged_attention, cores=2, interpret=interpreter(2))
+    assert not races_found()
+
+
+def test_cores_of_each_device():
+    assert [tpu.CORES.get(target.device_kind, 1) for target in TARGETS.values()] == [1, 1, 2, 1, 1]
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
