@@ -194,8 +194,13 @@ class LLM:
             token_counts: for steps of these token counts (prompt lengths, batch sizes); None compiles all.
             sampling_params: also for requests with these parameters side by side, beyond drawing and stopping.
         """
-        params = [sampling_params] if isinstance(sampling_params, SamplingParams) else sampling_params
-        self._compile(self.engine.warm_up(token_counts, [PLAIN, union(map(features_of, params))]))
+        params = _per_prompt(sampling_params, None)
+        counts = plain_list(token_counts)
+        if counts is not None and not (
+            isinstance(counts, list | tuple) and all(type(c) is int and c > 0 for c in counts)
+        ):
+            raise RequestError(f"token_counts={token_counts!r:.60}: expected whole numbers above 0, or None for all")
+        self._compile(self.engine.warm_up(counts, [PLAIN, union(map(features_of, params))]))
 
     def _compile(self, programs: WarmUp) -> None:
         with self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
@@ -277,7 +282,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, through the model's chat template."""
-        if isinstance(messages, Mapping | str) or not messages:
+        if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
             raise RequestError(f"expected a list of messages with role and content, found {messages!r:.60}")
         several = not isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = messages if several else [messages]
@@ -312,13 +317,13 @@ class LLM:
         there is no context the model's first token (beginning or end of sequence) stands for it.
 
         Raises:
-            RequestError: a text in place of a list, the lists differ in length, or a continuation has no token or does not fit
-                the context.
+            RequestError: something else than lists of texts, the lists differ in length, or a continuation has no token or
+                does not fit the context.
         """
-        if isinstance(contexts, str) or isinstance(continuations, str):
-            raise RequestError(
-                "score takes a list of contexts and a list of continuations, found a text: put it in a list"
-            )
+        contexts, continuations = plain_list(contexts), plain_list(continuations)
+        for name, texts in (("contexts", contexts), ("continuations", continuations)):
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise RequestError(f"score takes a list of texts as {name}, found {texts!r:.60}")
         if len(contexts) != len(continuations):
             raise RequestError(f"{len(contexts)} contexts for {len(continuations)} continuations: give one for each")
         prompts, lengths = [], []
@@ -476,13 +481,14 @@ def _as_prompt(prompt: Any) -> Prompt:
     return prompt
 
 
-def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: int | None) -> list[SamplingParams]:
+    """One for each of `count` prompts; with None just as many as are given."""
     if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
+        return [params or SamplingParams()] * (1 if count is None else count)
     if not isinstance(params, Sequence) or not all(isinstance(param, SamplingParams) for param in params):
         raise RequestError(
             f"sampling_params must be SamplingParams, one for all or one per prompt; found {params!r:.60}"
         )
-    if len(params) != count:
+    if count is not None and len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one per prompt")
     return list(params)

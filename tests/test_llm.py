@@ -157,6 +157,15 @@ def test_threads_share_an_llm(llm: LLM) -> None:
         lambda llm: llm.chat([]),
         lambda llm: llm.chat([[]]),
         lambda llm: llm.chat({"role": "user", "content": "Hi"}),
+        lambda llm: llm.chat(3),
+        lambda llm: llm.chat(message for message in [{"role": "user", "content": "Hi"}]),
+        lambda llm: llm.chat([{"role": "user", "content": "Hi"}], tools=3),
+        lambda llm: llm.score("a", ["b"]),
+        lambda llm: llm.score([3], ["b"]),
+        lambda llm: llm.score(None, ["b"]),
+        lambda llm: llm.warm_up([1], 3),
+        lambda llm: llm.warm_up("x"),
+        lambda llm: llm.warm_up([0]),
     ],
 )
 def test_malformed_calls_are_request_errors(llm: LLM, call: Callable[[LLM], object]) -> None:

@@ -146,6 +146,8 @@ def test_a_bad_grammar_is_an_error_of_its_request_alone(llm: LLM, params: Struct
         {"json": [1]},
         {"regex": "a", "choice": ["a"]},
         {"choice": []},
+        {"choice": 3},
+        {"json_object": 1},
         {"regex": "a" * 70000},
     ],
 )

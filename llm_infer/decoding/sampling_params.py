@@ -140,6 +140,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, plain(getattr(self, each.name)))
+        for name, nothing in (("stop", ()), ("stop_token_ids", ()), ("bad_words", ()), ("logit_bias", {})):
+            if getattr(self, name) is None:  # what other libraries and the OpenAI API have by default
+                object.__setattr__(self, name, nothing)
         _integer("n", self.n, 1, MAX_N)
         if self.best_of is not None:
             _integer("best_of", self.best_of, 1, MAX_N)

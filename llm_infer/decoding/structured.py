@@ -42,8 +42,10 @@ class StructuredOutputsParams:
             raise RequestError(
                 f"structured_outputs: give one of json, json_object, regex, choice, grammar; found {found}"
             )
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"structured_outputs.json_object={self.json_object!r:.60}: expected True or False")
         if self.choice is not None:
-            texts = [] if isinstance(self.choice, str) else list(self.choice)
+            texts = list(self.choice) if isinstance(self.choice, Sequence) and not isinstance(self.choice, str) else []
             if not texts or not all(isinstance(text, str) and text for text in texts):
                 raise RequestError(f"structured_outputs.choice={self.choice!r:.60}: expected texts that are not empty")
             object.__setattr__(self, "choice", tuple(texts))

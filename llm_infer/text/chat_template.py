@@ -39,6 +39,8 @@ def apply_chat_template(
         RequestError: the messages are malformed, or the template refuses them, is not valid, or oversteps its budget.
     """
     checked = [_checked_message(i, message) for i, message in enumerate(_as_list(messages))]
+    if tools is not None and not (isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise RequestError(f"tools={tools!r:.60}: expected a list of JSON schemas of functions")
     compiled = _compile(template)
     if _wants_parts(template):
         checked = [_with_parts(message) for message in checked]

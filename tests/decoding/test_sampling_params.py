@@ -109,6 +109,8 @@ def test_numbers_of_numpy_become_python_s() -> None:
 
 
 def test_forms_of_the_openai_api() -> None:
+    nothing: Any = dict.fromkeys(("stop", "stop_token_ids", "bad_words", "logit_bias", "seed", "logprobs"))
+    assert SamplingParams(**nothing) == SamplingParams()
     params = SamplingParams(stop="end", logit_bias={"12": 3}, stop_token_ids=[4], bad_words=["a"])  # type: ignore[arg-type,dict-item]
     assert params.stop == ("end",) and params.logit_bias == {12: 3.0} and params.stop_token_ids == (4,)
     assert hash(params) == hash(SamplingParams(stop="end", logit_bias={12: 1.0}, stop_token_ids=(4,), bad_words=("a",)))
