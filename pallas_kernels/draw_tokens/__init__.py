@@ -20,15 +20,15 @@ def draw_tokens(
 ) -> jax.Array:
     """The next token of each row.
 
-    With temperature 0 it is the first of the largest logits. Otherwise the logits are divided by the temperature; top-k,
-    then top-p, min-p and typical-p of what is left keep some tokens (ties with the last one are kept), and the uniform
-    number says where in their cumulative distribution the token lies. That runs over the kept tokens in descending
-    order where they are fewer than `limits.CANDIDATES`, else in the order of the vocabulary. What a row does depends on
-    nothing but the row itself.
+    With temperature 0, or where it is inf, it is the first of the largest logits. Otherwise the logits less their largest
+    are divided by the temperature; top-k, then top-p, min-p and typical-p of what is left keep some tokens (ties with
+    the last one are kept), and the uniform number says where in their cumulative distribution the token lies. That runs
+    over the kept tokens in descending order where they are fewer than `limits.CANDIDATES`, else in the order of the
+    vocabulary. What a row does depends on nothing but the row itself.
 
     Args:
         logits: Float[Array, "S V"]; -inf for a token that must not be drawn.
-        limits: each Array of shape [S]; see `Limits`.
+        limits: each Array of shape [S], integers for top-k and floats for the others; see `Limits`.
         uniform: Float[Array, "S"], in [0, 1).
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
@@ -44,5 +44,7 @@ def draw_tokens(
         kind = jnp.integer if name == "top_k" else jnp.floating
         fits = array.shape == (rows,) and jnp.issubdtype(array.dtype, kind)
         expect(fits, name, f"{'integers' if name == 'top_k' else 'floats'} of shape [S={rows}]", array)
+    kinds = Limits(*(jnp.int32 if name == "top_k" else jnp.float32 for name in Limits._fields))
+    limits = jax.tree.map(lambda array, kind: array.astype(kind), limits, kinds)
     case = case_of({"logits": logits})
-    return dispatch.pick("draw_tokens", case, implementation)(logits, limits, uniform)
+    return dispatch.pick("draw_tokens", case, implementation)(logits, limits, uniform.astype(jnp.float32))

@@ -13,7 +13,7 @@ from pallas_kernels import cpu_ffi
 from pallas_kernels.dispatch import Case
 from pallas_kernels.draw_tokens.limits import Limits
 
-_SOURCES = (str(Path(__file__).with_name("cpu_kernel.py")),)
+_SOURCES = tuple(str(Path(__file__).with_name(name)) for name in ("cpu_kernel.py", "limits.py"))
 
 
 def why_not(case: Case) -> str | None:
@@ -25,11 +25,10 @@ def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array) -> jax.Ar
     """See `pallas_kernels.draw_tokens.draw_tokens`."""
     from pallas_kernels.draw_tokens.cpu_kernel import BLOCK
 
-    f32 = jnp.float32
     blocks = -(-logits.shape[1] // BLOCK)
-    highest = -jnp.log(limits.min_p.astype(f32))
-    arguments = logits.astype(f32), *(x.astype(f32) for x in (limits.temperature, limits.top_p, highest)), limits.top_k
-    ids, _, _ = _kernel()(*arguments, limits.typical_p.astype(f32), uniform.astype(f32), dims={"B": blocks})
+    highest = -jnp.log(limits.min_p)
+    arguments = logits.astype(jnp.float32), limits.temperature, limits.top_p, highest, limits.top_k
+    ids, _, _ = _kernel()(*arguments, limits.typical_p, uniform, dims={"B": blocks})
     return ids
 
 

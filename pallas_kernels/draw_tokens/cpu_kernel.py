@@ -16,6 +16,7 @@ from pallas_kernels.cpu_ffi.emit import F32, F64, I32, I64, Emitter, Ptr, Value,
 from pallas_kernels.draw_tokens.limits import CANDIDATES
 
 BLOCK = 128
+SMALLEST = 2.0**-126  # normal float: XLA takes smaller ones as 0
 FINITE = 0x7F7FFFFF  # of the largest float: all costs but that of a token with logit -inf
 WEIGHTLESS = 0x42B00000  # of 88: exp(-88) is taken as 0
 ALL_BITS = 0x7FFFFFFF
@@ -37,15 +38,15 @@ class Row:
         self.temperature, self.id = a.temperature[row], k.var(k.const(I32, 0))
 
     def draw(self) -> None:
-        """The row's id. What cannot be compared (a logit that is NaN, or all of them -inf) gives some id of the vocabulary."""
+        """The row's id. A logit that is NaN, or all of them -inf, give some id of the vocabulary; inf is drawn as if greedy."""
         k, a = self.k, self.a
         largest = self._largest()
         self.id.v = self._first_equal(largest)
-        sampled = (self.temperature > 0.0) & (largest > float("-inf"))
+        sampled = (self.temperature >= SMALLEST) & (largest > float("-inf")) & (largest < float("inf"))
         with k.when(sampled):
-            self.top = largest / self.temperature
+            self.largest = largest
             with k.range(0, self.blocks) as b:
-                self.lowest[b] = self.top - self.lowest[b] / self.temperature
+                self.lowest[b] = self.cost(self.lowest[b])
             self._draw_within(*self._limit())
         a.ids[self.row] = self.id.v
 
@@ -73,8 +74,8 @@ class Row:
 
     def cost(self, x: Value) -> Value:
         """Of logits."""
-        top, temperature = self.k.match(x, self.top)[1], self.k.match(x, self.temperature)[1]
-        return top - x / temperature
+        largest, temperature = self.k.match(x, self.largest)[1], self.k.match(x, self.temperature)[1]
+        return (largest - x) / temperature
 
     def _largest(self) -> Value:
         """The largest logit; `lowest` then has that of each block."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.dispatch import Case
 from pallas_kernels.draw_tokens.limits import CANDIDATES, Limits
-from pallas_kernels.draw_tokens.top_tokens import top_token, top_tokens
+from pallas_kernels.draw_tokens.top_tokens import top_token, top_tokens, unsigned_zeros
 
 BLOCK = 128
 """Tokens per block of the two-level cumulative sum."""
@@ -30,8 +30,8 @@ def why_not(case: Case) -> str | None:
 
 
 def ordered_bits(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
-    """Unsigned integers in the order of the floats."""
-    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    """Unsigned integers in the order of the floats; both zeros are one."""
+    bits = lax.bitcast_convert_type(unsigned_zeros(x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
@@ -97,7 +97,7 @@ def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
 
 
 def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Array, "S"]:
-    """Per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass."""
+    """Per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass, 0 if none has any."""
     vocab = mass.shape[-1]
     blocks = jnp.pad(mass, ((0, 0), (0, -vocab % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
     sums = jnp.sum(blocks, axis=-1)
@@ -105,9 +105,11 @@ def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Arr
     target = uniform * ends[:, -1]
 
     def pick(ends: Array, mass: Array, target: Array) -> Array:
-        # The last entry with mass bounds the pick from above: rounding may leave the target at the very end.
-        last = mass.shape[-1] - 1 - jnp.argmax((mass > 0)[:, ::-1], axis=-1)
-        return jnp.minimum(jnp.sum(ends <= target[:, None], axis=-1), last)
+        # Sums in a tree may rise, or fall, by rounding where nothing was added, and the target may lie at the very end.
+        place, drawable = lax.broadcasted_iota(jnp.int32, mass.shape, 1), mass > 0
+        passed = jnp.where(drawable & (ends > target[:, None]), place, mass.shape[-1])
+        last = jnp.max(jnp.where(drawable, place, 0), axis=-1)
+        return jnp.minimum(jnp.min(passed, axis=-1), last)
 
     block = pick(ends, sums, target)
     start = jnp.take_along_axis(ends - sums, block[:, None], axis=1)[:, 0]
@@ -117,10 +119,10 @@ def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Arr
 
 
 def scale(logits: Float[Array, "S V"], limits: Limits) -> Float[Array, "S V"]:
-    """Logits divided by the temperature, less their maximum."""
+    """Logits less their maximum, divided by the temperature."""
     temperature = jnp.where(limits.temperature <= 0.0, 1.0, limits.temperature)
-    scaled = logits.astype(jnp.float32) / temperature[:, None]
-    return scaled - jnp.max(scaled, axis=-1, keepdims=True)
+    logits = logits.astype(jnp.float32)
+    return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
 
 
 def kept_candidates(
@@ -181,10 +183,10 @@ def in_row_blocks(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Ar
 
 
 def draw(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
-    """A random token of each row with a temperature above 0; of the others, the most likely one."""
-    drawn = limits.temperature > 0.0
-    limits = without_limits(limits, ~drawn)
+    """A random token of each row with a temperature above 0 and a finite largest logit; of the others, the most likely one."""
     values, ids = top_tokens(logits, min(CANDIDATES, logits.shape[-1]))
+    drawn = (limits.temperature > 0.0) & jnp.isfinite(values[:, 0])
+    limits = without_limits(limits, ~drawn)
     scaled = scale(values, limits)
     by_total = drawn & ((limits.top_k <= 0) | (limits.top_k > values.shape[-1])) & (limits.top_p < 1.0)
 

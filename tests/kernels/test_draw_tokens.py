@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,14 +14,22 @@ from pallas_kernels import cpu_ffi
 from pallas_kernels.draw_tokens import Limits, draw_tokens
 from pallas_kernels.draw_tokens.limits import CANDIDATES
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
-from pallas_kernels.draw_tokens.xla import draw_from_all, in_row_blocks, kept_candidates, kept_tokens
+from pallas_kernels.draw_tokens.xla import (
+    BLOCK,
+    draw_from_all,
+    in_row_blocks,
+    invert_cdf,
+    kept_candidates,
+    kept_tokens,
+)
 from tests.decoding.distribution import distribution
 
+INVERT = jax.jit(invert_cdf)
 NATIVE, XLA = (jax.jit(partial(draw_tokens, implementation=name)) for name in ("cpu", "xla"))
 native = pytest.mark.skipif(cpu_ffi.why_not() is not None, reason=f"native CPU kernels: {cpu_ffi.why_not()}")
 
 
-def make_limits(rows: int, **values: float | np.ndarray) -> Limits:
+def make_limits(rows: int, **values: float | list[float] | np.ndarray) -> Limits:
     values = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "typical_p": 1.0} | values
     kinds = {name: np.int32 if name == "top_k" else np.float32 for name in Limits._fields}
     return Limits(**{n: jnp.asarray(np.broadcast_to(np.asarray(values[n], kinds[n]), rows)) for n in kinds})
@@ -61,14 +70,63 @@ def test_both_draw_the_same_tokens(vocab: int) -> None:
     np.testing.assert_array_equal(found[~tied & ~differ], expected[~tied & ~differ])
 
 
-@native
-def test_what_cannot_be_drawn_from_gives_some_token() -> None:
-    logits = np.zeros((6, 200), np.float32)
+@pytest.fixture(params=[pytest.param(NATIVE, marks=native, id="cpu"), pytest.param(XLA, id="xla")])
+def draw(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
+    return request.param
+
+
+def test_what_cannot_be_drawn_from_gives_some_token(draw: Callable[..., jax.Array]) -> None:
+    logits = np.zeros((7, 200), np.float32)
     logits[0], logits[1], logits[2, 7], logits[3, 7], logits[4, 3:] = -np.inf, np.nan, np.nan, np.inf, np.nan
+    logits[5, 20:], logits[5, :20] = np.inf, -np.inf
     for top_k, top_p in ((-1, 1.0), (5, 0.5)):
-        limits = make_limits(6, top_k=top_k, top_p=top_p, typical_p=0.9 if top_k > 0 else 1.0)
-        found = np.asarray(NATIVE(jnp.asarray(logits), limits, jnp.full(6, 0.999, jnp.float32)))
-        assert ((found >= 0) & (found < 200)).all()
+        limits = make_limits(7, top_k=top_k, top_p=top_p, typical_p=0.9 if top_k > 0 else 1.0)
+        for uniform in (0.0, 0.999):
+            found = np.asarray(draw(jnp.asarray(logits), limits, jnp.full(7, uniform, jnp.float32)))
+            assert ((found >= 0) & (found < 200)).all()
+            assert found[3] == 7 and found[5] == 20  # infinite logits leave the others no mass
+
+
+def test_both_zeros_are_one_number(draw: Callable[..., jax.Array]) -> None:
+    logits = np.full((8, 300), -1.0, np.float32)
+    logits[:, [5, 90]] = -0.0, 0.0
+    limits = make_limits(8, temperature=[0.0] + [1.0] * 7, top_k=1, top_p=0.9)
+    found = np.asarray(draw(jnp.asarray(logits), limits, jnp.linspace(0.0, 0.95, 8)))
+    assert found[0] == 5 and set(found.tolist()) == {5, 90}
+    logits[:, 5:205:2], logits[:, 6:206:2] = -0.0, 0.0  # more than the candidates
+    found = np.asarray(draw(jnp.asarray(logits), limits, jnp.linspace(0.0, 0.99, 8)))
+    assert found[0] == 5
+    np.testing.assert_array_equal(found[1:], 5 + (np.linspace(0.0, 0.99, 8)[1:] * 200).astype(int))
+
+
+def test_a_low_temperature_keeps_small_differences(draw: Callable[..., jax.Array]) -> None:
+    """1000 / 0.001 has no more than 16 steps per unit in float32; the difference is divided, not the logits."""
+    logits = jnp.asarray([[1000.0, 1000.0 - 2.0**-10]] * 2, jnp.float32)
+    first = 1 / (1 + np.exp(-(2.0**-10) / 0.001))
+    uniform = jnp.asarray([first - 0.001, first + 0.001], jnp.float32)
+    np.testing.assert_array_equal(draw(logits, make_limits(2, temperature=0.001), uniform), [0, 1])
+
+
+def test_no_token_without_mass_is_drawn_where_sums_round() -> None:
+    """A cumulative sum that is computed in a tree can grow by rounding over blocks that add nothing."""
+    rng, rows, blocks = np.random.default_rng(0), 64, 384
+    mass = rng.exponential(size=(rows, blocks, BLOCK)).astype(np.float32)
+    mass[rng.random((rows, blocks)) < 0.7] = 0.0
+    ends = np.asarray(jax.jit(lambda x: jnp.cumsum(jnp.sum(x, axis=-1), axis=-1))(mass))
+    for shift in range(0, blocks, 8):
+        grown = (mass[:, shift].max(-1) == 0) & (shift > 0)
+        aim = np.where(grown, ends[:, shift - 1] / ends[:, -1], rng.random(rows)).astype(np.float32)
+        for uniform in (aim, np.nextafter(aim, np.float32(1)), np.nextafter(aim, np.float32(0))):
+            found = np.asarray(INVERT(mass.reshape(rows, -1), np.clip(uniform, 0, 0.9999999).astype(np.float32)))
+            assert (mass.reshape(rows, -1)[np.arange(rows), found] > 0).all()
+
+
+def test_limits_of_other_dtypes_are_taken(draw: Callable[..., jax.Array]) -> None:
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((4, 300)), jnp.float32)
+    limits = make_limits(4, temperature=0.5, top_p=0.75, top_k=100, min_p=0.0625)
+    other = Limits(*(x.astype(jnp.int16 if x.dtype == jnp.int32 else jnp.bfloat16) for x in limits))
+    uniform = jnp.linspace(0.0, 0.75, 4)
+    np.testing.assert_array_equal(draw(logits, other, uniform), draw(logits, limits, uniform))
 
 
 @native
