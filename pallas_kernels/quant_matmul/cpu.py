@@ -12,6 +12,7 @@ from pallas_kernels import cpu_ffi, tuned
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.reference import gated
+from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
 INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # have a kernel with int8 activations; others are computed exactly
 
@@ -24,9 +25,6 @@ def digits(kind: str, precision: str) -> int:
     """
     return {"exact": 3, "fine": 2, "fast": 2 if kind == "q8_0" else 1}[precision]
 
-
-TILE_GROUP = 8
-"""Activation rows that the kernel for tiled rows takes together."""
 
 INT8_ROWS: dict[str, int] = {"q8_0": 4}
 """Most activation rows for which int8 activations pay where nothing was measured; kinds that are not named: always.

@@ -16,10 +16,10 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I32, I64, Emitter, Ptr, Value
-from pallas_kernels.quant_matmul.cpu import TILE_GROUP as GROUP
 from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.formats import BlockFormat
 from pallas_kernels.quant_matmul.tiles import HEADS, ROWS
+from pallas_kernels.quant_matmul.tiles import TILE_GROUP as GROUP
 
 BLOCK = 32
 MOST_TASK_ROWS = {True: 1024, False: 256}  # M = 1: long runs of memory; else: stays in the L2 cache

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 ROWS = 16
+TILE_GROUP = 8
+"""Activation rows that the kernel for tiled rows takes together."""
 HEADS = {"q4_0": 1, "q4_1": 2, "q8_0": 1}
 """Kinds that can be tiled, and how many 16-bit numbers their blocks begin with."""
 

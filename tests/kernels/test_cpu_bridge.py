@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import ctypes
 import os
 import subprocess
@@ -271,3 +272,31 @@ def test_threads_that_meet_register_a_kernel_once() -> None:
     for thread in threads:
         thread.join()
     assert names == ["llm_infer.test_scale_raced"] * 4
+
+
+def kernels() -> dict[str, Kernel]:
+    from pallas_kernels.draw_tokens.cpu import _kernel as draw_kernel
+    from pallas_kernels.paged_attention import cpu as attention
+    from pallas_kernels.quant_matmul import cpu as matmul
+
+    made = (
+        draw_kernel(),
+        attention.attention_kernel(64, "float32", False, False, False),
+        matmul.matmul_kernel("q4_1"),
+        matmul.int8_kernel("q8_0"),
+        matmul.tiles_kernel("q4_1", "fast"),
+    )
+    return {kernel.name: kernel for kernel in made}
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_the_cache_knows_all_files_that_a_kernel_is_written_by(name: str) -> None:
+    """What a source imports of this package, beside `cpu_ffi` (always in the key), is a source too: else old code is used."""
+    sources = {Path(path).resolve() for path in kernels()[name].sources}
+    root = Path(native_compile.__file__).parents[2]
+    imports = [
+        node for path in sources for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)
+    ]
+    modules = {node.module or "" for node in imports if not (node.module or "").startswith("pallas_kernels.cpu_ffi")}
+    needed = {root / f"{module.replace('.', '/')}.py" for module in modules if module.startswith("pallas_kernels.")}
+    assert needed <= sources, needed - sources
