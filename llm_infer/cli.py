@@ -11,8 +11,34 @@ import typer
 
 from llm_infer import accelerators
 from llm_infer.cli_answers import show_answer, write
+from llm_infer.cli_bench import bench
+from llm_infer.cli_options import (
+    DEFAULT_MODEL_NAME,
+    AnyModel,
+    ConfigFile,
+    CoordinatorAddress,
+    DataParallel,
+    Debug,
+    Device,
+    Dtype,
+    ExpertParallel,
+    LoadFormat,
+    MaxModelLen,
+    MaxTokens,
+    MemoryUtilization,
+    NumProcesses,
+    Precision,
+    ProcessId,
+    Seed,
+    Temperature,
+    TensorParallel,
+    TopK,
+    TopP,
+    check_model,
+    engine_arguments,
+    existing_model,
+)
 from llm_infer.errors import UserError
-from llm_infer.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
@@ -48,79 +74,7 @@ def _options(
 ) -> None: ...
 
 
-bench = typer.Typer(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=None)
-
-
-def _existing_model(name: str) -> str:
-    """Refuses a name that no model can have, before JAX is imported, which takes seconds."""
-    from llm_infer.models.architectures import architecture_names
-    from llm_infer.weights.model_names import why_unknown
-
-    if (problem := why_unknown(name)) is not None:
-        if name in architecture_names():
-            problem = (
-                f"{name!r} is an architecture without weights: give the directory or hub id of weights, or for random "
-                "ones --load-format dummy (of generate and bench offline)"
-            )
-        raise UserError(problem)
-    return name
-
-
-def _writable_file(name: str | None) -> str | None:
-    """Refuses a file that cannot be written before minutes are spent on what is to be in it."""
-    if name is not None:
-        existed = os.path.exists(name)
-        try:
-            with open(name, "a"):
-                pass
-            if not existed:
-                os.remove(name)
-        except OSError as error:
-            raise UserError(f"--json {name} cannot be written: {error.strerror}") from None
-    return name
-
-
-DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
-MODEL_HELP = "Default model, a GGUF file, a Hugging Face or converted directory, hub id."
-Model = Annotated[str, typer.Option(help=MODEL_HELP, callback=_existing_model)]
-AnyModel = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
-"""Or, with random weights, a published architecture: see `_check_model`."""
-MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; -1 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the most likely tokens with this probability mass.")]
-Seed = Annotated[int | None, typer.Option(help="Makes random draws repeatable.")]
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's context.")]
-LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights of an architecture of `models`.")]
-Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations and bfloat16 pages, on CPUs.")]
-Dtype = Annotated[
-    str, typer.Option(help="Of weights and activations: auto (float32 on CPUs, else bfloat16), float32 …")
-]
-Device = Annotated[str, typer.Option(help="auto, or run only where JAX finds cpu, gpu or tpu.")]
-MemoryUtilization = Annotated[
-    float | None,
-    typer.Option("--memory-utilization", "--gpu-memory-utilization", help="Share of device memory to use (0.9)."),
-]
-TensorParallel = Annotated[
-    int | None, typer.Option("--tensor-parallel-size", "-tp", help="Devices over which every layer is cut.")
-]
-DataParallel = Annotated[
-    int | None, typer.Option("--data-parallel-size", "-dp", help="Shards of the batch, each on devices of its own.")
-]
-ExpertParallel = Annotated[int | None, typer.Option(help="Devices over which the experts of a mixture are spread.")]
-CoordinatorAddress = Annotated[
-    str | None, typer.Option(help="With several hosts: address and free port of process 0, as in 10.0.0.1:8476.")
-]
-NumProcesses = Annotated[int | None, typer.Option(help="With several hosts: processes, one on each.")]
-ProcessId = Annotated[int | None, typer.Option(help="With several hosts: number of this process, from 0.")]
-ConfigFile = Annotated[
-    str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
-]
-JsonFile = Annotated[
-    str | None, typer.Option("--json", help="Also write the figures to this file.", callback=_writable_file)
-]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -161,7 +115,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
-    _check_model(model, load_format, config)
+    check_model(model, load_format, config)
     params = _sampling_params(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -177,7 +131,7 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
-    arguments = _engine_arguments(
+    arguments = engine_arguments(
         config,
         max_model_len=max_model_len,
         load_format=load_format,
@@ -223,9 +177,9 @@ def chat(
     debug: Debug = False,
 ) -> None:
     """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
-    _check_model(model, "auto", config)
+    check_model(model, "auto", config)
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    arguments = _engine_arguments(
+    arguments = engine_arguments(
         config,
         max_model_len=max_model_len,
         device=device,
@@ -317,7 +271,7 @@ def doctor(debug: Debug = False) -> None:
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A model as for --model.", callback=_existing_model)],
+    source: Annotated[str, typer.Argument(help="A model as for --model.", callback=existing_model)],
     dest: Annotated[str, typer.Argument(help="Directory to write, new or empty; give it to --model afterwards.")],
     dtype: Annotated[str, typer.Option(help="Type of the parameters: float32 or bfloat16.")] = "float32",
     debug: Debug = False,
@@ -327,205 +281,6 @@ def convert(
     from llm_infer.weights.progress import Progress
 
     print(run(source, dest, dtype=dtype, progress=Progress()))
-
-
-@bench.command()
-def offline(
-    model: AnyModel = DEFAULT_MODEL_NAME,
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the decode runs.")] = 128,
-    new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = 64,
-    prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill run.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
-    json_file: JsonFile = None,
-    num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
-    load_format: LoadFormat = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    precision: Precision = "exact",
-    tensor_parallel_size: TensorParallel = None,
-    data_parallel_size: DataParallel = None,
-    expert_parallel_size: ExpertParallel = None,
-    memory_utilization: MemoryUtilization = None,
-    config: ConfigFile = None,
-    debug: Debug = False,
-) -> None:
-    """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
-    _check_model(model, load_format, config)
-    from llm_infer.bench.offline import run
-
-    arguments = _engine_arguments(
-        config,
-        num_scheduler_steps=num_scheduler_steps,
-        load_format=load_format,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        memory_utilization=memory_utilization,
-    )
-    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, arguments)
-
-
-@bench.command()
-def context(
-    model: Model = DEFAULT_MODEL_NAME,
-    contexts: Annotated[str, typer.Option(help="Context lengths, comma separated.")] = "128,512,1024,2048",
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.", min=8)] = 32,
-    rounds: Annotated[int, typer.Option(help="Repetitions; the smallest time counts.")] = 3,
-    json_file: JsonFile = None,
-    precision: Precision = "exact",
-    debug: Debug = False,
-) -> None:
-    """Time per token at batch 1 by context length, beside the time that reading the keys and values takes."""
-    from llm_infer.bench.context import run
-
-    run(model, contexts, new_tokens, rounds, precision, json_file)
-
-
-@bench.command()
-def memory(
-    model: Model = DEFAULT_MODEL_NAME,
-    pool: Annotated[int, typer.Option(help="Page pool in MB.", min=1)] = 64,
-    json_file: JsonFile = None,
-    precision: Precision = "exact",
-    debug: Debug = False,
-) -> None:
-    """Memory of decoding at batch 1 beyond that of importing the packages."""
-    from llm_infer.bench.memory import run
-
-    run(model, pool * 1_000_000, precision, json_file)
-
-
-@bench.command()
-def step(
-    model: Model = DEFAULT_MODEL_NAME,
-    batch: Annotated[int, typer.Option(help="Sequences that decode together.", min=1)] = 1,
-    json_file: JsonFile = None,
-    precision: Precision = "exact",
-    debug: Debug = False,
-) -> None:
-    """What the time of a decode step goes to: each native kernel, the rest of the program, the host."""
-    from llm_infer.bench.step import run
-
-    run(model, batch, precision, json_file)
-
-
-@bench.command()
-def decoding(
-    model: Model = DEFAULT_MODEL_NAME,
-    spec_bench: Annotated[str | None, typer.Option(help="Questions in the format of Spec-Bench (JSON lines).")] = None,
-    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.", min=1)] = 5,
-    json_file: JsonFile = None,
-    precision: Precision = "exact",
-    debug: Debug = False,
-) -> None:
-    """What beam search, speculation, sampling parameters and structured output cost and save."""
-    from llm_infer.bench.decoding import run
-
-    run(model, spec_bench, rounds, json_file, precision)
-
-
-@bench.command()
-def startup(
-    model: Model = DEFAULT_MODEL_NAME,
-    rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """Time from starting `llm-infer generate` to its first token: caches empty (cold) and filled (warm)."""
-    from llm_infer.bench.startup import run
-
-    run(model, rounds, json_file)
-
-
-@bench.command()
-def peers(
-    model: Model = DEFAULT_MODEL_NAME,
-    llama_cpp: Annotated[str | None, typer.Option(help="A Python that has llama-cpp-python.")] = None,
-    transformers: Annotated[str | None, typer.Option(help="A Python that has transformers, torch and gguf.")] = None,
-    openvino: Annotated[str | None, typer.Option(help="A Python that has openvino-genai.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds through all engines; medians are reported.", min=1)] = 3,
-    threads: Annotated[int | None, typer.Option(help="Threads of each engine; default: all cores.", min=1)] = None,
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """Our throughput beside that of other engines on the same GGUF file, measured in turn on this machine."""
-    from llm_infer.bench.peers import run
-
-    pythons = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
-    run(model, pythons, rounds, threads, json_file)
-
-
-@bench.command()
-def quality(
-    model: Model = DEFAULT_MODEL_NAME,
-    text: Annotated[str | None, typer.Option(help="A text file; default: prose that comes with Python.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.", min=2)] = 4096,
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """What `--precision fast` changes: agreement of the most likely token, KL divergence and perplexity on a text."""
-    from llm_infer.bench.quality import run
-
-    run(model, text, tokens, json_file)
-
-
-@bench.command("kernels")
-def bench_kernels(
-    target: Annotated[str, typer.Option(help="Chip to compile for: v5e, v6e, v5p, tpu7x or sm_90.")],
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """What the compiler for a chip says of each kernel: estimated cycles, bytes, spills. Needs no such chip."""
-    from llm_infer.bench.kernels import run
-
-    run(target, json_file)
-
-
-@bench.command()
-def aot(
-    models: Annotated[str, typer.Option(help="Architectures, comma separated; default: five.")] = "",
-    slices: Annotated[str, typer.Option(help="Slices such as v6e:2x4, comma separated; default: five.")] = "",
-    tokens: Annotated[str, typer.Option(help="Steps: 2048 (prefill), 64 (decode); default: both.")] = "",
-    write: Annotated[str | None, typer.Option(help="Markdown file whose table, between marks, gets the rows.")] = None,
-    limit: Annotated[
-        int, typer.Option(help="Seconds of CPU time for a program, then it is given up; 0: no limit.")
-    ] = 0,
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
-    from llm_infer.bench.aot import run
-
-    run(models, slices, tokens, write, json_file, limit)
-
-
-@bench.command()
-def host(
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """What the host spends on a decode step of 64 and of 256 sequences when the device takes no time."""
-    from llm_infer.bench.host import run
-
-    run((64, 256), json_file)
-
-
-@bench.command()
-def cache(debug: Debug = False) -> None:
-    """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
-    from llm_infer.kvcache.simulate import table
-
-    print(table())
-
-
-def _check_model(name: str, load_format: str, config: str | None) -> None:
-    """As `_existing_model`, unless the weights may be random ones, which a file of `--config` may ask for, too."""
-    if load_format == "auto" and config is None:
-        _existing_model(name)
 
 
 def _sampling_params(**values: Any) -> SamplingParams:
@@ -567,25 +322,6 @@ def _keep_stdout_for_answers() -> None:
     answers = os.dup(1)
     os.dup2(2 if "--debug" in sys.argv[1:] else os.open(os.devnull, os.O_WRONLY), 1)
     sys.stdout = open(answers, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
-
-
-FLAG_DEFAULTS = {
-    "load_format": "auto",
-    "device": "auto",
-    "dtype": "auto",
-    "precision": "exact",
-    "num_scheduler_steps": 1,
-}
-"""Flags at these values leave a setting to the file of `--config`, and without one to `LLM`."""
-
-
-def _engine_arguments(config: str | None, **flags: Any) -> dict[str, Any]:
-    """Arguments of `LLM` from the file of `--config`, and over them the flags that were given."""
-    with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
-        from llm_infer.engine_arguments import read_engine_arguments
-
-    arguments = {} if config is None else read_engine_arguments(config)
-    return arguments | {name: value for name, value in flags.items() if value != FLAG_DEFAULTS.get(name)}
 
 
 def _standard_input() -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm_infer.cli import _engine_arguments
+from llm_infer.cli_options import engine_arguments
 from llm_infer.engine_arguments import VLLM_NAMES, argument_names, read_engine_arguments
 from llm_infer.errors import UserError
 from llm_infer.llm import LLM
@@ -29,13 +29,13 @@ def test_settings_for_a_device_are_refused_on_another(monkeypatch: pytest.Monkey
                 LLM(**read_engine_arguments(path))
     with pytest.raises(UserError, match="expected one of auto, cpu, gpu, tpu"):
         LLM(device="cuda")
-    assert _engine_arguments(str(SERVING[-1]), device="cpu")["device"] == "cpu"
+    assert engine_arguments(str(SERVING[-1]), device="cpu")["device"] == "cpu"
 
 
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('max-num-seqs = 4\nblock-size = 32\nprecision = "fast"\ndtype = "float32"\n')
-    found = _engine_arguments(str(file), precision="exact", dtype="bfloat16", max_model_len=None)
+    found = engine_arguments(str(file), precision="exact", dtype="bfloat16", max_model_len=None)
     assert found == {"max_num_seqs": 4, "page_size": 32, "precision": "fast", "dtype": "bfloat16"}
 
 
