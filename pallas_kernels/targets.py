@@ -145,7 +145,7 @@ def prepare_libtpu(pci_devices: Path = Path("/sys/bus/pci/devices")) -> None:
 
     def is_tpu7x(device: Path) -> bool:
         try:
-            return all((device / name).read_text().strip() == value for name, value in _TPU7X_ON_PCI.items())
+            return all((device / name).read_bytes().strip() == value.encode() for name, value in _TPU7X_ON_PCI.items())
         except OSError:
             return False
 

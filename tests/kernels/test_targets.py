@@ -86,6 +86,8 @@ def test_libtpu_is_told_on_machines_with_tpu7x_alone(
         for name, value in (("vendor", vendor), ("device", number)):
             if value is not None:
                 (tmp_path / address / name).write_text(value + "\n")
+    (tmp_path / "0000:00:00.0").mkdir()
+    (tmp_path / "0000:00:00.0" / "vendor").write_bytes(b"\xff\xfe")  # no text
     prepare_libtpu(tmp_path)
     prepare_libtpu(tmp_path)  # once is enough
     assert os.environ.get("LIBTPU_INIT_ARGS") == (expected and expected.replace("FLAG", flag))
