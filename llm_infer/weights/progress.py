@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO
 
+REST_OF_THE_BAR = 42
+"""Columns of a bar beside its description: a long one gives way, the time does not."""
+
 Unit = Literal["bytes", "items"]
 
 
@@ -115,18 +118,18 @@ def _bar(description: str, total: int | None, unit: Unit, stream: TextIO) -> Any
         TransferSpeedColumn,
     )
     from rich.progress import Progress as RichProgress
-    from rich.table import Column
 
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    time_column = TimeElapsedColumn(table_column=Column(min_width=len("0:00:00")))  # a long description gives way
     # markup off: a description may hold a path with brackets.
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         *amount,
-        time_column,
+        TimeElapsedColumn(),
     )
-    bar = RichProgress(*columns, console=Console(file=stream), transient=True)
-    bar.add_task(description, total=total)
+    console = Console(file=stream)
+    bar = RichProgress(*columns, console=console, transient=True)
+    room = max(20, console.width - REST_OF_THE_BAR)
+    bar.add_task(description if len(description) <= room else description[: room - 1] + "…", total=total)
     return bar

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from io import StringIO
 
@@ -49,6 +50,14 @@ def test_a_bar_on_a_terminal(total: int | None) -> None:
     text = stream.getvalue()
     assert "load [x]" in text and "load [x]: done in" in text
     assert task.completed == (4_000_000 if total is None else 2_000_000)
+
+
+def test_a_long_description_leaves_room_for_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with Progress(stream=stream, delay=0.01).task("Compiling " + "x" * 70, total=12):
+        time.sleep(0.2)
+    assert "0/12 0:00:00" in re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
 
 
 def test_silence() -> None:
