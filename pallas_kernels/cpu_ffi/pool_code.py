@@ -10,8 +10,8 @@ from pallas_kernels.cpu_ffi.compile import host_target
 from pallas_kernels.cpu_ffi.emit import I1, I8, I32, I64, POINTER, Emitter, Ptr, Value
 
 # Byte offsets in the pool's state: each word that one side writes while the other polls has a cache line of its own.
-TICKET, NEXT, TASK, FRAME, COUNT, BUSY, SLEEPERS, LIMIT, SPIN, MUTEX, CONDITION = (
-    0, 128, 256, 264, 272, 384, 388, 392, 400, 512, 640,
+TICKET, NEXT, TASK, FRAME, COUNT, FLOATS, BUSY, SLEEPERS, LIMIT, SPIN, MUTEX, CONDITION = (
+    0, 128, 256, 264, 272, 280, 384, 388, 392, 400, 512, 640,
 )  # fmt: skip
 STATE_BYTES = 768
 # The ticket: generation << 32 | closed << 31 | number of helpers inside. A helper may enter while it is not closed.
@@ -25,6 +25,8 @@ class _Pool:
     def __init__(self, k: Emitter) -> None:
         self.k, self.b = k, k.builder
         self.base = Ptr(k, k.module.globals["pool_state"], I8)
+        self.is_arm = "aarch64" in k.module.triple or "arm64" in k.module.triple
+        self.is_x86 = "x86" in k.module.triple
 
     def at(self, offset: int, type_: ir.IntType = I8) -> Any:
         address: Any = (self.base + offset).ssa
@@ -48,10 +50,24 @@ class _Pool:
         return Value(self.k, self.b.extract_value(pair, 1))
 
     def pause(self) -> None:
-        if "aarch64" in self.k.module.triple or "arm64" in self.k.module.triple:
+        if self.is_arm:
             self.k.intrinsic("llvm.aarch64.hint", ir.VoidType(), [I32(1)])
-        elif "x86" in self.k.module.triple:
+        elif self.is_x86:
             self.k.intrinsic("llvm.x86.sse2.pause", ir.VoidType(), [])
+
+    def keep_float_mode(self) -> None:
+        """Note how this thread rounds and whether it takes denormal floats as 0, as XLA's threads do."""
+        if self.is_arm:
+            self.base.as_(I64)[FLOATS // 8] = Value(self.k, self.k.intrinsic("llvm.aarch64.get.fpcr", I64, []))
+        elif self.is_x86:
+            self.k.intrinsic("llvm.x86.sse.stmxcsr", ir.VoidType(), [(self.base + FLOATS).ssa])
+
+    def take_float_mode(self) -> None:
+        """Compute as the thread that noted it: a result must not depend on which one a task runs on."""
+        if self.is_arm:
+            self.k.intrinsic("llvm.aarch64.set.fpcr", ir.VoidType(), [self.base.as_(I64)[FLOATS // 8].ssa])
+        elif self.is_x86:
+            self.k.intrinsic("llvm.x86.sse.ldmxcsr", ir.VoidType(), [(self.base + FLOATS).ssa])
 
     def c_call(self, name: str, *offsets: int) -> None:
         self.k.intrinsic(name, I32, [self.at(offset) for offset in offsets])
@@ -84,6 +100,7 @@ def _emit_run(module: ir.Module) -> None:
             k.builder.store(task, (state + TASK // 8).ssa)
             k.builder.store(frame, (state + FRAME // 8).ssa)
             pool.base.as_(I64)[COUNT // 8] = count
+            pool.keep_float_mode()
             pool.store(NEXT, k.i64(0))
             generation = pool.load(TICKET, I64) & ~(ONE_GENERATION - 1)
             pool.store(TICKET, generation + ONE_GENERATION)
@@ -142,6 +159,7 @@ def _emit_helper(module: ir.Module) -> ir.Function:
             pool.c_call("pthread_mutex_unlock", MUTEX)
         ticket, ready = work_waits()
         with k.when(ready), k.when(pool.swap_if(TICKET, ticket, ticket + 1)):
+            pool.take_float_mode()
             pool.run_tasks()
             seen.v = ticket & ~(ONE_GENERATION - 1)
             pool.add(TICKET, k.i64(-1))

@@ -185,6 +185,30 @@ def test_threads_are_one_setting(monkeypatch):
     assert threading.active_count() == alive  # helpers are not Python threads
 
 
+def halve_body(k: Emitter, a: Frame) -> None:
+    def row(k: Emitter, a: Frame, i: Value) -> None:
+        with k.range(0, a.N) as j:
+            a.y[i * a.N + j] = a.x[i * a.N + j] * 0.5
+
+    a.parallel(a.M, row)
+
+
+ROWS = Buffer("float32", "M N")
+HALVE = Kernel(name="test_halve", args={"x": ROWS}, results={"y": ROWS}, body=halve_body, sources=(__file__,))
+
+
+def test_helpers_take_denormal_floats_as_their_caller_does() -> None:
+    """XLA's threads take them as 0; new threads do not."""
+    pool = thread_pool()
+    before = pool.threads
+    pool.set_threads(3)
+    x = jnp.full((64, 20_000), 1e-39, jnp.float32)
+    native, expected = jax.jit(lambda x: HALVE(x)[0]), jax.jit(lambda x: x * 0.5)(x)
+    for _ in range(10):
+        np.testing.assert_array_equal(native(x), expected)
+    pool.set_threads(before)
+
+
 def test_many_callers_at_once_run_alone_or_helped():
     """Every caller gets its own result while all of them want the helpers."""
     pool = thread_pool()
