@@ -115,6 +115,7 @@ _SCALED_MATMUL = (
 
 _DRAW_TOKENS = (
     Implementation("cpu", "pallas_kernels.draw_tokens.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("gpu_triton", "pallas_kernels.draw_tokens.gpu_triton", ("gpu",)),
     Implementation("xla", "pallas_kernels.draw_tokens.xla"),
 )
 

@@ -43,7 +43,8 @@ def test_script_runs_on_a_cpu_without_most_packages(tmp_path: Path) -> None:
     rows = report["sections"]
     checks = [row["ok"] for row in rows["correctness"]]
     assert len(checks) >= 2 and all(ok in (True, None) for ok in checks) and True in checks
-    for name in ("attention", "blocks"):
+    assert rows["draws"][0]["ok"]
+    for name in ("attention", "blocks", "draws"):
         assert any(row.get("µs", 0) > 0 for row in rows[name]), rows[name]
     assert all(row["decode tok/s"] > 0 and row["compiled late"] == 0 for row in rows["engine"][1:])
     assert (tmp_path / "gpu.md").read_text() == markdown(report)

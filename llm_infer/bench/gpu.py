@@ -38,11 +38,12 @@ class Setting:
 
 def sections() -> dict[str, Section]:
     """Name → what measures it, the most wanted first."""
-    from llm_infer.bench import gpu_checks, gpu_engine, gpu_kernels, gpu_peers, gpu_products
+    from llm_infer.bench import gpu_checks, gpu_draws, gpu_engine, gpu_kernels, gpu_peers, gpu_products
 
     return {
         "correctness": gpu_checks.correctness,
         "machine": gpu_kernels.machine,
+        "draws": gpu_draws.draws,
         "attention": gpu_kernels.attention,
         "engine": gpu_engine.throughput,
         "products": gpu_products.products,

@@ -45,7 +45,11 @@ for tokens in (8,):
     found[tokens] = {
         "alias": memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
-        "ours": [name in text for name in ("write_kv_bfloat16_128", "paged_attention_bfloat16_128", "copy_pages")],
+        "waits": text.count(" while(") + text.count(" conditional("),
+        "ours": [
+            name in text
+            for name in ("write_kv_bfloat16_128", "paged_attention_bfloat16_128", "copy_pages", "draw_tokens")
+        ],
     }
 matrices = [2 * math.prod(spec.shape[1:]) for spec in params.values() if len(spec.shape) == 3]
 print(json.dumps({"pool": 2 * math.prod(shape), "smallest_matrix": min(matrices), "steps": found}))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from pallas_kernels.draw_tokens import Limits, draw_tokens
 from pallas_kernels.paged_attention import AttentionPlan, PlanShape, copy_pages, paged_attention, plan_fields
 from pallas_kernels.targets import TARGETS, make_mesh
 
@@ -59,5 +60,13 @@ def copy(pages, src, dst, count):
     return copy_pages(pages, src, dst, count)
 
 
+limits = Limits(*(Array((64,), jnp.int32 if name == "top_k" else jnp.float32) for name in Limits._fields))
+
+
+def draw(logits, limits, uniform):
+    return logits, draw_tokens(logits, limits, uniform)  # the first result for what is given away
+
+
+found["draw"] = compile_one("draw", draw, Array((64, 128_256), jnp.float32), limits, Array((64,), jnp.float32))
 found["copy"] = compile_one("copy", copy, pool, ids, ids, Array((), jnp.int32))
 print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The two implementations of draw_tokens agree with each other and with the definition of the limits."""
+"""The implementations of draw_tokens agree with each other and with the definition of the limits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cpu_ffi
-from pallas_kernels.draw_tokens import Limits, draw_tokens
+from pallas_kernels.draw_tokens import Limits, draw_tokens, gpu_triton
+from pallas_kernels.draw_tokens.cases import make_limits, random_limits, random_logits
 from pallas_kernels.draw_tokens.limits import CANDIDATES
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.draw_tokens.xla import (
@@ -26,51 +27,33 @@ from tests.decoding.distribution import distribution
 
 INVERT = jax.jit(invert_cdf)
 NATIVE, XLA = (jax.jit(partial(draw_tokens, implementation=name)) for name in ("cpu", "xla"))
+TRITON = jax.jit(partial(gpu_triton.draw_tokens, interpret=True))
 native = pytest.mark.skipif(cpu_ffi.why_not() is not None, reason=f"native CPU kernels: {cpu_ffi.why_not()}")
 
 
-def make_limits(rows: int, **values: float | list[float] | np.ndarray) -> Limits:
-    values = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "typical_p": 1.0} | values
-    kinds = {name: np.int32 if name == "top_k" else np.float32 for name in Limits._fields}
-    return Limits(**{n: jnp.asarray(np.broadcast_to(np.asarray(values[n], kinds[n]), rows)) for n in kinds})
-
-
-def random_limits(rng: np.random.Generator, rows: int, vocab: int) -> Limits:
-    """Each row has some limits and not others, from hardly any to very strong."""
-
-    def some(values: np.ndarray, neutral: float) -> np.ndarray:
-        return np.where(rng.random(rows) < 0.5, values, neutral)
-
-    return make_limits(
-        rows,
-        temperature=some(rng.choice([0.0, 0.3, 0.8, 2.0, 30.0], rows), 1.0),
-        top_p=some(rng.choice([1e-6, 0.3, 0.8, 0.95, 0.9999], rows), 1.0),
-        top_k=some(rng.choice([1, 2, 40, CANDIDATES - 1, CANDIDATES, CANDIDATES + 1, 500, vocab + 1], rows), -1),
-        min_p=some(rng.choice([1e-9, 0.01, 0.2, 1.0], rows), 0.0),
-        typical_p=some(rng.choice([0.05, 0.5, 0.9], rows), 1.0),
-    )
-
-
-@native
 @pytest.mark.parametrize("vocab", [1, CANDIDATES, CANDIDATES + 1, 4097])
-def test_both_draw_the_same_tokens(vocab: int) -> None:
+@pytest.mark.parametrize(
+    "implementation", [pytest.param(NATIVE, marks=native, id="native"), pytest.param(TRITON, id="triton")]
+)
+def test_all_draw_the_same_tokens(implementation: Callable[..., jax.Array], vocab: int) -> None:
     """Up to rounding: a sum in another order can move a threshold by a token, or a draw at the border of two."""
     rng, rows = np.random.default_rng(vocab), 400
     limits, uniform = random_limits(rng, rows, vocab), jnp.asarray(rng.random(rows), jnp.float32).at[:3].set(0.0)
-    logits = (rng.standard_normal((rows, vocab)) * rng.choice([0.1, 1, 4], (rows, 1))).astype(np.float32)
-    logits[:, 1:][rng.random((rows, vocab - 1)) < 0.1] = -np.inf
-    logits[: rows // 4] = np.round(logits[: rows // 4])  # ties
-    found, expected = (np.asarray(draw(jnp.asarray(logits), limits, uniform)) for draw in (NATIVE, XLA))
+    logits = random_logits(rng, rows, vocab)
+    found, expected = (np.asarray(draw(jnp.asarray(logits), limits, uniform)) for draw in (implementation, XLA))
     assert found.dtype == expected.dtype == np.int32
     # Among candidates XLA's order of equal logits is any: the tokens may differ, their logits may not.
     at = np.arange(rows)
     differ = logits[at, found] != logits[at, expected]
-    assert differ.mean() <= 0.005, np.flatnonzero(differ)
+    assert differ.mean() <= 0.01, np.flatnonzero(differ)
     tied = np.arange(rows) < rows // 4
     np.testing.assert_array_equal(found[~tied & ~differ], expected[~tied & ~differ])
 
 
-@pytest.fixture(params=[pytest.param(NATIVE, marks=native, id="cpu"), pytest.param(XLA, id="xla")])
+BY_TABLE = [pytest.param(NATIVE, marks=native, id="cpu"), pytest.param(XLA, id="xla")]
+
+
+@pytest.fixture(params=[*BY_TABLE, pytest.param(TRITON, id="triton")])
 def draw(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
     return request.param
 
@@ -121,6 +104,7 @@ def test_no_token_without_mass_is_drawn_where_sums_round() -> None:
             assert (mass.reshape(rows, -1)[np.arange(rows), found] > 0).all()
 
 
+@pytest.mark.parametrize("draw", BY_TABLE)
 def test_limits_of_other_dtypes_are_taken(draw: Callable[..., jax.Array]) -> None:
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((4, 300)), jnp.float32)
     limits = make_limits(4, temperature=0.5, top_p=0.75, top_k=100, min_p=0.0625)

@@ -226,10 +226,10 @@ def test_compiles_for_hopper_in_place_without_spills(tmp_path: Path) -> None:
         pytest.skip(reason)
     flags = environment(TARGETS["sm_90"])["XLA_FLAGS"] + " " + dump_flags(tmp_path)
     memory = compiled(PROGRAMS, "gpu_triton", {"XLA_FLAGS": flags})
-    for name in (*PROGRAMS, "copy"):
+    for name in (*PROGRAMS, "copy", "draw"):
         assert memory[name]["alias"] >= memory[name]["pool"], name
         assert memory[name]["temporary"] < memory[name]["pool"] / 20, (name, memory[name])
-        kernels = read_dump(tmp_path, f"jit_{name}", "paged_attention|write_kv|merge_splits|copy_pages")
+        kernels = read_dump(tmp_path, f"jit_{name}", "paged_attention|write_kv|merge_splits|copy_pages|draw_tokens")
         assert kernels
         for kernel in kernels:
             assert kernel.spill_bytes == 0, kernel
