@@ -51,12 +51,13 @@ def largest_threshold(
 def surprise(scaled: Float[Array, "S V"], kept: Bool[Array, "S V"]) -> tuple[Float[Array, "S V"], Float[Array, "S V"]]:
     """How far the information of each token is from the mean over the kept ones (the entropy), and its probability.
 
-    The distance is infinite for tokens that are not kept (locally typical sampling, Meister et al., 2023).
+    It is as far as `-scaled`, which is the information and the same number for all, is from its mean. The distance is
+    infinite for tokens that are not kept (locally typical sampling, Meister et al., 2023). `scaled` has maximum 0.
     """
-    logp = jax.nn.log_softmax(jnp.where(kept, scaled, -jnp.inf), axis=-1)
-    p = jnp.exp(logp)
-    entropy = -jnp.sum(jnp.where(p > 0, p * logp, 0.0), axis=-1, keepdims=True)
-    return jnp.where(p > 0, jnp.abs(-logp - entropy), jnp.inf), p
+    mass = jnp.where(kept, jnp.exp(scaled), 0.0)
+    p = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    mean = jnp.sum(jnp.where(p > 0, p * -scaled, 0.0), axis=-1, keepdims=True)
+    return jnp.where(p > 0, jnp.abs(-scaled - mean), jnp.inf), p
 
 
 def most_likely(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V"]:

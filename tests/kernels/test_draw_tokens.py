@@ -58,6 +58,17 @@ def draw(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
     return request.param
 
 
+@native
+def test_both_keep_the_same_typical_tokens_where_all_are_about_as_likely() -> None:
+    """Distances from the entropy are then small differences, of which rounding must not decide."""
+    rng, rows = np.random.default_rng(3), 400
+    logits = jnp.asarray(rng.standard_normal((rows, 300)) / 10, jnp.float32)
+    limits = make_limits(rows, temperature=100.0, typical_p=rng.choice([0.05, 0.2, 0.5, 0.9], rows))
+    uniform = jnp.asarray(rng.random(rows), jnp.float32)
+    differ = np.asarray(NATIVE(logits, limits, uniform)) != np.asarray(XLA(logits, limits, uniform))
+    assert differ.mean() <= 0.005
+
+
 def test_what_cannot_be_drawn_from_gives_some_token(draw: Callable[..., jax.Array]) -> None:
     logits = np.zeros((7, 200), np.float32)
     logits[0], logits[1], logits[2, 7], logits[3, 7], logits[4, 3:] = -np.inf, np.nan, np.nan, np.inf, np.nan
