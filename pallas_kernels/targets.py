@@ -138,7 +138,8 @@ def environment(target: Target) -> dict[str, str]:
 
 
 def prepare_libtpu(pci_devices: Path = Path("/sys/bus/pci/devices")) -> None:
-    """On a machine with TPU7x chips, adds to LIBTPU_INIT_ARGS what `environment` has there; what users set stays.
+    """On a machine with TPU7x chips, adds to LIBTPU_INIT_ARGS what `environment` has there; what users set stays, and
+    an empty value says that nothing is wanted.
 
     libtpu reads the variable when JAX first looks for devices: call it before.
     """
@@ -149,9 +150,11 @@ def prepare_libtpu(pci_devices: Path = Path("/sys/bus/pci/devices")) -> None:
         except OSError:
             return False
 
-    needed, given = _LIBTPU_ARGUMENTS["tpu7x"], os.environ.get("LIBTPU_INIT_ARGS", "")
-    if needed.partition("=")[0] not in given and any(map(is_tpu7x, pci_devices.glob("*"))):
-        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {needed}".strip()
+    needed, given = _LIBTPU_ARGUMENTS["tpu7x"], os.environ.get("LIBTPU_INIT_ARGS")
+    if given is not None and (not given or needed.partition("=")[0] in given):
+        return
+    if any(map(is_tpu7x, pci_devices.glob("*"))):
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given or ''} {needed}".strip()
 
 
 def devices(target: Target, topology: str | None = None) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]

@@ -70,6 +70,7 @@ def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         ("0x0076", None, "FLAG=false"),
         ("0x0076", "--other=1", "--other=1 FLAG=false"),
         ("0x0076", "FLAG=true", "FLAG=true"),
+        ("0x0076", "", ""),
         ("0x006f", None, None),  # v6e
         (None, "--other=1", "--other=1"),
     ],
