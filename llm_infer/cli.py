@@ -92,6 +92,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that were there before.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
     json_schema: Annotated[str | None, typer.Option(help="File with a JSON schema that the answer follows.")] = None,
+    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer matches.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; give it several times.")] = None,
+    grammar: Annotated[str | None, typer.Option(help="File with a grammar (Lark) that the answer follows.")] = None,
     logprobs: Annotated[
         int | None,
         typer.Option(
@@ -124,7 +127,7 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
         stop=stop or (),
-        structured_outputs=_structured(json_schema),
+        structured_outputs=_structured(json_schema, regex, choice, grammar),
         logprobs=logprobs,
         seed=seed,
     )
@@ -289,18 +292,31 @@ def _sampling_params(**values: Any) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _structured(schema_file: str | None) -> StructuredOutputsParams | None:
+def _structured(
+    schema_file: str | None, regex: str | None, choice: list[str] | None, grammar_file: str | None
+) -> StructuredOutputsParams | None:
+    """What the answer must look like; the schema and the grammar are read from files."""
     from llm_infer.decoding.structured import StructuredOutputsParams
 
-    if schema_file is None:
-        return None
-    try:
-        with open(schema_file, encoding="utf-8") as file:
-            return StructuredOutputsParams(json=file.read())
-    except OSError as error:
-        raise UserError(f"--json-schema {schema_file}: {error.strerror}") from None
-    except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"--json-schema {schema_file}: {error}") from None
+    values = {"--json-schema": schema_file, "--regex": regex, "--choice": choice or None, "--grammar": grammar_file}
+    given = {flag: value for flag, value in values.items() if value is not None}
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)}: an answer follows one of them")
+    for flag, value in given.items():
+        shown = value if isinstance(value, str) else " ".join(value)
+        try:
+            if flag in ("--json-schema", "--grammar"):
+                with open(str(value), encoding="utf-8") as file:
+                    value = file.read()
+            return StructuredOutputsParams(**{_FIELDS[flag]: value})
+        except OSError as error:
+            raise UserError(f"{flag} {shown}: {error.strerror}") from None
+        except (UserError, UnicodeDecodeError) as error:
+            raise UserError(f"{flag} {shown}: {error}") from None
+    return None
+
+
+_FIELDS = {"--json-schema": "json", "--regex": "regex", "--choice": "choice", "--grammar": "grammar"}
 
 
 def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:

@@ -49,6 +49,9 @@ def assert_one_line_error(result: tuple[int, str, str], *words: str) -> None:
         (["--stop", ""], ["stop"]),
         (["--logprobs", "99"], ["logprobs"]),
         (["--json-schema", "missing.json"], ["missing.json"]),
+        (["--grammar", "missing.lark"], ["--grammar missing.lark: No such file"]),
+        (["--regex", ""], ["--regex", "expected a text that is not empty"]),
+        (["--regex", "a", "--choice", "b"], ["--regex and --choice: an answer follows one of them"]),
         (["--no-such-flag"], ["--no-such-flag", "(see llm-infer generate --help)"]),
         (["--max-tokens", "many"], ["--max-tokens"]),
         (["--model", "missing.gguf"], ["missing.gguf"]),
@@ -163,6 +166,21 @@ def test_log_probabilities_come_after_the_answer_as_a_table(
         "' Paris'   -0.250       1  ' not' -1.500",
         "'\\n'      -12.125     341  '.' -0.500  '!' -1.000",
     ]
+
+
+def test_each_kind_of_structure_reaches_the_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("{}")
+    asked = []
+    llm = _Answering(StreamChunk(0, "a", [1], "stop"))
+    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    monkeypatch.setattr(cli, "show_answer", lambda chunks, params: asked.append(params.structured_outputs))
+    file = str(tmp_path / "file")
+    for flags in (["--json-schema", file], ["--regex", "a+"], ["--choice", "a", "--choice", "b"], ["--grammar", file]):
+        assert run(monkeypatch, capsys, "generate", "hello", *flags)[0] == 0
+    kinds = {"json": "{}", "regex": "a+", "choice": ("a", "b"), "grammar": "{}"}
+    assert [(each.kind, getattr(each, each.kind)) for each in asked] == list(kinds.items())
 
 
 @pytest.mark.parametrize(
