@@ -78,7 +78,8 @@ def read_work(text: str) -> Work:
         elif op == "conditional":
             names = _called(line, "branch_computations") or _called(line, "(?:true|false)_computation")
             total.add(min(map(work_of, names), key=lambda work: work.cycles))
-        elif op in ("call", "async-start", "custom-call-start"):  # the last: a collective on a TPU7x's SparseCore
+        # The last two: what runs on a TPU7x's SparseCore, as older and newer compilers write it.
+        elif op in ("call", "async-start", "call-start", "custom-call-start"):
             for attribute in ("to_apply", "calls", "called_computations"):
                 for called in _called(line, attribute):
                     total.add(work_of(called))

@@ -35,6 +35,10 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %all-gather.4 = f32[8,16]{1,0:T(8,128)} all-gather(%arg), channel_id=1, dimensions={0}
 }
 
+%elsewhere (arg: bf16[4,16,128]) -> bf16[4,16,128] {
+  ROOT %copy.7 = bf16[4,16,128]{2,1,0:T(16,128)(2,1)} copy(%arg)
+}
+
 ENTRY %main (p: bf16[2,8]) -> bf16[2,8] {
   %layers = (s32[], bf16[64,4096]) while(%init), condition=%condition, body=%body
   %pages = (s32[], s32[]) while(%init), condition=%dynamic_condition, body=%cheap
@@ -43,6 +47,7 @@ ENTRY %main (p: bf16[2,8]) -> bf16[2,8] {
   %moved = bf16[8,128]{0,1} copy(%gathered)
   %near-start = (bf16[8,128]{1,0:S(1)}, bf16[8,128]{1,0}, u32[]) copy-start(%moved)
   %offloaded = ((), (), (s32[8]{0:T(1)S(11)})) custom-call-start(), called_computations={%on_sparse_core}, metadata={}
+  %retiled = ((bf16[4,16,128]), bf16[4,16,128], u32[]) call-start(%w), async_execution_thread="sparsecore", to_apply=%elsewhere
   %more = ((f32[1,16]), f32[8,16], (s32[8]{0:T(1)S(11)})) custom-call-update(%offloaded, %y)
   %done = f32[8,16]{1,0:T(8,128)} custom-call-done(%more)
 }
@@ -53,4 +58,4 @@ def test_loops_count_as_often_as_they_run() -> None:
     work = read_work(TEXT)
     assert work.collectives == {"all-reduce": 64, "all-gather": 2}
     assert work.cycles == 32 * 107 + 1 + 1
-    assert work.copies == [8 * 128 * 2]
+    assert work.copies == [8 * 128 * 2, 4 * 16 * 128 * 2]
