@@ -26,8 +26,7 @@ def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array) -> jax.Ar
     from pallas_kernels.draw_tokens.cpu_kernel import BLOCK
 
     blocks = -(-logits.shape[1] // BLOCK)
-    highest = -jnp.log(limits.min_p)
-    arguments = logits.astype(jnp.float32), limits.temperature, limits.top_p, highest, limits.top_k
+    arguments = logits.astype(jnp.float32), limits.temperature, limits.top_p, limits.highest_cost(), limits.top_k
     ids, _, _ = _kernel()(*arguments, limits.typical_p, uniform, dims={"B": blocks})
     return ids
 

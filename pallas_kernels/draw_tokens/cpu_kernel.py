@@ -13,13 +13,9 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F32, F64, I32, I64, Emitter, Ptr, Value, Var
-from pallas_kernels.draw_tokens.limits import CANDIDATES
+from pallas_kernels.draw_tokens.limits import ALL_BITS, CANDIDATES, FINITE, SMALLEST, WEIGHTLESS
 
 BLOCK = 128
-SMALLEST = 2.0**-126  # normal float: XLA takes smaller ones as 0
-FINITE = 0x7F7FFFFF  # of the largest float: all costs but that of a token with logit -inf
-WEIGHTLESS = 0x42B00000  # of 88: exp(-88) is taken as 0
-ALL_BITS = 0x7FFFFFFF
 
 
 def body(k: Emitter, a: Frame) -> None:
@@ -166,7 +162,7 @@ class Row:
             share = top_p.to(F64) * self._total(limit.v, mass_to(limit.v))
             most = k.min(limit.v, k.const(I32, WEIGHTLESS))
             limit.v = self._smallest(most, lambda bound: self._total(bound, mass_to(bound), share) >= share)
-        limit.v = k.min(limit.v, self._bits(k.max(a.highest[self.row], k.const(F32, 0.0))))
+        limit.v = k.min(limit.v, self._bits(a.highest[self.row]))
         few = k.min(a.V, k.i64(CANDIDATES)).to(F64)
         is_few = self._total(limit.v, count_to(limit.v), few) < few
 

@@ -15,16 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import Case
-from pallas_kernels.draw_tokens.limits import CANDIDATES, Limits
+from pallas_kernels.draw_tokens.limits import ALL_BITS, CANDIDATES, FINITE, SMALLEST, WEIGHTLESS, Limits
 from pallas_kernels.gpu_devices import why_not_capability
 
 BLOCK = 4096
 """Tokens that a thread block looks at together."""
-SMALLEST = 2.0**-126
-"""Normal float: lower temperatures are greedy, as everywhere."""
-FINITE, WEIGHTLESS = 0x7F7FFFFF, 0x42B00000
-"""Bits of the largest float: all costs but that of a token with logit -inf; and of 88, from where on exp(-cost) is nothing."""
-
 Of = Callable[[jax.Array], jax.Array]
 
 
@@ -35,8 +30,7 @@ def why_not(case: Case) -> str | None:
 
 def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array, *, interpret: bool = False) -> jax.Array:
     """See `pallas_kernels.draw_tokens.draw_tokens`. `interpret` runs the kernel in Pallas' interpreter."""
-    highest = jnp.maximum(-jnp.log(limits.min_p), 0.0)
-    arguments = (limits.temperature, limits.top_p, highest, limits.typical_p, uniform)
+    arguments = (limits.temperature, limits.top_p, limits.highest_cost(), limits.typical_p, uniform)
     return pl.pallas_call(
         _kernel,
         grid=(logits.shape[0],),
@@ -136,7 +130,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
             )
             return mass >= typical_p * whole
 
-        everywhere = jnp.where(typical, jnp.int32(WEIGHTLESS), jnp.int32(0x7FFFFFFF))
+        everywhere = jnp.where(typical, jnp.int32(WEIGHTLESS), jnp.int32(ALL_BITS))
         distance = _smallest(jnp.where(typical, zero, everywhere), everywhere, near)
 
         def mass_of(c: jax.Array) -> jax.Array:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 CANDIDATES = 64
 """Rows of which fewer tokens are kept than this draw among them in descending order, others in the order of the vocabulary."""
+
+# Of kernels that search by cost: how far a logit, divided by the temperature, is below the largest. Bits as int32.
+SMALLEST = 2.0**-126
+"""Lowest temperature that is none of 0: the smallest normal float. XLA takes smaller ones as 0."""
+FINITE = 0x7F7FFFFF
+"""Bits of the largest float: all costs but that of a token with logit -inf."""
+WEIGHTLESS = 0x42B00000
+"""Bits of 88: exp(-88) is taken as 0."""
+ALL_BITS = 0x7FFFFFFF
 
 
 class Limits(NamedTuple):
@@ -21,3 +31,7 @@ class Limits(NamedTuple):
     top_k: Int[Array, "S"]
     min_p: Float[Array, "S"]
     typical_p: Float[Array, "S"]
+
+    def highest_cost(self) -> Float[Array, "S"]:
+        """Of a token that min-p keeps: -log(min_p), without the sign that -0 would have."""
+        return jnp.abs(jnp.log(self.min_p))
