@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,13 @@ def spm_metadata(goldens: dict[str, Any]) -> dict[str, object]:
 def bpe_metadata(goldens: dict[str, Any]) -> dict[str, object]:
     """A tiny byte-level vocabulary as GGUF metadata; four bytes have no token."""
     return goldens["vocabularies"]["bpe"]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Published templates and vocabularies, which the repository holds no copy of: from LLM_INFER_TEST_DATA, else beside it."""
+    given = os.environ.get("LLM_INFER_TEST_DATA")
+    path = Path(given) if given else Path(__file__).parents[3] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"{path} is not there: set LLM_INFER_TEST_DATA to a directory with templates/ and vocab/")
+    return path
