@@ -27,7 +27,7 @@ from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, Strea
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import join
 from llm_infer.plain_values import plain_list
-from llm_infer.text.chat_template import apply_chat_template
+from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.progress import Progress
@@ -288,27 +288,28 @@ class LLM:
         conversations: Sequence[Any] = messages if several else [messages]
         return self.generate([self.chat_prompt(m, tools=tools) for m in conversations], sampling_params)
 
-    def stream_chat(self, messages: Messages, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling_params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Iterator[StreamChunk]:
         """Answers one conversation and yields text as it comes."""
-        return self.stream(self.chat_prompt(messages), sampling_params)
+        return self.stream(self.chat_prompt(messages, tools=tools), sampling_params)
 
     def chat_prompt(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of a conversation in the model's chat format, up to where the answer starts.
 
+        With `tools` the model's template for tools is taken, if it has one. See `text.chat_prompt.chat_ids` for what
+        keeps users from writing control tokens.
+
         Raises:
             RequestError: the model has no chat template, or the messages do not fit it.
         """
-        tokenizer = self.tokenizer
         if not messages:
             raise RequestError("the conversation is empty: expected at least one message")
-        if tokenizer.chat_template is None:
-            raise RequestError("this model has no chat template: use raw prompts (LLM.generate, or --raw)")
-        bos, eos = (
-            None if i is None else tokenizer.decode([i], skip_special_tokens=False)
-            for i in (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        )
-        text = apply_chat_template(tokenizer.chat_template, messages, tools=tools, bos_token=bos, eos_token=eos)
-        return tokenizer.encode(text, add_special_tokens=False)
+        return chat_ids(self.tokenizer, messages, tools=tools)
 
     def score(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[ScoreOutput]:
         """Log-likelihood of each continuation given its context, as evaluation harnesses ask for it.

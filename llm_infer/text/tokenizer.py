@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from llm_infer.errors import ModelError, RequestError
+from llm_infer.text.control_tokens import ControlTokens
 from llm_infer.text.gguf_tokenizer import byte_alphabet, rebuild_tokenizer
 
 
@@ -141,15 +143,26 @@ class Tokenizer:
         Raises:
             RequestError: the text holds half a surrogate pair and so has no UTF-8 form.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
-            raise RequestError(f"the text is not valid Unicode: {found}") from None
+        _require_unicode(text)
         ids = self._encoder(parse_special).encode(text, add_special_tokens=add_special_tokens).ids
         if self._stand_ins and ids and max(ids) >= self.vocab_size:
             return [real for i in ids for real in self._stand_ins.get(i, (i,))]
         return ids
+
+    def encode_literally(self, text: str, literal: Collection[int]) -> list[int]:
+        """Token ids of `text` as it is, but no special token begins at a position in `literal`.
+
+        Raises:
+            RequestError: as `encode`.
+        """
+        _require_unicode(text)
+        ids = self.control_tokens.encode(text, literal)
+        return [real for i in ids for real in self._stand_ins.get(i, (i,))]
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """Finds texts of special tokens in contents."""
+        return ControlTokens(self._backend, self.special_tokens)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary give nothing."""
@@ -199,6 +212,14 @@ class Tokenizer:
             copy.encode_special_tokens = True
             self._literal_backend = copy
         return self._literal_backend
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"lone surrogate U+{ord(text[error.start]):04X} at position {error.start}"
+        raise RequestError(f"the text is not valid Unicode: {found}") from None
 
 
 def _decoder_kind(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
