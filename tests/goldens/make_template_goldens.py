@@ -1,9 +1,9 @@
-"""Writes templates_transformers.json: digests of what transformers makes of published chat templates.
+"""Writes templates_transformers.json: digests of what transformers makes of published chat templates and vocabularies.
 
-    python tests/goldens/make_template_goldens.py DIRECTORY_WITH_JINJA_FILES
+    python tests/goldens/make_template_goldens.py DIRECTORY
 
-Needs transformers and jinja2, no torch. The templates themselves are not committed. `strftime_now("…")` gives its
-pattern here, so that a digest does not depend on the day.
+The directory holds templates/*.jinja and vocab/ggml-vocab-*.gguf, which are not committed. Needs transformers, jinja2,
+and for the ids gguf and torch. `strftime_now("…")` gives its pattern here, so that a digest does not depend on the day.
 """
 
 from __future__ import annotations
@@ -61,6 +61,20 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "calls as text": {"messages": [HELLO, asks(TEXT), RESULT], "tools": [WEATHER]},
 }
 
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
+    "{% else %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+# vocabulary → its template: a file of the published ones, or its source
+FAMILIES = {
+    "qwen2": "Qwen-Qwen2.5-7B-Instruct",
+    "qwen35": "Qwen3.5-4B",
+    "llama-bpe": "meta-llama-Llama-3.1-8B-Instruct",
+    "phi-3": "microsoft-Phi-3.5-mini-instruct",
+    "llama-spm": LLAMA_2,
+    "gpt-2": LLAMA_2,
+}
+
 
 def digest(source: str, conversation: dict[str, Any]) -> str:
     """SHA-256 of the rendering, "error" where there is none."""
@@ -74,11 +88,40 @@ def digest(source: str, conversation: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def ids_digests(directory: Path, family: str) -> dict[str, str]:
+    """SHA-256 of the ids of each conversation, in JSON."""
+    file = f"ggml-vocab-{family}.gguf"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory / "vocab", gguf_file=file)
+    template = FAMILIES[family]
+    if "{%" not in template:
+        template = (directory / "templates" / f"{template}.jinja").read_text("utf-8")
+    template = template.replace("strftime_now(", "(")
+    found = {}
+    for name, conversation in CONVERSATIONS.items():
+        if not name.startswith("calls as text"):
+            given = {"add_generation_prompt": True, **conversation}
+            messages = given.pop("messages")
+            ids = tokenizer.apply_chat_template(messages, chat_template=template, return_dict=False, **given)
+            found[name] = hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+    return found
+
+
 def main() -> None:
-    """Renders every template with every conversation."""
-    files = sorted(Path(sys.argv[1]).glob("*.jinja"))
+    """Renders every template with every conversation, and encodes them for some families."""
+    directory = Path(sys.argv[1])
+    files = sorted((directory / "templates").glob("*.jinja"))
     digests = {f.stem: {n: digest(f.read_text("utf-8"), c) for n, c in CONVERSATIONS.items()} for f in files}
-    found = {"transformers": transformers.__version__, "conversations": CONVERSATIONS, "digests": digests}
+    # Of SentencePiece vocabularies transformers reads a GGUF file so that no space follows a special token; llama.cpp,
+    # and the tokenizer.json files that these models publish, have one.
+    byte_level = [family for family in FAMILIES if family not in ("phi-3", "llama-spm")]
+    ids = {family: ids_digests(directory, family) for family in byte_level}
+    found = {
+        "transformers": transformers.__version__,
+        "conversations": CONVERSATIONS,
+        "digests": digests,
+        "families": FAMILIES,
+        "ids": ids,
+    }
     out = Path(__file__).with_name("templates_transformers.json")
     out.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
