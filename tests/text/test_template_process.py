@@ -89,14 +89,19 @@ def test_attacks_end_within_the_limits(processes: TemplateProcesses, name: str) 
     assert processes.render("{{ a }}", {"a": "next"}) == "next"
 
 
-def test_the_error_names_the_limit(processes: TemplateProcesses) -> None:
-    for name, message in (
-        ("integer squaring", "more than 0.25 s of processor time"),
-        ("text doubling by ~", "more than 256 MiB of memory"),
-        ("output", "puts out more than 16777216 characters"),
-    ):
-        with pytest.raises(RequestError, match=f"^the chat template was stopped: it .*{message}$"):
-            processes.render(ATTACKS[name], {})
+@pytest.mark.parametrize(
+    ("name", "limits", "message"),
+    [
+        ("integer squaring", Limits(cpu_seconds=0.25), "more than 0.25 s of processor time"),
+        ("text doubling by ~", Limits(cpu_seconds=30, memory=1 << 27), "more than 128 MiB of memory"),
+        ("output", Limits(cpu_seconds=30), "puts out more than 16777216 characters"),
+    ],
+)
+def test_the_error_names_the_limit(name: str, limits: Limits, message: str) -> None:
+    processes = TemplateProcesses(1, limits)
+    with pytest.raises(RequestError, match=f"^the chat template was stopped: it .*{message}$"):
+        processes.render(ATTACKS[name], {})
+    processes.close()
 
 
 def test_the_limit_on_time_counts_each_rendering_anew(processes: TemplateProcesses) -> None:
@@ -149,7 +154,7 @@ def render_random(processes: TemplateProcesses, seeds: range) -> int:
 
 
 def test_random_templates(processes: TemplateProcesses) -> None:
-    assert render_random(processes, range(100)) < 60
+    assert render_random(processes, range(100)) < 30
 
 
 @pytest.mark.sweep
