@@ -23,7 +23,7 @@ LOOP = "{% for i in range(99999) %}"
 @pytest.fixture(scope="module")
 def processes() -> Iterator[TemplateProcesses]:
     """Small limits, so that reaching them takes little time."""
-    made = TemplateProcesses(2, Limits(cpu_seconds=0.25, wall_seconds=30, memory=1 << 28))
+    made = TemplateProcesses(2, Limits(cpu_seconds=0.15, wall_seconds=30, memory=1 << 28))
     yield made
     made.close()
 
@@ -154,7 +154,7 @@ def render_random(processes: TemplateProcesses, seeds: range) -> int:
 
 
 def test_random_templates(processes: TemplateProcesses) -> None:
-    assert render_random(processes, range(100)) < 30
+    assert render_random(processes, range(60)) < 20
 
 
 @pytest.mark.sweep
@@ -163,7 +163,7 @@ def test_many_random_templates(processes: TemplateProcesses) -> None:
 
 
 def test_a_slow_template_does_not_hold_up_others() -> None:
-    processes = TemplateProcesses(2, Limits(cpu_seconds=1.5, memory=1 << 28))
+    processes = TemplateProcesses(2, Limits(cpu_seconds=1.0, memory=1 << 28))
     processes.render("", {})
     with ThreadPoolExecutor(8) as pool:
         slow = pool.submit(processes.render, ATTACKS["integer squaring"], {})
