@@ -60,6 +60,9 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     texts = tuple(texts)
     if not all(isinstance(text, str) and text for text in texts):
         raise RequestError(f"{name}={value!r:.60}: expected texts that are not empty")
+    for text in texts:
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise RequestError(f"{name}={text!r:.60}: it holds half a surrogate pair, which no text of a model does")
     return texts
 
 

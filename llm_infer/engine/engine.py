@@ -182,7 +182,7 @@ class Engine:
         params = params or SamplingParams()
         params.check_vocabulary(self.vocab_size)
         index, self._num_requests = self._num_requests, self._num_requests + 1
-        flat = not any(hasattr(token, "__len__") for token in prompt_ids)
+        flat = not any(hasattr(token, "__len__") or isinstance(token, bool | np.bool_) for token in prompt_ids)
         ids = np.asarray(prompt_ids if flat else ())
         if not flat or (ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu")):
             raise RequestError(f"a prompt of token ids must be a flat list of whole numbers, found {prompt_ids!r:.60}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 POSITION_OFFSET = 2
 """Row of position 0 in the table of positions; the rows before it are left over from fairseq's padding."""
 
-IGNORED_TENSORS = (r"lm_head\.weight",)
+IGNORED_TENSORS = (r"lm_head\.weight", r"(model\.)?decoder\.version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> OPTConfig:
         num_layers=reader.integer("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=max(1, width // heads),
         intermediate_size=reader.integer("ffn_dim"),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         norm_eps=1e-5,

@@ -13,6 +13,7 @@ import tokenizers
 from llm_infer.errors import ModelError, RequestError
 from llm_infer.text.control_tokens import ControlTokens
 from llm_infer.text.gguf_tokenizer import byte_alphabet, rebuild_tokenizer
+from llm_infer.text.hf_files import guarded, read_json, read_template, token_ids, token_text
 
 
 class Tokenizer:
@@ -73,7 +74,7 @@ class Tokenizer:
         Raises:
             ModelError: see `gguf_tokenizer.rebuild_tokenizer`.
         """
-        parts = rebuild_tokenizer(metadata)
+        parts = guarded(lambda: rebuild_tokenizer(metadata), "the GGUF file's tokenizer cannot be built")
         return cls(
             parts.backend,
             bos_token_id=parts.bos_token_id,
@@ -101,15 +102,19 @@ class Tokenizer:
                 f"{directory} has no tokenizer.json: expected a Hugging Face model directory with a fast tokenizer "
                 "(transformers writes one with AutoTokenizer.from_pretrained(…).save_pretrained(…))"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception for every kind of damage
-            raise ModelError(f"{file} is not a tokenizer this version of `tokenizers` can read: {error}") from None
+        problem = f"{file} is not a tokenizer this version of `tokenizers` can read"
+        backend = guarded(lambda: tokenizers.Tokenizer.from_file(str(file)), problem)
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
-        named = {name: _token_text(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+        config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
+        named = {name: token_text(config, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
         known = backend.get_vocab(with_added_tokens=True)
+        for name in ("bos", "eos"):
+            if (text := named[name]) is not None and text not in known:
+                raise ModelError(
+                    f"{directory}: tokenizer_config.json names {name}_token={text!r:.60}, which tokenizer.json does not "
+                    "have: correct it, or set it to null"
+                )
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         for text in named.values():
             if text is not None and text not in added and text in known:
@@ -117,19 +122,24 @@ class Tokenizer:
         ids = {name: None if text is None else backend.token_to_id(text) for name, text in named.items()}
 
         eos_ids = set() if ids["eos"] is None else {ids["eos"]}
+        model = read_json(directory / "config.json")
+        size = model.get("vocab_size")
+        size = max(1 + max(known.values(), default=-1), size if type(size) is int else 0)
         for name in ("config.json", "generation_config.json"):
-            found = _read_json(directory / name)
-            eos = found.get("eos_token_id")
-            eos_ids.update(i for i in (eos if isinstance(eos, list) else [eos]) if isinstance(i, int))
-            if ids["bos"] is None and isinstance(found.get("bos_token_id"), int):
-                ids["bos"] = found["bos_token_id"]
-        return cls(
+            found = model if name == "config.json" else read_json(directory / name)
+            eos_ids.update(token_ids(directory / name, found, "eos_token_id", size))
+            bos = token_ids(directory / name, found, "bos_token_id", size)
+            if ids["bos"] is None and bos:
+                ids["bos"] = bos[0]
+        result = cls(
             backend,
             bos_token_id=ids["bos"],
             eos_token_id=ids["eos"] if ids["eos"] is not None else min(eos_ids, default=None),
             eos_token_ids=eos_ids,
             chat_templates=_hf_chat_templates(directory, config),
         )
+        result.encode("A text, 1 é")  # much of what is wrong with a tokenizer shows when it is used
+        return result
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -144,7 +154,11 @@ class Tokenizer:
             RequestError: the text holds half a surrogate pair and so has no UTF-8 form.
         """
         _require_unicode(text)
-        ids = self._encoder(parse_special).encode(text, add_special_tokens=add_special_tokens).ids
+        encoder = self._encoder(parse_special)
+        ids = guarded(
+            lambda: encoder.encode(text, add_special_tokens=add_special_tokens).ids,
+            "the model's tokenizer is damaged or inconsistent, it cannot encode a text",
+        )
         if self._stand_ins and ids and max(ids) >= self.vocab_size:
             return [real for i in ids for real in self._stand_ins.get(i, (i,))]
         return ids
@@ -208,7 +222,9 @@ class Tokenizer:
         if parse_special:
             return self._backend
         if self._literal_backend is None:  # the switch is state of the backend, so the other reading needs a copy
-            copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+            copy = guarded(
+                lambda: tokenizers.Tokenizer.from_str(self._backend.to_str()), "the tokenizer cannot be copied"
+            )
             copy.encode_special_tokens = True
             self._literal_backend = copy
         return self._literal_backend
@@ -242,28 +258,19 @@ def _decoder_kind(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
 def _hf_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Templates of tokenizer_config.json, overruled by chat_template.jinja and additional_chat_templates/*.jinja."""
     entry = config.get("chat_template")
-    templates = {"default": entry} if isinstance(entry, str) else {t["name"]: t["template"] for t in entry or ()}
+    listed = [{"name": "default", "template": entry}] if isinstance(entry, str) else [] if entry is None else entry
+    templates: dict[str, str] = {}
+    for each in listed if isinstance(listed, list) else [None]:
+        name, source = (each.get("name"), each.get("template")) if isinstance(each, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(source, str):
+            raise ModelError(
+                f"{directory / 'tokenizer_config.json'}: chat_template={entry!r:.60}, expected a text, or a list of objects "
+                "with a name and a template"
+            )
+        templates[name] = source
     file = directory / "chat_template.jinja"
     if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+        templates["default"] = read_template(file)
     for extra in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        templates[extra.stem] = extra.read_text(encoding="utf-8")
+        templates[extra.stem] = read_template(extra)
     return templates
-
-
-def _token_text(entry: object) -> str | None:
-    """Text of a token in a configuration file: a string, or an object with `content`."""
-    return entry.get("content") if isinstance(entry, dict) else entry  # pyright: ignore[reportReturnType]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON object file, empty when there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{file} holds a {type(content).__name__}: expected a JSON object")
-    return content

@@ -87,6 +87,30 @@ _KNOWN_KEYS = frozenset(
 )
 # fmt: on
 
+# Keys that change nothing at these values.
+_NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.sliding_window": (0,),
+    "attn_logit_softcapping": (0.0,),
+    "decoder_start_token_id": (-1,),
+    "embedding_scale": (1.0,),
+    "expert_shared_count": (0,),
+    "final_logit_softcapping": (0.0,),
+    "interleave_moe_layer_step": (1,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (1.0,),
+    "nextn_predict_layers": (0,),
+    "pooling_type": (0,),
+    "residual_scale": (1.0,),
+    "rope.scale_linear": (1.0,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
+    "tensor_data_layout": ("Meta AI original pth",),
+    "use_parallel_residual": (False,),
+}
+
 
 def architecture_of(file: GGUFFile) -> Architecture:
     """The table entry for the file's `general.architecture`.
@@ -112,7 +136,8 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
     prefix = file.require("general.architecture", str) + "."
     present = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
     known = _KNOWN_KEYS | {"expert_feed_forward_length"} if architecture.experts else _KNOWN_KEYS
-    if unknown := sorted(present - known):
+    neutral = {key for key in present & _NEUTRAL_KEYS.keys() if _is_neutral(key, file.metadata[prefix + key])}
+    if unknown := sorted(present - known - neutral):
         raise ModelError(
             f"{file.path}: metadata keys of {prefix[:-1]!r} that are not understood and may change the computation: "
             + ", ".join(prefix + key for key in unknown[:10])
@@ -121,10 +146,7 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
     def integer(key: str, default: int | None = None) -> int:
         if default is not None and key not in present:
             return default
-        value = file.require(prefix + key, int)
-        if value < 1:
-            raise ModelError(f"{file.path}: metadata {prefix + key}={value}, expected a positive whole number")
-        return value
+        return _integer(file, prefix + key)
 
     def number(key: str, default: float | None = None) -> float:
         if default is not None and key not in present:
@@ -180,6 +202,23 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
     return config
 
 
+def _is_neutral(key: str, value: Any) -> bool:
+    """Whether a key of `_NEUTRAL_KEYS` is at one of its values."""
+    return any(type(value) is type(each) and value == each for each in _NEUTRAL_KEYS[key])
+
+
+def _integer(file: GGUFFile, key: str) -> int:
+    """A positive whole number; a list with one for each layer counts if all are equal."""
+    value = file.metadata.get(key)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
+        value = int(value[0])
+    else:
+        value = file.require(key, int)
+    if not 1 <= value < 1 << 31:
+        raise ModelError(f"{file.path}: metadata {key}={value}, expected a positive whole number below 2^31")
+    return value
+
+
 def _vocab_size(file: GGUFFile) -> int:
     """Rows of the embedding; files written before 2024 do not state the size."""
     embedding = file.tensors.get("token_embd.weight")
@@ -203,9 +242,9 @@ class GGUFSource:
         self._tensors: dict[str, GGUFTensor] = {}
         self._heads: dict[str, int] = {}
         prefix = file.require("general.architecture", str)
-        heads = file.require(f"{prefix}.attention.head_count", int)
+        heads = _integer(file, f"{prefix}.attention.head_count")
         kv_key = f"{prefix}.attention.head_count_kv"
-        kv_heads = file.require(kv_key, int) if kv_key in file.metadata else heads
+        kv_heads = _integer(file, kv_key) if kv_key in file.metadata else heads
         reordered = {"attn_q": heads, "attn_k": kv_heads} if architecture.interleaved_rope else {}
         for name, tensor in file.tensors.items():
             if name == _ROPE_FACTORS:

@@ -35,7 +35,7 @@ def rope_scaling(
         return None
     if kind not in ("linear", "yarn"):
         raise ModelError(f"{file.path}: rope scaling {kind!r} is not supported, expected none, linear or yarn")
-    scaling: dict[str, Any] = {"rope_type": kind, "factor": file.require(prefix + "rope.scaling.factor", float)}
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": file.require(prefix + "rope.scaling.factor", float) or 1.0}
     original = prefix + "rope.scaling.original_context_length"
     if original in file.metadata:
         scaling["original_max_position_embeddings"] = file.require(original, int)

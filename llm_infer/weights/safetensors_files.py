@@ -162,19 +162,31 @@ class SafetensorsSource:
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> SafetensorsSource:
-        """Open the weights of a Hugging Face directory: the files of its index, or its only safetensors file."""
+        """Open the weights of a Hugging Face directory.
+
+        Those are model.safetensors, else the files of the index, else the only safetensors file that is neither an adapter
+        nor a second copy of the weights in another format; the order is that of transformers.
+        """
         directory = Path(directory)
+        whole = directory / "model.safetensors"
+        if whole.is_file():
+            return cls([whole], directory=directory)
         if (directory / INDEX_NAME).is_file():
             weight_map = _read_index(directory / INDEX_NAME)
             files = [directory / name for name in sorted(set(weight_map.values()))]
             return cls(files, directory=directory, weight_map=weight_map)
-        files = sorted(directory.glob("*.safetensors"))
+        found = sorted(directory.glob("*.safetensors"))
+        files = [file for file in found if not file.name.startswith(("adapter_", "consolidated"))] or found
         if not files:
             raise ModelError(f"{directory}: no *.safetensors files")
         if len(files) > 1:
             raise ModelError(
                 f"{directory}: {len(files)} safetensors files ({', '.join(f.name for f in files[:4])} …) and no "
                 f"{INDEX_NAME} that says which belong together"
+            )
+        if files[0].name.startswith("adapter_"):
+            raise ModelError(
+                f"{directory} has only an adapter ({files[0].name}): give the directory of the model that it belongs to"
             )
         return cls(files, directory=directory)
 
@@ -203,6 +215,15 @@ class SafetensorsSource:
             raise ValueError(f"{name}: out has shape {out.shape}, expected {values.shape}")
         # numpy converts through a small buffer of its own, so this makes no temporary of the tensor's size.
         np.copyto(out, values, casting="unsafe")
+
+    def same_values(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same shape and values; compared in parts of a few MB."""
+        one, two = self._files[name].array(name), self._files[other].array(other)
+        if one.shape != two.shape:
+            return False
+        one, two = one.reshape(-1), two.reshape(-1)
+        parts = (slice(start, start + (1 << 20)) for start in range(0, one.size, 1 << 20))
+        return all(np.array_equal(one[part].astype(np.float32), two[part].astype(np.float32)) for part in parts)
 
     def stored(self, name: str) -> None:
         """Plain values only."""

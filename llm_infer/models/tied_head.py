@@ -1,0 +1,37 @@
+"""Whether a model's head is its embedding, told from its tensors: where config and file disagree, the file is right.
+
+As transformers 5 does it (`PreTrainedModel.tie_weights`): a head that differs from the embedding is used, and where
+the file has only one of the two tensors, that is both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.weights.rules import Rule
+from llm_infer.weights.safetensors_files import SafetensorsSource
+
+HEAD = "lm_head.weight"
+
+
+def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSource) -> ModelConfig:
+    """The configuration, without `tie_word_embeddings` where the file holds a head that is not the embedding."""
+    embedding, names = _embedding(rules), set(tensors.names)
+    if not config.tie_word_embeddings or not {HEAD, embedding} <= names or tensors.same_values(HEAD, embedding):
+        return config
+    return replace(config, tie_word_embeddings=False)
+
+
+def embedding_or_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSource) -> list[Rule]:
+    """The rules, with the embedding read from the head where they are one and the file holds it under that name."""
+    embedding, names = _embedding(rules), set(tensors.names)
+    if not config.tie_word_embeddings or embedding in names or HEAD not in names:
+        return list(rules)
+    return [replace(rule, sources=(HEAD,)) if rule.param == "embed.weight" else rule for rule in rules]
+
+
+def _embedding(rules: Sequence[Rule]) -> str:
+    """Name of the embedding's tensor."""
+    return next(rule.sources[0] for rule in rules if rule.param == "embed.weight")

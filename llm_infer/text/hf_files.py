@@ -1,0 +1,88 @@
+"""What the files beside a Hugging Face tokenizer.json say about its tokens, every value checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llm_infer.errors import ModelError
+
+T = TypeVar("T")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON object file, empty when there is no such file.
+
+    Raises:
+        ModelError: it cannot be read, or is something else.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not valid JSON: {str(error)[:100]}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds a {type(content).__name__}: expected a JSON object")
+    return content
+
+
+def read_template(file: Path) -> str:
+    """A Jinja file.
+
+    Raises:
+        ModelError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file} is not UTF-8 (byte {error.start}): expected a Jinja template as text") from None
+
+
+def token_text(config: Mapping[str, Any], key: str) -> str | None:
+    """Text of a token: null, a string, or an object with a string `content`.
+
+    Raises:
+        ModelError: the entry is something else.
+    """
+    entry = config.get(key)
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if text is not None and (not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text)):
+        raise ModelError(f"tokenizer_config.json: {key}={entry!r:.60}, expected the text of a token or null")
+    return text
+
+
+def token_ids(file: Path, config: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
+    """Ids that a configuration file names: null, one, or a list.
+
+    Raises:
+        ModelError: one is no id below `vocab_size`.
+    """
+    entry = config.get(key)
+    ids = entry if isinstance(entry, list) else [] if entry is None else [entry]
+    for token in ids:
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise ModelError(f"{file}: {key}={entry!r:.60}, expected ids of tokens below {vocab_size}, or null")
+    return ids
+
+
+def guarded(call: Callable[[], T], problem: str) -> T:
+    """Result of a call into the tokenizers library.
+
+    Raises:
+        ModelError: it raised, for which it has plain Exception, or panicked, which is no Exception at all.
+    """
+    try:
+        return call()
+    except ModelError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"{problem}: {' '.join(str(error).split())[:200]}") from None
