@@ -206,15 +206,9 @@ class SamplingParams:
             raise RequestError("allowed_token_ids=(): expected at least one token, or None to allow all")
         if self.include_stop_str_in_output and not self.stop:
             raise RequestError("include_stop_str_in_output=True without stop: give the stop strings in stop")
-
-        if self.structured_outputs is not None:
-            if not isinstance(self.structured_outputs, StructuredOutputsParams):
-                found = f"{self.structured_outputs!r:.60}"
-                raise RequestError(f"structured_outputs={found}: expected StructuredOutputsParams(...)")
-            # Each of these may forbid the only token that the structure allows.
-            for name in ("ignore_eos", "min_tokens", "bad_words", "allowed_token_ids"):
-                if getattr(self, name):
-                    raise RequestError(f"{name} contradicts structured_outputs: leave one of them out")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            found = f"{self.structured_outputs!r:.60}"
+            raise RequestError(f"structured_outputs={found}: expected StructuredOutputsParams(...)")
 
     def _check_beams(self) -> None:
         _number("length_penalty", self.length_penalty, -10.0, 10.0)
