@@ -95,7 +95,10 @@ class SamplingParams:
             token's alone), under the model's distribution before any sampling rule; None returns none.
         prompt_logprobs: the same for each token of the prompt, whose pages are then all computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
-        structured_outputs: what the output must look like.
+        structured_outputs: what the output must look like. `allowed_token_ids`, `bad_words` and `min_tokens` narrow it
+            further; an output that they lead to where nothing may follow ends with the finish reason "error", as does
+            one that must end before `min_tokens`. `ignore_eos` has it go on as long as the structure can; where that is
+            complete and nothing else may follow, the output ends, whatever `allowed_token_ids` holds.
         skip_special_tokens: leave markers such as `<|im_end|>` out of the text.
         beam_width: search for the most likely outputs with this many beams (at most 16) instead of drawing; the request
             has as many outputs, best first, each with its `score`.
