@@ -24,8 +24,8 @@ CONFIG = {
 PARAMS = SamplingParams(temperature=1.0, seed=3, max_tokens=5, ignore_eos=True, n=2, stop=["~~~~"])
 PROMPT = [5, 6, 7]
 LONG = SamplingParams(temperature=1.0, seed=4, max_tokens=40, ignore_eos=True)
-EVERY = 61
-"""Lines between two tries; the sweep tries five times as many."""
+EVERY = 121
+"""Lines between two tries; the sweep tries ten times as many."""
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +80,11 @@ def test_a_stream_that_is_freed_inside_a_step_harms_nobody(llm: LLM, expected: l
 
 @pytest.mark.sweep
 def test_a_stream_that_is_freed_at_more_lines(llm: LLM, expected: list[list[int]]) -> None:
-    print(free_streams(llm, expected, EVERY // 5), "lines")
+    print(free_streams(llm, expected, EVERY // 10), "lines")
 
 
 def test_a_stream_in_a_cycle_is_freed_by_the_garbage_collector_in_a_step(llm: LLM, expected: list[list[int]]) -> None:
-    for number in list(lines(llm, 10 * EVERY)):
+    for number in list(lines(llm, 5 * EVERY)):
         stream = llm.stream([9] * 20, LONG)
         next(stream)
         cycle: list = [stream]
@@ -116,13 +116,13 @@ def test_a_stream_freed_by_a_thread_does_not_wait_for_a_long_step(llm: LLM, expe
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, SystemExit, RequestError])
 def test_whatever_strikes_leaves_a_clean_engine(llm: LLM, expected: list[list[int]], kind: type[BaseException]) -> None:
-    strike_at_lines(llm, expected, kind, 4 * EVERY)
+    strike_at_lines(llm, expected, kind, 2 * EVERY)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, RequestError])
 def test_whatever_strikes_at_more_lines(llm: LLM, expected: list[list[int]], kind: type[BaseException]) -> None:
-    print(strike_at_lines(llm, expected, kind, EVERY // 5), "lines")
+    print(strike_at_lines(llm, expected, kind, EVERY // 10), "lines")
 
 
 def strike_at_lines(llm: LLM, expected: list[list[int]], kind: type[BaseException], step: int) -> int:
@@ -240,7 +240,7 @@ def test_a_handler_inside_a_step_is_refused(llm: LLM, expected: list[list[int]])
         except RequestError as error:
             said.append(str(error))
 
-    for number in list(lines(llm, 20 * EVERY)):
+    for number in list(lines(llm, 10 * EVERY)):
         at_line(number, ask, lambda: check(llm, expected))
     assert said and all("in the middle of a step" in each for each in said)
 
