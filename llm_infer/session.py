@@ -48,9 +48,8 @@ class Session:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
         self.engine, self._tokenizer = engine, tokenizer
-        # Reentrant, so that code inside a turn of its own thread gets an answer and not a deadlock.
+        # Of the kind that knows its owner, so that code inside a turn of its own thread gets an answer and not a deadlock.
         self._lock = threading.RLock()
-        self._in_turn = False
         self._halfway = False
         self._running: dict[str, TrackedRequest] = {}
         self._left: deque[TrackedRequest] = deque()
@@ -113,26 +112,26 @@ class Session:
 
     def settle(self) -> None:
         """Ends at once what has been left, if nobody is at the engine; not for finalizers and the like."""
-        if self._left and self._lock.acquire(blocking=False):
+        if self._left and not self._owned and self._lock.acquire(blocking=False):
             try:
-                if not self._in_turn:
-                    self._take_turn(lambda: self._whole(lambda: None))
+                self._whole(lambda: None)
             finally:
                 self._lock.release()
 
+    @property
+    def _owned(self) -> bool:
+        """Whether this very thread has the turn. The lock knows; a flag beside it could be left wrong by what strikes."""
+        return self._lock._is_owned()  # type: ignore[attr-defined]  # as threading.Condition asks it
+
     def _take_turn(self, do: Callable[[], T]) -> T:
         refuse_lost_child()  # before the lock: its owner may be a thread that the child of a fork does not have
+        if self._owned:
+            raise RequestError(
+                "this thread is in the middle of a step: a signal handler, finalizer or callback that runs inside it "
+                "cannot use the LLM; let it note what is to be done, and do that afterwards"
+            )
         with self._lock:
-            if self._in_turn:
-                raise RequestError(
-                    "this thread is in the middle of a step: a signal handler, finalizer or callback that runs inside it "
-                    "cannot use the LLM; let it note what is to be done, and do that afterwards"
-                )
-            self._in_turn = True
-            try:
-                return do()
-            finally:
-                self._in_turn = False
+            return do()
 
     def _whole(self, change: Callable[[], None]) -> None:
         """Makes a change, after those that were noted, and gives up everything if it does not come to its end."""
