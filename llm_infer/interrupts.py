@@ -27,7 +27,10 @@ def uninterrupted() -> Iterator[None]:
     signal.signal(signal.SIGINT, hold)
     try:
         yield
+    except KeyboardInterrupt:  # the second one, which says it for both
+        held.clear()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
-    if held:
-        before(*held[0])
+        if held:  # also where the block has failed: who handles that failure must not go on as if nobody had pressed
+            before(*held[0])

@@ -21,12 +21,13 @@ from llm_infer.engine.features import PLAIN, features_of, union
 from llm_infer.engine.results import PooledPrompt
 from llm_infer.engine.warm_up import WarmUp
 from llm_infer.errors import RequestError, UserError
-from llm_infer.interrupts import uninterrupted
+from llm_infer.forks import refuse_lost_child
 from llm_infer.loading import load, require_same_tokens
 from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import join
 from llm_infer.plain_values import plain_list
+from llm_infer.session import Asked, Session
 from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
@@ -147,6 +148,7 @@ class LLM:
             fused_qkv=fused_qkv,
             speculative=None if speculative_config is None else SpeculativeConfig.of(speculative_config),
         )
+        refuse_lost_child()
         parallel = ParallelConfig(tensor_parallel_size, data_parallel_size, expert_parallel_size)
         channel = join(coordinator_address, num_processes, process_id, settings)
         _require_device(device)
@@ -177,11 +179,9 @@ class LLM:
         elif channel is not None:
             self.engine.follow()
             raise SystemExit(0)
-        self._tracked: dict[str, TrackedRequest] = {}
-        # Several threads may generate at once: each takes its turn at a step, which serves the requests of all.
-        self._lock = threading.RLock()
+        self._session = Session(self.engine, self.tokenizer)
         self._grammars: GrammarCompiler | None = None  # made by the first request that needs it
-        self._grammar_lock = threading.Lock()
+        self._grammar_lock = threading.RLock()
 
     def warm_up(
         self,
@@ -228,13 +228,9 @@ class LLM:
             RequestError: a prompt or a parameter is not acceptable; nothing has run then.
         """
         many = _as_list(prompts)
-        with self._track(many, _per_prompt(sampling_params, len(many))) as tracked:
-            shown = self._progress if progress is None else Progress(enabled=progress)
-            with shown.task("Generating", total=len(many)) as bar:
-                while not all(one.request.finished for one in tracked):
-                    self._advance()
-                    bar.set(sum(one.request.finished for one in tracked))
-            return [one.result() for one in tracked]
+        shown = self._progress if progress is None else Progress(enabled=progress)
+        tracked = self._run(many, _per_prompt(sampling_params, len(many)), shown)
+        return [one.result() for one in tracked]
 
     def beam_search(
         self,
@@ -258,7 +254,7 @@ class LLM:
         return self.generate(prompts, each, progress=progress)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[StreamChunk]:
-        """Continues one raw prompt and yields text as it comes; closing the iterator aborts the request.
+        """Continues one raw prompt and yields text as it comes; closing the iterator aborts the request before the next step.
 
         Several streams may be read in turn: all of them advance together.
         """
@@ -267,9 +263,9 @@ class LLM:
             name = "best_of" if params[0].beam_width is None else "beam_width"
             raise RequestError(f"{name}={getattr(params[0], name)} cannot stream: the best is known at the end only")
         with self._track([prompt], params) as (one,):
-            while one.chunks or not one.request.finished:
+            while one.chunks or not one.finished:
                 if not one.chunks:
-                    self._advance()
+                    self._session.step()
                 while one.chunks:
                     yield one.chunks.popleft()
             yield from one.ended_without_token()
@@ -337,10 +333,13 @@ class LLM:
             if len(whole) <= len(start):
                 raise RequestError(f"the continuation {continuation!r:.60} has no token of its own")
             prompts.append(whole)
-        results = self.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0))
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        tracked = self._run(prompts, [params] * len(prompts), self._progress, prompt_only=True)
+        results = [one.result() for one in tracked]
         scores = []
         for result, length in zip(results, lengths, strict=True):
             ids = result.prompt_token_ids[length:]
+            _require_success(result)
             assert result.prompt_logprobs is not None
             found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[length:], strict=True)]
             logprobs = [one.logprob for one in found]
@@ -364,17 +363,15 @@ class LLM:
             raise RequestError(f"pooling={pooling!r}: expected 'mean' or 'last'")
         many = _as_list(prompts)
         params = SamplingParams(temperature=0.0, max_tokens=1)
-        with self._track(many, [params] * len(many), pooled=True) as tracked:
-            while not all(one.request.finished for one in tracked):
-                self._advance()
-            outputs = []
-            for one in tracked:
-                found = one.request.prompt_results
-                assert isinstance(found, PooledPrompt)
-                vector = found.last if pooling == "last" else found.total / np.float32(found.count)
-                if normalize:
-                    vector = vector / np.linalg.norm(vector)
-                outputs.append(EmbeddingOutput(vector.tolist(), list(one.request.prompt)))
+        outputs = []
+        for one in self._run(many, [params] * len(many), Progress.silent(), pooled=True):
+            _require_success(one.result())
+            found = one.request.prompt_results
+            assert isinstance(found, PooledPrompt)
+            vector = found.last if pooling == "last" else found.total / np.float32(found.count)
+            if normalize:
+                vector = vector / np.linalg.norm(vector)
+            outputs.append(EmbeddingOutput(vector.tolist(), list(one.request.prompt)))
         return outputs
 
     def _first_token(self) -> int:
@@ -384,46 +381,45 @@ class LLM:
             raise RequestError("this model has no first token to score a text without context: give a context")
         return token
 
+    def _run(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress, **kinds: bool
+    ) -> list[TrackedRequest]:
+        """Requests for these prompts when they have finished."""
+        try:
+            with (
+                self._track(prompts, params, **kinds) as tracked,
+                progress.task("Generating", total=len(prompts)) as bar,
+            ):
+                while (done := sum(one.finished for one in tracked)) < len(tracked):
+                    bar.set(done)
+                    self._session.step()
+                bar.set(done)
+                return tracked
+        finally:
+            self._session.settle()
+
     @contextmanager
     def _track(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, pooled: bool = False
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], **kinds: bool
     ) -> Iterator[list[TrackedRequest]]:
-        """Requests for these prompts; on leaving, those that have not finished are aborted."""
+        """Requests for these prompts; those that have not finished on leaving are left."""
+        refuse_lost_child()
         prompt_ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        # Before the lock: other threads' steps go on while a grammar is compiled.
+        # Before the turn: other threads' steps go on while a grammar is compiled.
         grammars = {id(param): self._grammar(param) for param in params}
+        words = {id(param): [w for text in param.bad_words for w in self._spellings(text)] for param in params}
+        asked = [
+            Asked(prompt, ids, param, words[id(param)], grammars[id(param)], **kinds)
+            for prompt, ids, param in zip(prompts, prompt_ids, params, strict=True)
+        ]
         tracked: list[TrackedRequest] = []
         try:
-            with self._lock:
-                for index, (prompt, ids, param) in enumerate(zip(prompts, prompt_ids, params, strict=True)):
-                    words = [word for text in param.bad_words for word in self._spellings(text)]
-                    try:
-                        request = self.engine.add_request(
-                            ids, param, bad_words=words, grammar=grammars[id(param)], pooled=pooled
-                        )
-                    except RequestError as error:
-                        if len(prompts) == 1:
-                            raise
-                        raise RequestError(f"prompt {index} (of {len(prompts)}, from 0): {error}") from None
-                    one = TrackedRequest(request, prompt, param, self.tokenizer)
-                    self._tracked[one.request.request_id] = one
-                    tracked.append(one)
-                # Compiled before the first step, side by side, and with a word about it.
-                self._compile(self.engine.warm_up_for([one.request for one in tracked]))
+            # Compiled before the first step, side by side, and with a word about it.
+            compile_ = lambda all_: self._compile(self.engine.warm_up_for([one.request for one in all_]))  # noqa: E731
+            self._session.add(tracked, asked, compile_)
             yield tracked
-        finally:
-            with self._lock:
-                for one in tracked:
-                    del self._tracked[one.request.request_id]
-                    self.engine.abort(one.request.request_id)
-
-    def _advance(self) -> None:
-        """One engine step; its tokens go to the requests they belong to, whoever called."""
-        with self._lock, uninterrupted():
-            for event in self.engine.step():
-                one = self._tracked.get(event.sequence.request.request_id)
-                if one is not None and one.push(event):
-                    self.engine.finish(event.sequence, "stop")
+        finally:  # of a stream that nobody reads any more Python runs this wherever it likes
+            self._session.leave(tracked)
 
     def _spellings(self, text: str) -> list[list[int]]:
         """Token ids of a text where a text begins and after a space."""
@@ -458,6 +454,12 @@ def _require_device(device: str) -> None:
             f"device={device!r}: JAX found {jax.device_count()} × {found} here (llm-infer doctor tells more): take settings "
             f"made for it, or set device to {found!r} to run with these all the same"
         )
+
+
+def _require_success(result: RequestOutput) -> None:
+    """Raises RequestError with what ended a request that has no result."""
+    if (error := result.outputs[0].error) is not None:
+        raise RequestError(error)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -23,7 +23,7 @@ class CompletionOutput:
         text: new text, special tokens left out.
         token_ids: new token ids, an ending end-of-sequence id included.
         finish_reason: "stop" (end-of-sequence, stop token or stop string), "length" (max_tokens or end of the context),
-            "abort", "error" (no token could follow: see `error`); None while it runs.
+            "abort", "error" (no token could follow, or a step failed: see `error`); None while it runs.
         error: with the finish reason "error": what went wrong, and which setting to change.
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for anything else.
         logprobs: of each new token, by id: its own and those of the most likely ones; None if not asked for.

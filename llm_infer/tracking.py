@@ -19,11 +19,15 @@ class TrackedRequest:
     Attributes:
         request: the engine's request.
         chunks: what a stream has not read yet.
+        finished: all its tokens are here. The engine's request may have ended earlier, while they are on their way.
+        failure: why nothing more will come, where that is not the engine's word.
     """
 
     def __init__(self, request: Request, prompt: object, params: SamplingParams, tokenizer: Tokenizer) -> None:
         self.request = request
         self.chunks: deque[StreamChunk] = deque()
+        self.finished = False
+        self.failure: str | None = None
         self._prompt = prompt if isinstance(prompt, str) else None
         self._params, self._tokenizer = params, tokenizer
         self._samples = [_Sample(tokenizer, index, params) for index in range(request.n)]
@@ -36,11 +40,18 @@ class TrackedRequest:
         self.chunks.append(sample.push(event))
         return event.finish_reason is None and sample.output.finish_reason is not None
 
+    def fail(self, why: str) -> None:
+        """Ends the samples that have not ended, with the finish reason "error"."""
+        self.failure = why
+        self.finished = True
+
     def ended_without_token(self) -> Iterator[StreamChunk]:
         """Last chunks of the samples that ended otherwise than by a token, as by an abort."""
         for sample, sequence in zip(self._samples, self.request.sequences, strict=True):
             if sample.output.finish_reason is None:
-                yield sample.end(sequence.finish_reason, sequence.error)
+                failed = self.failure is not None
+                reason = "error" if failed else sequence.finish_reason
+                yield sample.end(reason, self.failure if failed else sequence.error)
 
     def result(self) -> RequestOutput:
         """The finished request's result."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from llm_infer.bench import context, decoding, memory, step
+from llm_infer.bench import context, decoding, kernels, memory, offline, peers, step
 from llm_infer.bench.peers import table
 from llm_infer.errors import UserError
 
@@ -52,6 +58,98 @@ def test_peers_are_compared_by_medians() -> None:
     }
     text = table(ours | {"peer": {m: [0.5] for m in metrics}}, {"peer": "1.2"})
     assert "2.0 ± 4.0" in text and "4.00 ×" in text and "8.00 ×" in text and "peer 1.2" in text
+
+
+FAKE = """
+import json, sys
+for metric in ("prefill_512", "decode_b1", "decode_b8", "decode_b32"):
+    print(json.dumps({"metric": metric, "value": 2.0, "version": "1"}), flush=True)
+    if metric == "decode_b1":
+        HERE
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("raise SystemExit('the model does not load')", "exit code 1: the model does not load"),
+        ("sys.stdout.flush(); import os; os.kill(os.getpid(), 9)", "exit code -9"),
+        ("break", "it gave no decode_b8, decode_b32"),
+        ("""print('{"metric": "decode_b8", "value": null}')""", "no figure"),
+        ("""print('{"metric": "decode')""", "no figure"),
+    ],
+)
+def test_a_peer_that_fails_costs_its_row_alone(
+    fault: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.gguf").touch()
+    (tmp_path / "good.py").write_text(FAKE.replace("HERE", "pass"))
+    (tmp_path / "bad.py").write_text(FAKE.replace("HERE", fault))
+    run = peers.measure
+    commands = {"exact": "good", "fast": "good"}
+
+    def fake(command: list[str]) -> tuple:
+        name = commands.get(command[-1], "bad")
+        return run(
+            ["/missing/python"] if command[0] == "/missing/python" else [sys.executable, str(tmp_path / f"{name}.py")]
+        )
+
+    monkeypatch.setattr(peers, "measure", fake)
+    pythons = {"llama.cpp": "python", "transformers": "/missing/python", "openvino": None}
+    peers.run(str(tmp_path / "model.gguf"), pythons, 2, 1, str(tmp_path / "out.json"))
+    out, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+    assert record["tok_s"]["ours exact"] == record["tok_s"]["ours fast"] == {m: [2.0, 2.0] for m in peers.METRICS}
+    assert record["tok_s"]["llama.cpp"]["decode_b1"] == [2.0], "what it gave is kept"
+    assert why in record["errors"]["llama.cpp"] and "cannot be run" in record["errors"]["transformers"]
+    assert out.count("round 1, ") == 4 and out.count("round 2, ") == 2 and "1.00 ×" in out
+    commands.clear()
+    with pytest.raises(UserError, match="no engine could be measured"):
+        monkeypatch.setattr(peers, "measure", lambda _: ([], "broken"))
+        peers.run(str(tmp_path / "model.gguf"), pythons, 1, 1, None)
+
+
+def test_ours_may_lack_what_a_peer_has() -> None:
+    samples = {"ours exact": {"decode_b1": [1.0]}, "ours fast": {}, "peer": {"decode_b1": [2.0], "decode_b8": [3.0]}}
+    whole = {name: {m: by.get(m, []) for m in peers.METRICS} for name, by in samples.items()}
+    assert "0.50 ×" in table(whole, {}, {"ours fast": "it broke"}) and "ours fast: it broke" in table(
+        whole, {}, {"ours fast": "it broke"}
+    )
+
+
+def test_rows_of_kernels_come_one_by_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def record(_: object) -> Iterator[dict]:
+        yield {"kernel": "first", "cycles": 1}
+        assert "kernel first, cycles 1" in capsys.readouterr().out
+        yield {"kernel": "second", "spills": None}
+
+    monkeypatch.setattr(kernels, "why_not", lambda _: None)
+    monkeypatch.setattr(kernels.importlib, "import_module", lambda _: SimpleNamespace(record=record))
+    kernels.run("v5e")
+    assert "kernel second, spills –" in capsys.readouterr().out
+
+
+def test_rows_of_offline_come_one_by_one_and_a_missing_value_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = (
+        "prefill_tok_s",
+        "ttft_s",
+        "page_occupancy",
+        *(f"{n}_ms_per_step" for n in ("schedule", "prepare", "dispatch", "device", "commit")),
+    )
+    shown: list[str] = []
+
+    def measure(*_: object) -> dict:
+        shown.append(capsys.readouterr().out)
+        return {**dict.fromkeys(keys, 1.0), "decode_tok_s": None if len(shown) == 2 else 5.0, "tpot_s": None}
+
+    times = SimpleNamespace(compiles_after_warmup=0)
+    engine = SimpleNamespace(runner=SimpleNamespace(times=times))
+    monkeypatch.setattr(offline, "LLM", lambda *_, **__: SimpleNamespace(engine=engine, warm_up=lambda: None))
+    monkeypatch.setattr(offline, "measure", measure)
+    offline.run("m", "1", 4, 4, 8, 2, str(tmp_path / "out.json"), {})
+    assert "prefill_8" in shown[1] and "decode_b1" in shown[2] and "medians of 2 rounds" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out.json").read_text())["runs"]["decode_b1"]["decode_tok_s"] == 5.0
 
 
 def test_a_step_is_shared_out_by_what_its_instructions_call() -> None:

@@ -50,7 +50,7 @@ HOST = (
 ORDER = (
     ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py", "llm_infer/kernel_report.py"),
     ("llm_infer/engine_arguments.py",),
-    ("llm_infer/llm.py", "llm_infer/tracking.py"),
+    ("llm_infer/llm.py", "llm_infer/session.py", "llm_infer/tracking.py"),
     ("llm_infer/loading.py",),
     ("llm_infer/planner/",),
     ("llm_infer/engine/",),
@@ -61,7 +61,7 @@ ORDER = (
     ("llm_infer/quant/",),
     (
         *("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
-        *("llm_infer/accelerators.py", "llm_infer/plain_values.py"),
+        *("llm_infer/accelerators.py", "llm_infer/plain_values.py", "llm_infer/forks.py"),
     ),
     ("llm_infer/__init__.py",),
     ("pallas_kernels/",),

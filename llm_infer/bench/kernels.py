@@ -37,7 +37,10 @@ def run(name: str, json_file: str | None = None) -> None:
     if reason := why_not(target):
         raise UserError(f"--target {name}: {reason}")
     record: Record = importlib.import_module(f"llm_infer.bench.kernels_{target.platform}").record
-    rows = [dict(row) for row in record(target)]
+    rows = []
+    for row in record(target):  # minutes: each is shown as it comes, in a line; the table has them in columns
+        rows.append(dict(row))
+        print(", ".join(f"{column} {_text(value)}" for column, value in row.items()), flush=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     table = Table(*columns, title=f"{name}: static record, jax {jax.__version__}")
     for row in rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,15 @@ def run(
     llm.warm_up()
     engine, rng = llm.engine, np.random.default_rng(0)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for _ in range(max(1, rounds)):
-        runs.setdefault(f"prefill_{prefill_tokens}", []).append(measure(engine, rng, 1, prefill_tokens, 1))
-        for size in sizes:
-            runs.setdefault(f"decode_b{size}", []).append(measure(engine, rng, size, prompt_tokens, new_tokens))
+    wanted = {f"prefill_{prefill_tokens}": (1, prefill_tokens, 1)}
+    wanted |= {f"decode_b{size}": (size, prompt_tokens, new_tokens) for size in sizes}
+    for number in range(1, max(1, rounds) + 1):
+        for name, (size, prompt, new) in wanted.items():
+            found = measure(engine, rng, size, prompt, new)
+            runs.setdefault(name, []).append(found)
+            row = _table({name: found}, prefill_tokens).splitlines()
+            print("\n".join(row if len(runs) == number == 1 else row[2:]), flush=True)
+    print(f"medians of {max(1, rounds)} rounds:")
     report = {name: _median(results) for name, results in runs.items()}
     print(_table(report, prefill_tokens))
     compiles = engine.runner.times.compiles_after_warmup
@@ -63,10 +69,9 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        key: None if results[0][key] is None else statistics.median(result[key] for result in results)
-        for key in results[0]
-    }
+    """Medians of the rounds in which there is a value."""
+    values = {key: [result[key] for result in results if result[key] is not None] for key in results[0]}
+    return {key: statistics.median(found) if found else None for key, found in values.items()}
 
 
 def _table(report: dict[str, dict[str, Any]], prefill_tokens: int) -> str:

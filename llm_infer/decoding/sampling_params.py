@@ -98,7 +98,10 @@ class SamplingParams:
             token's alone), under the model's distribution before any sampling rule; None returns none.
         prompt_logprobs: the same for each token of the prompt, whose pages are then all computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
-        structured_outputs: what the output must look like.
+        structured_outputs: what the output must look like. `allowed_token_ids`, `bad_words` and `min_tokens` narrow it
+            further; an output that they lead to where nothing may follow ends with the finish reason "error", as does
+            one that must end before `min_tokens`. `ignore_eos` has it go on as long as the structure can; where that is
+            complete and nothing else may follow, the output ends, whatever `allowed_token_ids` holds.
         skip_special_tokens: leave markers such as `<|im_end|>` out of the text.
         beam_width: search for the most likely outputs with this many beams (at most 16) instead of drawing; the request
             has as many outputs, best first, each with its `score`.
@@ -209,15 +212,9 @@ class SamplingParams:
             raise RequestError("allowed_token_ids=(): expected at least one token, or None to allow all")
         if self.include_stop_str_in_output and not self.stop:
             raise RequestError("include_stop_str_in_output=True without stop: give the stop strings in stop")
-
-        if self.structured_outputs is not None:
-            if not isinstance(self.structured_outputs, StructuredOutputsParams):
-                found = f"{self.structured_outputs!r:.60}"
-                raise RequestError(f"structured_outputs={found}: expected StructuredOutputsParams(...)")
-            # Each of these may forbid the only token that the structure allows.
-            for name in ("ignore_eos", "min_tokens", "bad_words", "allowed_token_ids"):
-                if getattr(self, name):
-                    raise RequestError(f"{name} contradicts structured_outputs: leave one of them out")
+        if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
+            found = f"{self.structured_outputs!r:.60}"
+            raise RequestError(f"structured_outputs={found}: expected StructuredOutputsParams(...)")
 
     def _check_beams(self) -> None:
         _number("length_penalty", self.length_penalty, -10.0, 10.0)

@@ -32,6 +32,14 @@ def mask_words(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
+def mask_of(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """A mask [W] int32 that allows these tokens alone."""
+    mask = np.zeros(mask_words(vocab_size), np.int32)
+    for token in tokens:
+        mask[token >> 5] |= np.array(1 << (token & 31), np.uint32).view(np.int32)
+    return mask
+
+
 def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
     """Forbids tokens in a mask [W] int32."""
     for token in tokens:
@@ -39,7 +47,11 @@ def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
 
 
 class TokenRules:
-    """The rules of one request.
+    """The rules of one request: a token may be drawn where all of them allow it.
+
+    With a grammar, two things are added. `ignore_eos` leaves the end of a sequence out as long as something else may
+    follow. And where the grammar is complete and nothing else may follow, the end does, whether it is among the allowed
+    tokens or not; only `min_tokens` forbids it even there.
 
     Args:
         vocab_size: tokens of the vocabulary.
@@ -48,6 +60,8 @@ class TokenRules:
         min_tokens: new tokens before one of `stop_ids` may be drawn.
         stop_ids: ids that end the output.
         grammar: what the output must match.
+        eos_ids: end-of-sequence tokens, with which a grammar lets an output end.
+        ignore_eos: they are not to end it.
     """
 
     def __init__(
@@ -59,12 +73,10 @@ class TokenRules:
         min_tokens: int = 0,
         stop_ids: frozenset[int] = frozenset(),
         grammar: Grammar | None = None,
+        eos_ids: Iterable[int] = (),
+        ignore_eos: bool = False,
     ) -> None:
-        self._base = np.full(mask_words(vocab_size), ALL)
-        if allowed is not None:
-            self._base[:] = 0
-            for token in allowed:
-                self._base[token >> 5] |= np.array(1 << (token & 31), np.uint32).view(np.int32)
+        self._base = np.full(mask_words(vocab_size), ALL) if allowed is None else mask_of(allowed, vocab_size)
         # The bits behind the vocabulary's end must not make an empty mask look otherwise.
         clear(self._base, range(vocab_size, 32 * len(self._base)))
         words = [tuple(word) for word in bad_words]
@@ -72,14 +84,18 @@ class TokenRules:
         self._phrases = [(word[:-1], word[-1]) for word in words if len(word) > 1]
         self._min_tokens, self._stop_ids = min_tokens, stop_ids
         self.grammar = grammar
+        self._ends: np.ndarray | None = None
+        if grammar is not None:
+            self._ends = mask_of(eos_ids, vocab_size)
+            self._base &= ~self._ends if ignore_eos else ALL
         self._ways_out = {"allowed_token_ids": "allow more tokens"} if allowed is not None else {}
         self._ways_out |= {"bad_words": "drop some of bad_words"} if words else {}
         self._ways_out |= {"structured_outputs": "change its grammar"} if grammar is not None else {}
 
     @property
     def why_nothing_starts(self) -> str | None:
-        """What leaves no first token, and what to change; None if there is one as far as the grammar goes along."""
-        return self.fill(self._base.copy(), 0, (), None)
+        """What leaves no first token, and what to change; None if there is one."""
+        return self.fill(self._base.copy(), 0, (), None if self.grammar is None else self.grammar.matcher())
 
     @property
     def needs_last_token(self) -> bool:
@@ -95,17 +111,21 @@ class TokenRules:
             output: the new tokens that the host knows; all `num_new` where `needs_last_token`.
             matcher: of this sequence, if there is a grammar.
         """
+        ends = None
         if matcher is None:
             mask[:] = self._base
         else:
             if (why := matcher.fill(output, mask)) is not None:
                 return why
+            ends = mask & self._ends
             mask &= self._base
         if num_new < self._min_tokens:
             clear(mask, self._stop_ids)
         for prefix, last in self._phrases:
             if tuple(output[-len(prefix) :]) == prefix:
                 clear(mask, (last,))
+        if ends is not None and num_new >= self._min_tokens and not mask.any():
+            mask[:] = ends
         return None if mask.any() else self._why_empty(num_new)
 
     def _why_empty(self, num_new: int) -> str:

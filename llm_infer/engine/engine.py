@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from llm_infer.config import EngineConfig
-from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.draft_model import DraftModel
 from llm_infer.engine.features import FOR_PROMPT, PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import out_of_memory_names_the_setting
+from llm_infer.engine.requests import make_request
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
-from llm_infer.errors import ProcessLostError, RequestError, UserError
+from llm_infer.errors import ProcessLostError, UserError
+from llm_infer.forks import refuse_lost_child
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
@@ -67,6 +67,7 @@ class Engine:
         device_memory: int | None = None,
         channel: Channel | None = None,
     ) -> None:
+        refuse_lost_child()
         config = config or EngineConfig()
         model.config.check_context(config.scheduler.max_model_len)
         self.config = config
@@ -89,6 +90,8 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
+        self._unsettled = False  # see _as_a_whole
+        self._lost: str | None = None  # which process of another host is gone
 
     def _new_speculator(self, loaded: LoadedModel | None) -> tuple[Speculator | None, DraftModel | None]:
         config, speculative = self.config, self.config.speculative
@@ -162,6 +165,7 @@ class Engine:
         bad_words: Iterable[Sequence[int]] = (),
         grammar: Grammar | None = None,
         pooled: bool = False,
+        prompt_only: bool = False,
     ) -> Request:
         """Queues a request.
 
@@ -172,89 +176,46 @@ class Engine:
             priority: smaller runs earlier under the "priority" policy.
             cache_salt: requests share cached prefixes only with requests of the same salt.
             bad_words: token sequences that are never completed: the tokens of `params.bad_words`.
-            pooled: collect hidden states of the prompt: `request.prompt_results` is then a `PooledPrompt`.
             grammar: what the output must match: the compiled form of `params.structured_outputs`.
+            pooled: collect hidden states of the prompt: `request.prompt_results` is then a `PooledPrompt`.
+            prompt_only: nobody wants the token that is drawn, so the prompt may fill the context.
 
         Raises:
             RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, no token may be drawn,
                 or the request can never fit context or pages.
         """
-        params = params or SamplingParams()
-        params.check_vocabulary(self.vocab_size)
+        self._ready()
         index, self._num_requests = self._num_requests, self._num_requests + 1
-        flat = not any(hasattr(token, "__len__") or isinstance(token, bool | np.bool_) for token in prompt_ids)
-        ids = np.asarray(prompt_ids if flat else ())
-        if not flat or (ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu")):
-            raise RequestError(f"a prompt of token ids must be a flat list of whole numbers, found {prompt_ids!r:.60}")
-        if not ids.size:
-            raise RequestError("the prompt is empty: at least one token is needed")
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            raise RequestError(f"the prompt holds token ids outside the vocabulary of {self.vocab_size} tokens")
-        if params.seed is None:
-            # Unseeded requests still repeat from run to run, and differ from each other.
-            words = np.random.SeedSequence([self.config.seed, index]).generate_state(1, np.uint64)
-            params = replace(params, seed=int(words[0]))
-        request = Request(
-            request_id=request_id if request_id is not None else str(index),
-            prompt=ids.tolist()[-(params.truncate_prompt_tokens or 0) :],
-            max_tokens=params.max_tokens,
+        request = make_request(
+            prompt_ids,
+            params or SamplingParams(),
+            str(index) if request_id is None else request_id,
+            vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
-            stop_token_ids=frozenset(params.stop_token_ids),
-            ignore_eos=params.ignore_eos,
-            n=params.num_sequences,
-            min_tokens=params.min_tokens,
+            # Unseeded requests still repeat from run to run, and differ from each other.
+            seed=(self.config.seed, index),
             priority=priority,
             cache_salt=cache_salt,
-            sampling=params,
-            # Rules that look at the tokens before would have to follow every proposal.
-            speculate=features_of(params, pooled=pooled) == PLAIN,
-            beams=self._beams(params),
-            whole_prompt=pooled or params.prompt_logprobs is not None,
-            pooled=pooled,
-        )
-        request.rules = rules = self._rules(request, params, list(bad_words), grammar)
-        request.stepwise = rules is not None and rules.needs_last_token
-        self.scheduler.add(request)
-        return request
-
-    def _beams(self, params: SamplingParams) -> BeamParams | None:
-        if params.beam_width is None:
-            return None
-        ends = len({*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)})
-        most = min(NUM_CANDIDATES, self.vocab_size)
-        if params.beam_width + ends > most:
-            raise RequestError(
-                f"beam_width={params.beam_width} with {ends} ids that end a sequence: expected at most {most} together; "
-                "lower beam_width or give fewer stop_token_ids"
-            )
-        return BeamParams(params.beam_width, params.length_penalty, params.early_stopping)
-
-    def _rules(
-        self, request: Request, params: SamplingParams, bad_words: list[Sequence[int]], grammar: Grammar | None
-    ) -> TokenRules | None:
-        if StepFeatures.MASKED not in features_of(params):
-            return None
-        if (params.structured_outputs is None) != (grammar is None) or bool(params.bad_words) != bool(bad_words):
-            raise RequestError("structured_outputs and bad_words need their compiled forms: grammar and bad_words")
-        rules = TokenRules(
-            self.vocab_size,
-            allowed=params.allowed_token_ids,
-            bad_words=bad_words,
-            min_tokens=params.min_tokens,
-            stop_ids=request.stop_token_ids | (frozenset() if params.ignore_eos else self.eos_token_ids),
+            bad_words=list(bad_words),
             grammar=grammar,
+            pooled=pooled,
+            prompt_only=prompt_only,
         )
-        if (why := rules.why_nothing_starts) is not None:
-            raise RequestError(why)
-        return rules
+        self.scheduler.longest(request)  # refuses what never fits, before anything changes
+        with self._as_a_whole():
+            self.scheduler.add(request)
+        return request
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have finished."""
-        self.scheduler.abort(request_id)
+        self._ready()
+        with self._as_a_whole():
+            self.scheduler.abort(request_id)
 
     def finish(self, sequence: LiveSequence, reason: str) -> None:
         """Ends one sequence, for example at a stop string; tokens in flight are dropped."""
-        self.scheduler.finish(sequence, reason)
+        with self._as_a_whole():
+            self.scheduler.finish(sequence, reason)
 
     def follow(self) -> None:
         """On every process but the first: runs what the first one runs, until it ends."""
@@ -285,45 +246,91 @@ class Engine:
 
     @out_of_memory_names_the_setting()
     def step(self) -> list[TokenEvent]:
-        """Plans and starts one step, then takes in the results of the step before (while the new one runs)."""
-        events: list[TokenEvent] = []
+        """Plans and starts one step, then takes in the results of the step before (while the new one runs).
+
+        Raises:
+            ProcessLostError: a process of another host is gone.
+            BaseException: whatever struck, Ctrl-C included; all requests have ended with an error then (`start_anew`).
+        """
+        self._ready()
         try:
-            if self._in_flight is not None and _host_comes_first(self._in_flight.plan):
-                events = self._commit(self._in_flight)
-                self._in_flight = None
-            started = time.perf_counter()
-            plan = self.scheduler.schedule()
-            self.times.schedule += time.perf_counter() - started
-            compiles, submitted = self.runner.times.compiles, time.perf_counter()
-            pending = self.runner.submit(plan) if plan is not None else None
-            events += self._commit(self._in_flight)
-            self._in_flight = pending
-            if pending is not None:
-                for sequence, why in pending.dead.items():
-                    sequence.error = why
-                    self.scheduler.finish(sequence, "error")
-            if not self.config.overlap or self.scheduler.needs_results:
-                alone = not events
-                events += self._commit(self._in_flight)
-                self._in_flight = None
-                if (
-                    plan is not None
-                    and alone
-                    and compiles == self.runner.times.compiles
-                    and self.speculator
-                    and plan.num_steps == 1
-                ):
-                    self.speculator.observe_time(plan.num_tokens, time.perf_counter() - submitted)
-        except Exception as error:
-            lost = self._channel.loss() if isinstance(self._channel, Leader) else None
-            self._start_anew(usable=lost is None)
-            if lost is not None:
-                raise ProcessLostError(lost) from error
+            with self._as_a_whole():
+                return self._step()
+        except BaseException as error:
+            # Of another host's end this process hears a little later than the device.
+            if isinstance(self._channel, Leader):
+                self._lost = self._channel.loss(2.0 if isinstance(error, Exception) else 0.0)
+            self.start_anew(f"a step of the engine failed ({type(error).__name__}: {error!s:.200}): ask again")
+            if self._lost is not None:
+                raise ProcessLostError(self._lost) from error
             raise
+
+    def _step(self) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        if self._in_flight is not None and _host_comes_first(self._in_flight.plan):
+            events = self._commit(self._in_flight)
+            self._in_flight = None
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        self.times.schedule += time.perf_counter() - started
+        compiles, submitted = self.runner.times.compiles, time.perf_counter()
+        pending = self.runner.submit(plan) if plan is not None else None
+        events += self._commit(self._in_flight)
+        self._in_flight = pending
+        if pending is not None:
+            for sequence, why in pending.dead.items():
+                sequence.error = why
+                self.scheduler.finish(sequence, "error")
+        if not self.config.overlap or self.scheduler.needs_results:
+            alone = not events
+            events += self._commit(self._in_flight)
+            self._in_flight = None
+            if (
+                plan is not None
+                and alone
+                and compiles == self.runner.times.compiles
+                and self.speculator
+                and plan.num_steps == 1
+            ):
+                self.speculator.observe_time(plan.num_tokens, time.perf_counter() - submitted)
         self.times.steps += plan is not None
         if self.config.check_every_step:
             self.scheduler.check()
         return events
+
+    @contextmanager
+    def _as_a_whole(self) -> Iterator[None]:
+        """Marks the books as not to be trusted while they change: an exception may strike between any two lines.
+
+        The mark is only taken away at the end, so it also holds where what cleans up after an exception is itself struck.
+        """
+        self._unsettled = True
+        yield
+        self._unsettled = False
+
+    def _ready(self) -> None:
+        """To be called before anything else: the engine can compute, and nothing is left of a change that did not end."""
+        refuse_lost_child()
+        if self._lost is not None:
+            raise ProcessLostError(self._lost)
+        if self._unsettled:
+            self.start_anew("the engine was interrupted: ask again")
+
+    def start_anew(self, why: str) -> None:
+        """Ends all requests with the error `why` and begins with empty pages; needs nothing of books, pages or device.
+
+        If the devices of all hosts are not there any more, there is no new beginning.
+        """
+        self._unsettled = True
+        for request in list(self.scheduler.requests.values()):
+            request.fail(why)
+        self._in_flight = None
+        self.scheduler = self._new_scheduler()
+        if self._lost is None:
+            self.runner.reset()
+            if self._draft_model is not None:
+                self._draft_model.reset()
+        self._unsettled = False
 
     def _new_scheduler(self) -> Scheduler:
         return Scheduler(
@@ -335,21 +342,6 @@ class Engine:
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
             speculator=self.speculator,
         )
-
-    def _start_anew(self, usable: bool) -> None:
-        """After a step failed: its pages may be lost, so what runs ends with "abort"; later requests find a clean engine.
-
-        If the devices are not `usable` any more, there is none.
-        """
-        for request_id in list(self.scheduler.requests):
-            self.scheduler.abort(request_id)
-        self._in_flight = None
-        if not usable:
-            return
-        self.scheduler = self._new_scheduler()
-        self.runner.reset()
-        if self._draft_model is not None:
-            self._draft_model.reset()
 
     def _commit(self, pending: PendingStep | None) -> list[TokenEvent]:
         if pending is None:

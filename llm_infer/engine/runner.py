@@ -221,8 +221,15 @@ class Runner:
         prepared = time.perf_counter()
         fresh = [] if program.set_slot is None else self._fresh_rows()
         arrays = [packed, *([] if allowed is None else [allowed]), *(each for row in fresh for each in row[1:])]
-        self._tell("step", arrays, bucket=bucket, features=program.features.value, slots=[slot for slot, *_ in fresh])
-        outputs = self._launch(program, packed, allowed, fresh)
+        try:
+            self._tell(
+                "step", arrays, bucket=bucket, features=program.features.value, slots=[slot for slot, *_ in fresh]
+            )
+            outputs = self._launch(program, packed, allowed, fresh)
+        except BaseException as error:
+            if isinstance(self._channel, Leader) and not isinstance(error, Exception):
+                self._channel.out_of_step()
+            raise
         for value in outputs.values():
             value.copy_to_host_async()
         self.times.prepare += prepared - started

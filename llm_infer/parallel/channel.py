@@ -10,6 +10,7 @@ import contextlib
 import hmac
 import json
 import os
+import queue
 import secrets
 import socket
 import struct
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from llm_infer.errors import UserError
+from llm_infer.forks import is_lost_child
 
 GRACE = 5.0
 """Seconds after the loss of a process in which a running step may say so; then this process ends."""
@@ -111,9 +113,17 @@ class Leader:
         self._reported = self._noticed.wait(seconds)
         return self._lost
 
+    def out_of_step(self) -> None:
+        """Gives the others up: they may have begun what this process was kept from, so nothing can be computed together."""
+        self._lost = self._lost or "a step that the other processes had begun was interrupted: restart all processes"
+        self._noticed.set()
+        for connection in self._followers.values():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
-        """Lets the followers end."""
-        if not self._closed and self._lost is None:
+        """Lets the followers end; in a child of `os.fork`, which shares the connections, it does nothing."""
+        if not self._closed and self._lost is None and not is_lost_child():
             self._closed = True
             self.send({"do": "stop"})
 
@@ -149,9 +159,13 @@ class Follower:
         self._connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connection.sendall(token)
         _send(self._connection, {"process": process, "settings": dict(settings)})
-        answer, _ = self.receive()
+        answer, _ = _receive(self._connection)
         if answer["problem"] is not None:
             raise UserError(answer["problem"])
+        # A thread of its own, so that the leader's end is heard whatever this process is doing: JAX's own way to end a
+        # process that has lost its coordinator, a moment later, is to abort it.
+        self._messages: queue.SimpleQueue[tuple[dict[str, Any], list[np.ndarray]]] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, name="channel", daemon=True).start()
 
     def smallest(self, value: int) -> int:
         """See `Leader.smallest`."""
@@ -160,11 +174,17 @@ class Follower:
 
     def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
         """The next message. The process ends if the leader is gone."""
-        try:
-            return _receive(self._connection)
-        except OSError:
-            end_process("process 0 is gone: restart all processes")
-            raise
+        return self._messages.get()
+
+    def _listen(self) -> None:
+        message: tuple[dict[str, Any], list[np.ndarray]] = {}, []
+        while message[0].get("do") != "stop":
+            try:
+                message = _receive(self._connection)
+            except OSError:
+                end_process("process 0 is gone: restart all processes")
+                return
+            self._messages.put(message)
 
 
 def _connect(hosts: Sequence[str], port: int) -> socket.socket:

@@ -36,6 +36,7 @@ class Request:
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
         whole_prompt: compute every token of the prompt, with nothing taken from the prefix cache.
+        prompt_only: nobody wants the token that is drawn, so the prompt may fill the context.
         pooled, prompt_results: whether the engine collects hidden states of the prompt, and what it has collected.
         sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
         speculate: tokens may be proposed for it.
@@ -69,6 +70,7 @@ class Request:
     sampling: object = None
     rules: object = None
     whole_prompt: bool = False
+    prompt_only: bool = False
     pooled: bool = False
     prompt_results: object = None
     speculate: bool = False
@@ -108,6 +110,15 @@ class Request:
     def finished(self) -> bool:
         """All its sequences have ended."""
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
+
+    def fail(self, why: str) -> None:
+        """Ends what has not ended, without the books in which it stands: they are given up together with it."""
+        for sequence in self.sequences:
+            if sequence.status is not Status.FINISHED:
+                sequence.error, sequence.finish_reason = why, "error"
+                sequence.table, sequence.slot = None, None
+                sequence.num_computed = sequence.num_cached_pages = sequence.in_flight = sequence.num_drafts = 0
+                sequence.status = Status.FINISHED
 
 
 class Sequence:

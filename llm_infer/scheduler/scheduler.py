@@ -140,19 +140,21 @@ class Scheduler:
 
     # ------------------------------------------------------------------ requests
 
-    def add(self, request: Request) -> None:
-        """Queues a request.
+    def longest(self, request: Request) -> int:
+        """Tokens to which a sequence of a request may grow.
 
         Raises:
             RequestError: its id is in use, or it can never fit the context or the pages.
         """
         length = len(request.prompt)
-        limit = self.max_model_len
+        # A token that nobody wants needs no place.
+        limit = self.max_model_len + request.prompt_only
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request")
         if length >= limit:
+            left = "" if request.prompt_only else " and one must be left for the output"
             raise RequestError(
-                f"the prompt has {length} tokens, the context holds {limit} and one must be left for the output: "
+                f"the prompt has {length} tokens, the context holds {self.max_model_len}{left}: "
                 "shorten the prompt or raise max_model_len"
             )
         if request.max_tokens is not None:
@@ -175,6 +177,11 @@ class Scheduler:
                 f"are {self.allocator.num_usable}: raise num_pages or kv_cache_memory, or lower {lower}"
                 "max_tokens or max_model_len"
             )
+        return limit
+
+    def add(self, request: Request) -> None:
+        """Queues a request; raises as `longest`."""
+        limit = self.longest(request)
         request.arrival = self._num_arrived
         request.arrival_time = self._clock()
         self._num_arrived += 1
@@ -185,7 +192,7 @@ class Scheduler:
                 request.beams,
                 stop_ids=request.sequences[0].stop_ids,
                 min_tokens=request.min_tokens,
-                max_tokens=limit - length,
+                max_tokens=limit - len(request.prompt),
             )
         self.requests[request.request_id] = request
         self.books.enqueue(request.sequences[0])

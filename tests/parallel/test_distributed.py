@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from jax.experimental import multihost_utils
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.errors import UserError
 from llm_infer.llm import LLM
-from llm_infer.parallel import distributed
+from llm_infer.parallel import channel, distributed
 from llm_infer.parallel.distributed import join
 from tests.parallel.two_hosts import ARGUMENTS, generate
 
@@ -134,6 +136,57 @@ def test_four_processes_give_the_text_of_one_until_one_is_lost_in_a_step(process
     alone = LLM(str(directory), load_format="dummy", max_num_seqs=1, max_num_batched_tokens=512, progress=False)
     (whole,) = alone.generate([PROMPT], params)
     assert len(text) >= 20 and whole.outputs[0].text.startswith(text)
+
+
+@pytest.mark.parametrize("step", [pytest.param(False, marks=pytest.mark.sweep), True])
+def test_a_follower_ends_with_one_line_when_the_leader_is_lost(
+    processes: Processes, directory: Path, step: bool
+) -> None:
+    if step:
+        flags = [
+            "--load-format",
+            "dummy",
+            "--raw",
+            "--temperature",
+            "1",
+            "--seed",
+            "3",
+            "--max-tokens",
+            "900",
+            "-tp",
+            "2",
+        ]
+        command = ["-m", "llm_infer.cli", "generate", PROMPT, "--model", str(directory), *flags]
+        command += ["--coordinator-address", processes.address, "--num-processes", "2", "--process-id"]
+        leader, follower = (processes.start(*command, str(i)) for i in range(2))
+        assert leader.stdout.read(5)
+    else:
+        each = ["-m", "tests.parallel.two_hosts", str(directory), processes.address]
+        leader, follower = processes.start(*each, "0", devices=2), processes.start(*each, "1", devices=2)
+        assert any(line.startswith("[[[") for line in leader.stdout)
+    leader.send_signal(signal.SIGKILL)
+    assert follower.wait(timeout=30) == 1
+    assert processes.errors(1) == ["error: process 0 is gone: restart all processes"]
+    processes.started[1][1].seek(0)
+    assert "Check failed" not in (text := processes.started[1][1].read()) and "SIGABRT" not in text
+
+
+def test_a_follower_that_is_busy_hears_that_the_leader_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+    monkeypatch.setattr(channel, "end_process", heard.put)
+    leader = channel.Leader(1, {})
+    accepted = threading.Thread(target=leader.accept, args=(10.0,))
+    accepted.start()
+    follower = channel.Follower(["127.0.0.1"], leader.port, leader.token, 1, {})
+    accepted.join()
+    leader.send({"do": "compile"})
+    leader.out_of_step()
+    assert heard.get(timeout=10) == "process 0 is gone: restart all processes", "although nobody receives"
+    assert follower.receive()[0] == {"do": "compile"}
+    assert "interrupted" in (leader.loss(0.0) or "")
+    leader._listener.close()
+    for connection in (*leader._followers.values(), follower._connection):
+        connection.close()
 
 
 def test_another_configuration_is_named_by_both(processes: Processes, directory: Path) -> None:
