@@ -29,6 +29,8 @@ from llm_infer.parallel.distributed import join
 from llm_infer.plain_values import plain_list
 from llm_infer.session import Asked, Session
 from llm_infer.text.chat_prompt import chat_ids
+from llm_infer.text.continuations import continuation_tokens
+from llm_infer.text.detokenizer import IncrementalDetokenizer
 from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.progress import Progress
@@ -310,8 +312,8 @@ class LLM:
     def score(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[ScoreOutput]:
         """Log-likelihood of each continuation given its context, as evaluation harnesses ask for it.
 
-        The tokens of a continuation are those that context and continuation together have beyond the context's. Where
-        there is no context the model's first token (beginning or end of sequence) stands for it.
+        White space at the end of a context counts to the continuation, and where a token crosses the border all of it:
+        see `text.continuations.continuation_tokens`; `ScoreOutput.text` is what was scored.
 
         Raises:
             RequestError: something else than lists of texts, the lists differ in length, or a continuation has no token or
@@ -323,27 +325,21 @@ class LLM:
                 raise RequestError(f"score takes a list of texts as {name}, found {texts!r:.60}")
         if len(contexts) != len(continuations):
             raise RequestError(f"{len(contexts)} contexts for {len(continuations)} continuations: give one for each")
-        prompts, lengths = [], []
-        for context, continuation in zip(contexts, continuations, strict=True):
-            start = self.tokenizer.encode(context) or [self._first_token()]
-            whole = self.tokenizer.encode(context + continuation)
-            if not context and whole[: len(start)] != start:
-                whole = start + whole
-            lengths.append(len(start))
-            if len(whole) <= len(start):
-                raise RequestError(f"the continuation {continuation!r:.60} has no token of its own")
-            prompts.append(whole)
+        pairs = zip(contexts, continuations, strict=True)
+        both = [continuation_tokens(self.tokenizer, context, continuation) for context, continuation in pairs]
+        prompts = [ids for ids, _ in both]
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         tracked = self._run(prompts, [params] * len(prompts), self._progress, prompt_only=True)
         results = [one.result() for one in tracked]
         scores = []
-        for result, length in zip(results, lengths, strict=True):
-            ids = result.prompt_token_ids[length:]
+        for result, (whole, start) in zip(results, both, strict=True):
+            ids = whole[start:]
             _require_success(result)
             assert result.prompt_logprobs is not None
-            found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[length:], strict=True)]
+            found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[start:], strict=True)]
             logprobs = [one.logprob for one in found]
-            scores.append(ScoreOutput(sum(logprobs), ids, logprobs, all(one.rank == 1 for one in found)))
+            text = IncrementalDetokenizer(self.tokenizer, prompt=whole[:start]).push(ids)
+            scores.append(ScoreOutput(sum(logprobs), ids, logprobs, all(one.rank == 1 for one in found), text))
         return scores
 
     def embed(
@@ -373,13 +369,6 @@ class LLM:
                 vector = vector / np.linalg.norm(vector)
             outputs.append(EmbeddingOutput(vector.tolist(), list(one.request.prompt)))
         return outputs
-
-    def _first_token(self) -> int:
-        token = self.tokenizer.bos_token_id
-        token = self.tokenizer.eos_token_id if token is None else token
-        if token is None:
-            raise RequestError("this model has no first token to score a text without context: give a context")
-        return token
 
     def _run(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], progress: Progress, **kinds: bool
@@ -422,9 +411,9 @@ class LLM:
             self._session.leave(tracked)
 
     def _spellings(self, text: str) -> list[list[int]]:
-        """Token ids of a text where a text begins and after a space."""
+        """Token ids of a text within another, as it is and after a space."""
         texts = {text, text if text.startswith(" ") else f" {text}"}
-        return [self.tokenizer.encode(each, add_special_tokens=False) for each in sorted(texts)]
+        return [self.tokenizer.encode(each, add_special_tokens=False, begins=False) for each in sorted(texts)]
 
     def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
         if params.structured_outputs is None:
@@ -436,7 +425,7 @@ class LLM:
                     [tokenizer.token_bytes(i) for i in range(vocab_size)],
                     [i for i in range(vocab_size) if tokenizer.is_special(i)],
                     sorted(tokenizer.eos_token_ids),
-                    lambda text: tokenizer.encode(text, add_special_tokens=False),
+                    tokenizer.exact_tokens,
                 )
         return self._grammars.compile(params.structured_outputs)
 

@@ -93,12 +93,14 @@ class ScoreOutput:
         logprob: log-likelihood of the continuation given its context: the sum over its tokens.
         token_ids, token_logprobs: its tokens and their log-probabilities.
         is_greedy: each of them is the most likely one, so greedy decoding would write it.
+        text: their text. It begins before the continuation where the context ended in white space or inside a token.
     """
 
     logprob: float
     token_ids: list[int]
     token_logprobs: list[float]
     is_greedy: bool
+    text: str = ""
 
 
 @dataclass(frozen=True, slots=True)

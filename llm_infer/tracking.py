@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, StreamChunk
@@ -30,7 +30,7 @@ class TrackedRequest:
         self.failure: str | None = None
         self._prompt = prompt if isinstance(prompt, str) else None
         self._params, self._tokenizer = params, tokenizer
-        self._samples = [_Sample(tokenizer, index, params) for index in range(request.n)]
+        self._samples = [_Sample(tokenizer, index, params, request.prompt) for index in range(request.n)]
 
     def push(self, event: TokenEvent) -> bool:
         """Takes in a token; True if the sample ends here by a stop string, which the engine does not know."""
@@ -98,11 +98,21 @@ class TrackedRequest:
 class _Sample:
     """One sample's output and what extends its text."""
 
-    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
         self._tokenizer, self._params = tokenizer, params
-        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._stop = StopStrings(params.stop, include=params.include_stop_str_in_output)
+        self._stop = StopStrings(
+            params.stop,
+            include=params.include_stop_str_in_output,
+            special_tokens=tokenizer.special_tokens if params.skip_special_tokens else None,
+        )
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            prompt=prompt,
+            skip_special_tokens=params.skip_special_tokens,
+            marks=self._stop.marks,
+            keep_first_space=params.structured_outputs is not None,  # it says what the text is, to the letter
+        )
 
     def push(self, event: TokenEvent) -> StreamChunk:
         output, stop, token = self.output, self._stop, event.token_id
@@ -114,8 +124,11 @@ class _Sample:
                 logprobs = [position_logprobs(self._tokenizer, token, event.logprobs)]
                 output.logprobs += logprobs
         search = len(output.token_ids) >= self._params.min_tokens
-        text = stop.push(self._detokenizer.push([token]), search=search)
         reason = event.finish_reason
+        # The token that ends a text is no part of it, unless asked for; a stop string may name it all the same.
+        ends = token in self._params.stop_token_ids or token in self._tokenizer.eos_token_ids
+        hidden = ends and reason == "stop" and not self._params.include_stop_str_in_output and token not in stop.marks
+        text = stop.push("" if hidden else self._detokenizer.push([token]), search=search)
         if reason is not None and stop.found is None:
             text += stop.push(self._detokenizer.finish(), search=search) + stop.finish()
         if stop.found is not None:

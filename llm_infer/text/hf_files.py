@@ -11,6 +11,9 @@ from llm_infer.errors import ModelError
 
 T = TypeVar("T")
 
+SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+"""Tokens that configurations name one by one, as `bos_token` …; they are special."""
+
 
 def read_json(file: Path) -> dict[str, Any]:
     """Content of a JSON object file, empty when there is no such file.
@@ -56,6 +59,24 @@ def token_text(config: Mapping[str, Any], key: str) -> str | None:
     if text is not None and (not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text)):
         raise ModelError(f"tokenizer_config.json: {key}={entry!r:.60}, expected the text of a token or null")
     return text
+
+
+def special_texts(config: Mapping[str, Any]) -> set[str]:
+    """Texts of the further tokens that tokenizer_config.json or special_tokens_map.json call special.
+
+    Raises:
+        ModelError: an entry is of the wrong kind.
+    """
+    texts: set[str | None] = set()
+    for key in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        entry = config.get(key) or []
+        if not isinstance(entry, list | dict):
+            raise ModelError(f"tokenizer_config.json: {key}={entry!r:.60}, expected tokens or null")
+        listed = entry.values() if isinstance(entry, dict) else entry
+        if key == "added_tokens_decoder":
+            listed = [token for token in listed if isinstance(token, dict) and token.get("special") is True]
+        texts.update(token_text({key: token}, key) for token in listed)
+    return {text for text in texts if text}
 
 
 def token_ids(file: Path, config: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:

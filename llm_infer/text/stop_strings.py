@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class StopStrings:
@@ -11,12 +11,30 @@ class StopStrings:
     All pieces that come out together are the text up to the stop string that ends first (the earlier in the text, then the
     longer, if several end with the same character), with the string itself if `include`.
 
+    A stop string may hold the text of special tokens, which the text leaves out: there each has a mark in its place, a
+    character that no text has, which does not come out.
+
     Attributes:
+        marks: mark by id, of the special tokens that stop strings name.
         found: the stop string that ended the text; None so far.
     """
 
-    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
-        self._stops, self._include = tuple(stops), include
+    def __init__(
+        self, stops: Sequence[str], *, include: bool = False, special_tokens: Mapping[str, int] | None = None
+    ) -> None:
+        """Starts a stream; `special_tokens`: text → id of the tokens that the text leaves out."""
+        named = [text for text in special_tokens or () if text and any(text in stop for stop in stops)]
+        # Halves of surrogate pairs: text decoded from UTF-8 has none.
+        marks = {text: chr(0xD800 + index) for index, text in enumerate(sorted(named, key=len, reverse=True))}
+        self.marks = {(special_tokens or {})[text]: mark for text, mark in marks.items()}
+        self._shown = dict.fromkeys(map(ord, marks.values()))
+        self._stops = {stop: stop for stop in stops}
+        for stop in stops:
+            marked = stop
+            for text, mark in marks.items():
+                marked = marked.replace(text, mark)
+            self._stops[marked] = stop
+        self._include = include
         self._held = ""
         self.found: str | None = None
 
@@ -25,23 +43,23 @@ class StopStrings:
         if self.found is not None:
             return ""
         if not self._stops or not search:
-            return text
+            return text.translate(self._shown)
         pending = self._held + text
         matches = [
             (pending.index(stop) + len(stop), pending.index(stop), stop) for stop in self._stops if stop in pending
         ]
         if matches:
-            end, start, self.found = min(matches)
-            self._held = ""
-            return pending[: end if self._include else start]
+            _, start, stop = min(matches)
+            self.found, self._held = self._stops[stop], ""
+            return pending[:start].translate(self._shown) + (self.found if self._include else "")
         keep = max(_overlap(pending, stop) for stop in self._stops)
         self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
+        return pending[: len(pending) - keep].translate(self._shown)
 
     def finish(self) -> str:
         """Ends the stream: what was held back and did not become a stop string."""
         held, self._held = self._held, ""
-        return held
+        return held.translate(self._shown)
 
 
 def _overlap(text: str, stop: str) -> int:

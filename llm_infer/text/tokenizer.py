@@ -11,9 +11,18 @@ from typing import Any
 import tokenizers
 
 from llm_infer.errors import ModelError, RequestError
+from llm_infer.text.backend_copies import copy_of
 from llm_infer.text.control_tokens import ControlTokens
 from llm_infer.text.gguf_tokenizer import byte_alphabet, rebuild_tokenizer
-from llm_infer.text.hf_files import guarded, read_json, read_template, token_ids, token_text
+from llm_infer.text.hf_files import (
+    SPECIAL_NAMES,
+    guarded,
+    read_json,
+    read_template,
+    special_texts,
+    token_ids,
+    token_text,
+)
 
 
 class Tokenizer:
@@ -46,7 +55,7 @@ class Tokenizer:
             ModelError: the decoder of `backend` is of a kind whose tokens have no bytes of their own.
         """
         self._backend = backend
-        self._literal_backend: tokenizers.Tokenizer | None = None
+        self._copies: dict[tuple[bool, bool], tokenizers.Tokenizer] = {(True, True): backend}
         self._byte_level, self.strips_leading_space = _decoder_kind(backend)
         self._alphabet = byte_alphabet()
         self._added = backend.get_added_tokens_decoder()
@@ -107,7 +116,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         config = read_json(directory / "special_tokens_map.json") | read_json(directory / "tokenizer_config.json")
-        named = {name: token_text(config, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+        named = {name: token_text(config, f"{name}_token") for name in SPECIAL_NAMES}
         known = backend.get_vocab(with_added_tokens=True)
         for name in ("bos", "eos"):
             if (text := named[name]) is not None and text not in known:
@@ -115,10 +124,7 @@ class Tokenizer:
                     f"{directory}: tokenizer_config.json names {name}_token={text!r:.60}, which tokenizer.json does not "
                     "have: correct it, or set it to null"
                 )
-        added = {token.content for token in backend.get_added_tokens_decoder().values()}
-        for text in named.values():
-            if text is not None and text not in added and text in known:
-                backend.add_special_tokens([text])
+        _mark_special(backend, {*filter(None, named.values()), *special_texts(config)} & known.keys())
         ids = {name: None if text is None else backend.token_to_id(text) for name, text in named.items()}
 
         eos_ids = set() if ids["eos"] is None else {ids["eos"]}
@@ -141,7 +147,9 @@ class Tokenizer:
         result.encode("A text, 1 é")  # much of what is wrong with a tokenizer shows when it is used
         return result
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True, begins: bool = True
+    ) -> list[int]:
         """Token ids of `text`.
 
         Args:
@@ -149,18 +157,44 @@ class Tokenizer:
             add_special_tokens: add the tokens the model wants around a sequence (beginning of sequence, …). Pass False
                 for the output of a chat template, which has them already.
             parse_special: take the text of a special token, such as `<|im_end|>`, for that token, not for plain text.
+            begins: `text` is the beginning of a whole text. One that goes on does not get the space that SentencePiece
+                puts before a text.
 
         Raises:
             RequestError: the text holds half a surrogate pair and so has no UTF-8 form.
         """
         _require_unicode(text)
-        encoder = self._encoder(parse_special)
+        encoder = self._encoder(parse_special, begins)
         ids = guarded(
             lambda: encoder.encode(text, add_special_tokens=add_special_tokens).ids,
             "the model's tokenizer is damaged or inconsistent, it cannot encode a text",
         )
         if self._stand_ins and ids and max(ids) >= self.vocab_size:
             return [real for i in ids for real in self._stand_ins.get(i, (i,))]
+        return ids
+
+    def exact_tokens(self, text: str) -> list[int]:
+        """Text tokens whose bytes are exactly those of `text`, as it would stand within a text.
+
+        They are the usual ones where those have these bytes. A tokenizer may also change what it encodes (put a space
+        before it, normalise its characters): then each token is the longest that fits.
+
+        Raises:
+            RequestError: `text` has a byte that no token has, or half a surrogate pair.
+        """
+        ids = self.encode(text, add_special_tokens=False, parse_special=False, begins=False)
+        data = text.encode()
+        if b"".join(map(self.token_bytes, ids)) == data:
+            return ids
+        known, longest = self._ids_by_bytes
+        ids, start = [], 0
+        while start < len(data):
+            ends = range(min(len(data), start + longest), start, -1)
+            end = next((end for end in ends if data[start:end] in known), None)
+            if end is None:
+                raise RequestError(f"the model has no token for the byte 0x{data[start]:02X} in {text!r:.60}")
+            ids.append(known[data[start:end]])
+            start = end
         return ids
 
     def encode_literally(self, text: str, literal: Collection[int]) -> list[int]:
@@ -218,16 +252,30 @@ class Tokenizer:
             return text.encode()
         return bytes(self._alphabet[char] for char in text)
 
-    def _encoder(self, parse_special: bool) -> tokenizers.Tokenizer:
-        if parse_special:
-            return self._backend
-        if self._literal_backend is None:  # the switch is state of the backend, so the other reading needs a copy
-            copy = guarded(
-                lambda: tokenizers.Tokenizer.from_str(self._backend.to_str()), "the tokenizer cannot be copied"
-            )
-            copy.encode_special_tokens = True
-            self._literal_backend = copy
-        return self._literal_backend
+    def _encoder(self, parse_special: bool, begins: bool) -> tokenizers.Tokenizer:
+        kind = (parse_special, begins)
+        if kind not in self._copies:  # what differs is state of the backend, so another reading needs a copy
+            self._copies[kind] = copy_of(self._backend, parse_special=parse_special, begins=begins)
+        return self._copies[kind]
+
+    @cached_property
+    def _ids_by_bytes(self) -> tuple[dict[bytes, int], int]:
+        """Id of each text token by its bytes, and the most bytes of one."""
+        ids = {self.token_bytes(i): i for i in range(self.vocab_size - 1, -1, -1) if i not in self._special_ids}
+        ids.pop(b"", None)
+        return ids, max(map(len, ids), default=0)
+
+
+def _mark_special(backend: tokenizers.Tokenizer, texts: set[str]) -> None:
+    """Makes these tokens of the vocabulary special where tokenizer.json does not."""
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for text in sorted(texts):
+        if text not in added:
+            backend.add_special_tokens([text])
+        elif not added[text].special:
+            token = added[text]
+            token.special = True
+            backend.add_special_tokens([token])
 
 
 def _require_unicode(text: str) -> None:
