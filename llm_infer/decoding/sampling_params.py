@@ -90,9 +90,9 @@ class SamplingParams:
         seed: makes the draws repeatable, whatever else runs in the batch; None takes one from the engine's seed.
         max_tokens: most new tokens; None goes on to the end of the context.
         min_tokens: no end-of-sequence or stop token is drawn, and no stop string ends the output, before this many.
-        stop: texts that end the output, which does not include them.
+        stop: texts that end the output, which does not include them; special tokens count although the text leaves them out.
         include_stop_str_in_output: leave the stop string, or the text of the stop token, at the end of the text.
-        stop_token_ids: further tokens that end the output.
+        stop_token_ids: further tokens that end the output; the text leaves the one that does out.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
             token's alone), under the model's distribution before any sampling rule; None returns none.
