@@ -125,9 +125,9 @@ class _Sample:
                 output.logprobs += logprobs
         search = len(output.token_ids) >= self._params.min_tokens
         reason = event.finish_reason
-        # The token that ends a text is no part of it, unless asked for; a stop string may name it all the same.
-        ends = token in self._params.stop_token_ids or token in self._tokenizer.eos_token_ids
-        hidden = ends and reason == "stop" and not self._params.include_stop_str_in_output and token not in stop.marks
+        # A token of `stop_token_ids` that ends a text is no part of it, unless asked for; a stop string may name it all the same.
+        ends = reason == "stop" and token in self._params.stop_token_ids
+        hidden = ends and not self._params.include_stop_str_in_output and token not in stop.marks
         text = stop.push("" if hidden else self._detokenizer.push([token]), search=search)
         if reason is not None and stop.found is None:
             text += stop.push(self._detokenizer.finish(), search=search) + stop.finish()

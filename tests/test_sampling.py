@@ -244,6 +244,55 @@ def test_structured_output_does_not_depend_on_the_batch(llm: LLM) -> None:
     assert json.loads(alone)
 
 
+def test_special_tokens_stop_and_stop_tokens_are_no_text(llm: LLM) -> None:
+    start, dot = llm.tokenizer.token_id("<|im_start|>"), llm.tokenizer.encode(".")[0]
+    assert start is not None
+    forced = {start: 100.0}
+    for stop, count in [("<|im_start|>", 1), ("<|im_start|><|im_start|>", 2)]:
+        for skip in (True, False):
+            params = greedy(stop=["never", stop], logit_bias=forced, skip_special_tokens=skip)
+            output = llm.generate(TEXT, params)[0].outputs[0]
+            assert (output.finish_reason, output.stop_reason, output.text) == ("stop", stop, ""), (stop, skip)
+            assert output.token_ids == [start] * count
+    kept = greedy(stop=["<|im_start|>"], logit_bias=forced, include_stop_str_in_output=True)
+    assert llm.generate(TEXT, kept)[0].outputs[0].text == "<|im_start|>"
+    for include, text in [(False, ""), (True, ".")]:
+        for values in (
+            {"logit_bias": {dot: 100.0}},
+            {"logit_bias": {dot: 100.0}, "n": 2, "temperature": 1.0, "seed": 1},
+        ):
+            params = greedy(stop_token_ids=[dot], include_stop_str_in_output=include, **values)
+            for output in llm.generate(TEXT, params)[0].outputs:
+                assert (output.text, output.token_ids, output.stop_reason) == (text, [dot], dot)
+            if params.n == 1:
+                assert "".join(chunk.text for chunk in llm.stream(TEXT, params)) == text
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation", "text", "logprob"),
+    [
+        ("Q: Name a city. A: ", "New York City", " New York City", -5.778),
+        ("Q: Name a city. A:", " New York City", " New York City", -5.778),
+        ("Q: Name a city. A: ", "Paris", " Paris", None),
+        ("The capital of Fra", "nce", " France", None),
+    ],
+)
+def test_a_score_is_that_of_all_tokens_of_the_continuation(
+    llm: LLM, context: str, continuation: str, text: str, logprob: float | None
+) -> None:
+    (score,) = llm.score([context], [continuation])
+    assert score.text == text and score.token_ids == llm.tokenizer.encode(text)
+    result = llm.generate(
+        context.removesuffix(text[: len(text) - len(continuation)]) + text, greedy(prompt_logprobs=0)
+    )[0]
+    assert result.prompt_logprobs is not None
+    at = result.prompt_logprobs[-len(score.token_ids) :]
+    assert score.logprob == pytest.approx(
+        sum(one[i].logprob for one, i in zip(at, score.token_ids, strict=True)), abs=1e-3
+    )
+    assert logprob is None or score.logprob == pytest.approx(logprob, abs=2e-3)
+
+
 def test_prompt_logprobs_scores_and_embeddings(llm: LLM) -> None:
     params = greedy(max_tokens=12, logprobs=1)
     output = llm.generate(TEXT, params)[0].outputs[0]

@@ -90,9 +90,9 @@ class SamplingParams:
         seed: makes the draws repeatable, whatever else runs in the batch; None takes one from the engine's seed.
         max_tokens: most new tokens; None goes on to the end of the context.
         min_tokens: no end-of-sequence or stop token is drawn, and no stop string ends the output, before this many.
-        stop: texts that end the output, which does not include them.
-        include_stop_str_in_output: leave the stop string at the end of the text.
-        stop_token_ids: further tokens that end the output.
+        stop: texts that end the output, which does not include them; special tokens count although the text leaves them out.
+        include_stop_str_in_output: leave the stop string, or the text of the stop token, at the end of the text.
+        stop_token_ids: further tokens that end the output; the text leaves the one that does out.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
             token's alone), under the model's distribution before any sampling rule; None returns none.
@@ -210,8 +210,10 @@ class SamplingParams:
             raise RequestError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}")
         if self.allowed_token_ids == ():
             raise RequestError("allowed_token_ids=(): expected at least one token, or None to allow all")
-        if self.include_stop_str_in_output and not self.stop:
-            raise RequestError("include_stop_str_in_output=True without stop: give the stop strings in stop")
+        if self.include_stop_str_in_output and not (self.stop or self.stop_token_ids):
+            raise RequestError(
+                "include_stop_str_in_output=True without stop or stop_token_ids: give the stop strings in stop"
+            )
         if self.structured_outputs is not None and not isinstance(self.structured_outputs, StructuredOutputsParams):
             found = f"{self.structured_outputs!r:.60}"
             raise RequestError(f"structured_outputs={found}: expected StructuredOutputsParams(...)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +19,11 @@ from tokenizers import AddedToken, Tokenizer
 class ControlTokens:
     """Control tokens of a tokenizer, their texts in contents, and texts encoded with some of them as plain text."""
 
-    def __init__(self, backend: Tokenizer, special_tokens: Mapping[str, int]) -> None:
-        """`special_tokens`: text → id of the control tokens, all of them added tokens of `backend`."""
+    def __init__(
+        self, backend: Tokenizer, special_tokens: Mapping[str, int], as_text: Callable[[int], list[int]]
+    ) -> None:
+        """`special_tokens`: text → id of the control tokens, all added tokens of `backend`; `as_text` spells one."""
+        self._as_text = as_text
         self._backend = backend
         self._ids = {text: i for text, i in special_tokens.items() if text}
         self._added = {token.content: token for token in backend.get_added_tokens_decoder().values() if token.content}
@@ -66,7 +69,8 @@ class ControlTokens:
                     pieces += [text[done : found.start()], self._mark]
                     done = found.start()
         pieces.append(text[done:])
-        return [real.get(i, i) for i in backend.encode("".join(pieces), add_special_tokens=False).ids]
+        ids = backend.encode("".join(pieces), add_special_tokens=False).ids
+        return [one for i in ids for one in ([real[i]] if i in real else self._as_text(i))]
 
     @cached_property
     def _any_added(self) -> re.Pattern[str]:

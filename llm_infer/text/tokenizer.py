@@ -165,10 +165,14 @@ class Tokenizer:
         """
         _require_unicode(text)
         encoder = self._encoder(parse_special, begins)
-        ids = guarded(
-            lambda: encoder.encode(text, add_special_tokens=add_special_tokens).ids,
+        found = guarded(
+            lambda: encoder.encode(text, add_special_tokens=add_special_tokens),
             "the model's tokenizer is damaged or inconsistent, it cannot encode a text",
         )
+        ids = found.ids
+        if not parse_special and not self._special_ids.isdisjoint(ids):
+            kept = zip(ids, found.special_tokens_mask, strict=True)  # the mask is 1 where one was put around the text
+            ids = [one for i, around in kept for one in ([i] if around else self._as_text(i))]
         if self._stand_ins and ids and max(ids) >= self.vocab_size:
             return [real for i in ids for real in self._stand_ins.get(i, (i,))]
         return ids
@@ -184,15 +188,21 @@ class Tokenizer:
         """
         ids = self.encode(text, add_special_tokens=False, parse_special=False, begins=False)
         data = text.encode()
-        if b"".join(map(self.token_bytes, ids)) == data:
-            return ids
+        return ids if b"".join(map(self.token_bytes, ids)) == data else self._spelled(data)
+
+    def _as_text(self, token: int) -> list[int]:
+        """The token, or the text tokens that spell it if it is special: pieces can merge to one."""
+        return self._spelled(self.token_bytes(token)) if token in self._special_ids else [token]
+
+    def _spelled(self, data: bytes) -> list[int]:
+        """The longest text tokens, one after the other, that have these bytes."""
         known, longest = self._ids_by_bytes
         ids, start = [], 0
         while start < len(data):
             ends = range(min(len(data), start + longest), start, -1)
             end = next((end for end in ends if data[start:end] in known), None)
             if end is None:
-                raise RequestError(f"the model has no token for the byte 0x{data[start]:02X} in {text!r:.60}")
+                raise RequestError(f"the model has no token for the byte 0x{data[start]:02X} in {data!r:.60}")
             ids.append(known[data[start:end]])
             start = end
         return ids
@@ -210,7 +220,7 @@ class Tokenizer:
     @cached_property
     def control_tokens(self) -> ControlTokens:
         """Finds texts of special tokens in contents."""
-        return ControlTokens(self._backend, self.special_tokens)
+        return ControlTokens(self._backend, self.special_tokens, self._as_text)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary give nothing."""

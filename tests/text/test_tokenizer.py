@@ -154,3 +154,34 @@ def test_imports_without_jax() -> None:
     modules = "tokenizer, gguf_tokenizer, chat_template, detokenizer"
     script = f"import sys; from llm_infer.text import {modules}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"additional_special_tokens": ["<tool>"]},
+        {"additional_special_tokens": [{"content": "<tool>", "lstrip": False}]},
+        {"extra_special_tokens": {"tool_token": "<tool>"}},
+        {"extra_special_tokens": ["<tool>", "<not there>"]},
+        {"added_tokens_decoder": {"9": {"content": "<tool>", "special": True}}},
+        {"sep_token": "<tool>"},
+        {"mask_token": {"content": "<tool>"}},
+    ],
+    ids=lambda config: next(iter(config)),
+)
+def test_a_token_that_only_the_configuration_calls_special_is_left_out(
+    tmp_path: Path, config: dict[str, object]
+) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 1, "<s>": 2}, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_tokens([tokenizers.AddedToken("<tool>", rstrip=True, normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    plain = Tokenizer.from_hf_directory(tmp_path)
+    assert plain.decode([0, 3, 1]) == "a<tool>b" and not plain.is_special(3)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    marked = Tokenizer.from_hf_directory(tmp_path)
+    assert marked.decode([0, 3, 1]) == "ab" and marked.special_tokens == {"<tool>": 3}
+    assert marked.encode("a<tool>  b") == plain.encode("a<tool>  b")  # still swallows the spaces behind it
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": [3]}))
+    with pytest.raises(ModelError, match="additional_special_tokens"):
+        Tokenizer.from_hf_directory(tmp_path)
