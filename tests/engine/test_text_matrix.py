@@ -136,7 +136,7 @@ def alone(make: Make) -> list[RequestOutput]:
         {"steps": STEPS},
         {"speculative": NGRAM},
         {"speculative": NGRAM, "pages": 9, "chunk": 8},
-        {"steps": STEPS, "chunk": 8, "cache": False},
+        {"steps": STEPS, "chunk": 16, "cache": False},
     ],
     ids=str,
 )
