@@ -1,6 +1,8 @@
 """Writes vocabularies_llamacpp.json: digests of the ids that llama.cpp gives for published vocabularies.
 
-The directory holds ggml-vocab-*.gguf, which are not committed; the texts are those of tokenizer_llamacpp.json. Run where llama-cpp-python, gguf and tokenizers are installed:
+The directory holds ggml-vocab-*.gguf, which are not committed; the texts are those of tokenizer_llamacpp.json.
+
+Run where llama-cpp-python, gguf and tokenizers are installed:
     python tests/goldens/make_vocabulary_goldens.py DIRECTORY
 """
 
