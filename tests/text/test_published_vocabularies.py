@@ -17,7 +17,6 @@ GOLDENS: dict[str, Any] = json.loads(
     (Path(__file__).parents[1] / "goldens" / "vocabularies_llamacpp.json").read_text(encoding="utf-8")
 )["vocabularies"]
 REFUSED = {
-    "deepseek-llm": "tokenizer.ggml.pre = 'deepseek-llm' is not supported",
     "gemma-4": "tokenizer.ggml.model = 'gemma4'",
 }
 
