@@ -45,9 +45,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "duration": (f"^P(?:{_DAYS}(?:{_CLOCK})?|{_CLOCK}|[0-9]+W)$",),
     "hostname": (f"^{_HOST}$", r"^[^.]{1,63}(?:\.[^.]{1,63})*$", "^.{1,253}$"),
     # Bounded parts instead of an intersection, which llguidance gives up on.
-    "email": (
-        rf"^{_ATOM}{{1,32}}(?:\.{_ATOM}{{1,15}}){{0,2}}@(?:{_SHORT}\.){{1,2}}[A-Za-z](?:-?[A-Za-z0-9]){{0,30}}$",
-    ),
+    "email": (rf"^{_ATOM}{{1,32}}(?:\.{_ATOM}{{1,15}}){{0,2}}@(?:{_SHORT}\.){{1,2}}[A-Za-z]{{2,24}}$",),
     "ipv4": (rf"^(?:{_BYTE}\.){{3}}{_BYTE}$",),
     "ipv6": (f"^{_ipv6()}$",),
     "uuid": ("^[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$",),

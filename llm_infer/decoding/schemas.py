@@ -23,7 +23,7 @@ _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
 """Characters that only \\u escapes write: with those, a key would have several spellings (`JSON_FORM`)."""
 
 MAX_BOUND = 2**53
-"""Largest bound of a number: beyond it llguidance's arithmetic in doubles misses neighbours."""
+"""Largest number that a bound lets in: beyond it llguidance, which computes in doubles, misses neighbours."""
 
 
 def parse_schema(text: str) -> Any:
@@ -59,12 +59,17 @@ def _schema(node: Any, path: str) -> Any:
             new[key] = {name: _schema(each, f"{here}/{name}") for name, each in value.items()}
         elif key not in _NOTES:
             new[key] = (_constant if key in ("const", "enum") else _schema)(value, here)
-        if key in _BOUNDS and isinstance(new[key], int | float) and abs(new[key]) > MAX_BOUND:
-            raise _refusal(here, value, "bounds of numbers are exact up to 2^53: use a smaller one")
+        if key in _BOUNDS and isinstance(new[key], int | float):
+            _check_bound(key, new[key], here)
     if isinstance(new.get("format"), str):
         _replace_format(new, path)
     _check_count(new, path)
     return new
+
+
+def _check_bound(key: str, bound: float, path: str) -> None:
+    if abs(bound) > MAX_BOUND - key.startswith("exclusive"):
+        raise _refusal(path, bound, f"bounds are exact up to {MAX_BOUND} (2^53), exclusive ones below: change it")
 
 
 def _constant(value: Any, path: str) -> Any:
@@ -92,7 +97,9 @@ def _number(value: Any, path: str) -> Any:
 
 def _replace_format(node: dict[str, Any], path: str) -> None:
     """Writes a format as patterns, beside those that the node has."""
-    name = node.pop("format")
+    name, types = node.pop("format"), node.get("type", "string")
+    if "string" not in ([types] if isinstance(types, str) else types):
+        return  # formats speak of strings alone
     if name not in PATTERNS:
         raise _refusal(f"{path}/format", name, f"expected one of {', '.join(sorted(PATTERNS))}: leave it out")
     others = node.get("allOf", [])

@@ -65,7 +65,7 @@ class StructuredOutputsParams:
             if not isinstance(schema, Mapping):
                 raise RequestError(f"structured_outputs.json={schema!r:.60}: expected a JSON schema, an object")
             return json.dumps(exact_schema(schema), allow_nan=False)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise RequestError(f"structured_outputs.json is not valid JSON: {error}") from None
 
     @property

@@ -82,6 +82,8 @@ def of(schema: Any) -> StructuredOutputsParams:
         ({"type": "integer", "maximum": -9007199254740993}, "#/maximum = -9007199254740993"),
         ('{"type": "number", "exclusiveMaximum": 0.30000000000000004440892}', "#/exclusiveMaximum = 0.3000000000"),
         ({"items": {"exclusiveMinimum": 123456789012345680}}, "#/items/exclusiveMinimum = 123456789012345680"),
+        ({"type": "integer", "exclusiveMaximum": -(2**53)}, "#/exclusiveMaximum = -9007199254740992"),
+        ({"type": "number", "exclusiveMinimum": 2.0**53}, "#/exclusiveMinimum = 9007199254740992"),
         ({"type": "integer", "maximum": 1e19}, r"#/maximum = 1e\+19"),
         ({"type": "integer", "multipleOf": 2**53 + 1}, "#/multipleOf = 9007199254740993"),
         ({"type": "string", "maxLength": 2**53 + 1}, "#/maxLength = 9007199254740993"),
@@ -110,6 +112,7 @@ def test_what_would_not_be_followed_exactly_is_refused(schema: Any, where: str) 
         ('{"default": 9007199254740993, "examples": [1e400], "const": 5}', ["5"], ["6"]),
         ({"title": float("nan"), "type": "integer", "maximum": 2**53}, ["9007199254740992"], ["9007199254740993"]),
         ({"type": "integer", "exclusiveMinimum": 2**53 - 1}, ["9007199254740992"], ["9007199254740991"]),
+        ({"type": "integer", "minimum": -(2**53)}, ["-9007199254740992"], ["-9007199254740993"]),
         ({"minProperties": 1, "type": "object"}, ['{"x": 1}'], ["{}"]),
         (
             {"type": "object", "minProperties": 2, "properties": {"a": {}, "b": {}}, "required": ["a", "b"]},
@@ -153,6 +156,7 @@ def test_what_would_not_be_followed_exactly_is_refused(schema: Any, where: str) 
         ),
         ({"format": "date", "pattern": "^2", "minLength": 2}, ['"2024-02-29"', "7"], ['"1999-01-01"', '"2023-02-29"']),
         ({"type": ["string", "null"], "format": "date"}, ["null", '"2024-02-29"'], ['"2023-02-29"']),
+        ({"type": "integer", "format": "int32"}, ["7"], ['"7"']),
         ({"enum": ["2023-02-29", "2023-02-28"], "format": "date"}, ['"2023-02-28"'], ['"2023-02-29"']),
         (
             {"anyOf": [{"$ref": "#/$defs/d"}], "$defs": {"d": {"type": "string", "format": "date"}}},
@@ -187,6 +191,12 @@ def test_decimals_given_as_objects_keep_their_value(compiler: GrammarCompiler) -
     assert accepts(compiler.compile(of({"const": Decimal("0.25")})), "0.25")
     with pytest.raises(RequestError, match="#/const"):
         of({"const": Decimal("0.1000000000000000055511151231257827")})
+
+
+@pytest.mark.parametrize("text", ['{"const": 1e99999999999999999999}', '{"const": %s}' % ("9" * 5000)])
+def test_numbers_that_python_does_not_read_are_refused(text: str) -> None:
+    with pytest.raises(RequestError, match=r"^structured_outputs"):
+        of(text)
 
 
 def check_duration(text: str) -> None:
