@@ -28,6 +28,8 @@ JSON_FORM = {
 FAULT = "a fault of llguidance"
 """What users read of a panic inside the library."""
 
+_PANIC = "panicked at"
+
 
 class GrammarCompiler:
     """Compiles grammars for one tokenizer, on a thread of its own.
@@ -77,7 +79,7 @@ class GrammarCompiler:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
             raise RequestError(f"{where} did not compile within {seconds:g} s: simplify it") from None
         except ValueError as error:
-            raise RequestError(f"{where}: {error}") from None
+            raise _failure(where, str(error)) from None
         except BaseException as error:
             _check_panic(error)
             raise _failure(where, FAULT) from None
@@ -161,14 +163,15 @@ class _Vocabulary:
 
 def _gist(text: str) -> str:
     """The first line, and the one that says what is wrong where the first only announces it (of regular expressions)."""
-    if "panicked at" in text:
+    if _PANIC in text:
         return FAULT
     first, *others = text.strip().splitlines()
     return " ".join([first[:300], *(line.strip()[:300] for line in others if line.startswith("error:"))])
 
 
 def _failure(where: str, why: str) -> RequestError:
-    return RequestError(f"{where} could not be compiled ({FAULT}): simplify it" if why == FAULT else f"{where}: {why}")
+    fault = why == FAULT or _PANIC in why
+    return RequestError(f"{where} could not be compiled ({FAULT}): simplify it" if fault else f"{where}: {why}")
 
 
 def _check_panic(error: BaseException) -> None:

@@ -98,7 +98,7 @@ def _number(value: Any, path: str) -> Any:
 def _replace_format(node: dict[str, Any], path: str) -> None:
     """Writes a format as patterns, beside those that the node has."""
     name, types = node.pop("format"), node.get("type", "string")
-    if "string" not in ([types] if isinstance(types, str) else types):
+    if isinstance(types, str | list | tuple) and "string" not in ([types] if isinstance(types, str) else types):
         return  # formats speak of strings alone
     if name not in PATTERNS:
         raise _refusal(f"{path}/format", name, f"expected one of {', '.join(sorted(PATTERNS))}: leave it out")

@@ -261,7 +261,11 @@ def test_a_panic_of_the_library_is_a_plain_error(compiler: GrammarCompiler, monk
     broken = SimpleNamespace(is_error=lambda: True, get_error=lambda: text, consume_tokens=lambda tokens: False)
     late = SimpleNamespace(is_error=lambda: False, get_grammar_warnings=list, unsafe_compute_mask_ptr=panic)
     late.deep_copy = lambda: late
-    for found in (panic, lambda params: broken, lambda params: late):
+
+    def fails(params: StructuredOutputsParams) -> None:
+        raise ValueError(text)
+
+    for found in (panic, fails, lambda params: broken, lambda params: late):
         monkeypatch.setattr(compiler, "_compile", found)
         with pytest.raises(RequestError) as caught:
             compiler.compile(of({}))
