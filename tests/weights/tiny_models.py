@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
 from gguf.quants import quantize
 
 # V E F L Hq Hkv D of the tiny Llama; widths are multiples of 32 so that Q4 and Q8 blocks fill its rows.
 V, E, F, L, HQ, HKV, D = 48, 64, 96, 2, 4, 2, 16
 
 
-def hf_tensors(*, tied: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
+def hf_tensors(*, tied: bool = True, seed: int = 0, vocab_size: int = V) -> dict[str, np.ndarray]:
     """Random float32 tensors of a tiny Llama under Hugging Face names."""
     rng = np.random.default_rng(seed)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, E), "model.norm.weight": (E,)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, E), "model.norm.weight": (E,)}
     for layer in range(L):
         block = f"model.layers.{layer}."
         shapes |= {
@@ -31,7 +31,7 @@ def hf_tensors(*, tied: bool = True, seed: int = 0) -> dict[str, np.ndarray]:
             block + "mlp.down_proj.weight": (E, F),
         }
     if not tied:
-        shapes["lm_head.weight"] = (V, E)
+        shapes["lm_head.weight"] = (vocab_size, E)
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -95,10 +95,14 @@ def write_gguf(
     architecture: str = "llama",
     extra: dict[str, Any] | None = None,
     rope_factors: np.ndarray | None = None,
+    vocabulary: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a tiny Llama as llama.cpp's converter would. `types` maps Hugging Face names to storage types."""
+    """Write a tiny Llama as llama.cpp's converter would. `types` maps Hugging Face names to storage types.
+
+    `vocabulary`: GGUF keys of a tokenizer; without it there are only tokens that serve no text.
+    """
     writer = GGUFWriter(path, architecture)
-    writer.add_uint32(f"{architecture}.vocab_size", V)
+    writer.add_uint32(f"{architecture}.vocab_size", len(vocabulary["tokenizer.ggml.tokens"]) if vocabulary else V)
     writer.add_context_length(128)
     writer.add_embedding_length(E)
     writer.add_block_count(L)
@@ -107,10 +111,16 @@ def write_gguf(
     writer.add_head_count_kv(HKV)
     writer.add_rope_dimension_count(D)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_token_list([f"token {i} é" for i in range(V)])
-    writer.add_token_types([1] * V)
+    if vocabulary is None:
+        vocabulary = {
+            "tokenizer.ggml.bos_token_id": 1,
+            "tokenizer.ggml.eos_token_id": 2,
+            "tokenizer.ggml.tokens": [f"token {i} é" for i in range(V)],
+            "tokenizer.ggml.token_type": [1] * V,
+        }
+    for key, value in vocabulary.items():
+        kind = GGUFValueType.UINT32 if type(value) is int else GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
     for key, value in (extra or {}).items():
         writer.add_key_value(key, *value)
     for name, values in tensors.items():
