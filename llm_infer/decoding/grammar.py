@@ -38,7 +38,7 @@ class GrammarCompiler:
         token_bytes: exact bytes of each token of the model's vocabulary, by id.
         special_ids: tokens that are markers and not text; no grammar produces them.
         eos_ids: tokens that end an output; allowed where it is complete.
-        encode: token ids of a text.
+        encode: text tokens that have exactly the bytes of a text.
 
     Raises:
         UserError: llguidance is not installed, or there is no token to end an output with.
