@@ -79,6 +79,7 @@ app.add_typer(bench, name="bench", rich_help_panel=None)
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
     model: AnyModel = DEFAULT_MODEL_NAME,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
@@ -136,6 +137,7 @@ def generate(
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
     arguments = engine_arguments(
         config,
+        context,
         max_model_len=max_model_len,
         load_format=load_format,
         device=device,
@@ -158,6 +160,7 @@ def generate(
 
 @app.command()
 def chat(
+    context: typer.Context,
     model: AnyModel = DEFAULT_MODEL_NAME,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
@@ -184,6 +187,7 @@ def chat(
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     arguments = engine_arguments(
         config,
+        context,
         max_model_len=max_model_len,
         device=device,
         dtype=dtype,

@@ -30,6 +30,7 @@ bench = typer.Typer(help="Measures speed and memory; every figure names its unit
 
 @bench.command()
 def offline(
+    context: typer.Context,
     model: AnyModel = DEFAULT_MODEL_NAME,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the decode runs.")] = 128,
@@ -55,6 +56,7 @@ def offline(
 
     arguments = engine_arguments(
         config,
+        context,
         num_scheduler_steps=num_scheduler_steps,
         load_format=load_format,
         device=device,

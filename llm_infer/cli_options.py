@@ -88,20 +88,17 @@ def check_model(name: str, load_format: str, config: str | None) -> None:
         existing_model(name)
 
 
-FLAG_DEFAULTS = {
-    "load_format": "auto",
-    "device": "auto",
-    "dtype": "auto",
-    "precision": "exact",
-    "num_scheduler_steps": 1,
-}
-"""Flags at these values leave a setting to the file of `--config`, and without one to `LLM`."""
+def engine_arguments(config: str | None, context: typer.Context | None = None, **flags: Any) -> dict[str, Any]:
+    """Arguments of `LLM` from the file of `--config`, and over them the flags that were typed, whatever their values.
 
-
-def engine_arguments(config: str | None, **flags: Any) -> dict[str, Any]:
-    """Arguments of `LLM` from the file of `--config`, and over them the flags that were given."""
+    Without the `context` of a command, which knows what was typed, all flags but None count as typed.
+    """
     with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
         from llm_infer.engine_arguments import read_engine_arguments
 
+    def typed(name: str, value: object) -> bool:
+        source = None if context is None else context.get_parameter_source(name)
+        return value is not None if source is None else source.name != "DEFAULT"
+
     arguments = {} if config is None else read_engine_arguments(config)
-    return arguments | {name: value for name, value in flags.items() if value != FLAG_DEFAULTS.get(name)}
+    return arguments | {name: value for name, value in flags.items() if typed(name, value)}

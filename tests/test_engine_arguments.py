@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from llm_infer import cli, cli_bench
 from llm_infer.cli_options import engine_arguments
 from llm_infer.engine_arguments import VLLM_NAMES, argument_names, read_engine_arguments
 from llm_infer.errors import UserError
@@ -35,8 +38,30 @@ def test_settings_for_a_device_are_refused_on_another(monkeypatch: pytest.Monkey
 def test_flags_go_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('max-num-seqs = 4\nblock-size = 32\nprecision = "fast"\ndtype = "float32"\n')
-    found = engine_arguments(str(file), precision="exact", dtype="bfloat16", max_model_len=None)
+    found = engine_arguments(str(file), dtype="bfloat16", max_model_len=None)
     assert found == {"max_num_seqs": 4, "page_size": 32, "precision": "fast", "dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("command", [["generate", "Hi"], ["chat"], ["bench", "offline"]], ids=lambda c: c[-1])
+def test_a_typed_flag_goes_before_the_file_even_at_its_default(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('precision = "fast"\ndtype = "float32"\ndevice = "cpu"\n')
+    found: list[dict] = []
+
+    def taken(config: str, *args: Any, **flags: Any) -> dict:
+        found.append(engine_arguments(config, *args, **flags))
+        raise UserError("enough")
+
+    for module in (cli, cli_bench):
+        monkeypatch.setattr(module, "engine_arguments", taken)
+    monkeypatch.setattr(
+        sys, "argv", ["llm-infer", *command, "--config", str(file), "--precision", "exact", "--dtype", "auto"]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert found == [{"precision": "exact", "dtype": "auto", "device": "cpu"}]
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,19 @@ from llm_infer.errors import RequestError, UserError
 COMPILE_SECONDS = 10.0
 """Longest wait for one grammar."""
 
-JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""One way to write each value: free white space would let a model fill its tokens with it."""
+JSON_FORM = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "json_allowed_escapes": 'nrbtf\\"',
+}
+"""One way to write each value: free white space would let a model fill its tokens with it, and a key written with
+\\u escapes would pass for another than the one that a schema names."""
+
+FAULT = "a fault of llguidance"
+"""What users read of a panic inside the library."""
+
+_PANIC = "panicked at"
 
 
 class GrammarCompiler:
@@ -27,7 +38,7 @@ class GrammarCompiler:
         token_bytes: exact bytes of each token of the model's vocabulary, by id.
         special_ids: tokens that are markers and not text; no grammar produces them.
         eos_ids: tokens that end an output; allowed where it is complete.
-        encode: token ids of a text.
+        encode: text tokens that have exactly the bytes of a text.
 
     Raises:
         UserError: llguidance is not installed, or there is no token to end an output with.
@@ -68,14 +79,18 @@ class GrammarCompiler:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
             raise RequestError(f"{where} did not compile within {seconds:g} s: simplify it") from None
         except ValueError as error:
-            raise RequestError(f"{where}: {error}") from None
+            raise _failure(where, str(error)) from None
+        except BaseException as error:
+            _check_panic(error)
+            raise _failure(where, FAULT) from None
         if matcher.is_error():
-            raise RequestError(f"{where}: {_gist(matcher.get_error())}")
+            raise _failure(where, _gist(matcher.get_error()))
         if warnings := matcher.get_grammar_warnings():
             raise RequestError(f"{where} asks for something that would be ignored: {_gist(str(warnings[0]))}")
         grammar = CompiledGrammar(matcher)
-        if grammar.matcher().fill([], np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32)) is not None:
-            raise RequestError(f"{where}: nothing satisfies it")
+        why = grammar.matcher().fill([], np.zeros(-(-self._tokenizer.vocab_size // 32), np.int32))
+        if why is not None:
+            raise _failure(where, FAULT if FAULT in why else "nothing satisfies it")
         return grammar
 
     def _compile(self, params: StructuredOutputsParams) -> Any:
@@ -115,11 +130,15 @@ class GrammarMatcher:
         matcher = self._matcher
         new = list(output[self._consumed :])
         self._consumed = len(output)
-        if not new or matcher.consume_tokens(new):
-            matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-            if not matcher.is_error() and mask.any():
-                return None
-        why = _gist(matcher.get_error()) if matcher.is_error() else "no token of the model continues it"
+        try:
+            if not new or matcher.consume_tokens(new):
+                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                if not matcher.is_error() and mask.any():
+                    return None
+            why = _gist(matcher.get_error()) if matcher.is_error() else "no token of the model continues it"
+        except BaseException as error:
+            _check_panic(error)
+            why = FAULT
         return f"structured_outputs could not go on at token {len(output) + 1} ({why}): simplify it"
 
 
@@ -144,5 +163,18 @@ class _Vocabulary:
 
 def _gist(text: str) -> str:
     """The first line, and the one that says what is wrong where the first only announces it (of regular expressions)."""
+    if _PANIC in text:
+        return FAULT
     first, *others = text.strip().splitlines()
     return " ".join([first[:300], *(line.strip()[:300] for line in others if line.startswith("error:"))])
+
+
+def _failure(where: str, why: str) -> RequestError:
+    fault = why == FAULT or _PANIC in why
+    return RequestError(f"{where} could not be compiled ({FAULT}): simplify it" if fault else f"{where}: {why}")
+
+
+def _check_panic(error: BaseException) -> None:
+    """Raises all but a panic of the library, which is no Exception and has no class to import."""
+    if type(error).__name__ != "PanicException":
+        raise error

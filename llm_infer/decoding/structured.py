@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_infer.decoding.schemas import exact_schema, parse_schema
 from llm_infer.errors import RequestError
 
 MAX_CHARS = 1 << 16
@@ -18,7 +19,7 @@ class StructuredOutputsParams:
     """Exactly one of these.
 
     Attributes:
-        json: a JSON schema, as text or as Python objects.
+        json: a JSON schema, as text or as Python objects; kept as text in the form that the compiler takes.
         json_object: any JSON object.
         regex: a regular expression that the whole output matches (Rust syntax, no look-around).
         choice: one of these texts.
@@ -60,13 +61,12 @@ class StructuredOutputsParams:
 
     def _schema_text(self) -> str:
         try:
-            schema = json.loads(self.json) if isinstance(self.json, str) else self.json
-            text = json.dumps(schema)
-        except (ValueError, TypeError, RecursionError) as error:
+            schema = parse_schema(self.json) if isinstance(self.json, str) else self.json
+            if not isinstance(schema, Mapping):
+                raise RequestError(f"structured_outputs.json={schema!r:.60}: expected a JSON schema, an object")
+            return json.dumps(exact_schema(schema), allow_nan=False)
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
             raise RequestError(f"structured_outputs.json is not valid JSON: {error}") from None
-        if not isinstance(schema, Mapping):
-            raise RequestError(f"structured_outputs.json={text:.60}: expected a JSON schema, an object")
-        return text
 
     @property
     def kind(self) -> str:
