@@ -26,7 +26,6 @@ from llm_infer.weights.safetensors_files import INDEX_NAME
 from tests.weights.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.weights.tiny_models import CONFIG, V, hf_tensors, write_gguf
 
-KINDS = ("gguf", "safetensors", "json", "orbax")
 SECONDS, BYTES, LONGEST = 10, 4 << 30, 600
 _JSON = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -45,7 +44,7 @@ def main(kind: str, count: int) -> None:
         for seed in range(count):
             rng = random.Random(f"{kind} {seed}")
             if good.is_file():
-                bad.write_bytes(mutate_bytes(good.read_bytes(), rng, 3500))
+                bad.write_bytes(mutate_bytes(good.read_bytes(), rng, 4000))
             else:
                 shutil.copytree(good, bad)
                 _damage(kind, bad, rng)
@@ -100,7 +99,8 @@ def _write(kind: str, folder: Path) -> Path:
             "tokenizer.ggml.pre": ("smollm", GGUFValueType.STRING),
             "tokenizer.ggml.merges": (["t o", "e n"], GGUFValueType.ARRAY),
         }
-        return write_gguf(folder / "good", hf_tensors(), extra=extra)
+        tokens = ["to", "en", "<s>", *(chr(97 + i) for i in range(V - 3))]
+        return write_gguf(folder / "good", hf_tensors(), extra=extra, tokens=tokens)
     good = folder / "good"
     good.mkdir()
     tensors = hf_tensors()

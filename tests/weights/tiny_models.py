@@ -95,6 +95,7 @@ def write_gguf(
     architecture: str = "llama",
     extra: dict[str, Any] | None = None,
     rope_factors: np.ndarray | None = None,
+    tokens: list[str] | None = None,
 ) -> Path:
     """Write a tiny Llama as llama.cpp's converter would. `types` maps Hugging Face names to storage types."""
     writer = GGUFWriter(path, architecture)
@@ -109,7 +110,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_token_list([f"token {i} é" for i in range(V)])
+    writer.add_token_list(tokens or [f"token {i} é" for i in range(V)])
     writer.add_token_types([1] * V)
     for key, value in (extra or {}).items():
         writer.add_key_value(key, *value)
