@@ -74,6 +74,8 @@ def _check_number(value: Any, where: str, *, zero: bool) -> None:
     if type(value) not in (int, float) or (zero and value == 0):
         return
     if not (0 < value < math.inf) or (type(value) is int and value > LARGEST):
-        raise ModelError(f"the checkpoint's {where} is {value!r:.60}, expected a positive number: convert the model again")
+        raise ModelError(
+            f"the checkpoint's {where} is {value!r:.60}, expected a positive number: convert the model again"
+        )
     if where.endswith(".norm_eps") and value > 1:
         raise ModelError(f"the checkpoint's {where} is {value!r}, expected at most 1: convert the model again")

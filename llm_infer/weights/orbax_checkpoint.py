@@ -88,7 +88,13 @@ class Checkpoint:
         self.tokenizer_directory = path / TOKENIZER
         for name, size in files.items():
             # Only files below the directory: a manifest must not make us look elsewhere.
-            if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or type(size) is not int:
+            if (
+                not name
+                or "\0" in name
+                or Path(name).is_absolute()
+                or ".." in Path(name).parts
+                or type(size) is not int
+            ):
                 raise ModelError(
                     f"{path / MANIFEST}: tokenizer[{name[:60]!r}]={size!r:.60}, expected files below {TOKENIZER} and their "
                     f"sizes; {DAMAGED}"

@@ -26,7 +26,7 @@ from llm_infer.weights.safetensors_files import INDEX_NAME
 from tests.weights.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.weights.tiny_models import CONFIG, V, hf_tensors, write_gguf
 
-SECONDS, BYTES, LONGEST = 10, 4 << 30, 600
+SECONDS, BYTES, LONGEST = 10, 4 << 30, 850
 _JSON = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", INDEX_NAME, "chat_template.jinja"),
@@ -105,14 +105,20 @@ def _write(kind: str, folder: Path) -> Path:
     good.mkdir()
     tensors = hf_tensors()
     save_file(tensors, good / "weights.safetensors")
-    backend = Backend(models.BPE(vocab={chr(97 + i): i for i in range(V - 4)} | {"<s>": V - 2, "</s>": V - 1}, merges=[]))
+    backend = Backend(
+        models.BPE(vocab={chr(97 + i): i for i in range(V - 4)} | {"<s>": V - 2, "</s>": V - 1}, merges=[])
+    )
     backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     backend.add_special_tokens(["<s>", "</s>"])
     backend.save(str(good / "tokenizer.json"))
     contents = {
         "config.json": CONFIG,
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": [2], "temperature": 0.6},
-        "tokenizer_config.json": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": "{{ messages }}"},
+        "tokenizer_config.json": {
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>"},
+            "chat_template": "{{ messages }}",
+        },
         "special_tokens_map.json": {"bos_token": "<s>", "eos_token": "</s>"},
         INDEX_NAME: {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, "weights.safetensors")},
     }
