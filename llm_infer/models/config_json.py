@@ -42,8 +42,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         fields = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(value.keys() - fields):
+            shown = ", ".join(key if key.isprintable() else repr(key) for key in unknown)[:100]
             raise ModelError(
-                f"the checkpoint's {where} has unknown fields {', '.join(unknown)[:100]}: it was written by a newer "
+                f"the checkpoint's {where} has unknown fields {shown}: it was written by a newer "
                 "llm_infer; update this one, or convert the model again"
             )
         required = {

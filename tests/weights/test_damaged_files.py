@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFValueType
+from safetensors.numpy import save_file
+
+from llm_infer.errors import ModelError
+from llm_infer.models.load import load_model
+from llm_infer.weights.sources import open_model, resolve
+from tests.weights.tiny_models import CONFIG, hf_tensors, write_gguf
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("gguf", "safetensors", "json", "orbax")
@@ -32,3 +40,21 @@ def test_a_hundred_faults(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_thousand_faults(kind: str) -> None:
     _run(kind, 2000, 3000)
+
+
+def test_names_from_a_file_stay_on_one_line(tmp_path: Path) -> None:
+    extra = {"llama.attention\n.odd": (1, GGUFValueType.UINT32)}
+    path = write_gguf(tmp_path / "odd.gguf", hf_tensors(), extra=extra)
+    with pytest.raises(ModelError, match=r"not understood.*llama\.attention\\n\.odd") as caught:
+        open_model(resolve(str(path)))
+    assert "\n" not in str(caught.value)
+    for name in ("x" * 9999, "a\nb", "é" * 9999):
+        save_file({name: np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": 1}))
+        with pytest.raises(ModelError, match="surplus") as caught:
+            load_model(open_model(resolve(str(tmp_path))))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 900
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | {name: 1}))
+        with pytest.raises(ModelError) as caught:
+            load_model(open_model(resolve(str(tmp_path))))
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
