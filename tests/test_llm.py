@@ -138,6 +138,9 @@ def test_a_bad_request_runs_nothing(llm: LLM) -> None:
     assert not llm.engine.scheduler.has_unfinished
     with pytest.raises(RequestError, match="2 sampling parameters for 1 prompts"):
         llm.generate(["fine"], [GREEDY, GREEDY])
+    for prompt in ([1, True], [[1, True]], [1, 2.0], [1, [2]]):
+        with pytest.raises(RequestError, match="a flat list of whole numbers"):
+            llm.generate(prompt, GREEDY)  # type: ignore[arg-type]
 
 
 def test_a_failed_step_ends_its_requests_and_not_the_engine(llm: LLM) -> None:

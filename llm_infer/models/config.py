@@ -291,7 +291,7 @@ class ConfigReader:
         left = {key: value for key, value in self._values.items() if key not in self._taken}
         unknown = sorted(key for key, value in left.items() if not is_neutral(key, value))
         if unknown:
-            shown = ", ".join(key if key.isidentifier() else repr(key)[:60] for key in unknown[:20])
+            shown = ", ".join(key[:60] if key.isidentifier() else repr(key)[:60] for key in unknown[:20])
             raise ModelError(
                 f"config.json has keys this architecture does not know: {shown}. "
                 "They may change the computation, so the model is not loaded."

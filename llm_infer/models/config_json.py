@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from llm_infer.errors import ModelError
-from llm_infer.models.config import ModelConfig
+from llm_infer.models.config import LARGEST, ModelConfig
 from llm_infer.models.registry import family
+
+_MAY_BE_ZERO = ("embedding_size",)  # embeddings as wide as the model
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
@@ -39,8 +42,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         fields = {field.name for field in dataclasses.fields(kind)}
         if unknown := sorted(value.keys() - fields):
+            shown = ", ".join(key if key.isprintable() else repr(key) for key in unknown)[:100]
             raise ModelError(
-                f"the checkpoint's {where} has unknown fields {', '.join(unknown)}: it was written by a newer "
+                f"the checkpoint's {where} has unknown fields {shown}: it was written by a newer "
                 "llm_infer; update this one, or convert the model again"
             )
         required = {
@@ -50,14 +54,29 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         }
         if missing := sorted(required - value.keys()):
             raise ModelError(f"the checkpoint's {where} has no {', '.join(missing)}: convert the model again")
-        return kind(**{name: _build(hints[name], each, f"{where}.{name}") for name, each in value.items()})  # type: ignore[operator]
+        built = {name: _build(hints[name], each, f"{where}.{name}") for name, each in value.items()}
+        for name, each in built.items():
+            _check_number(each, f"{where}.{name}", zero=name in _MAY_BE_ZERO)
+        return kind(**built)  # type: ignore[operator]
     if get_origin(kind) is tuple and isinstance(value, list):
         items = get_args(kind)
         each_kind = [items[0]] * len(value) if items[-1] is Ellipsis else items
         if len(each_kind) == len(value):
             return tuple(_build(k, v, where) for k, v in zip(each_kind, value, strict=True))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST:
         return float(value)
     if kind in (bool, int, float, str) and type(value) is kind:
         return value
-    raise ModelError(f"the checkpoint's {where} is {value!r}, expected {kind}: convert the model again")
+    raise ModelError(f"the checkpoint's {where} is {value!r:.60}, expected {kind}: convert the model again")
+
+
+def _check_number(value: Any, where: str, *, zero: bool) -> None:
+    """Raises ModelError for a size, a base or an epsilon that no model has."""
+    if type(value) not in (int, float) or (zero and value == 0):
+        return
+    if not (0 < value < math.inf) or (type(value) is int and value > LARGEST):
+        raise ModelError(
+            f"the checkpoint's {where} is {value!r:.60}, expected a positive number: convert the model again"
+        )
+    if where.endswith(".norm_eps") and value > 1:
+        raise ModelError(f"the checkpoint's {where} is {value!r}, expected at most 1: convert the model again")

@@ -30,9 +30,9 @@ def family(values: Mapping[str, Any]) -> ModuleType:
     """
     names = values.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
-        raise ModelError(f"config.json: architectures={names!r}, expected a list with one name")
+        raise ModelError(f"config.json: architectures={names!r:.60}, expected a list with one name")
     if names[0] not in FAMILIES:
-        raise ModelError(f"architecture {names[0]!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise ModelError(f"architecture {names[0]!r:.60} is not supported; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[names[0]]
 
 

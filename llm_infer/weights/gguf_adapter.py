@@ -121,7 +121,7 @@ def architecture_of(file: GGUFFile) -> Architecture:
     name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
         raise ModelError(
-            f"{file.path}: architecture {name!r} is not supported from GGUF; supported: {', '.join(ARCHITECTURES)}"
+            f"{file.path}: architecture {name!r:.60} is not supported from GGUF; supported: {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[name]
 
@@ -140,7 +140,7 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
     if unknown := sorted(present - known - neutral):
         raise ModelError(
             f"{file.path}: metadata keys of {prefix[:-1]!r} that are not understood and may change the computation: "
-            + ", ".join(prefix + key for key in unknown[:10])
+            + ", ".join(key if key.isprintable() else repr(key) for key in (prefix + k[:80] for k in unknown[:5]))
         )
 
     def integer(key: str, default: int | None = None) -> int:

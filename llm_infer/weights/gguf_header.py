@@ -72,7 +72,7 @@ def parse_header(buffer: mmap.mmap) -> Header:
     for _ in range(metadata_count):
         key = cursor.string(_MAX_KEY_BYTES)
         if key in metadata:
-            raise HeaderError(f"metadata key {key!r} occurs twice")
+            raise HeaderError(f"metadata key {key!r:.100} occurs twice")
         metadata[key] = cursor.value(cursor.scalar("<I"))
     directory = [cursor.tensor() for _ in range(tensor_count)]
     return Header(version, metadata, _place(directory, cursor.position, metadata, len(buffer)))
@@ -87,13 +87,13 @@ def _place(directory: list[TensorInfo], end: int, metadata: dict[str, Any], size
     tensors: dict[str, TensorInfo] = {}
     for info in directory:
         if info.name in tensors:
-            raise HeaderError(f"tensor {info.name!r} occurs twice")
+            raise HeaderError(f"tensor {info.name!r:.100} occurs twice")
         if info.offset % alignment:
-            raise HeaderError(f"tensor {info.name!r} starts at {info.offset}, not a multiple of {alignment}")
+            raise HeaderError(f"tensor {info.name!r:.100} starts at {info.offset}, not a multiple of {alignment}")
         offset = start + info.offset
         if offset + info.nbytes > size:
             raise HeaderError(
-                f"tensor {info.name!r} needs bytes up to {offset + info.nbytes} of a file of {size}: the file is cut "
+                f"tensor {info.name!r:.100} needs bytes up to {offset + info.nbytes} of a file of {size}: the file is cut "
                 "short or damaged, fetch it again"
             )
         tensors[info.name] = TensorInfo(info.name, info.shape, info.format, offset, info.nbytes)
@@ -197,15 +197,17 @@ class _Cursor:
         name = self.string(_MAX_KEY_BYTES)
         dimensions = self.scalar("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise HeaderError(f"tensor {name!r} has {dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
+            raise HeaderError(f"tensor {name!r:.100} has {dimensions} dimensions, expected 1 to {_MAX_DIMENSIONS}")
         # The file lists the fastest dimension first.
         shape = tuple(self.scalar("<Q") for _ in range(dimensions))[::-1]
         type_id, offset = self.scalar("<I"), self.scalar("<Q")
         format = block_format(type_id)
         if format is None:
-            raise HeaderError(f"tensor {name!r} has the unknown type {type_id}: a newer `gguf` package may know it")
+            raise HeaderError(
+                f"tensor {name!r:.100} has the unknown type {type_id}: a newer `gguf` package may know it"
+            )
         if 0 in shape or shape[-1] % format.block_size:
             raise HeaderError(
-                f"tensor {name!r} has shape {list(shape)}, not a number of {format.name} blocks of {format.block_size}"
+                f"tensor {name!r:.100} has shape {list(shape)}, not a number of {format.name} blocks of {format.block_size}"
             )
         return TensorInfo(name, shape, format, offset, math.prod(shape) // format.block_size * format.block_bytes)

@@ -13,14 +13,13 @@ from llm_infer.errors import ModelError
 from llm_infer.quant import StoredWeights
 from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.progress import Progress, Task
+from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.stored_blocks import Kinds, read_stored, stored_bytes, stored_kinds
 from llm_infer.weights.tensor_source import TensorSource
 from pallas_kernels.quant_matmul import tile_rows, tiles_pay
 
 Place = Callable[[str, np.ndarray], jax.Array]
-
-_LISTED = 10  # names shown of each kind of problem
 
 
 def load_parameters(
@@ -159,12 +158,9 @@ def _check(
     surplus = [n for n in sorted(names - used, key=_natural) if not any(p.fullmatch(n) for p in patterns)]
     problems = {"missing": missing, "surplus": surplus, "wrong shape": misshapen, "not floats": not_float}
     if any(problems.values()):
-        lines = [
-            f"  {kind} ({len(found)}): {', '.join(found[:_LISTED])}{' …' if len(found) > _LISTED else ''}"
-            for kind, found in problems.items()
-            if found
-        ]
-        raise ModelError("\n".join([f"{source.description}: the tensors are not those of the model's config", *lines]))
+        raise ModelError(
+            f"{source.description}: the tensors are not those of the model's config: {tensor_report(problems)}"
+        )
 
 
 def _arranged_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:

@@ -24,6 +24,7 @@ import numpy as np
 from llm_infer.errors import ModelError
 from llm_infer.weights.default_model import directory_bytes
 from llm_infer.weights.progress import Progress, Task
+from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.zarr_arrays import DAMAGED, StoredArray, check_size, read_header, touch_pages
 
 if TYPE_CHECKING:  # JAX and Orbax take seconds to import; the kind of a directory is known without them
@@ -77,15 +78,27 @@ class Checkpoint:
                 "llm_infer; update this one, or convert the model again"
             )
         if type(version) is not int or version < 1:
-            raise ModelError(f"{path / MANIFEST}: version {version!r}, expected a whole number from 1; {DAMAGED}")
+            raise ModelError(f"{path / MANIFEST}: version {version!r:.60}, expected a whole number from 1; {DAMAGED}")
         try:
             self.stored_dtype = DTYPES[manifest["dtype"]]
             self.model: dict[str, Any] = dict(manifest["model"])
-            files = {str(name): int(size) for name, size in manifest["tokenizer"].items()}
+            files = dict(manifest["tokenizer"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"{path / MANIFEST}: no valid entry for {error}; {DAMAGED}") from None
+            raise ModelError(f"{path / MANIFEST}: no valid entry for {str(error)[:60]}; {DAMAGED}") from None
         self.tokenizer_directory = path / TOKENIZER
         for name, size in files.items():
+            # Only files below the directory: a manifest must not make us look elsewhere.
+            if (
+                not name
+                or "\0" in name
+                or Path(name).is_absolute()
+                or ".." in Path(name).parts
+                or type(size) is not int
+            ):
+                raise ModelError(
+                    f"{path / MANIFEST}: tokenizer[{name[:60]!r}]={size!r:.60}, expected files below {TOKENIZER} and their "
+                    f"sizes; {DAMAGED}"
+                )
             check_size(self.tokenizer_directory / name, size)
         self._arrays: dict[str, StoredArray] = {}
 
@@ -213,8 +226,7 @@ class Checkpoint:
             ],
         }
         if any(problems.values()):
-            lines = [f"  {kind} ({len(found)}): {', '.join(found)}" for kind, found in problems.items() if found]
-            raise ModelError("\n".join([f"{self.path}: not the parameters of its model; {DAMAGED}", *lines]))
+            raise ModelError(f"{self.path}: not the parameters of its model; {DAMAGED}; {tensor_report(problems)}")
 
 
 def _restore_with_orbax(

@@ -101,7 +101,7 @@ class SafetensorsFile:
         end = 8 + length
         for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
             if entry.start != end:
-                raise self._bad(f"the data of tensor {name!r} starts at byte {entry.start}, expected {end}")
+                raise self._bad(f"the data of tensor {name!r:.100} starts at byte {entry.start}, expected {end}")
             end += entry.nbytes
         if end != size:
             raise self._bad(f"it has {size} bytes, its header describes {end}: cut short or damaged, fetch it again")
@@ -111,16 +111,16 @@ class SafetensorsFile:
         try:
             dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
         except (TypeError, KeyError, ValueError):
-            raise self._bad(f"the entry of tensor {name!r} lacks dtype, shape or data_offsets") from None
+            raise self._bad(f"the entry of tensor {name!r:.100} lacks dtype, shape or data_offsets") from None
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise self._bad(f"tensor {name!r} has type {str(dtype)[:40]!r}, supported are {', '.join(_DTYPES)}")
+            raise self._bad(f"tensor {name!r:.100} has type {str(dtype)[:40]!r}, supported are {', '.join(_DTYPES)}")
         numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or len(shape) > 8:
-            raise self._bad(f"tensor {name!r} has shape {str(shape)[:80]} and bytes {str([start, stop])[:80]}")
+            raise self._bad(f"tensor {name!r:.100} has shape {str(shape)[:80]} and bytes {str([start, stop])[:80]}")
         nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
         if stop - start != nbytes or data_start + stop > len(self._buffer):
             raise self._bad(
-                f"tensor {name!r} needs {nbytes} bytes at {data_start + start} up to {data_start + stop} of a file of "
+                f"tensor {name!r:.100} needs {nbytes} bytes at {data_start + start} up to {data_start + stop} of a file of "
                 f"{len(self._buffer)}: cut short or damaged, fetch it again"
             )
         return _Entry(tuple(shape), _DTYPES[dtype], data_start + start, nbytes)
@@ -152,12 +152,12 @@ class SafetensorsSource:
         for file in opened:
             for name in file.entries:
                 if name in self._files:
-                    raise ModelError(f"tensor {name!r} is both in {self._files[name].path} and in {file.path}")
+                    raise ModelError(f"tensor {name!r:.100} is both in {self._files[name].path} and in {file.path}")
                 self._files[name] = file
         for name, filename in (weight_map or {}).items():
             if name not in self._files or self._files[name].path.name != filename:
                 raise ModelError(
-                    f"{self.description}: {INDEX_NAME} places tensor {name!r} in {filename}, it is not there"
+                    f"{self.description}: {INDEX_NAME} places tensor {name!r:.100} in {filename}, it is not there"
                 )
 
     @classmethod

@@ -436,3 +436,33 @@ def test_a_mapped_model_takes_no_memory_of_its_own(written: Path) -> None:
         {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in load(written).params.items()}
     )
     assert all(a.unsafe_buffer_pointer() % 4096 == 0 for a in params.values())
+
+
+def _manifest(path: Path, **changes: Any) -> None:
+    content = json.loads((path / MANIFEST).read_text())
+    content["model"] |= changes.pop("model", {})
+    (path / MANIFEST).write_text(json.dumps(content | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"vocab_size": -1}}, r"config\.vocab_size is -1, expected a positive number"),
+        ({"model": {"hidden_size": 0}}, r"config\.hidden_size is 0, expected a positive number"),
+        ({"model": {"hidden_size": 2**70}}, r"config\.hidden_size is \d+, expected a positive number"),
+        ({"model": {"num_kv_heads": 0}}, r"config\.num_kv_heads is 0, expected a positive number"),
+        ({"model": {"norm_eps": 2.0}}, r"config\.norm_eps is 2\.0, expected at most 1"),
+        ({"model": {"norm_eps": float("nan")}}, r"config\.norm_eps is nan, expected a positive number"),
+        ({"model": {"qkv_bias": "é" * 9999}}, r"config\.qkv_bias is 'é+, expected"),
+        ({"model": {"num_heads": 8}}, r"; wrong shape \(2\): layers"),
+        ({"tokenizer": {"../secret": 1}}, r"'\.\./secret'\]=1, expected files below"),
+        ({"tokenizer": {"/etc/passwd": 1}}, r"'/etc/passwd'\]=1, expected files below"),
+        ({"tokenizer": {"tokenizer.json": 1e308}}, r"=1e\+308, expected files below"),
+        ({"version": "é" * 9999}, "version 'é+, expected a whole number"),
+    ],
+)
+def test_a_manifest_of_impossible_values(copy: Path, changes: dict[str, Any], message: str) -> None:
+    _manifest(copy, **changes)
+    with pytest.raises(ModelError, match=message) as caught:
+        load(copy)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600

@@ -96,10 +96,11 @@ def write_gguf(
     extra: dict[str, Any] | None = None,
     rope_factors: np.ndarray | None = None,
     vocabulary: dict[str, Any] | None = None,
+    tokens: list[str] | None = None,
 ) -> Path:
     """Write a tiny Llama as llama.cpp's converter would. `types` maps Hugging Face names to storage types.
 
-    `vocabulary`: GGUF keys of a tokenizer; without it there are only tokens that serve no text.
+    `vocabulary`: GGUF keys of a tokenizer; without it there are only `tokens`, by default such as serve no text.
     """
     writer = GGUFWriter(path, architecture)
     writer.add_uint32(f"{architecture}.vocab_size", len(vocabulary["tokenizer.ggml.tokens"]) if vocabulary else V)
@@ -115,7 +116,7 @@ def write_gguf(
         vocabulary = {
             "tokenizer.ggml.bos_token_id": 1,
             "tokenizer.ggml.eos_token_id": 2,
-            "tokenizer.ggml.tokens": [f"token {i} é" for i in range(V)],
+            "tokenizer.ggml.tokens": tokens or [f"token {i} é" for i in range(V)],
             "tokenizer.ggml.token_type": [1] * V,
         }
     for key, value in vocabulary.items():
