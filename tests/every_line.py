@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 PACKAGE = str(Path(__file__).parent.parent / "llm_infer")
@@ -19,7 +20,7 @@ def at_line(number: int, action: Callable[[], None], run: Callable[[], Any]) -> 
         nonlocal count
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line":
+        if event == "line" and not _leaves_with(frame.f_code, frame.f_lineno, frame.f_lasti):
             count += 1
             if count == number:
                 sys.settrace(None)
@@ -35,3 +36,10 @@ def at_line(number: int, action: Callable[[], None], run: Callable[[], Any]) -> 
     finally:
         sys.settrace(before)
     return count
+
+
+def _leaves_with(code: CodeType, line: int, offset: int) -> bool:
+    """Whether this is the way out of a `with`, before its `__exit__`: there tracing stops, but no signal strikes."""
+    if not linecache.getline(code.co_filename, line).lstrip().startswith("with "):
+        return False
+    return offset != next(start for start, _, at in code.co_lines() if at == line)
