@@ -338,7 +338,8 @@ class LLM:
             assert result.prompt_logprobs is not None
             found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[start:], strict=True)]
             logprobs = [one.logprob for one in found]
-            text = IncrementalDetokenizer(self.tokenizer, prompt=whole[:start]).push(ids)
+            detokenizer = IncrementalDetokenizer(self.tokenizer, prompt=whole[:start], skip_special_tokens=False)
+            text = detokenizer.push(ids) + detokenizer.finish()
             scores.append(ScoreOutput(sum(logprobs), ids, logprobs, all(one.rank == 1 for one in found), text))
         return scores
 

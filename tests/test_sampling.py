@@ -275,6 +275,7 @@ def test_special_tokens_stop_and_stop_tokens_are_no_text(llm: LLM) -> None:
         ("Q: Name a city. A:", " New York City", " New York City", -5.778),
         ("Q: Name a city. A: ", "Paris", " Paris", None),
         ("The capital of Fra", "nce", " France", None),
+        ("Hello", "<|im_end|>", "<|im_end|>", None),
     ],
 )
 def test_a_score_is_that_of_all_tokens_of_the_continuation(
