@@ -404,12 +404,14 @@ class LLM:
         ]
         tracked: list[TrackedRequest] = []
         try:
-            # Compiled before the first step, side by side, and with a word about it.
-            compile_ = lambda all_: self._compile(self.engine.warm_up_for([one.request for one in all_]))  # noqa: E731
-            self._session.add(tracked, asked, compile_)
+            self._session.add(tracked, asked, self._prepare)
             yield tracked
         finally:  # of a stream that nobody reads any more Python runs this wherever it likes
             self._session.leave(tracked)
+
+    def _prepare(self, tracked: Sequence[TrackedRequest]) -> None:
+        """Compiles what requests need before their first step, side by side, and with a word about it."""
+        self._compile(self.engine.warm_up_for([one.request for one in tracked]))
 
     def _spellings(self, text: str) -> list[list[int]]:
         """Token ids of a text within another, as it is and after a space."""

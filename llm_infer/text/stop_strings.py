@@ -23,11 +23,13 @@ class StopStrings:
         self, stops: Sequence[str], *, include: bool = False, special_tokens: Mapping[str, int] | None = None
     ) -> None:
         """Starts a stream; `special_tokens`: text → id of the tokens that the text leaves out."""
-        named = [text for text in special_tokens or () if text and any(text in stop for stop in stops)]
+        # Some vocabularies have thousands of special tokens, and most requests no stop string.
+        known = (special_tokens or {}) if stops else {}
+        named = [text for text in known if text and any(text in stop for stop in stops)]
         # Halves of surrogate pairs: text decoded from UTF-8 has none.
         marks = {text: chr(0xD800 + index) for index, text in enumerate(sorted(named, key=len, reverse=True))}
-        self.marks = {(special_tokens or {})[text]: mark for text, mark in marks.items()}
-        self._shown = dict.fromkeys(map(ord, marks.values()))
+        self.marks = {known[text]: mark for text, mark in marks.items()}
+        self._left_out = dict.fromkeys(map(ord, marks.values()))
         self._stops = {stop: stop for stop in stops}
         for stop in stops:
             marked = stop
@@ -43,7 +45,7 @@ class StopStrings:
         if self.found is not None:
             return ""
         if not self._stops or not search:
-            return text.translate(self._shown)
+            return self._without_marks(text)
         pending = self._held + text
         matches = [
             (pending.index(stop) + len(stop), pending.index(stop), stop) for stop in self._stops if stop in pending
@@ -51,15 +53,18 @@ class StopStrings:
         if matches:
             _, start, stop = min(matches)
             self.found, self._held = self._stops[stop], ""
-            return pending[:start].translate(self._shown) + (self.found if self._include else "")
+            return self._without_marks(pending[:start]) + (self.found if self._include else "")
         keep = max(_overlap(pending, stop) for stop in self._stops)
         self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep].translate(self._shown)
+        return self._without_marks(pending[: len(pending) - keep])
 
     def finish(self) -> str:
         """Ends the stream: what was held back and did not become a stop string."""
         held, self._held = self._held, ""
-        return held.translate(self._shown)
+        return self._without_marks(held)
+
+    def _without_marks(self, text: str) -> str:
+        return text.translate(self._left_out) if self._left_out else text
 
 
 def _overlap(text: str, stop: str) -> int:
