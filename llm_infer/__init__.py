@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from pallas_kernels.targets import prepare_libtpu
 
 if TYPE_CHECKING:
+    from llm_infer.base.outputs import RequestOutput
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.decoding.structured import StructuredOutputsParams
     from llm_infer.llm import LLM
-    from llm_infer.outputs import RequestOutput
 
 __all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
 
@@ -18,7 +18,7 @@ _HOME = {
     "LLM": "llm_infer.llm",
     "SamplingParams": "llm_infer.decoding.sampling_params",
     "StructuredOutputsParams": "llm_infer.decoding.structured",
-    "RequestOutput": "llm_infer.outputs",
+    "RequestOutput": "llm_infer.base.outputs",
 }
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from llm_infer.errors import UserError
-from llm_infer.plain_values import plain
+from llm_infer.base.errors import UserError
+from llm_infer.base.plain_values import plain
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from llm_infer.errors import UserError
+from llm_infer.base.errors import UserError
 from llm_infer.llm import LLM
 
 VLLM_NAMES = {

@@ -12,6 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_infer.base.errors import RequestError, UserError
+from llm_infer.base.forks import refuse_lost_child
+from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
+from llm_infer.base.plain_values import plain_list
+from llm_infer.base.progress import Progress
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
@@ -20,20 +25,15 @@ from llm_infer.engine.engine import Engine
 from llm_infer.engine.features import PLAIN, features_of, union
 from llm_infer.engine.results import PooledPrompt
 from llm_infer.engine.warm_up import WarmUp
-from llm_infer.errors import RequestError, UserError
-from llm_infer.forks import refuse_lost_child
+from llm_infer.frontend.session import Asked, Session
+from llm_infer.frontend.tracking import TrackedRequest
 from llm_infer.loading import load, require_same_tokens
-from llm_infer.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import join
-from llm_infer.plain_values import plain_list
-from llm_infer.session import Asked, Session
 from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.text.continuations import continuation_tokens
 from llm_infer.text.detokenizer import IncrementalDetokenizer
-from llm_infer.tracking import TrackedRequest
 from llm_infer.weights.default_model import DEFAULT_MODEL
-from llm_infer.weights.progress import Progress
 
 Prompt = str | Sequence[int] | np.ndarray
 """Text, or token ids: a list or an array of integers (of NumPy or another library)."""

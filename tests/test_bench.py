@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_infer.bench import context, decoding, kernels, memory, offline, peers, step
+from llm_infer.base.errors import UserError
+from llm_infer.bench import context, decoding, memory, offline, peers, step
+from llm_infer.bench.compiled import kernels
 from llm_infer.bench.peers import table
-from llm_infer.errors import UserError
 
 
 def test_growth_is_a_multiple_of_the_time_to_read_what_was_added() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llm_infer.bench import kernels_gpu
-from llm_infer.bench.gpu import markdown
+from llm_infer.bench.compiled import gpu as kernels_gpu
+from llm_infer.bench.gpu.run import markdown
 from pallas_kernels.targets import TARGETS, why_not
 
 SCRIPT = """

@@ -14,15 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm_infer import accelerators, cli, doctor
-from llm_infer.outputs import Logprob, StreamChunk
+from llm_infer.base import accelerators
+from llm_infer.base.outputs import Logprob, StreamChunk
+from llm_infer.commands import app, doctor
 
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `llm-infer ARGS` in this process."""
     monkeypatch.setattr(sys, "argv", ["llm-infer", *args])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     code = stop.value.code
     return (code if isinstance(code, int) else 0 if code is None else 1), out, err
@@ -68,8 +69,8 @@ def test_bad_arguments(
 
 @pytest.mark.parametrize("name", ["missing.gguf", "./missing", "/missing/directory", "missing"])
 def test_a_model_that_is_not_there_is_refused_before_jax_is_imported(name: str, tmp_path: Path) -> None:
-    code = "import sys; from llm_infer import cli; sys.argv = ['llm-infer', *sys.argv[1:]]\n"
-    code += "try: cli.main()\nexcept SystemExit: print('jax' in sys.modules)"
+    code = "import sys; from llm_infer.commands import app; sys.argv = ['llm-infer', *sys.argv[1:]]\n"
+    code += "try: app.main()\nexcept SystemExit: print('jax' in sys.modules)"
     commands = (["generate", "hello", "--model"], ["chat", "--model"], ["convert"], ["bench", "step", "--model"])
     for command in commands:
         arguments = [*command, name, *(["out"] if command == ["convert"] else [])]
@@ -118,13 +119,13 @@ def test_context_beyond_the_model_is_refused_before_the_weights_are_read(
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["llm-infer", "generate", "x", "--temperature", "-1", "--debug"])
-    with pytest.raises(cli.UserError):
-        cli.main()
+    with pytest.raises(app.UserError):
+        app.main()
 
 
 @pytest.mark.real
 def test_generate_streams_the_answer_to_stdout(default_gguf: Path) -> None:
-    command = [sys.executable, "-m", "llm_infer.cli", "generate", "--raw", "The capital of France is"]
+    command = [sys.executable, "-m", "llm_infer.commands.app", "generate", "--raw", "The capital of France is"]
     command += ["--model", str(default_gguf), "--max-tokens", "5", "--max-model-len", "512"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert result.stdout.startswith(" Paris")
@@ -145,7 +146,7 @@ def test_an_answer_that_could_not_go_on_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     llm = _Answering(StreamChunk(0, "begun", [1], None), StreamChunk(0, "", [], "error", error="lower min_tokens"))
-    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    monkeypatch.setattr(app, "_interactive_llm", lambda *_: llm)
     assert run(monkeypatch, capsys, "generate", "hello") == (1, "begun\n", "error: lower min_tokens\n")
 
 
@@ -157,7 +158,7 @@ def test_log_probabilities_come_after_the_answer_as_a_table(
     llm = _Answering(
         StreamChunk(0, " Paris", [5], None, logprobs=[first]), StreamChunk(0, "\n", [7], "length", logprobs=[second])
     )
-    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    monkeypatch.setattr(app, "_interactive_llm", lambda *_: llm)
     monkeypatch.setattr(sys, "stderr", sys.stdout)  # as a terminal shows it
     code, out, _ = run(monkeypatch, capfd, "generate", "hello", "--logprobs", "2")
     assert code == 0 and out.splitlines() == [
@@ -174,8 +175,8 @@ def test_each_kind_of_structure_reaches_the_request(
     (tmp_path / "file").write_text("{}")
     asked = []
     llm = _Answering(StreamChunk(0, "a", [1], "stop"))
-    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
-    monkeypatch.setattr(cli, "show_answer", lambda chunks, params: asked.append(params.structured_outputs))
+    monkeypatch.setattr(app, "_interactive_llm", lambda *_: llm)
+    monkeypatch.setattr(app, "show_answer", lambda chunks, params: asked.append(params.structured_outputs))
     file = str(tmp_path / "file")
     for flags in (["--json-schema", file], ["--regex", "a+"], ["--choice", "a", "--choice", "b"], ["--grammar", file]):
         assert run(monkeypatch, capsys, "generate", "hello", *flags)[0] == 0
@@ -209,7 +210,7 @@ def test_a_structured_answer_that_was_cut_says_so(
 ) -> None:
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     llm = _Answering(*(StreamChunk(0, "{", [1], reason if i == tokens else None) for i in range(1, tokens + 1)))
-    monkeypatch.setattr(cli, "_interactive_llm", lambda *_: llm)
+    monkeypatch.setattr(app, "_interactive_llm", lambda *_: llm)
     for flags in ((), ("--json-schema", str(tmp_path / "schema.json"))):
         code, out, err = run(monkeypatch, capsys, "generate", "hello", "--max-tokens", "3", *flags)
         assert code == 0 and out == "{" * tokens + "\n"
@@ -218,7 +219,7 @@ def test_a_structured_answer_that_was_cut_says_so(
 
 @pytest.mark.real
 def test_ctrl_c_in_a_chat_stops_the_answer_and_not_the_program(default_gguf: Path) -> None:
-    command = [sys.executable, "-u", "-m", "llm_infer.cli", "chat", "--model", str(default_gguf)]
+    command = [sys.executable, "-u", "-m", "llm_infer.commands.app", "chat", "--model", str(default_gguf)]
     command += ["--max-model-len", "512", "--max-tokens", "200"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin and process.stdout and process.stderr
@@ -264,7 +265,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 def test_an_output_that_cannot_be_written_is_one_line() -> None:
-    code = "import sys; from llm_infer.cli import main, write, app; app.command('fill')(lambda: write('x' * 100))\n"
+    code = "import sys; from llm_infer.commands.app import main, write, app; app.command('fill')(lambda: write('x' * 100))\n"
     code += "sys.argv = ['llm-infer', 'fill']; main()"
     with open("/dev/full", "w") as full:
         result = subprocess.run(
@@ -281,14 +282,14 @@ def test_ctrl_c_while_jax_is_imported_ends_the_program(tmp_path: Path) -> None:
         "try: os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: sys.stderr.write('struck within')\n"
         "sys.path.remove(os.path.dirname(__file__)); del sys.modules['jax']; import jax"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
-    command = [sys.executable, "-m", "llm_infer.cli", "generate", "hi"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(app.__file__).parents[2])])}
+    command = [sys.executable, "-m", "llm_infer.commands.app", "generate", "hi"]
     result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=60)
     assert (result.returncode, result.stderr) in ((130, ""), (130, "error: interrupted\n"))
 
 
 def test_help_does_not_load_jax() -> None:
-    code = "import sys, llm_infer.cli; assert 'jax' not in sys.modules, 'jax was imported'"
+    code = "import sys, llm_infer.commands.app; assert 'jax' not in sys.modules, 'jax was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llm_infer import cli, cli_bench
-from llm_infer.cli_options import engine_arguments
+from llm_infer.base.errors import UserError
+from llm_infer.commands import app, bench
+from llm_infer.commands.options import engine_arguments
 from llm_infer.engine_arguments import VLLM_NAMES, argument_names, read_engine_arguments
-from llm_infer.errors import UserError
 from llm_infer.llm import LLM
 
 SERVING = sorted((Path(__file__).parent.parent / "configs" / "serving").glob("*.toml"))
@@ -54,13 +54,13 @@ def test_a_typed_flag_goes_before_the_file_even_at_its_default(
         found.append(engine_arguments(config, *args, **flags))
         raise UserError("enough")
 
-    for module in (cli, cli_bench):
+    for module in (app, bench):
         monkeypatch.setattr(module, "engine_arguments", taken)
     monkeypatch.setattr(
         sys, "argv", ["llm-infer", *command, "--config", str(file), "--precision", "exact", "--dtype", "auto"]
     )
     with pytest.raises(SystemExit):
-        cli.main()
+        app.main()
     assert found == [{"precision": "exact", "dtype": "auto", "device": "cpu"}]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,51 +22,46 @@ ONLY_IN = {
     "llvmlite": ("pallas_kernels/",),
     "tokenizers": ("llm_infer/text/",),
     "jinja2": ("llm_infer/text/",),
-    "typer": ("llm_infer/cli",),
+    "typer": ("llm_infer/commands/",),
     "llguidance": ("llm_infer/decoding/grammar.py",),
 }
 
 # These run without JAX: they can be read, tested and reused on their own.
 HOST = (
-    *("llm_infer/scheduler/", "llm_infer/kvcache/page_", "llm_infer/kvcache/prefix_", "llm_infer/kvcache/simulate"),
-    *(
-        "llm_infer/text/",
-        "llm_infer/errors.py",
-        "llm_infer/config.py",
-        "llm_infer/outputs.py",
-        "llm_infer/accelerators.py",
-        "llm_infer/plain_values.py",
-    ),
-    *(
-        "llm_infer/decoding/sampling_params.py",
-        "llm_infer/decoding/beam.py",
-        "llm_infer/decoding/speculative.py",
-        "llm_infer/decoding/structured.py",
-        "llm_infer/decoding/token_rules.py",
-        "llm_infer/planner/cost.py",
-        "pallas_kernels/paged_attention/plan.py",
-    ),
+    *("llm_infer/base/", "llm_infer/scheduler/", "llm_infer/kvcache/", "llm_infer/text/", "llm_infer/config.py"),
+    *(f"llm_infer/decoding/{name}.py" for name in ("sampling_params", "beam", "speculative", "structured")),
+    *("llm_infer/decoding/token_rules.py", "llm_infer/planner/cost.py", "pallas_kernels/paged_attention/plan.py"),
 )
 
-# Lower layers may not import higher ones; a module may import from its own layer and from those after it.
-ORDER = (
-    ("llm_infer/cli.py", "llm_infer/bench/", "llm_infer/doctor.py", "llm_infer/kernel_report.py"),
-    ("llm_infer/engine_arguments.py",),
-    ("llm_infer/llm.py", "llm_infer/session.py", "llm_infer/tracking.py"),
-    ("llm_infer/loading.py",),
-    ("llm_infer/planner/",),
-    ("llm_infer/engine/",),
-    ("llm_infer/models/", "llm_infer/text/"),
-    ("llm_infer/weights/", "llm_infer/scheduler/", "llm_infer/decoding/"),
-    ("llm_infer/kvcache/",),
-    ("llm_infer/parallel/",),
-    ("llm_infer/quant/",),
-    (
-        *("llm_infer/config.py", "llm_infer/errors.py", "llm_infer/outputs.py", "llm_infer/interrupts.py"),
-        *("llm_infer/accelerators.py", "llm_infer/plain_values.py", "llm_infer/forks.py"),
+
+class LayerOfCode(NamedTuple):
+    """Modules of one height, by prefixes of their paths, and what they hold: a row of docs/architecture.md."""
+
+    prefixes: tuple[str, ...]
+    holds: str
+
+
+# Imports point down only: a module may import from its own layer and from those after it.
+LAYERS = (
+    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/"), "the command line; benchmarks"),
+    LayerOfCode(("llm_infer/engine_arguments.py",), "settings from files and flags"),
+    LayerOfCode(("llm_infer/llm.py",), "`LLM`, the synchronous class"),
+    LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),
+    LayerOfCode(("llm_infer/loading.py",), "a model's name to a tokenizer and a loaded model"),
+    LayerOfCode(("llm_infer/planner/",), "memory in closed form; compiling for chips that are not here"),
+    LayerOfCode(("llm_infer/engine/",), "step programs, runner, engine; token ids only"),
+    LayerOfCode(("llm_infer/models/", "llm_infer/text/"), "decoder and families; tokenizers and chat templates"),
+    LayerOfCode(
+        ("llm_infer/weights/", "llm_infer/scheduler/", "llm_infer/decoding/"),
+        "files to parameters; which tokens a step computes; how tokens are chosen",
     ),
-    ("llm_infer/__init__.py",),
-    ("pallas_kernels/",),
+    LayerOfCode(("llm_infer/kvcache/",), "page allocator, page tables, prefix cache"),
+    LayerOfCode(("llm_infer/parallel/",), "mesh, what is cut over it, collectives, several hosts"),
+    LayerOfCode(("llm_infer/quant/",), "weights in fewer bits as pytrees"),
+    LayerOfCode(("llm_infer/config.py",), "engine configuration, checked when it is made"),
+    LayerOfCode(("llm_infer/base/",), "errors, results, progress, the environment"),
+    LayerOfCode(("llm_infer/__init__.py",), "public names"),
+    LayerOfCode(("pallas_kernels/",), "kernels over plain arrays, chosen by device, dtype and shape"),
 )
 
 
@@ -90,10 +87,10 @@ def imports(path: Path, *, everywhere: bool) -> set[str]:
 
 def layer(module: str) -> int:
     path = module.replace(".", "/")
-    for index, prefixes in enumerate(ORDER):
+    for index, (prefixes, _) in enumerate(LAYERS):
         if any(path.startswith(p.removesuffix(".py").removesuffix("/")) for p in prefixes):
             return index
-    return len(ORDER) - 2  # the package itself
+    return len(LAYERS) - 2  # the package itself
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
@@ -113,3 +110,35 @@ def test_imports(path: Path) -> None:
     for imported in all_imports:
         if imported.startswith(("llm_infer.", "pallas_kernels.")):
             assert layer(imported) >= own, f"{name} imports {imported}, which lies above it"
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Also imports within functions count; those for type checkers alone do not."""
+    names = {dotted(path): path for path in MODULES}
+    graph = {name: imports(path, everywhere=True) & names.keys() - {name} for name, path in names.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' → '.join(error.args[1])}")
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer_table() -> str:
+    """The layers as docs/architecture.md shows them, highest first."""
+    names = [", ".join(f"`{prefix.removeprefix('llm_infer/')}`" for prefix in each.prefixes) for each in LAYERS]
+    rows = [f"| {name} | {each.holds} |" for name, each in zip(names, LAYERS, strict=True)]
+    return "\n".join(["| layer | holds |", "|---|---|", *rows])
+
+
+def test_the_documented_layers_are_these() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert layer_table() in text, f"docs/architecture.md should have this table:\n{layer_table()}"
+
+
+def test_every_module_is_in_one_layer() -> None:
+    for path in MODULES:
+        homes = [each for each in LAYERS if path.as_posix().startswith(each.prefixes)]
+        assert len(homes) == 1, f"{path} is in {len(homes)} layers"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llm_infer import LLM, SamplingParams
+from llm_infer.base.errors import RequestError, UserError
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
-from llm_infer.errors import RequestError, UserError
 
 pytestmark = pytest.mark.real
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from llm_infer import LLM, SamplingParams, StructuredOutputsParams
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.grammar import GrammarCompiler
-from llm_infer.errors import RequestError
 
 pytestmark = pytest.mark.real
 TEXT = "The capital of France is"

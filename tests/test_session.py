@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from llm_infer import LLM, SamplingParams
-from llm_infer.errors import RequestError, UserError
+from llm_infer.base.errors import RequestError, UserError
 from tests.every_line import at_line
 
 CONFIG = {

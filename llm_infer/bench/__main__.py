@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     gpu.add_argument("--only", default="", help="comma-separated names of sections")
     parsed = parser.parse_args(arguments)
-    from llm_infer.bench.gpu import run
+    from llm_infer.bench.gpu.run import run
 
     return run(parsed.out, minutes=parsed.minutes, small=parsed.small, only=parsed.only)
 

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm_infer.base.errors import UserError
 from llm_infer.bench import pages
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.structured import StructuredOutputsParams
-from llm_infer.errors import UserError
 from llm_infer.llm import LLM
 
 SUMMARIES = ("summarization",)

@@ -19,8 +19,8 @@ from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.programs import described
 from llm_infer.engine.runner import Runner, StepProgram
 from llm_infer.models.architectures import architecture_config, architecture_names
-from llm_infer.models.decoder import split_model
 from llm_infer.models.load import LoadedModel, dummy_model
+from llm_infer.models.params import split_model
 
 PROMPT, WARM_UP, STEPS, CONTEXT = 64, 8, 200, 4096
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm_infer.errors import UserError
+from llm_infer.base.errors import UserError
 
 STATUS = Path("/proc/self/status")
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from llm_infer.base.errors import UserError
 from llm_infer.bench.rates import measure
-from llm_infer.errors import UserError
 from llm_infer.llm import LLM
 
 

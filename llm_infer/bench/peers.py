@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from llm_infer.errors import UserError
-from llm_infer.weights.progress import Progress
+from llm_infer.base.errors import UserError
+from llm_infer.base.progress import Progress
 from llm_infer.weights.sources import resolve
 
 METRICS = ("decode_b1", "decode_b8", "decode_b32", "prefill_512")

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from llm_infer.base.progress import Progress
 from llm_infer.loading import load
-from llm_infer.models.decoder import Cache, Layer, merge_model
+from llm_infer.models.decoder import Cache, Layer
 from llm_infer.models.load import LoadedModel
+from llm_infer.models.params import merge_model
 from llm_infer.text.tokenizer import Tokenizer
-from llm_infer.weights.progress import Progress
 from pallas_kernels.paged_attention import AttentionPlan, kv_pool_dtype, kv_pool_shape, paged_attention
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan, plan_fields
 

@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from llm_infer.errors import UserError
-from llm_infer.weights.progress import Progress
+from llm_infer.base.errors import UserError
+from llm_infer.base.progress import Progress
 from llm_infer.weights.sources import resolve
 
 PROMPT = "Why is the sky blue?"
@@ -38,7 +38,17 @@ def run(model: str, rounds: int, json_file: str | None) -> None:
 
 def time_to_first_token(model: str, environment: dict[str, str]) -> float:
     """Seconds until the first byte of the answer."""
-    command = [sys.executable, "-m", "llm_infer.cli", "generate", PROMPT, "--model", model, "--max-tokens", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "llm_infer.commands.app",
+        "generate",
+        PROMPT,
+        "--model",
+        model,
+        "--max-tokens",
+        "2",
+    ]
     started = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

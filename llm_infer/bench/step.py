@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from llm_infer.base.errors import UserError
 from llm_infer.bench.offline import measure
-from llm_infer.errors import UserError
 from llm_infer.llm import LLM
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 48

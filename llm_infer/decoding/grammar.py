@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from llm_infer.base.errors import RequestError, UserError
 from llm_infer.decoding.structured import StructuredOutputsParams
-from llm_infer.errors import RequestError, UserError
 
 COMPILE_SECONDS = 10.0
 """Longest wait for one grammar."""

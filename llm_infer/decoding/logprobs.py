@@ -15,13 +15,13 @@ from pallas_kernels.draw_tokens.top_tokens import top_tokens
 class Logprobs(NamedTuple):
     """Of each row: the log-probability and rank (1 = most likely) of its token, and the N most likely tokens."""
 
-    logprobs: Float[Array, "S"]
-    ranks: Int[Array, "S"]
+    logprobs: Float[Array, " S"]
+    ranks: Int[Array, " S"]
     top_ids: Int[Array, "S N"]
     top_logprobs: Float[Array, "S N"]
 
 
-def logprobs_of(logits: Float[Array, "S V"], ids: Int[Array, "S"], count: int) -> Logprobs:
+def logprobs_of(logits: Float[Array, "S V"], ids: Int[Array, " S"], count: int) -> Logprobs:
     """Log-probabilities of `ids` and of the `count` most likely tokens of each row."""
     logits = logits.astype(jnp.float32)
     total = logsumexp(logits, axis=-1)

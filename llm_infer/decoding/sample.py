@@ -21,18 +21,18 @@ class SamplingRows(NamedTuple):
     `seed_high`, `seed_low` are the words of the 64-bit seed; `position` is the place of the drawn token in its sequence.
     """
 
-    temperature: Float[Array, "S"]
-    top_p: Float[Array, "S"]
-    top_k: Int[Array, "S"]
-    min_p: Float[Array, "S"]
-    typical_p: Float[Array, "S"]
-    seed_high: Int[Array, "S"]
-    seed_low: Int[Array, "S"]
-    sample_index: Int[Array, "S"]
-    position: Int[Array, "S"]
+    temperature: Float[Array, " S"]
+    top_p: Float[Array, " S"]
+    top_k: Int[Array, " S"]
+    min_p: Float[Array, " S"]
+    typical_p: Float[Array, " S"]
+    seed_high: Int[Array, " S"]
+    seed_low: Int[Array, " S"]
+    sample_index: Int[Array, " S"]
+    position: Int[Array, " S"]
 
 
-def uniforms(rows: SamplingRows) -> Float[Array, "S"]:
+def uniforms(rows: SamplingRows) -> Float[Array, " S"]:
     """One number in [0, 1) per row, from the key `fold_in(fold_in(seed, sample_index), position)` alone."""
 
     def draw(high: Array, low: Array, index: Array, position: Array) -> Array:
@@ -43,6 +43,6 @@ def uniforms(rows: SamplingRows) -> Float[Array, "S"]:
     return jax.vmap(draw)(rows.seed_high, rows.seed_low, rows.sample_index, rows.position)
 
 
-def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, "S"]:
+def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, " S"]:
     """The next token of each row."""
     return draw_tokens(logits, Limits(*(getattr(rows, name) for name in Limits._fields)), uniforms(rows))

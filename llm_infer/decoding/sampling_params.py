@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Literal
 
+from llm_infer.base.errors import RequestError
+from llm_infer.base.plain_values import plain, plain_list
 from llm_infer.decoding.beam import MAX_BEAM_WIDTH
 from llm_infer.decoding.structured import StructuredOutputsParams
-from llm_infer.errors import RequestError
-from llm_infer.plain_values import plain, plain_list
 
 MAX_LOGPROBS = 20
 """Most tokens per position whose log-probabilities a request can ask for (as in vLLM)."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.formats import PATTERNS
-from llm_infer.errors import RequestError
 
 _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 """Keywords whose values are schemas by name: the names are no keywords."""

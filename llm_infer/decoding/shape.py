@@ -23,10 +23,10 @@ class SlotState(NamedTuple):
 class ShapeRows(NamedTuple):
     """Penalties of each row, all [S]; `has_bias` is 1 where the slot's row of biases counts."""
 
-    repetition_penalty: Float[Array, "S"]
-    presence_penalty: Float[Array, "S"]
-    frequency_penalty: Float[Array, "S"]
-    has_bias: Int[Array, "S"]
+    repetition_penalty: Float[Array, " S"]
+    presence_penalty: Float[Array, " S"]
+    frequency_penalty: Float[Array, " S"]
+    has_bias: Int[Array, " S"]
 
 
 def empty_state(slots: int, vocab: int) -> SlotState:
@@ -34,7 +34,7 @@ def empty_state(slots: int, vocab: int) -> SlotState:
     return SlotState(jnp.zeros((slots, vocab), jnp.int32), jnp.zeros((slots, vocab), jnp.float32))
 
 
-def set_slot(state: SlotState, slot: Int[Array, ""], seen: Int[Array, "V"], bias: Float[Array, "V"]) -> SlotState:
+def set_slot(state: SlotState, slot: Int[Array, ""], seen: Int[Array, " V"], bias: Float[Array, " V"]) -> SlotState:
     """The state with one slot's rows replaced; to be jitted with the state donated."""
     rows = zip(state, (seen, bias), strict=True)
     return SlotState(*(lax.dynamic_update_index_in_dim(array, row, slot, 0) for array, row in rows))
@@ -47,13 +47,13 @@ def seen_counts(prompt: list[int], output: list[int], vocab: int) -> np.ndarray:
     return seen.astype(np.int32)
 
 
-def count_drawn(state: SlotState, slot: Int[Array, "S"], ids: Int[Array, "S"]) -> SlotState:
+def count_drawn(state: SlotState, slot: Int[Array, " S"], ids: Int[Array, " S"]) -> SlotState:
     """The state after each row has drawn its id."""
     return state._replace(seen=state.seen.at[slot, ids].add(2))
 
 
 def shape_logits(
-    logits: Float[Array, "S V"], state: SlotState, slot: Int[Array, "S"], rows: ShapeRows
+    logits: Float[Array, "S V"], state: SlotState, slot: Int[Array, " S"], rows: ShapeRows
 ) -> Float[Array, "S V"]:
     """Logits with penalties and biases.
 

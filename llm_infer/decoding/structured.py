@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.schemas import exact_schema, parse_schema
-from llm_infer.errors import RequestError
 
 MAX_CHARS = 1 << 16
 """Longest schema, expression or grammar in characters."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 
-from llm_infer.weights.environment import cache_dir
+from llm_infer.base.environment import cache_dir
 
 
 def cache_directory() -> Path | None:

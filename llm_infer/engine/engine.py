@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from llm_infer.base.errors import ProcessLostError, UserError
+from llm_infer.base.forks import refuse_lost_child
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
@@ -19,8 +21,6 @@ from llm_infer.engine.requests import make_request
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
-from llm_infer.errors import ProcessLostError, UserError
-from llm_infer.forks import refuse_lost_child
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel

@@ -88,7 +88,7 @@ class StepLayout:
         result = {name: buffer[a:b].reshape(shape) for name, shape, a, b in self._slices()}
         return {name: view.view(np.float32) if name in FLOATS else view for name, view in result.items()}
 
-    def unpack(self, packed: Int[Array, "N"]) -> dict[str, jax.Array]:
+    def unpack(self, packed: Int[Array, " N"]) -> dict[str, jax.Array]:
         """The fields on the device, by static slices."""
         result = {name: packed[a:b].reshape(shape) for name, shape, a, b in self._slices()}
         return {

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_infer.base.errors import CapacityError
 from llm_infer.config import EngineConfig
-from llm_infer.errors import CapacityError
 from llm_infer.models.load import LoadedModel
 
 

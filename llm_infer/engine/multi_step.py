@@ -13,7 +13,8 @@ from llm_infer.engine.features import StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.steps import LastIds, Pages, StepFunction, attention_over, draw_ids, drawn_outputs
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import LayerLoop, Params, merge_model
+from llm_infer.models.decoder import LayerLoop
+from llm_infer.models.params import Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages
 from pallas_kernels.paged_attention.decode_plan import decode_plan
 

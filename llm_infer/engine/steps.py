@@ -19,7 +19,8 @@ from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_log
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import Attend, Cache, Layer, LayerLoop, Params, merge_model
+from llm_infer.models.decoder import Attend, Cache, Layer, LayerLoop
+from llm_infer.models.params import Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
@@ -110,7 +111,7 @@ def attention_over(plan: AttentionPlan, scale: float) -> Attend:
 
 def draw_ids(
     logits: Float[Array, "R V"], f: Mapping[str, Array], state: SlotState | None, allowed: Int[Array, "R W"] | None
-) -> tuple[Int[Array, "R"], SlotState | None]:
+) -> tuple[Int[Array, " R"], SlotState | None]:
     """The next id of each row, and the state after it; `f` are the fields of the step."""
     with jax.named_scope("sample"):
         if state is not None:
@@ -122,7 +123,7 @@ def draw_ids(
         return ids, None if state is None else count_drawn(state, f["slot"], ids)
 
 
-def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, "R"], features: StepFeatures) -> dict[str, Array]:
+def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: StepFeatures) -> dict[str, Array]:
     """`ids`, and with LOGPROBS the fields of `Logprobs`."""
     outputs = {"ids": ids}
     if StepFeatures.LOGPROBS in features:
@@ -132,7 +133,7 @@ def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, "R"], features: S
 
 
 def logprobs_in_blocks(
-    head: Callable[[Array], Array], hidden: Float[Array, "T E"], targets: Int[Array, "T"]
+    head: Callable[[Array], Array], hidden: Float[Array, "T E"], targets: Int[Array, " T"]
 ) -> Logprobs:
     """Log-probabilities of `targets` after each token, in blocks: logits of all tokens at once would fill the memory."""
     tokens = hidden.shape[0]

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.registry import family
 

@@ -8,8 +8,9 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from llm_infer.errors import ModelError
-from llm_infer.models.config import LARGEST, ModelConfig
+from llm_infer.base.errors import ModelError
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.hf_config import LARGEST
 from llm_infer.models.registry import family
 
 _MAY_BE_ZERO = ("embedding_size",)  # embeddings as wide as the model

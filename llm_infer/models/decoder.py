@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -24,7 +23,6 @@ from llm_infer.models.layers import (
     rope_frequencies,
     rotate,
 )
-from llm_infer.models.registry import decoder_class
 
 Cache = Any
 """Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked page pool."""
@@ -132,11 +130,11 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype, rngs=rngs)
 
-    def embed_tokens(self, token_ids: Int[Array, "T"], positions: Int[Array, "T"]) -> Float[Array, "T E"]:
+    def embed_tokens(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T E"]:
         """Input of the first layer."""
         return self.embed(token_ids)
 
-    def angles(self, positions: Int[Array, "T"]) -> Angles:
+    def angles(self, positions: Int[Array, " T"]) -> Angles:
         """What the layers need to know of the positions; computed once, not per layer."""
         if self.config.rope is None:
             return None
@@ -144,8 +142,8 @@ class Decoder(nnx.Module):
 
     def __call__(
         self,
-        token_ids: Int[Array, "T"],
-        positions: Int[Array, "T"],
+        token_ids: Int[Array, " T"],
+        positions: Int[Array, " T"],
         cache: Cache,
         attend: Attend,
         *,
@@ -175,45 +173,3 @@ class Decoder(nnx.Module):
         with jax.named_scope("head"):
             head = self.embed if self.config.tie_word_embeddings else self.head
             return head.logits(self.normed(x))
-
-
-Params = dict[str, Any]
-"""Parameters by dotted name, e.g. `layers.attn.qkv.weight`: arrays, or matrices as `StoredWeights`.
-
-Every weight is stacked, so there are about a dozen."""
-
-
-def split_model(
-    config: ModelConfig, dtype: DTypeLike = jnp.float32
-) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    """The definition of the model and the shape and dtype of each parameter; nothing is allocated."""
-    abstract = nnx.eval_shape(lambda: decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    definition, state = nnx.split(abstract)
-    return definition, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-
-
-def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
-    """The callable model; cheap, meant to be called inside a traced function."""
-    flat: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
-    return nnx.merge(definition, nnx.from_flat_state(flat))
-
-
-def random_params(
-    config: ModelConfig,
-    dtype: DTypeLike = jnp.float32,
-    seed: int = 0,
-    arrange: Callable[[str, Array], Array] | None = None,
-    shardings: Any = None,
-) -> Params:
-    """Random weights made on the device, for tests and benchmarks (`--load-format dummy`).
-
-    `arrange` and `shardings` (by name) bring them to the devices of a mesh, each its part; the values stay the same.
-    """
-
-    @partial(jax.jit, out_shardings=shardings)
-    def init() -> Params:
-        _, state = nnx.split(decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
-        flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-        return flat if arrange is None else {name: arrange(name, value) for name, value in flat.items()}
-
-    return init()

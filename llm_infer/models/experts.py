@@ -85,8 +85,8 @@ class ExpertsMLP(nnx.Module):
 
 
 def _blocks(
-    experts: Int[Array, "A"], num_experts: int, rows: int, max_blocks: int
-) -> tuple[Int[Array, "A"], Int[Array, "B"], Int[Array, ""]]:
+    experts: Int[Array, " A"], num_experts: int, rows: int, max_blocks: int
+) -> tuple[Int[Array, " A"], Int[Array, " B"], Int[Array, ""]]:
     """Where each of the A pairs goes (block · rows + row), the expert of each block, and how many blocks there are.
 
     Pairs of an expert `num_experts` (one of another device) have no place.

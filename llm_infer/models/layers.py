@@ -47,7 +47,7 @@ def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Ar
     return out.astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "... E"], weight: Float[Array, "E"], eps: float) -> Float[Array, "... E"]:
+def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "... E"]:
     """Root-mean-square normalisation in float32 (Zhang and Sennrich, 2019)."""
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -66,7 +66,9 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     return frequencies.astype(np.float32)
 
 
-def rope_angles(positions: Int[Array, "T"], frequencies: np.ndarray) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
+def rope_angles(
+    positions: Int[Array, " T"], frequencies: np.ndarray
+) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
     """Cosine and sine [T, D/2] of the rotation of each position, float32."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
     return jnp.cos(angles), jnp.sin(angles)
@@ -152,7 +154,7 @@ class Embedding(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (shards.padded(vocab), features), dtype))
         self.vocab, self.axes = vocab, shards.axes
 
-    def __call__(self, ids: Int[Array, "T"]) -> Float[Array, "T E"]:
+    def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
         if not self.axes:
             return self._rows(ids)
         size = self.weight.get_value().shape[-2]
@@ -160,7 +162,7 @@ class Embedding(nnx.Module):
         here = (own >= 0) & (own < size)
         return sum_over(jnp.where(here[:, None], self._rows(own), 0), self.axes)
 
-    def _rows(self, ids: Int[Array, "T"]) -> Float[Array, "T E"]:
+    def _rows(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:
         weight = self.weight.get_value()
         if isinstance(weight, StoredWeights):
             return weight.rows(ids)

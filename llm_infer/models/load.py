@@ -14,12 +14,13 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from llm_infer.base.errors import ModelError, UserError
+from llm_infer.base.progress import Progress
 from llm_infer.config import ONE_DEVICE, ParallelConfig
-from llm_infer.errors import ModelError, UserError
 from llm_infer.models.architectures import architecture_names, read_architecture
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
-from llm_infer.models.decoder import Params, random_params, split_model
+from llm_infer.models.params import Params, random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.sharded import Placement, place_over
 from llm_infer.models.tied_head import embedding_or_head, own_head
@@ -27,7 +28,6 @@ from llm_infer.quant.stored import StoredWeights, store_dense
 from llm_infer.weights.checkpoint_writer import write_checkpoint
 from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.orbax_checkpoint import Checkpoint
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import SafetensorsSource
 from llm_infer.weights.sources import OpenModel, read_json
 from pallas_kernels import cpu_ffi, dispatch

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from llm_infer.errors import ModelError
-from llm_infer.models import llama, opt, qwen2, qwen3, qwen3_moe
+from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from llm_infer.models.decoder import Decoder
 
-FAMILIES: dict[str, ModuleType] = {
-    "LlamaForCausalLM": llama,
-    "OPTForCausalLM": opt,
-    "Qwen2ForCausalLM": qwen2,
-    "Qwen3ForCausalLM": qwen3,
-    "Qwen3MoeForCausalLM": qwen3_moe,
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What a row of the registry names; nothing is imported before it is needed.
+
+    Attributes:
+        module: reads config keys and names weights; imported without JAX.
+        decoder: "module:class" of what computes the model.
+    """
+
+    module: str
+    decoder: str = "llm_infer.models.decoder:Decoder"
+
+
+_HERE = "llm_infer.models.families"
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(f"{_HERE}.llama"),
+    "OPTForCausalLM": Family(f"{_HERE}.opt", f"{_HERE}.opt_decoder:OPTDecoder"),
+    "Qwen2ForCausalLM": Family(f"{_HERE}.qwen2"),
+    "Qwen3ForCausalLM": Family(f"{_HERE}.qwen3"),
+    "Qwen3MoeForCausalLM": Family(f"{_HERE}.qwen3_moe"),
 }
 
 
@@ -33,14 +50,10 @@ def family(values: Mapping[str, Any]) -> ModuleType:
         raise ModelError(f"config.json: architectures={names!r:.60}, expected a list with one name")
     if names[0] not in FAMILIES:
         raise ModelError(f"architecture {names[0]!r:.60} is not supported; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[names[0]]
+    return import_module(FAMILIES[names[0]].module)
 
 
 def decoder_class(config: ModelConfig) -> type[Decoder]:
-    """The module that computes a model: the shared decoder, unless the family brings its own."""
-    own = getattr(FAMILIES[config.architecture], "decoder_class", None)
-    if own is not None:
-        return own()
-    from llm_infer.models.decoder import Decoder  # here, so that configurations can be read without JAX
-
-    return Decoder
+    """The class that computes a model."""
+    module, name = FAMILIES[config.architecture].decoder.split(":")
+    return getattr(import_module(module), name)

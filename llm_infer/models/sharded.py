@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
-from llm_infer.errors import UserError
 from llm_infer.models.config import ModelConfig, Shards
 from llm_infer.parallel.mesh import make_mesh, nearest, too_large
 from llm_infer.parallel.rules import num_parts, parameter_partition

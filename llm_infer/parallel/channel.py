@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.errors import UserError
-from llm_infer.forks import is_lost_child
+from llm_infer.base.errors import UserError
+from llm_infer.base.forks import is_lost_child
 
 GRACE = 5.0
 """Seconds after the loss of a process in which a running step may say so; then this process ends."""

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from llm_infer.errors import UserError
+from llm_infer.base.errors import UserError
 from llm_infer.parallel.channel import Follower, Leader, end_process
 
 HEARTBEAT = 10

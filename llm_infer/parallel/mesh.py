@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
-from llm_infer.errors import UserError
 
 AXES = ("dp", "tp", "ep")
 

@@ -13,15 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from llm_infer.base.errors import UserError
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from llm_infer.engine.features import PLAIN
 from llm_infer.engine.memory import device_bytes
 from llm_infer.engine.page_count import UTILIZATION
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.sharding import StepSharding
-from llm_infer.errors import UserError
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import split_model
+from llm_infer.models.params import split_model
 from llm_infer.models.sharded import Placement, abstract_parameters, place_over
 from llm_infer.parallel.mesh import make_mesh
 from llm_infer.planner.cost import Cut, MemoryEstimate, StepSize, estimate, page_bytes, pages_beside_weights

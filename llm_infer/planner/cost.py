@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.opt import POSITION_OFFSET, OPTConfig
+from llm_infer.models.families.opt import POSITION_OFFSET, OPTConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,7 @@ class StoredWeights:
             index = index * count + number
         return quant_matmul(x, blocks, index, gate, kind=kind, precision=self.precision, tiled=tiled)
 
-    def rows(self, ids: Int[Array, "T"]) -> Float[Array, "T K"]:
+    def rows(self, ids: Int[Array, " T"]) -> Float[Array, "T K"]:
         """Rows of the only layer's matrix as float32; ids outside are clipped."""
         (blocks,), kind = self.blocks, self.kinds[0]
         blocks = blocks.reshape(blocks.shape[1:])

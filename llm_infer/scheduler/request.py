@@ -6,9 +6,9 @@ import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.beam import BeamParams, BeamSearch
 from llm_infer.decoding.speculative import Speculation
-from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
 
 

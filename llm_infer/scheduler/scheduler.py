@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+from llm_infer.base.errors import RequestError
 from llm_infer.config import SchedulerConfig
 from llm_infer.decoding.beam import BeamSearch
 from llm_infer.decoding.speculative import Speculator
-from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.beam_groups import is_ready, most_pages, pages_needed, prefill_end
 from llm_infer.scheduler.books import Books

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.text.messages import checked_messages, checked_tools
 from llm_infer.text.tokenizer import Tokenizer

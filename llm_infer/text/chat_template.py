@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text.messages import checked_messages, checked_tools, with_calls, with_parts
 from llm_infer.text.template_process import PROCESSES, StoppedError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text.tokenizer import Tokenizer
 
 

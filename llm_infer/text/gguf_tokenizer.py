@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.text.pre_tokenizers import PRE_TOKENIZERS
 
 _CONTROL, _UNKNOWN, _USER_DEFINED = 3, 2, 4  # tokenizer.ggml.token_type values that are matched in raw text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 
 T = TypeVar("T")
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 
 _NO_CONTENT = ("assistant", "tool")  # roles whose `content` clients send as null
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an assistant's thoughts

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 
 _HEADER = 8  # as in template_sandbox, which is not imported here: it would load Jinja
 _LONGEST_ANSWER = 1 << 27  # bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from llm_infer.errors import ModelError, RequestError
+from llm_infer.base.errors import ModelError, RequestError
 from llm_infer.text.backend_copies import copy_of
 from llm_infer.text.control_tokens import ControlTokens
 from llm_infer.text.gguf_tokenizer import byte_alphabet, rebuild_tokenizer

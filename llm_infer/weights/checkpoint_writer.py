@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 from llm_infer.weights.orbax_checkpoint import DTYPES, FORMAT_VERSION, MANIFEST, PARAMS, TOKENIZER, write_parameters
-from llm_infer.weights.progress import Progress
 
 if TYPE_CHECKING:
     import jax

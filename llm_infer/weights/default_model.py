@@ -14,9 +14,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm_infer.errors import ModelError
-from llm_infer.weights.environment import cache_dir, offline_variable
-from llm_infer.weights.progress import Progress
+from llm_infer.base.environment import cache_dir, offline_variable
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

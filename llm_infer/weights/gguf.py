@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf_blocks import CHUNK_VALUES, BlockFormat, dequantize_into, stored_dtype
 from llm_infer.weights.gguf_header import HeaderError, TensorInfo, parse_header
 

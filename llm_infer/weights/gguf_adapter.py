@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 from llm_infer.weights.gguf_rope import rope_scaling
 from pallas_kernels.quant_matmul.formats import FORMATS

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)

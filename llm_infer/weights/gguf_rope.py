@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llm_infer.errors import ModelError
+from llm_infer.base.environment import offline_variable
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress, Task
 from llm_infer.weights.default_model import directory_bytes
-from llm_infer.weights.environment import offline_variable
-from llm_infer.weights.progress import Progress, Task
 
 # Weights, configs, tokenizer, chat template; nothing of subdirectories (other formats), no second copy of the weights.
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress, Task
 from llm_infer.quant import StoredWeights
 from llm_infer.weights.aligned import aligned_empty
-from llm_infer.weights.progress import Progress, Task
 from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.stored_blocks import Kinds, read_stored, stored_bytes, stored_kinds

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress, Task
 from llm_infer.weights.default_model import directory_bytes
-from llm_infer.weights.progress import Progress, Task
 from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.zarr_arrays import DAMAGED, StoredArray, check_size, read_header, touch_pages
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 from llm_infer.weights import default_model
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from llm_infer.weights.hub import fetch_from_hub
 from llm_infer.weights.model_names import why_unknown
 from llm_infer.weights.orbax_checkpoint import Checkpoint, is_checkpoint, why_no_checkpoint
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsSource
 from llm_infer.weights.tensor_source import TensorSource
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import ml_dtypes
 import numpy as np
 
-from llm_infer.errors import UserError
+from llm_infer.base.errors import UserError
+from llm_infer.base.progress import Task
 from llm_infer.weights.aligned import aligned_empty
-from llm_infer.weights.progress import Task
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.tensor_source import TensorSource
 from pallas_kernels.quant_matmul.formats import FORMATS

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  numpy knows "bfloat16" by name once it is imported
 import numpy as np
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 
 DAMAGED = "the checkpoint is damaged or incomplete: write it again with `llm-infer convert`"
 _TOUCHED = 16 << 20  # bytes between two reports of progress

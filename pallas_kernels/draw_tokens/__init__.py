@@ -29,11 +29,11 @@ def draw_tokens(
     Args:
         logits: Float[Array, "S V"]; -inf for a token that must not be drawn.
         limits: each Array of shape [S], integers for top-k and floats for the others; see `Limits`.
-        uniform: Float[Array, "S"], in [0, 1).
+        uniform: Float[Array, " S"], in [0, 1).
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
     Returns:
-        Int32[Array, "S"].
+        Int32[Array, " S"].
 
     Raises:
         ValueError: at trace time, for shapes or dtypes other than these.

@@ -26,12 +26,12 @@ class Limits(NamedTuple):
     `temperature` 0 is greedy; `top_k` ≤ 0 keeps all, as do `top_p` 1, `min_p` 0 and `typical_p` 1.
     """
 
-    temperature: Float[Array, "S"]
-    top_p: Float[Array, "S"]
-    top_k: Int[Array, "S"]
-    min_p: Float[Array, "S"]
-    typical_p: Float[Array, "S"]
+    temperature: Float[Array, " S"]
+    top_p: Float[Array, " S"]
+    top_k: Int[Array, " S"]
+    min_p: Float[Array, " S"]
+    typical_p: Float[Array, " S"]
 
-    def highest_cost(self) -> Float[Array, "S"]:
+    def highest_cost(self) -> Float[Array, " S"]:
         """Of a token that min-p keeps: -log(min_p), without the sign that -0 would have."""
         return jnp.abs(jnp.log(self.min_p))

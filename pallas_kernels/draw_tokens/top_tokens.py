@@ -40,7 +40,7 @@ def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S
     return values, jnp.minimum(block * BLOCK + places % BLOCK, vocab - 1).astype(jnp.int32)
 
 
-def top_token(logits: Float[Array, "S V"]) -> Int[Array, "S"]:
+def top_token(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
     """The first of the largest logits of each row, as `argmax`.
 
     XLA on the CPU takes 7 ms for the argmax of 32 × 49152 logits and 0.2 ms for this: maxima of blocks are vectorised, a

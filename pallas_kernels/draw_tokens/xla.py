@@ -36,8 +36,8 @@ def ordered_bits(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
 
 
 def largest_threshold(
-    keys: UInt32[Array, "S V"], weights: Float[Array, "S V"], target: Float[Array, "S"]
-) -> UInt32[Array, "S"]:
+    keys: UInt32[Array, "S V"], weights: Float[Array, "S V"], target: Float[Array, " S"]
+) -> UInt32[Array, " S"]:
     """Per row the largest threshold `t` with `sum(weights[keys >= t]) >= target`, by bisection over its bits."""
 
     def bit(i: Array, threshold: Array) -> Array:
@@ -97,7 +97,7 @@ def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
     return lax.cond(jnp.any(limits.typical_p < 1.0), by_surprise, lambda kept: kept, kept)
 
 
-def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """Per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass, 0 if none has any."""
     vocab = mass.shape[-1]
     blocks = jnp.pad(mass, ((0, 0), (0, -vocab % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
@@ -127,8 +127,8 @@ def scale(logits: Float[Array, "S V"], limits: Limits) -> Float[Array, "S V"]:
 
 
 def kept_candidates(
-    scaled: Float[Array, "S N"], whole: Float[Array, "S"], limits: Limits
-) -> tuple[Bool[Array, "S N"], Bool[Array, "S"]]:
+    scaled: Float[Array, "S N"], whole: Float[Array, " S"], limits: Limits
+) -> tuple[Bool[Array, "S N"], Bool[Array, " S"]]:
     """As `kept_tokens`, among the most likely tokens in descending order; and the rows for which these are enough.
 
     They are where the last candidate is not kept: nothing below it is then either. `whole` is the sum of `exp(scaled)`
@@ -158,20 +158,20 @@ def kept_candidates(
     return lax.cond(jnp.any(limits.typical_p < 1.0), by_surprise, lambda kept: kept, kept), enough
 
 
-def without_limits(limits: Limits, which: Bool[Array, "S"]) -> Limits:
+def without_limits(limits: Limits, which: Bool[Array, " S"]) -> Limits:
     """The limits without those of some rows: what nobody reads must not cost the batch a search for thresholds."""
     neutral = {"top_k": -1, "top_p": 1.0, "typical_p": 1.0}
     changed = {name: jnp.where(which, value, getattr(limits, name)) for name, value in neutral.items()}
     return limits._replace(**changed)
 
 
-def draw_from_all(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+def draw_from_all(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """A random token of each row among all that its limits keep."""
     scaled = scale(logits, limits)
     return invert_cdf(jnp.where(kept_tokens(scaled, limits), jnp.exp(scaled), 0.0), uniform)
 
 
-def in_row_blocks(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+def in_row_blocks(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """As `draw_from_all`, a few rows at a time: what a search for thresholds reads again and again stays in the cache.
 
     Temporaries of the whole batch would come from the system anew in every step (glibc gives back what is above 32 MB),
@@ -183,7 +183,7 @@ def in_row_blocks(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Ar
     return lax.map(lambda block: draw_from_all(*block), blocks).reshape(-1)
 
 
-def draw(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+def draw(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """A random token of each row with a temperature above 0 and a finite largest logit; of the others, the most likely one."""
     values, ids = top_tokens(logits, min(CANDIDATES, logits.shape[-1]))
     drawn = (limits.temperature > 0.0) & jnp.isfinite(values[:, 0])
@@ -209,7 +209,7 @@ def draw(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, "S"]
     return jnp.where(drawn, chosen, ids[:, 0])
 
 
-def draw_tokens(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, "S"]) -> Int[Array, "S"]:
+def draw_tokens(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """See `pallas_kernels.draw_tokens.draw_tokens`. A batch of greedy rows only takes the argmax and nothing else."""
     greedy = jnp.all(limits.temperature <= 0.0)
     return lax.cond(greedy, lambda: top_token(logits), lambda: draw(logits, limits, uniform))

@@ -30,7 +30,7 @@ def grouped_matmul(
         x: Float[Array, "M K"]. The first group_sizes[0] rows belong to expert 0, the next group_sizes[1] to expert 1, and so
             on. Rows past their sum belong to nobody and may hold anything.
         weights: Float[Array, "L X*N K"], float32 or bfloat16: the experts' matrices [N, K] below each other, all layers.
-        group_sizes: Int32[Array, "X"], dynamic, each at least 0, M at most in all.
+        group_sizes: Int32[Array, " X"], dynamic, each at least 0, M at most in all.
         layer: Int32 scalar, may be traced: which layer of the weights.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 

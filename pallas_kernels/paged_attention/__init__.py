@@ -77,7 +77,7 @@ def paged_attention(
         window: tokens that a row sees, itself included; None for all. May be a traced int32 scalar (layers that differ
             under `lax.scan`), where a value of at least the context length means all.
         softcap: scores become softcap * tanh(scores / softcap) before the mask; None for no cap.
-        sinks: Float[Array, "Hq"], one more score per head that takes part in the softmax but has no value (as in
+        sinks: Float[Array, " Hq"], one more score per head that takes part in the softmax but has no value (as in
             gpt-oss).
         k_scale: Float scalar; K is stored divided by it and multiplied by it when read. None is 1.
         v_scale: the same for V.
@@ -128,8 +128,8 @@ def copy_pages(
 
     Args:
         pages: the whole pool, of shape `kv_pool_shape(...)`.
-        src: Int32[Array, "N"] page ids to copy from.
-        dst: Int32[Array, "N"] page ids to copy to: all different, and none of them also a source.
+        src: Int32[Array, " N"] page ids to copy from.
+        dst: Int32[Array, " N"] page ids to copy to: all different, and none of them also a source.
         count: Int32 scalar, dynamic: the first `count` pairs are copied.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 

@@ -13,8 +13,8 @@ def decode_plan(plan: AttentionPlan, position: jax.Array, active: jax.Array, pag
 
     Args:
         plan: a plan with as many tokens as sequences, one of each of the first n: their order and pages stay.
-        position: Int32[Array, "S"], of each sequence's token. Its pages are in the block table already.
-        active: Bool[Array, "S"], false for sequences that have ended and for padding. The token of one that has ended is
+        position: Int32[Array, " S"], of each sequence's token. Its pages are in the block table already.
+        active: Bool[Array, " S"], false for sequences that have ended and for padding. The token of one that has ended is
             written to the null page and sees one key of its own, so that it costs nothing and its output is finite.
         page_size: C, tokens.
     """

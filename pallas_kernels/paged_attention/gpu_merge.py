@@ -36,7 +36,7 @@ def merge_splits(
         lse: Float32[Array, "R·max_splits Hkv G'"], base-2 logarithm of the sums of their exponentials.
         merge: Int32[Array, "R 2"], see `gpu_units.Units`.
         max_splits: rows of `partial` per slot.
-        sinks: Float[Array, "Hq"], one more score per head without a value.
+        sinks: Float[Array, " Hq"], one more score per head without a value.
     """
     num_heads = out.shape[1]
     inputs = (merge, partial, lse, *(() if sinks is None else (sinks.astype(jnp.float32),)), out)

@@ -53,7 +53,7 @@ def attend_one_row(
     Args:
         units, count: from `make_units` with part "one".
         block_tables: Int32[Array, "S B"].
-        layer, window: Int32[Array, "1"].
+        layer, window: Int32[Array, " 1"].
         q: Float[Array, "T Hkv G' D"], G' = heads of a group padded to a multiple of 8.
         pages: the pool, in q's dtype.
         slots: rows of partial results.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.errors import RequestError
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.formats import PATTERNS
 from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler, GrammarMatcher
 from llm_infer.decoding.structured import StructuredOutputsParams
-from llm_infer.errors import RequestError
 
 END = 256
 

@@ -13,7 +13,7 @@ from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.platform import layer_loop, query_rows
 from llm_infer.engine.steps import make_step
 from llm_infer.models.architectures import read_architecture
-from llm_infer.models.decoder import split_model
+from llm_infer.models.params import split_model
 from llm_infer.models.registry import family
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.errors import RequestError
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import merge_model
 from llm_infer.models.load import LoadedModel, dummy_model, load_model
+from llm_infer.models.params import merge_model
 from llm_infer.scheduler.request import Request
 from llm_infer.weights.sources import open_model, resolve
 from tests.engine.engines import EngineFactory

@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from llm_infer import LLM, SamplingParams
+from llm_infer.base.errors import UserError
 from llm_infer.config import EngineConfig, SpeculativeConfig
 from llm_infer.engine.engine import Engine
-from llm_infer.errors import UserError
 from llm_infer.loading import require_same_tokens
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.text.byte_tokenizer import byte_tokenizer

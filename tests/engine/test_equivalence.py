@@ -12,8 +12,8 @@ import pytest
 
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import merge_model
 from llm_infer.models.load import LoadedModel, dummy_model
+from llm_infer.models.params import merge_model
 from tests.engine.engines import EngineFactory, greedy, run_all
 
 CONFIG = ModelConfig("LlamaForCausalLM", 131, 32, 2, 4, 2, 16, 64, 256, tie_word_embeddings=True)

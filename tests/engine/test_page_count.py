@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llm_infer.base.errors import CapacityError
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.memory import (
@@ -21,7 +22,6 @@ from llm_infer.engine.memory import (
     physical_memory,
 )
 from llm_infer.engine.page_count import LARGEST, page_bytes, pages_that_fit
-from llm_infer.errors import CapacityError
 from tests.models.family_checkpoints import load
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import jsonschema
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.grammar import GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.structured import StructuredOutputsParams
 from llm_infer.engine.engine import Engine
-from llm_infer.errors import RequestError
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import dummy_model
 from llm_infer.scheduler.request import Sequence

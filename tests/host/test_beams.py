@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.beam import BeamParams
-from llm_infer.errors import RequestError
 from llm_infer.scheduler import Request
 from tests.host.fake_device import EOS, FakeEngine
 

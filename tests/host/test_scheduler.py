@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.config import SchedulerConfig
 from llm_infer.decoding.beam import BeamParams
-from llm_infer.errors import RequestError
 from llm_infer.kvcache.page_allocator import InvariantError
 from llm_infer.scheduler import Request, Scheduler, Status
 from tests.host.fake_device import EOS, FakeEngine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_infer.kvcache.simulate import SHAREGPT, BuddyAllocator, memory_use, sharing, table
+from llm_infer.bench.simulate import SHAREGPT, BuddyAllocator, memory_use, sharing, table
 
 
 def test_lengths_have_the_stated_means() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from llm_infer.base.errors import UserError
 from llm_infer.config import SpeculativeConfig
 from llm_infer.decoding.speculative import NgramProposer, Speculator
-from llm_infer.errors import UserError
 from tests.host.fake_device import FakeEngine, next_token
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.beam import BeamParams
-from llm_infer.errors import RequestError
 from llm_infer.scheduler import Request, Status
 from tests.host.fake_device import EOS, FakeEngine
 

@@ -219,8 +219,8 @@ def test_choices_are_recorded_and_explained():
 
 
 def test_the_report_names_chips_and_choices():
-    from llm_infer.errors import UserError
-    from llm_infer.kernel_report import choices
+    from llm_infer.base.errors import UserError
+    from llm_infer.commands.kernels import choices
 
     everything = choices()
     assert all(f"{name} (" in everything for name in ("here", *TARGETS))

@@ -73,7 +73,7 @@ def test_the_last_win_ends_at_the_first_loss() -> None:
 
 
 def test_the_report_says_where_the_rows_come_from(user_file: Path) -> None:
-    from llm_infer.kernel_report import report
+    from llm_infer.commands.kernels import report
 
     assert "kernels --tune" in report() or "crossovers from" in report()
     user_file.write_text(json.dumps({"quant_matmul": {"q8_0": {"native_rows": 16, "int8_rows": 0}}}))

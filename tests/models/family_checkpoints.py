@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_infer.models.decoder import merge_model
 from llm_infer.models.load import LoadedModel, load_model
+from llm_infer.models.params import merge_model
 from llm_infer.weights.sources import open_model, resolve
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "families"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_infer.errors import UserError
+from llm_infer.base.errors import UserError
 from llm_infer.models.load import compute_dtype
 from pallas_kernels import cpu_ffi, dispatch
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.models.architectures import architecture_config, architecture_names, read_architecture, table
-from llm_infer.models.decoder import random_params, split_model
+from llm_infer.models.params import random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.weights.sources import read_json
 from tests.models.family_checkpoints import FOLDER, NAMES, load

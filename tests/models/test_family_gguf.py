@@ -11,9 +11,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 
+from llm_infer.base.progress import Progress
 from llm_infer.models.load import compute_dtype, load_model
 from llm_infer.quant import StoredWeights
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import SafetensorsSource
 from llm_infer.weights.sources import open_model, read_json, resolve
 from tests.models.family_checkpoints import FOLDER, dense, load

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_infer.errors import ModelError, UserError
+from llm_infer.base.errors import ModelError, UserError
 from llm_infer.models.load import compute_dtype, load_model
 from llm_infer.weights.sources import open_model, resolve
 from tests.models.family_checkpoints import FOLDER, NAMES, load

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.models.decoder import Layer, LayerLoop, merge_model, split_model
+from llm_infer.models.decoder import Layer, LayerLoop
+from llm_infer.models.params import merge_model, split_model
 from tests.models.family_checkpoints import dense_attend, load
 
 FORMS: tuple[LayerLoop, ...] = (1, 4, "unroll")

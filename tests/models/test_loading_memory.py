@@ -34,7 +34,7 @@ from io import StringIO
 from pathlib import Path
 import jax, jax.numpy as jnp
 from llm_infer.models.load import load_model
-from llm_infer.weights.progress import Progress
+from llm_infer.base.progress import Progress
 from llm_infer.weights.sources import open_model, resolve
 
 def anonymous():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import merge_model, split_model
+from llm_infer.models.params import merge_model, split_model
 from tests.models.family_checkpoints import dense_attend, load
 
 

@@ -13,7 +13,7 @@ import pytest
 from gguf import GGUFValueType
 from safetensors.numpy import load_file, save_file
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.models.config_keys import NEUTRAL
 from llm_infer.models.load import load_model
 from llm_infer.models.registry import family

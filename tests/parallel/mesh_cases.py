@@ -28,8 +28,8 @@ from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, Schedule
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.decoder import split_model
 from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model, save_model
+from llm_infer.models.params import split_model
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.sources import open_model, resolve
 from tests.engine.engines import greedy, run_all, without_clock

@@ -20,8 +20,8 @@ import pytest
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster
 from jax.experimental import multihost_utils
 
+from llm_infer.base.errors import UserError
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.errors import UserError
 from llm_infer.llm import LLM
 from llm_infer.parallel import channel, distributed
 from llm_infer.parallel.distributed import join
@@ -122,7 +122,7 @@ def test_two_processes_give_the_tokens_of_one_and_notice_a_loss_while_idle(
 def test_four_processes_give_the_text_of_one_until_one_is_lost_in_a_step(processes: Processes, directory: Path) -> None:
     """Started by SLURM, which tells all but the port; JAX makes that from the job's number."""
     flags = ["--load-format", "dummy", "--raw", "--temperature", "1", "--seed", "3", "--max-tokens", "900", "-tp", "4"]
-    command = ["-m", "llm_infer.cli", "generate", PROMPT, "--model", str(directory), *flags]
+    command = ["-m", "llm_infer.commands.app", "generate", PROMPT, "--model", str(directory), *flags]
     leader, *others = [processes.start(*command, **slurm(processes.job, 4, process)) for process in range(4)]
     text = leader.stdout.read(20)
     others[1].send_signal(signal.SIGKILL)
@@ -156,7 +156,7 @@ def test_a_follower_ends_with_one_line_when_the_leader_is_lost(
             "-tp",
             "2",
         ]
-        command = ["-m", "llm_infer.cli", "generate", PROMPT, "--model", str(directory), *flags]
+        command = ["-m", "llm_infer.commands.app", "generate", PROMPT, "--model", str(directory), *flags]
         command += ["--coordinator-address", processes.address, "--num-processes", "2", "--process-id"]
         leader, follower = (processes.start(*command, str(i)) for i in range(2))
         assert leader.stdout.read(5)
@@ -190,7 +190,18 @@ def test_a_follower_that_is_busy_hears_that_the_leader_is_gone(monkeypatch: pyte
 
 
 def test_another_configuration_is_named_by_both(processes: Processes, directory: Path) -> None:
-    command = ["-m", "llm_infer.cli", "generate", "x", "--model", str(directory), "--load-format", "dummy", "-tp", "2"]
+    command = [
+        "-m",
+        "llm_infer.commands.app",
+        "generate",
+        "x",
+        "--model",
+        str(directory),
+        "--load-format",
+        "dummy",
+        "-tp",
+        "2",
+    ]
     hosts = ["--coordinator-address", processes.address, "--num-processes", "2", "--process-id"]
     both = [processes.start(*command, *hosts, str(i), "--max-model-len", str(64 + i)) for i in range(2)]
     for number, process in enumerate(both):

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
-from llm_infer.errors import UserError
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.sharded import place_over
 from llm_infer.weights.rules import Rule

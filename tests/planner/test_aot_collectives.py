@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from llm_infer.bench.aot import BEGIN, END, Job, compile_all, merged, put_between_markers, table
+from llm_infer.bench.compiled.steps import BEGIN, END, Job, compile_all, merged, put_between_markers, table
 from llm_infer.models.architectures import architecture_config
 from llm_infer.planner.cost import Cut, weights_of_device
 from pallas_kernels.targets import TARGETS, why_not

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from llm_infer.models.architectures import architecture_config, architecture_names
-from llm_infer.models.decoder import split_model
+from llm_infer.models.params import split_model
 from llm_infer.planner.cost import Cut, StepSize, estimate, page_bytes, weights_of_device
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text import chat_template
 from llm_infer.text.chat_template import apply_chat_template
 from llm_infer.text.template_process import Limits, TemplateProcesses

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from llm_infer.base.errors import RequestError
 from llm_infer.decoding.grammar import GrammarCompiler
 from llm_infer.decoding.structured import StructuredOutputsParams
-from llm_infer.errors import RequestError
 from llm_infer.text.continuations import continuation_tokens
 from llm_infer.text.detokenizer import IncrementalDetokenizer
 from llm_infer.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text.byte_tokenizer import byte_tokenizer
 from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.text.chat_template import apply_chat_template

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llm_infer.base.errors import ModelError, RequestError
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.errors import ModelError, RequestError
 from llm_infer.text.hf_files import guarded
 from llm_infer.text.tokenizer import Tokenizer
 from tests.text.test_tokenizer import train, write

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.text.gguf_tokenizer import rebuild_tokenizer
 from llm_infer.text.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text.chat_template import apply_chat_template
 
 # These want arguments as text; transformers fails on objects, or leaves the calls out.

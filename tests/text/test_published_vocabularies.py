@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.text.tokenizer import Tokenizer
 from llm_infer.weights.gguf import GGUFFile
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llm_infer.errors import RequestError
+from llm_infer.base.errors import RequestError
 from llm_infer.text.template_process import Limits, StoppedError, TemplateProcess, TemplateProcesses
 
 LOOP = "{% for i in range(99999) %}"

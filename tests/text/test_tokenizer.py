@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llm_infer.errors import ModelError, RequestError
+from llm_infer.base.errors import ModelError, RequestError
 from llm_infer.text.tokenizer import Tokenizer
 
 

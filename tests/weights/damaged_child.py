@@ -18,10 +18,10 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from llm_infer.errors import UserError
+from llm_infer.base.errors import UserError
+from llm_infer.base.progress import Progress
 from llm_infer.loading import convert, load
 from llm_infer.weights.orbax_checkpoint import MANIFEST
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.safetensors_files import INDEX_NAME
 from tests.weights.mutations import mutate_bytes, mutate_json, mutate_safetensors
 from tests.weights.tiny_models import CONFIG, V, hf_tensors, write_gguf

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFValueType
 from safetensors.numpy import save_file
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.models.load import load_model
 from llm_infer.weights.sources import open_model, resolve
 from tests.weights.tiny_models import CONFIG, hf_tensors, write_gguf

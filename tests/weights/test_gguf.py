@@ -13,7 +13,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from gguf.quants import dequantize, quantize
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from llm_infer.weights.gguf_blocks import _OWN, block_format

@@ -10,7 +10,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quantize
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from tests.weights.tiny_models import CONFIG, D, hf_tensors, write_gguf

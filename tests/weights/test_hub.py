@@ -75,7 +75,7 @@ def _resolve_in_subprocess(names: list[str], endpoint: str, home: Path, **enviro
     """For each name its path or the error's message. Each must be there within 10 s."""
     script = (
         "import json, sys, time\n"
-        "from llm_infer.errors import ModelError\n"
+        "from llm_infer.base.errors import ModelError\n"
         "from llm_infer.weights.sources import resolve\n"
         "import huggingface_hub\n"
         "results = []\n"

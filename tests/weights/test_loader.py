@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource
 from llm_infer.weights.loader import load_parameters
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.rules import ParamSpec, Rule, fuse_qkv
 from tests.weights.tiny_models import HKV, HQ, D, E, F, L, V, hf_tensors, write_gguf
 

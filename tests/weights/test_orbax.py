@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 from llm_infer.loading import convert
 from llm_infer.models.config import ModelConfig, MoEConfig, RopeConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
-from llm_infer.models.decoder import split_model
+from llm_infer.models.families.opt import OPTConfig
 from llm_infer.models.load import LoadedModel, dummy_model, load_model, save_model
-from llm_infer.models.opt import OPTConfig
+from llm_infer.models.params import split_model
 from llm_infer.text.tokenizer import Tokenizer
 from llm_infer.weights import checkpoint_writer
 from llm_infer.weights.orbax_checkpoint import FORMAT_VERSION, MANIFEST, Checkpoint
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.sources import ModelSource, open_model, resolve
 from tests.weights.tiny_models import CONFIG, hf_tensors
 
@@ -341,8 +341,8 @@ import sys
 from pathlib import Path
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from llm_infer.errors import ModelError
-from llm_infer.models.decoder import split_model
+from llm_infer.base.errors import ModelError
+from llm_infer.models.params import split_model
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json
 from llm_infer.models.load import LoadedModel, load_model, save_model

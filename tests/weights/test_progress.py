@@ -8,7 +8,7 @@ from io import StringIO
 
 import pytest
 
-from llm_infer.weights.progress import Progress
+from llm_infer.base.progress import Progress
 
 
 class Terminal(StringIO):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llm_infer.errors import ModelError
+from llm_infer.base.errors import ModelError
 from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsFile, SafetensorsSource
 
 

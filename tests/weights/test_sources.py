@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from llm_infer.errors import ModelError
+from llm_infer.base.environment import cache_dir
+from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 from llm_infer.weights import default_model
 from llm_infer.weights.default_model import DEFAULT_MODEL, PinnedModel
-from llm_infer.weights.environment import cache_dir
-from llm_infer.weights.progress import Progress
 from llm_infer.weights.sources import ModelSource, open_model, resolve
 from tests.weights.tiny_models import CONFIG, hf_tensors, write_gguf
 

@@ -1,0 +1,41 @@
+"""Tells a child of `os.fork` at once that it cannot compute: JAX's threads, and our own, stay with the parent."""
+
+from __future__ import annotations
+
+import os
+
+from llm_infer.base.errors import UserError
+
+_in_use = False
+"""This process has begun to compute."""
+
+_lost = False
+"""This process is the child of one that had."""
+
+
+def _after_fork() -> None:
+    global _lost
+    _lost = _in_use
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def is_lost_child() -> bool:
+    """Whether the process was forked from one that computed, so that waiting for a thread or a lock would not end."""
+    return _lost
+
+
+def refuse_lost_child() -> None:
+    """To be called before a process computes or waits for a lock.
+
+    Raises:
+        UserError: the process was forked from one that had called this before.
+    """
+    global _in_use
+    if _lost:
+        raise UserError(
+            "this process is a child of os.fork, whose parent has used JAX: its threads stay with the parent, so computing "
+            "here would hang; start processes with multiprocessing.get_context('spawn') and make the LLM inside them"
+        )
+    _in_use = True

@@ -1,0 +1,43 @@
+"""What a section of the GPU run is told, what it yields, and how it measures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+Row = dict[str, Any]
+Section = Callable[["Setting"], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the sections are told: tiny sizes, or a real GPU; kernels are interpreted where there is none."""
+
+    small: bool
+    interpret: bool
+    deadline: float
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; a section with many rows stops when nothing is left."""
+        return self.deadline - time.monotonic()
+
+
+def seconds_per_call(call: Callable[[], Any], *, rounds: int = 5, least: float = 0.05) -> float:
+    """The fastest round's mean time of a call, in seconds; calls of a round are queued behind each other."""
+    jax.block_until_ready(call())
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    calls = max(1, min(200, int(least / max(time.perf_counter() - started, 1e-6))))
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        best = min(best, (time.perf_counter() - started) / calls)
+    return best

@@ -1,0 +1,223 @@
+"""The commands `llm-infer bench …`: each hands its options to a module of `bench/`, which is imported only then."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from llm_infer.commands.options import (
+    DEFAULT_MODEL_NAME,
+    AnyModel,
+    ConfigFile,
+    DataParallel,
+    Debug,
+    Device,
+    Dtype,
+    ExpertParallel,
+    JsonFile,
+    LoadFormat,
+    MemoryUtilization,
+    Model,
+    Precision,
+    TensorParallel,
+    check_model,
+    engine_arguments,
+)
+
+bench = typer.Typer(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
+
+
+@bench.command()
+def offline(
+    context: typer.Context,
+    model: AnyModel = DEFAULT_MODEL_NAME,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the decode runs.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = 64,
+    prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill run.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
+    json_file: JsonFile = None,
+    num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
+    load_format: LoadFormat = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    precision: Precision = "exact",
+    tensor_parallel_size: TensorParallel = None,
+    data_parallel_size: DataParallel = None,
+    expert_parallel_size: ExpertParallel = None,
+    memory_utilization: MemoryUtilization = None,
+    config: ConfigFile = None,
+    debug: Debug = False,
+) -> None:
+    """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
+    check_model(model, load_format, config)
+    from llm_infer.bench.offline import run
+
+    arguments = engine_arguments(
+        config,
+        context,
+        num_scheduler_steps=num_scheduler_steps,
+        load_format=load_format,
+        device=device,
+        dtype=dtype,
+        precision=precision,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        memory_utilization=memory_utilization,
+    )
+    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, arguments)
+
+
+@bench.command()
+def context(
+    model: Model = DEFAULT_MODEL_NAME,
+    contexts: Annotated[str, typer.Option(help="Context lengths, comma separated.")] = "128,512,1024,2048",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after each context.", min=8)] = 32,
+    rounds: Annotated[int, typer.Option(help="Repetitions; the smallest time counts.")] = 3,
+    json_file: JsonFile = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """Time per token at batch 1 by context length, beside the time that reading the keys and values takes."""
+    from llm_infer.bench.context import run
+
+    run(model, contexts, new_tokens, rounds, precision, json_file)
+
+
+@bench.command()
+def memory(
+    model: Model = DEFAULT_MODEL_NAME,
+    pool: Annotated[int, typer.Option(help="Page pool in MB.", min=1)] = 64,
+    json_file: JsonFile = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """Memory of decoding at batch 1 beyond that of importing the packages."""
+    from llm_infer.bench.memory import run
+
+    run(model, pool * 1_000_000, precision, json_file)
+
+
+@bench.command()
+def step(
+    model: Model = DEFAULT_MODEL_NAME,
+    batch: Annotated[int, typer.Option(help="Sequences that decode together.", min=1)] = 1,
+    json_file: JsonFile = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """What the time of a decode step goes to: each native kernel, the rest of the program, the host."""
+    from llm_infer.bench.step import run
+
+    run(model, batch, precision, json_file)
+
+
+@bench.command()
+def decoding(
+    model: Model = DEFAULT_MODEL_NAME,
+    spec_bench: Annotated[str | None, typer.Option(help="Questions in the format of Spec-Bench (JSON lines).")] = None,
+    rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.", min=1)] = 5,
+    json_file: JsonFile = None,
+    precision: Precision = "exact",
+    debug: Debug = False,
+) -> None:
+    """What beam search, speculation, sampling parameters and structured output cost and save."""
+    from llm_infer.bench.decoding import run
+
+    run(model, spec_bench, rounds, json_file, precision)
+
+
+@bench.command()
+def startup(
+    model: Model = DEFAULT_MODEL_NAME,
+    rounds: Annotated[int, typer.Option(help="Warm starts; the median is reported.")] = 3,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Time from starting `llm-infer generate` to its first token: caches empty (cold) and filled (warm)."""
+    from llm_infer.bench.startup import run
+
+    run(model, rounds, json_file)
+
+
+@bench.command()
+def peers(
+    model: Model = DEFAULT_MODEL_NAME,
+    llama_cpp: Annotated[str | None, typer.Option(help="A Python that has llama-cpp-python.")] = None,
+    transformers: Annotated[str | None, typer.Option(help="A Python that has transformers, torch and gguf.")] = None,
+    openvino: Annotated[str | None, typer.Option(help="A Python that has openvino-genai.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds through all engines; medians are reported.", min=1)] = 3,
+    threads: Annotated[int | None, typer.Option(help="Threads of each engine; default: all cores.", min=1)] = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Our throughput beside that of other engines on the same GGUF file, measured in turn on this machine."""
+    from llm_infer.bench.peers import run
+
+    pythons = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
+    run(model, pythons, rounds, threads, json_file)
+
+
+@bench.command()
+def quality(
+    model: Model = DEFAULT_MODEL_NAME,
+    text: Annotated[str | None, typer.Option(help="A text file; default: prose that comes with Python.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.", min=2)] = 4096,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """What `--precision fast` changes: agreement of the most likely token, KL divergence and perplexity on a text."""
+    from llm_infer.bench.quality import run
+
+    run(model, text, tokens, json_file)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    target: Annotated[str, typer.Option(help="Chip to compile for: v5e, v6e, v5p, tpu7x or sm_90.")],
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """What the compiler for a chip says of each kernel: estimated cycles, bytes, spills. Needs no such chip."""
+    from llm_infer.bench.compiled.kernels import run
+
+    run(target, json_file)
+
+
+@bench.command()
+def aot(
+    models: Annotated[str, typer.Option(help="Architectures, comma separated; default: five.")] = "",
+    slices: Annotated[str, typer.Option(help="Slices such as v6e:2x4, comma separated; default: five.")] = "",
+    tokens: Annotated[str, typer.Option(help="Steps: 2048 (prefill), 64 (decode); default: both.")] = "",
+    write: Annotated[str | None, typer.Option(help="Markdown file whose table, between marks, gets the rows.")] = None,
+    limit: Annotated[
+        int, typer.Option(help="Seconds of CPU time for a program, then it is given up; 0: no limit.")
+    ] = 0,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
+    from llm_infer.bench.compiled.steps import run
+
+    run(models, slices, tokens, write, json_file, limit)
+
+
+@bench.command()
+def host(
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """What the host spends on a decode step of 64 and of 256 sequences when the device takes no time."""
+    from llm_infer.bench.host import run
+
+    run((64, 256), json_file)
+
+
+@bench.command()
+def cache(debug: Debug = False) -> None:
+    """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
+    from llm_infer.bench.simulate import table
+
+    print(table())

@@ -1,0 +1,1 @@
+"""Text requests over an engine: what `LLM` and other fronts share."""

@@ -1,0 +1,22 @@
+"""Llama 1–3.2 and models of the same shape (SmolLM2, TinyLlama …): their config keys and weight names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+
+rules = llama_rules
+IGNORED_TENSORS = LLAMA_IGNORED
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Model configuration of a Hugging Face `LlamaConfig`."""
+    reader = ConfigReader(values)
+    reader.expect("mlp_bias", False)
+    result = ModelConfig("LlamaForCausalLM", **reader.llama_like(), fused_qkv=fused_qkv)
+    reader.finish()
+    return result

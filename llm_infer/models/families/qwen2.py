@@ -1,0 +1,22 @@
+"""Qwen2 and Qwen2.5, dense: Llama with biases on the query, key and value projections."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+
+rules = llama_rules
+IGNORED_TENSORS = LLAMA_IGNORED
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Model configuration of a Hugging Face `Qwen2Config`."""
+    reader = ConfigReader(values)
+    reader.full_attention()
+    result = ModelConfig("Qwen2ForCausalLM", **reader.llama_like(), qkv_bias=True, fused_qkv=fused_qkv)
+    reader.finish()
+    return result

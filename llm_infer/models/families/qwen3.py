@@ -1,0 +1,23 @@
+"""Qwen3, dense: Llama with RMS-normalised queries and keys, and a head size of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+
+rules = llama_rules
+IGNORED_TENSORS = LLAMA_IGNORED
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Model configuration of a Hugging Face `Qwen3Config`."""
+    # transformers assumes a head size of 128 where the config is silent.
+    reader = ConfigReader({"head_dim": 128, **values})
+    reader.full_attention()
+    result = ModelConfig("Qwen3ForCausalLM", **reader.llama_like(), qk_norm=True, fused_qkv=fused_qkv)
+    reader.finish()
+    return result

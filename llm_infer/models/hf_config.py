@@ -1,0 +1,166 @@
+"""Reads a Hugging Face config.json into the fields of a `ModelConfig`; no key is passed over in silence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.base.errors import ModelError
+from llm_infer.models.config import RopeConfig
+from llm_infer.models.config_keys import is_neutral, same
+
+LARGEST = 2**31 - 1
+"""Largest size or position: programs count in int32."""
+LARGEST_THETA = 1e15
+"""Published bases of rotary frequencies end at 5e10."""
+
+
+class ConfigReader:
+    """Reads a Hugging Face config.json so that no key is passed over in silence.
+
+    Every key is taken, or at a value that changes nothing (see `config_keys`), or an error at `finish`.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self._taken: set[str] = set()
+
+    def take(self, key: str, default: Any = ...) -> Any:
+        """Value of `key`; without a default a missing key is an error."""
+        self._taken.add(key)
+        if key in self._values and self._values[key] is not None:
+            return self._values[key]
+        if default is ...:
+            raise ModelError(f"config.json has no {key!r}, which this architecture needs")
+        return default
+
+    def integer(self, key: str, default: Any = ...) -> int:
+        """A positive whole number."""
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+            raise ModelError(f"config.json: {key}={value!r:.60}, expected a positive whole number up to {LARGEST}")
+        return value
+
+    def number(self, key: str, default: Any = ..., *, high: float = math.inf) -> float:
+        """A finite positive number, at most `high`."""
+        return positive(key, self.take(key, default), high)
+
+    def expect(self, key: str, *allowed: Any) -> None:
+        """The key, if present, must have one of these values: others change the computation in a way not built here."""
+        value = self.take(key, allowed[0])
+        if not any(same(value, each) for each in allowed):
+            raise ModelError(f"config.json: {key}={value!r:.60} is not supported, expected one of {list(allowed)}")
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.take(key, default)
+        if not isinstance(value, bool):
+            raise ModelError(f"config.json: {key}={value!r}, expected true or false")
+        return value
+
+    def full_attention(self) -> None:
+        """Sliding windows must be off, in the older and the newer way to say so."""
+        if self.flag("use_sliding_window", False):
+            raise ModelError("config.json: use_sliding_window=true is not supported, expected false")
+        # Without the switch these two have no effect.
+        self._taken.update(("sliding_window", "max_window_layers"))
+
+    def same_layers(self) -> None:
+        """All layers must attend to the whole context."""
+        kinds = self.take("layer_types", [])
+        if not isinstance(kinds, list):
+            raise ModelError(f"config.json: layer_types={kinds!r:.60}, expected a list")
+        for kind in kinds:
+            if kind != "full_attention":
+                raise ModelError(f"config.json: layer_types has {kind!r:.60}, which is not supported")
+
+    def rope(self) -> RopeConfig:
+        """`rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both."""
+        name = "rope_parameters" if self.take("rope_parameters", None) else "rope_scaling"
+        scaling = self.take(name, {})
+        if not isinstance(scaling, dict):
+            raise ModelError(f"config.json: {name}={scaling!r:.60}, expected an object or null")
+        # A null says that a key is not set.
+        scaling = {key: value for key, value in scaling.items() if value is not None}
+        theta = positive("rope_theta", scaling.pop("rope_theta", self.take("rope_theta", 10000.0)), LARGEST_THETA, 1.0)
+        older = scaling.pop("type", "default")
+        kind = scaling.pop("rope_type", older)
+        if not same(scaling.pop("partial_rotary_factor", 1.0), 1.0):
+            raise ModelError("config.json: a partial_rotary_factor other than 1 is not supported")
+        if kind != "llama3":
+            return self._unscaled(theta, kind, scaling)
+        numbers = {}
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if key not in scaling:
+                raise ModelError(f"config.json: rope scaling 'llama3' has no {key!r}")
+            numbers[key] = positive(f"{name}[{key!r}]", scaling.pop(key), float(LARGEST))
+        if scaling:
+            raise ModelError(f"config.json: unknown keys in the rope scaling: {sorted(scaling)}")
+        factor, low, high, original = numbers.values()
+        if high <= low or factor < 1 or original != int(original):
+            raise ModelError(
+                f"config.json: rope scaling 'llama3' has factor={factor:g}, low_freq_factor={low:g}, "
+                f"high_freq_factor={high:g}, original_max_position_embeddings={original:g}: expected a factor of at least "
+                "1, a high one above the low one, and a whole number of positions"
+            )
+        return RopeConfig(theta, factor, low, high, int(original))
+
+    def _unscaled(self, theta: float, kind: object, scaling: dict[str, Any]) -> RopeConfig:
+        """Frequencies as they are: no scaling, or one by the factor 1."""
+        neutral = {"factor": 1.0, "attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+        # Where the scaling would set in, which means nothing without one.
+        where = {"original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "finetuned"}
+        known = kind == "default" or (kind in ("linear", "dynamic", "yarn") and "factor" in scaling)
+        if not known or not all(
+            key in where or (key in neutral and same(value, neutral[key])) for key, value in scaling.items()
+        ):
+            raise ModelError(
+                f"config.json: rope scaling {kind!r:.60} with {scaling!r:.120} is not supported, expected 'default', "
+                "'llama3', or a factor of 1"
+            )
+        return RopeConfig(theta)
+
+    def llama_like(self) -> dict[str, Any]:
+        """The fields of `ModelConfig` that all Llama-like configs spell the same way."""
+        heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
+        self.expect("hidden_act", "silu")
+        self.expect("attention_bias", False)
+        self.same_layers()
+        return {
+            "vocab_size": self.integer("vocab_size"),
+            "hidden_size": width,
+            "num_layers": self.integer("num_hidden_layers"),
+            "num_heads": heads,
+            "num_kv_heads": self.integer("num_key_value_heads", heads),
+            "head_dim": self.integer("head_dim", max(1, width // heads)),
+            "intermediate_size": self.integer("intermediate_size"),
+            "max_position_embeddings": self.integer("max_position_embeddings"),
+            "norm_eps": self.number("rms_norm_eps", 1e-6, high=1.0),
+            "rope": self.rope(),
+            "tie_word_embeddings": self.flag("tie_word_embeddings", False),
+        }
+
+    def finish(self) -> None:
+        """Raise for every key that was neither taken nor is known to be harmless."""
+        left = {key: value for key, value in self._values.items() if key not in self._taken}
+        unknown = sorted(key for key, value in left.items() if not is_neutral(key, value))
+        if unknown:
+            shown = ", ".join(key[:60] if key.isidentifier() else repr(key)[:60] for key in unknown[:20])
+            raise ModelError(
+                f"config.json has keys this architecture does not know: {shown}. "
+                "They may change the computation, so the model is not loaded."
+            )
+
+
+def positive(key: str, value: object, high: float = math.inf, low: float = 0.0) -> float:
+    """A finite number above 0, from `low` to `high`.
+
+    Raises:
+        ModelError: the value is something else.
+    """
+    wrong = isinstance(value, bool) or not isinstance(value, int | float)
+    if wrong or not (0 < value < math.inf and low <= value <= high):  # type: ignore[operator]
+        limits = f", from {low:g} to {high:g}" if high < math.inf else ""
+        raise ModelError(f"config.json: {key}={value!r:.60}, expected a finite positive number{limits}")
+    return float(value)  # type: ignore[arg-type]
