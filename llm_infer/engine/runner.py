@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
+from llm_infer.decoding.shape import seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
@@ -22,6 +22,7 @@ from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.slots import SlotTable
+from llm_infer.engine.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Leader
 from llm_infer.parallel.distributed import Channel
@@ -32,10 +33,20 @@ from pallas_kernels.paged_attention.plan import fill_plan
 
 @dataclass(frozen=True, slots=True)
 class StepProgram:
-    """A compiled step, the layout of its buffer, what it can do, and with SHAPED what sets the state of a slot."""
+    """A compiled step.
+
+    Attributes:
+        layout: of its buffer.
+        features: what it can do.
+        state, inputs: descriptions of what it takes; None for fields that it has no use for.
+        run: `(params, state, inputs) -> (state, outputs)`.
+        set_slot: with SHAPED, sets the state of a slot.
+    """
 
     layout: StepLayout
     features: StepFeatures
+    state: StepState
+    inputs: StepInputs
     run: Callable
     set_slot: Callable | None
 
@@ -139,22 +150,20 @@ class Runner:
             return
         program = self.compile(message["bucket"], StepFeatures(message["features"]))
         if message["do"] == "step":
-            packed, *arrays = arrays
-            allowed = arrays.pop(0) if StepFeatures.MASKED in program.features else None
-            rows = list(zip(message["slots"], arrays[::2], arrays[1::2], strict=True))
-            self._launch(program, packed, allowed, rows)
+            arrays = list(arrays)
+            inputs = program.inputs.filled(arrays)
+            self._launch(program, inputs, list(zip(message["slots"], arrays[::2], arrays[1::2], strict=True)))
 
     def _clear(self) -> None:
         sharding = self._sharding
-        self.__dict__.pop("pages", None)  # two pools would not fit
+        self.__dict__.pop("state", None)  # two pools would not fit
         with out_of_memory_names_the_setting():
-            self.pages = sharding.zeros(self.steps.pool(self.num_pages))
-            empty_in_huge_pages(self.pages)
-            self.last_ids = sharding.zeros(self.steps.last_ids())
-        # Made by the first step that needs it: two arrays of slots × vocabulary.
-        self.state: SlotState | None = None
+            # Other fields are made by the first step that needs them: SHAPED has two arrays of slots × vocabulary.
+            self.state: StepState = jax.tree.map(sharding.zeros, self.steps.state(PLAIN, self.num_pages))
+            for pool in self.state.cache.values():
+                empty_in_huge_pages(pool)
         self._slots = [SlotTable(self.max_num_seqs, self.steps.pages_per_seq) for _ in range(sharding.num_shards)]
-        # Sequences that have got a slot whose row of `state` is not set, and their shards: steps of a prompt that do not
+        # Sequences that have got a slot whose row of `state.shaped` is not set, and their shards: steps of a prompt that do not
         # draw have no state.
         self._unset: dict[Sequence, int] = {}
 
@@ -180,11 +189,18 @@ class Runner:
             lowered = self.steps.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
             with out_of_memory_names_the_setting():
                 run = lowered.compile()
-            self._programs[bucket, features] = StepProgram(self.steps.layout(bucket, features), features, run, set_slot)
+            self._programs[bucket, features] = StepProgram(
+                self.steps.layout(bucket, features),
+                features,
+                self.steps.state(features, self.num_pages),
+                self.steps.inputs(bucket, features),
+                run,
+                set_slot,
+            )
         return self._programs[bucket, features]
 
     def _compile_set_slot(self) -> Callable:
-        state = self.steps.state()
+        state = self.steps.shaped()
         row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
         placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
@@ -220,12 +236,13 @@ class Runner:
                 fields["most_steps"][0] = plan.num_steps
         prepared = time.perf_counter()
         fresh = [] if program.set_slot is None else self._fresh_rows()
-        arrays = [packed, *([] if allowed is None else [allowed]), *(each for row in fresh for each in row[1:])]
+        inputs = StepInputs(packed, allowed)
+        arrays = [*inputs.arrays(), *(each for row in fresh for each in row[1:])]
         try:
             self._tell(
                 "step", arrays, bucket=bucket, features=program.features.value, slots=[slot for slot, *_ in fresh]
             )
-            outputs = self._launch(program, packed, allowed, fresh)
+            outputs = self._launch(program, inputs, fresh)
         except BaseException as error:
             if isinstance(self._channel, Leader) and not isinstance(error, Exception):
                 self._channel.out_of_step()
@@ -250,20 +267,23 @@ class Runner:
                 rows.append((shard * (self.max_num_seqs + 1) + sequence.slot, seen, bias))
         return rows
 
-    def _launch(
-        self, program: StepProgram, packed: np.ndarray, allowed: np.ndarray | None, rows: list[StateRow]
-    ) -> dict[str, jax.Array]:
+    def _launch(self, program: StepProgram, inputs: StepInputs, rows: list[StateRow]) -> dict[str, jax.Array]:
         """Starts a program after it has set rows of the per-slot state."""
-        state = None
+        state = StepState(*map(self._made, self.state, program.state))
         if program.set_slot is not None:
-            state = jax.tree.map(self._sharding.zeros, self.steps.state()) if self.state is None else self.state
+            shaped = state.shaped
             for slot, seen, bias in rows:
-                state = program.set_slot(state, np.int32(slot), seen, bias)
-        self.pages, self.last_ids, state, outputs = program.run(
-            self.model.params, self.pages, self.last_ids, packed, state, allowed
-        )
-        self.state = self.state if state is None else state
+                shaped = program.set_slot(shaped, np.int32(slot), seen, bias)
+            state = state._replace(shaped=shaped)
+        state, outputs = program.run(self.model.params, state, inputs)
+        self.state = after(self.state, state)
         return outputs
+
+    def _made(self, here: Any, taken: Any) -> Any:
+        """Returns a field of the state as a program takes it: nothing, what is there, or zeros at first."""
+        if taken is None:
+            return None
+        return jax.tree.map(self._sharding.zeros, taken) if here is None else here
 
     def _features(self, plan: StepPlan) -> StepFeatures:
         needed = PLAIN

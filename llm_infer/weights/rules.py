@@ -12,20 +12,12 @@ Arrange = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 class HasShape(Protocol):
-    """`ParamSpec` or `jax.ShapeDtypeStruct`."""
+    """Shape and type of a parameter: a `ParamSpec`, a `jax.ShapeDtypeStruct` …"""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> np.dtype: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ParamSpec:
-    """Shape and type of a parameter; `jax.ShapeDtypeStruct` serves as well."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 @dataclass(frozen=True, slots=True)
