@@ -45,7 +45,9 @@ class LayerOfCode(NamedTuple):
 LAYERS = (
     LayerOfCode(("llm_infer/commands/", "llm_infer/bench/"), "the command line; benchmarks"),
     LayerOfCode(("llm_infer/engine_arguments.py",), "settings from files and flags"),
-    LayerOfCode(("llm_infer/llm.py",), "`LLM`, the synchronous class"),
+    LayerOfCode(
+        ("llm_infer/llm.py", "llm_infer/functional.py"), "`LLM`, the synchronous class; functions for notebooks"
+    ),
     LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),
     LayerOfCode(("llm_infer/loading.py",), "a model's name to a tokenizer and a loaded model"),
     LayerOfCode(("llm_infer/planner/",), "memory in closed form; compiling for chips that are not here"),

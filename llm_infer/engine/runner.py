@@ -21,6 +21,7 @@ from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
+from llm_infer.engine.row_fields import ROW_FIELDS
 from llm_infer.engine.slots import SlotTable
 from llm_infer.engine.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
@@ -328,14 +329,15 @@ class Runner:
         f["slot"][:] = self.max_num_seqs
         f["slot"][:n] = np.where(samples, slot, self.max_num_seqs)
         f["position"][:n] = start + count
-        for name, values in slots.sampling.items():
-            np.take(values, slot, out=f[name][:n])
+        for field in ROW_FIELDS:
+            np.take(slots.fields[field.name], slot, out=f[field.name][:n])
+            if field.neutral:
+                f[field.name][n:] = field.neutral
         if layout.steps > 1:
             f["num_steps"][:n] = np.fromiter((row.steps for row in rows), np.int32, n)
             f["stop_ids"][:n] = slots.stop_ids[slot]
         # A row whose draw nobody reads must not cost the batch its greedy fast path.
         f["temperature"][:n] *= samples
-        f["repetition_penalty"][n:] = 1.0
         if any(row.drafts for row in rows):
             self._fill_drafts(f, rows, slots, ends, slot)
         if copies:
@@ -357,7 +359,7 @@ class Runner:
         here = slice(len(rows), len(rows) + len(owner))
         f["logits_row"][here] = (ends - 1)[owner] - to_end
         f["position"][here] = f["position"][owner] - to_end
-        for name, values in slots.sampling.items():
+        for name, values in slots.fields.items():
             f[name][here] = values[slot[owner]]
         # Which id is the last one only the host will know.
         f["slot"][np.flatnonzero(drafts)] = self.max_num_seqs
