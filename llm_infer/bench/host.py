@@ -31,14 +31,17 @@ class IdleRunner(Runner):
 
     def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
         """The idle program of a bucket."""
-        layout = self.steps.layout(bucket, features)
+        layout = self.step_programs.layout(bucket, features)
 
         def step(params: Any, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Any]]:
             return state, {"ids": jnp.zeros((1, layout.num_draws), jnp.int32)}
 
         if (bucket, features) not in self._programs:
             params = jax.tree.map(described, self.model.params)
-            state, inputs = self.steps.state(features, self.num_pages), self.steps.inputs(bucket, features)
+            state, inputs = (
+                self.step_programs.state(features, self.num_pages),
+                self.step_programs.inputs(bucket, features),
+            )
             jitted = jax.jit(step, donate_argnums=1, keep_unused=True)  # else XLA would drop the parameters
             run = jitted.lower(params, state, inputs).compile()
             self._programs[bucket, features] = StepProgram(layout, features, state, inputs, run, None)

@@ -51,7 +51,7 @@ class StepLayout:
         `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `targets` are the tokens that follow in
         a prompt (for PROMPT_LOGPROBS); `logits_row` is the token row whose hidden state a sequence samples from; `slot` is
         where its drawn id is kept (the last slot takes what nobody reads); `position` is the place of the token that
-        it draws. With several steps, `num_steps` is how many tokens to draw for a row, `most_steps` how many for any
+        it draws. With several steps, `num_steps` is how many tokens to draw for a row, `max_steps` how many for any
         row of any shard, and `stop_ids` end it, padded with -1 (ids that do not fit only end it later, on the host).
         """
         tokens, rows = (self.plan.tokens,), (self.num_draws,)
@@ -62,7 +62,7 @@ class StepLayout:
         )
         fields = {**per_token, **per_row, "num_copies": (1,), **plan_fields(self.plan)}
         if self.steps > 1:
-            fields |= {"num_steps": rows, "most_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
+            fields |= {"num_steps": rows, "max_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
         return fields
 
     def _slices(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:

@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
-from llm_infer.decoding.shape import SlotState
+from llm_infer.decoding.penalties import PenaltyState
 from llm_infer.engine.features import StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.state import Cache, StepInputs, StepState
@@ -44,42 +44,42 @@ def make_steps(
         mask = None if inputs.allowed is None else inputs.allowed[0]
 
         def one(
-            index: Array, ids: Array, ended: Array, cache: Cache, shaped: SlotState | None
-        ) -> tuple[Array, Array, Cache, SlotState | None, dict[str, Array]]:
+            index: Array, ids: Array, ended: Array, cache: Cache, penalties: PenaltyState | None
+        ) -> tuple[Array, Array, Cache, PenaltyState | None, dict[str, Array]]:
             active = ~ended & (index < f["num_steps"])
             positions = f["positions"] + index
             plan = decode_plan(first_plan, positions, active, page_size)
             hidden, cache = model(ids, positions, cache, attention_over(plan), loop=loop)
             logits = model.logits(hidden)
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}
-            drawn, shaped = draw_ids(logits, rows, shaped, mask)
+            drawn, penalties = draw_ids(logits, rows, penalties, mask)
             stopped = jnp.any(drawn[:, None] == f["stop_ids"], axis=1)
             outputs = drawn_outputs(logits, drawn, features)
-            return jnp.where(active, drawn, ids), ended | (active & stopped), cache, shaped, outputs
+            return jnp.where(active, drawn, ids), ended | (active & stopped), cache, penalties, outputs
 
         def proceeds(carry: tuple) -> Array:
             index, _, ended, *_ = carry
             goes_on = jnp.any(~ended & (index < f["num_steps"])) if ends_early else True
-            return (index < f["most_steps"][0]) & goes_on
+            return (index < f["max_steps"][0]) & goes_on
 
         def body(carry: tuple) -> tuple:
-            index, ids, ended, cache, shaped, outputs = carry
-            ids, ended, cache, shaped, found = one(index, ids, ended, cache, shaped)
+            index, ids, ended, cache, penalties, outputs = carry
+            ids, ended, cache, penalties, found = one(index, ids, ended, cache, penalties)
             outputs = jax.tree.map(
                 lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, index, 0), outputs, found
             )
-            return index + 1, ids, ended, cache, shaped, outputs
+            return index + 1, ids, ended, cache, penalties, outputs
 
         cache = copied_pages(state.cache, f)
         ids = jnp.where(f["feeds"] == 1, state.last_ids[0, f["feed_slot"]], f["token_ids"])
         # A sequence that ended in the step before, of which the host does not know yet, does nothing.
         ended = (f["feeds"] == 1) & jnp.any(ids[:, None] == f["stop_ids"], axis=1)
-        *_, shapes = jax.eval_shape(one, jnp.int32(0), ids, ended, cache, state.shaped)
+        *_, shapes = jax.eval_shape(one, jnp.int32(0), ids, ended, cache, state.penalties)
         outputs = jax.tree.map(lambda x: jnp.zeros((layout.steps, *x.shape), x.dtype), shapes)
-        _, ids, _, cache, shaped, outputs = lax.while_loop(
-            proceeds, body, (jnp.int32(0), ids, ended, cache, state.shaped, outputs)
+        _, ids, _, cache, penalties, outputs = lax.while_loop(
+            proceeds, body, (jnp.int32(0), ids, ended, cache, state.penalties, outputs)
         )
         last_ids = state.last_ids.at[0, f["slot"]].set(ids)
-        return StepState(cache, last_ids, shaped), {name: value[None] for name, value in outputs.items()}
+        return StepState(cache, last_ids, penalties), {name: value[None] for name, value in outputs.items()}
 
     return steps

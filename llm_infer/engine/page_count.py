@@ -22,7 +22,7 @@ CPU_POOL_SHARE = 0.25
 
 LARGEST = (
     StepFeatures.LOGPROBS
-    | StepFeatures.SHAPED
+    | StepFeatures.PENALTIES
     | StepFeatures.MASKED
     | StepFeatures.PROMPT_LOGPROBS
     | StepFeatures.POOLED

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_infer.config import EngineConfig
-from llm_infer.decoding.shape import SlotState, empty_state
+from llm_infer.decoding.penalties import PenaltyState, empty_penalties
 from llm_infer.decoding.token_rules import mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
@@ -88,17 +88,19 @@ class StepPrograms:
         """Describes the pools, `num_pages` of each data-parallel shard."""
         return {FULL: self.sharding.pool(num_pages, self.engine.cache.page_size, self.page_dtype)}
 
-    def shaped(self) -> SlotState:
-        """Describes what steps with SHAPED keep of each slot."""
+    def penalties(self) -> PenaltyState:
+        """Describes what steps with PENALTIES keep of each slot."""
         slots = (self.engine.scheduler.max_num_seqs + 1) * self.sharding.num_shards
-        arrays = jax.eval_shape(partial(empty_state, slots, self.config.vocab_size))
+        arrays = jax.eval_shape(partial(empty_penalties, slots, self.config.vocab_size))
         return jax.tree.map(lambda x: self.sharding.struct(x.shape, x.dtype), arrays)
 
     def state(self, features: StepFeatures, num_pages: int) -> StepState:
         """Describes what a program with these features keeps on the devices."""
         slots = self.engine.scheduler.max_num_seqs + 1
         last_ids = self.sharding.struct((self.sharding.num_shards, slots), jnp.int32)
-        return StepState(self.cache(num_pages), last_ids, self.shaped() if StepFeatures.SHAPED in features else None)
+        return StepState(
+            self.cache(num_pages), last_ids, self.penalties() if StepFeatures.PENALTIES in features else None
+        )
 
     def inputs(self, bucket: int, features: StepFeatures) -> StepInputs:
         """Describes what the host sends with a step of a token bucket."""

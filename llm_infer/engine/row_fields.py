@@ -17,7 +17,7 @@ class RowField:
     """A field [R] of the step's buffer.
 
     Attributes:
-        name: in the buffer, and in `SamplingRows` or `ShapeRows`, which say what it means.
+        name: in the buffer, and in `SamplingRows` or `PenaltyRows`, which say what it means.
         dtype: of its numbers.
         value: reads it from a sequence, when the sequence gets its slot.
         neutral: stands in rows of the buffer that no sequence has.

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.penalties import seen_counts, set_slot
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.shape import seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
@@ -41,7 +41,7 @@ class StepProgram:
         features: what it can do.
         state, inputs: descriptions of what it takes; None for fields that it has no use for.
         run: `(params, state, inputs) -> (state, outputs)`.
-        set_slot: with SHAPED, sets the state of a slot.
+        set_slot: with PENALTIES, sets the state of a slot.
     """
 
     layout: StepLayout
@@ -120,11 +120,11 @@ class Runner:
         self.model, self.config, self.times = model, config, RunnerTimes()
         self.max_num_seqs = config.scheduler.max_num_seqs
         self.buckets = token_buckets(config.scheduler.max_num_batched_tokens, model.smallest_batch)
-        self.steps = StepPrograms.of(model, config, max_model_len)
-        self._sharding = self.steps.sharding
+        self.step_programs = StepPrograms.of(model, config, max_model_len)
+        self._sharding = self.step_programs.sharding
         if num_pages is None:
             beside = None if draft_model is None else StepPrograms.of(draft_model, config, max_model_len)
-            num_pages = choose_num_pages(self.steps, self.buckets[-1], device_memory, beside)
+            num_pages = choose_num_pages(self.step_programs, self.buckets[-1], device_memory, beside)
             num_pages = num_pages if channel is None else channel.smallest(num_pages)
         self.num_pages = num_pages
         self._channel, self.name = channel, name
@@ -159,13 +159,15 @@ class Runner:
         sharding = self._sharding
         self.__dict__.pop("state", None)  # two pools would not fit
         with out_of_memory_names_the_setting():
-            # Other fields are made by the first step that needs them: SHAPED has two arrays of slots × vocabulary.
-            self.state: StepState = jax.tree.map(sharding.zeros, self.steps.state(PLAIN, self.num_pages))
+            # Other fields are made by the first step that needs them: PENALTIES has two arrays of slots × vocabulary.
+            self.state: StepState = jax.tree.map(sharding.zeros, self.step_programs.state(PLAIN, self.num_pages))
             for pool in self.state.cache.values():
                 empty_in_huge_pages(pool)
-        self._slots = [SlotTable(self.max_num_seqs, self.steps.pages_per_seq) for _ in range(sharding.num_shards)]
-        # Sequences that have got a slot whose row of `state.shaped` is not set, and their shards: steps of a prompt that do not
-        # draw have no state.
+        self._slots = [
+            SlotTable(self.max_num_seqs, self.step_programs.pages_per_seq) for _ in range(sharding.num_shards)
+        ]
+        # Sequences that have got a slot whose row of `state.penalties` is not set, and their shards: steps of a prompt that
+        # do not draw have no such state.
         self._unset: dict[Sequence, int] = {}
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
@@ -186,22 +188,22 @@ class Runner:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self.is_warm
             self._tell("compile", bucket=bucket, features=features.value)
-            set_slot = self._compile_set_slot() if StepFeatures.SHAPED in features else None
-            lowered = self.steps.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
+            set_slot = self._compile_set_slot() if StepFeatures.PENALTIES in features else None
+            lowered = self.step_programs.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
             with out_of_memory_names_the_setting():
                 run = lowered.compile()
             self._programs[bucket, features] = StepProgram(
-                self.steps.layout(bucket, features),
+                self.step_programs.layout(bucket, features),
                 features,
-                self.steps.state(features, self.num_pages),
-                self.steps.inputs(bucket, features),
+                self.step_programs.state(features, self.num_pages),
+                self.step_programs.inputs(bucket, features),
                 run,
                 set_slot,
             )
         return self._programs[bucket, features]
 
     def _compile_set_slot(self) -> Callable:
-        state = self.steps.shaped()
+        state = self.step_programs.penalties()
         row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
         placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
@@ -217,7 +219,7 @@ class Runner:
         page_size = self.config.cache.page_size
         for shard, (rows, slots) in enumerate(zip(plan.rows, self._slots, strict=True)):
             for row in rows:
-                if slots.update(row, page_size) and StepFeatures.SHAPED in slots.features_at(row):
+                if slots.update(row, page_size) and StepFeatures.PENALTIES in slots.features_at(row):
                     self._unset[row.sequence] = shard
         needed = self._features(plan)
         bucket = self.bucket_of(plan.num_tokens)
@@ -234,7 +236,7 @@ class Runner:
             fields = layout.views(buffer)
             self._fill(layout, fields, rows, slots, copies)
             if layout.steps > 1:
-                fields["most_steps"][0] = plan.num_steps
+                fields["max_steps"][0] = plan.num_steps
         prepared = time.perf_counter()
         fresh = [] if program.set_slot is None else self._fresh_rows()
         inputs = StepInputs(packed, allowed)
@@ -272,10 +274,10 @@ class Runner:
         """Starts a program after it has set rows of the per-slot state."""
         state = StepState(*map(self._made, self.state, program.state))
         if program.set_slot is not None:
-            shaped = state.shaped
+            penalties = state.penalties
             for slot, seen, bias in rows:
-                shaped = program.set_slot(shaped, np.int32(slot), seen, bias)
-            state = state._replace(shaped=shaped)
+                penalties = program.set_slot(penalties, np.int32(slot), seen, bias)
+            state = state._replace(penalties=penalties)
         state, outputs = program.run(self.model.params, state, inputs)
         self.state = after(self.state, state)
         return outputs

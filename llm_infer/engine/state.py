@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int, Shaped
 
-from llm_infer.decoding.shape import SlotState
+from llm_infer.decoding.penalties import PenaltyState
 
 Pages = Shaped[Array, "L P ..."]
 
@@ -31,12 +31,12 @@ class StepState(NamedTuple):
     Attributes:
         cache: pools by group.
         last_ids: the last drawn id of each slot; one slot more than sequences takes what nobody reads.
-        shaped: with SHAPED, what penalties and biases read.
+        penalties: with PENALTIES, what penalties and biases read.
     """
 
     cache: Cache
     last_ids: Int[Array, "dp slots"]
-    shaped: SlotState | None = None
+    penalties: PenaltyState | None = None
 
 
 class StepInputs(NamedTuple):

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
+from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
-from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_logits, shape_logits
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
@@ -58,7 +58,7 @@ def make_step(
         token_ids = jnp.where(f["feeds"] == 1, state.last_ids[0, f["feed_slot"]], f["token_ids"])
         hidden, cache = model(token_ids, f["positions"], cache, attention_over(plan), loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
-        ids, shaped = draw_ids(logits, f, state.shaped, None if inputs.allowed is None else inputs.allowed[0])
+        ids, penalties = draw_ids(logits, f, state.penalties, None if inputs.allowed is None else inputs.allowed[0])
         last_ids = state.last_ids.at[0, f["slot"]].set(ids)
         outputs = {name: value[None] for name, value in drawn_outputs(logits, ids, features).items()}
         if StepFeatures.PROMPT_LOGPROBS in features:
@@ -79,7 +79,7 @@ def make_step(
                 outputs["beam_logprobs"] = (values - logsumexp(logits, axis=-1, keepdims=True))[None]
         if keep_logits:
             outputs["logits"] = logits[None]
-        return StepState(cache, last_ids, shaped), outputs
+        return StepState(cache, last_ids, penalties), outputs
 
     return step
 
@@ -102,13 +102,13 @@ def attention_over(plan: AttentionPlan) -> Attend:
 
 
 def draw_ids(
-    logits: Float[Array, "R V"], f: Mapping[str, Array], state: SlotState | None, allowed: Int[Array, "R W"] | None
-) -> tuple[Int[Array, " R"], SlotState | None]:
+    logits: Float[Array, "R V"], f: Mapping[str, Array], state: PenaltyState | None, allowed: Int[Array, "R W"] | None
+) -> tuple[Int[Array, " R"], PenaltyState | None]:
     """The next id of each row, and the state after it; `f` are the fields of the step."""
     with jax.named_scope("sample"):
         if state is not None:
-            rows = ShapeRows(**{name: f[name] for name in ShapeRows._fields})
-            logits = shape_logits(logits, state, f["slot"], rows)
+            rows = PenaltyRows(**{name: f[name] for name in PenaltyRows._fields})
+            logits = penalised(logits, state, f["slot"], rows)
         if allowed is not None:
             logits = mask_logits(logits, allowed)
         ids = sample(logits, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from llm_infer.decoding.penalties import PenaltyRows
 from llm_infer.decoding.sample import SamplingRows
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.shape import ShapeRows
 from llm_infer.engine.row_fields import ROW_FIELDS
 from llm_infer.scheduler.request import Request, Sequence
 
 
 def test_the_table_has_what_the_device_reads() -> None:
-    read = {*SamplingRows._fields, *ShapeRows._fields} - {"position"}  # differs from step to step
+    read = {*SamplingRows._fields, *PenaltyRows._fields} - {"position"}  # differs from step to step
     assert sorted(field.name for field in ROW_FIELDS) == sorted(read)
 
 
