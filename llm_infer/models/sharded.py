@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 from jax.sharding import Mesh, NamedSharding
 
 from llm_infer.base.errors import UserError
@@ -128,22 +129,24 @@ def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
     if rows is None:
         return array
     axis = array.ndim - len(axes) + axes.index(rows)
-    lead, tail = array.shape[:axis], array.shape[axis + 1 :]
     if rows == "vocab":
         missing = shards.padded(config.vocab_size) - array.shape[axis]
         padding = [(0, missing if i == axis else 0) for i in range(array.ndim)]
         return xp.pad(array, padding) if missing else array
+    by_row = xp.moveaxis(array, axis, 0)
+    if rows == "expert_rows" and moe is not None and shards.tp > 1:
+        sizes = {"ep": shards.ep, "tp": shards.tp, "x": moe.num_experts // shards.ep}
+        return xp.moveaxis(rearrange(by_row, "(ep x tp f) ... -> (ep tp x f) ...", **sizes), 0, axis)
     if rows in ("qkv", "kv_heads") and shards.kv_copies > 1:
         copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
+        heads_first = rearrange(by_row, "(h r d) ... -> h r d ...", h=heads, d=config.head_dim)
         group = config.num_heads // heads if rows == "qkv" else 0
-        by_head = array.reshape(*lead, heads, -1, config.head_dim, *tail)
-        query, keys = xp.split(by_head, [group], axis=axis + 1)
-        query = query.reshape(*lead, heads, copies, group // copies, config.head_dim, *tail)
-        keys = xp.repeat(xp.expand_dims(keys, axis + 1), copies, axis=axis + 1)
-        return xp.concatenate([query, keys], axis=axis + 2).reshape(*lead, -1, *tail)
-    if rows == "expert_rows" and moe is not None and shards.tp > 1:
-        by_expert = array.reshape(*lead, shards.ep, moe.num_experts // shards.ep, shards.tp, -1, *tail)
-        return xp.swapaxes(by_expert, axis + 1, axis + 2).reshape(*lead, -1, *tail)
+        queries, keys = xp.split(heads_first, [group], axis=1)
+        keys = repeat(keys, "h r d ... -> h c r d ...", c=copies)
+        if group:  # each copy of a KV head serves its share of the head's queries
+            queries = rearrange(queries, "h (c g) d ... -> h c g d ...", c=copies)
+            keys = xp.concatenate([queries, keys], axis=2)
+        return xp.moveaxis(rearrange(keys, "h c r d ... -> (h c r d) ..."), 0, axis)
     return array
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from einops import rearrange
 
 Arrange = Callable[[Sequence[np.ndarray]], np.ndarray]
 
@@ -71,8 +72,7 @@ def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:
         for tensor in tensors:
             if tensor.shape[0] % (num_kv_heads * head_dim):
                 raise ValueError(f"{tensor.shape[0]} rows for {num_kv_heads} KV heads of size {head_dim}")
-            grouped.append(tensor.reshape(num_kv_heads, -1, *tensor.shape[1:]))
-        fused = np.concatenate(grouped, axis=1)
-        return fused.reshape(-1, *fused.shape[2:])
+            grouped.append(rearrange(tensor, "(h r) ... -> h r ...", h=num_kv_heads))
+        return rearrange(np.concatenate(grouped, axis=1), "h r ... -> (h r) ...")
 
     return arrange

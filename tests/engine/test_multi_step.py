@@ -90,7 +90,7 @@ def check_equal(found: Found, expected: Found) -> None:
     [
         (8, {}),
         (3, {"overlap": False}),
-        (8, {"pages": 7}),
+        (8, {"pages": 6}),
         (2, {"chunk": 8, "seqs": 3, "pages": 7, "cache": False}),
     ],
 )
