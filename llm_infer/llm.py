@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from inspect import cleandoc
 from typing import Any
 
-import jax
 import numpy as np
 
-from llm_infer.base.errors import RequestError, UserError
+from llm_infer.base.errors import RequestError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.base.plain_values import plain_list
 from llm_infer.base.progress import Progress
-from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.base.settings import Takes, listed
 from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.compile_cache import enable_compile_cache
-from llm_infer.engine.engine import Engine
 from llm_infer.engine.features import PLAIN, features_of, union
 from llm_infer.engine.results import PooledPrompt
 from llm_infer.engine.warm_up import WarmUp
 from llm_infer.frontend.session import Asked, Session
 from llm_infer.frontend.tracking import TrackedRequest
-from llm_infer.loading import load, require_same_tokens
-from llm_infer.parallel.channel import Follower, Leader
-from llm_infer.parallel.distributed import join
+from llm_infer.options import EngineOptions, settings
+from llm_infer.starting import start
 from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.text.continuations import continuation_tokens
 from llm_infer.text.detokenizer import IncrementalDetokenizer
-from llm_infer.weights.default_model import DEFAULT_MODEL
 
 Prompt = str | Sequence[int] | np.ndarray
 """Text, or token ids: a list or an array of integers (of NumPy or another library)."""
@@ -42,148 +36,28 @@ Messages = Sequence[Mapping[str, Any]]
 """A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
 
 
-OF_THIS_PROCESS = ("self", "coordinator_address", "num_processes", "process_id", "progress")
-"""Arguments of `LLM` that may differ between the processes of several hosts."""
-
-
 class LLM:
     """A model with its tokenizer and an engine.
 
     Args:
-        model: the default model's name, a GGUF file, a Hugging Face directory, a directory written by `convert`, or a
-            hub id such as `org/name`.
-        max_model_len: longest sequence in tokens; None takes the model's context length.
-        max_num_seqs: sequences that run at the same time.
-        max_num_batched_tokens: tokens of one step; longer prompts are prefilled in chunks.
-        page_size: tokens in a KV page.
-        num_pages: pages of the pool; None sizes it from `kv_cache_memory`.
-        kv_cache_memory: bytes of the page pool; None sizes it from `memory_utilization`.
-        memory_utilization: share of each device's memory for weights, pages and steps together: the page count follows
-            from what the compiler says of the largest step. None is 0.9 on accelerators, and on CPUs a pool of the
-            smaller of 1 GiB and a quarter of the memory.
-        enable_prefix_caching: share pages of equal prompt beginnings.
-        policy: order of waiting requests, "fcfs" or "priority".
-        num_scheduler_steps: decode steps that run as one program where nothing needs the host in between; the output is
-            the same, a stream gets so many tokens at once.
-        seed: seeds requests without a seed of their own.
-        fused_qkv: store query, key and value projections as one matrix.
-        device: "auto" takes what JAX finds; "cpu", "gpu" or "tpu" refuses to run on anything else.
-        dtype: type of weights and activations, a draft model's too: "float32", "bfloat16" or "float16"; "auto" is float32
-            on CPUs, where weights then stay as the file has them, and bfloat16 on accelerators.
-        precision: "exact" computes in float32 with the file's weights; "fast" also rounds activations to int8 before
-            they meet 4-bit weights, and keeps bfloat16 pages, on CPUs with the native kernels.
-        kv_cache_dtype: type of keys and values in the pages: "float32", "bfloat16" or "float16"; "auto" follows
-            `dtype` and `precision`.
-        overlap: prepare the next step on the host while the device runs one.
-        speculative_config: propose tokens that one step checks together, for the same output in fewer steps:
-            `{"method": "ngram", "num_speculative_tokens": 7, "prompt_lookup_max": 4, "prompt_lookup_min": 2}` proposes
-            what followed the last tokens when they occurred before; `{"method": "draft_model", "model": "…",
-            "num_speculative_tokens": 4}` proposes what a smaller model with the same tokens draws.
-        tensor_parallel_size: devices over which every layer is cut, by heads and MLP columns.
-        data_parallel_size: shards of the batch, each on devices and with pages of its own; `max_num_seqs`,
-            `max_num_batched_tokens` and `num_pages` are per shard.
-        expert_parallel_size: devices over which a mixture's experts are spread.
-        coordinator_address, num_processes, process_id: with several hosts, where process 0 listens ("10.0.0.1:8476"), how
-            many processes there are and which one this is; all are started with the same command. SLURM and Cloud TPU
-            tell by themselves. On all but process 0, this call runs what process 0 runs, and ends the process with it.
-        load_format: "auto" reads the model's weights; "dummy" makes random ones on the device, for a published
-            architecture (see `llm-infer models`) or a directory with a config.json.
-        progress: show progress bars on stderr.
+        SETTINGS
 
     Raises:
-        UserError: the model cannot be found or loaded, or a setting does not fit; the message says which.
+        UserError: a setting is unknown or does not fit, or the model cannot be found or loaded; the message says which. Or
+            this process is not the first of several: `llm_infer.follow` is for those.
     """
 
-    def __init__(
-        self,
-        model: str | os.PathLike[str] = DEFAULT_MODEL.name,
-        *,
-        max_model_len: int | None = None,
-        max_num_seqs: int = 32,
-        max_num_batched_tokens: int = 512,
-        page_size: int = 16,
-        num_pages: int | None = None,
-        kv_cache_memory: int | None = None,
-        memory_utilization: float | None = None,
-        enable_prefix_caching: bool = True,
-        policy: str = "fcfs",
-        num_scheduler_steps: int = 1,
-        seed: int = 0,
-        fused_qkv: bool = True,
-        device: str = "auto",
-        dtype: str = "auto",
-        precision: str = "exact",
-        kv_cache_dtype: str = "auto",
-        overlap: bool = True,
-        check_every_step: bool = False,
-        speculative_config: Mapping[str, Any] | None = None,
-        tensor_parallel_size: int = 1,
-        data_parallel_size: int = 1,
-        expert_parallel_size: int = 1,
-        coordinator_address: str | None = None,
-        num_processes: int | None = None,
-        process_id: int | None = None,
-        load_format: str = "auto",
-        progress: bool = True,
-    ) -> None:
-        settings = {name: str(value) for name, value in locals().items() if name not in OF_THIS_PROCESS}
-        pages = kv_cache_dtype if kv_cache_dtype != "auto" else "bfloat16" if precision == "fast" else None
-        config = EngineConfig(
-            cache=CacheConfig(
-                page_size,
-                num_pages,
-                kv_cache_memory,
-                memory_utilization,
-                enable_prefix_caching=enable_prefix_caching,
-                dtype=pages,
-            ),
-            scheduler=SchedulerConfig(
-                max_num_seqs,
-                max_num_batched_tokens,
-                max_model_len,
-                policy,
-                num_scheduler_steps=num_scheduler_steps,
-            ),
-            seed=seed,
-            overlap=overlap,
-            check_every_step=check_every_step,
-            fused_qkv=fused_qkv,
-            speculative=None if speculative_config is None else SpeculativeConfig.of(speculative_config),
-        )
-        refuse_lost_child()
-        parallel = ParallelConfig(tensor_parallel_size, data_parallel_size, expert_parallel_size)
-        channel = join(coordinator_address, num_processes, process_id, settings)
-        _require_device(device)
-        self._progress = Progress(enabled=progress and not isinstance(channel, Follower))
-        if note := enable_compile_cache():
-            self._progress.note(note)
-        load_one = partial(
-            load,
-            load_format=load_format,
-            fused_qkv=fused_qkv,
-            dtype=dtype,
-            precision=precision,
-            progress=self._progress,
-            parallel=parallel,
-        )
-        self.tokenizer, loaded = load_one(model, max_model_len=max_model_len)
-        draft = None
-        if config.speculative is not None and config.speculative.model is not None:
-            name = config.speculative.model
-            try:
-                tokenizer, draft = load_one(name)
-            except UserError as error:  # it need not be cut like the model
-                raise UserError(f"the draft model {name!r}: {error}") from error
-            require_same_tokens(self.tokenizer, tokenizer, name)
-        self.engine = Engine(loaded, config, self.tokenizer.eos_token_ids, draft_model=draft, channel=channel)
-        if isinstance(channel, Leader):
-            channel.watch()
-        elif channel is not None:
-            self.engine.follow()
-            raise SystemExit(0)
+    @Takes(EngineOptions)
+    def __init__(self, options: EngineOptions) -> None:
+        self.tokenizer, self.engine, self._progress = start(options)
         self._session = Session(self.engine, self.tokenizer)
         self._grammars: GrammarCompiler | None = None  # made by the first request that needs it
         self._grammar_lock = threading.RLock()
+
+    @classmethod
+    def of(cls, options: EngineOptions) -> LLM:
+        """Makes an LLM from options that are there already."""
+        return cls(**{name: getattr(options, name) for name in settings()})
 
     def warm_up(
         self,
@@ -332,13 +206,13 @@ class LLM:
         tracked = self._run(prompts, [params] * len(prompts), self._progress, prompt_only=True)
         results = [one.result() for one in tracked]
         scores = []
-        for result, (whole, start) in zip(results, both, strict=True):
-            ids = whole[start:]
+        for result, (whole, first) in zip(results, both, strict=True):
+            ids = whole[first:]
             _require_success(result)
             assert result.prompt_logprobs is not None
-            found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[start:], strict=True)]
+            found = [(at or {})[i] for i, at in zip(ids, result.prompt_logprobs[first:], strict=True)]
             logprobs = [one.logprob for one in found]
-            detokenizer = IncrementalDetokenizer(self.tokenizer, prompt=whole[:start], skip_special_tokens=False)
+            detokenizer = IncrementalDetokenizer(self.tokenizer, prompt=whole[:first], skip_special_tokens=False)
             text = detokenizer.push(ids) + detokenizer.finish()
             scores.append(ScoreOutput(sum(logprobs), ids, logprobs, all(one.rank == 1 for one in found), text))
         return scores
@@ -433,21 +307,6 @@ class LLM:
         return self._grammars.compile(params.structured_outputs)
 
 
-DEVICES = ("auto", "cpu", "gpu", "tpu")
-
-
-def _require_device(device: str) -> None:
-    """Raises UserError if JAX has another kind of device: settings made for one waste memory and time of another."""
-    if device not in DEVICES:
-        raise UserError(f"device={device!r:.60}: expected one of {', '.join(DEVICES)}")
-    found = jax.default_backend()
-    if device not in ("auto", found):
-        raise UserError(
-            f"device={device!r}: JAX found {jax.device_count()} × {found} here (llm-infer doctor tells more): take settings "
-            f"made for it, or set device to {found!r} to run with these all the same"
-        )
-
-
 def _require_success(result: RequestOutput) -> None:
     """Raises RequestError with what ended a request that has no result."""
     if (error := result.outputs[0].error) is not None:
@@ -487,3 +346,6 @@ def _per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count:
     if count is not None and len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one per prompt")
     return list(params)
+
+
+LLM.__doc__ = cleandoc(LLM.__doc__ or "").replace("    SETTINGS", listed(EngineOptions, indent=4))
