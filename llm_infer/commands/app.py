@@ -11,34 +11,20 @@ import typer
 
 from llm_infer.base import accelerators
 from llm_infer.base.errors import UserError
+from llm_infer.base.interrupts import uninterrupted
 from llm_infer.commands.answers import show_answer, write
 from llm_infer.commands.bench import bench
 from llm_infer.commands.options import (
-    DEFAULT_MODEL_NAME,
-    AnyModel,
-    ConfigFile,
-    CoordinatorAddress,
-    DataParallel,
     Debug,
-    Device,
-    Dtype,
-    ExpertParallel,
-    LoadFormat,
-    MaxModelLen,
     MaxTokens,
-    MemoryUtilization,
-    NumProcesses,
-    Precision,
-    ProcessId,
     Seed,
     Temperature,
-    TensorParallel,
     TopK,
     TopP,
-    check_model,
-    engine_arguments,
     existing_model,
+    takes_engine_options,
 )
+from llm_infer.options import EngineOptions
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
@@ -76,12 +62,14 @@ def _options(
 
 app.add_typer(bench, name="bench", rich_help_panel=None)
 
+ONE_USER = {"max_num_seqs": 1, "max_num_batched_tokens": 512}
+"""Few rows are computed and little memory is taken."""
+
 
 @app.command()
+@takes_engine_options(**ONE_USER)
 def generate(
-    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
-    model: AnyModel = DEFAULT_MODEL_NAME,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -103,23 +91,10 @@ def generate(
         ),
     ] = None,
     seed: Seed = None,
-    max_model_len: MaxModelLen = None,
-    load_format: LoadFormat = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    precision: Precision = "exact",
-    memory_utilization: MemoryUtilization = None,
-    tensor_parallel_size: TensorParallel = None,
-    data_parallel_size: DataParallel = None,
-    expert_parallel_size: ExpertParallel = None,
-    coordinator_address: CoordinatorAddress = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-    config: ConfigFile = None,
-    debug: Debug = False,
+    *,
+    options: EngineOptions,
 ) -> None:
     """Answers one prompt, streaming the text to standard output."""
-    check_model(model, load_format, config)
     params = _sampling_params(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -135,23 +110,7 @@ def generate(
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
-    arguments = engine_arguments(
-        config,
-        context,
-        max_model_len=max_model_len,
-        load_format=load_format,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-        memory_utilization=memory_utilization,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        coordinator_address=coordinator_address,
-        num_processes=num_processes,
-        process_id=process_id,
-    )
-    llm = _interactive_llm(model, arguments)
+    llm = _interactive_llm(options)
     ids = llm.tokenizer.encode(text)
     if not raw and llm.tokenizer.chat_template is not None:
         ids = llm.chat_prompt([{"role": "user", "content": text}])
@@ -159,48 +118,20 @@ def generate(
 
 
 @app.command()
+@takes_engine_options(**ONE_USER)
 def chat(
-    context: typer.Context,
-    model: AnyModel = DEFAULT_MODEL_NAME,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.0,
     top_k: TopK = -1,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    max_model_len: MaxModelLen = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    precision: Precision = "exact",
-    memory_utilization: MemoryUtilization = None,
-    tensor_parallel_size: TensorParallel = None,
-    data_parallel_size: DataParallel = None,
-    expert_parallel_size: ExpertParallel = None,
-    coordinator_address: CoordinatorAddress = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-    config: ConfigFile = None,
-    debug: Debug = False,
+    *,
+    options: EngineOptions,
 ) -> None:
     """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
-    check_model(model, "auto", config)
     params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    arguments = engine_arguments(
-        config,
-        context,
-        max_model_len=max_model_len,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-        memory_utilization=memory_utilization,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        coordinator_address=coordinator_address,
-        num_processes=num_processes,
-        process_id=process_id,
-    )
-    llm = _interactive_llm(model, arguments)
+    llm = _interactive_llm(options)
     start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     llm.chat_prompt([*start, {"role": "user", "content": "hello"}])  # a model without a template fails here, not later
     messages = list(start)
@@ -323,14 +254,18 @@ def _structured(
 _FIELDS = {"--json-schema": "json", "--regex": "regex", "--choice": "choice", "--grammar": "grammar"}
 
 
-def _interactive_llm(model: str, arguments: dict[str, Any]) -> LLM:
-    """An engine for one user: one sequence at a time, so that few rows are computed and little memory is taken."""
-    from llm_infer.llm import LLM
-    from llm_infer.parallel.distributed import on_cluster
+def _interactive_llm(options: EngineOptions) -> LLM:
+    """Makes the model's LLM; a process that is not the first of several hosts stays here until the first has ended."""
+    with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
+        from llm_infer.llm import LLM
+        from llm_infer.parallel.distributed import on_cluster
+        from llm_infer.starting import take_part
 
-    if "coordinator_address" in arguments or on_cluster():
+    if options.coordinator_address is not None or on_cluster():
         _keep_stdout_for_answers()
-    return LLM(model, **{"max_num_seqs": 1, "max_num_batched_tokens": 512, **arguments})
+        if take_part(options):
+            raise typer.Exit
+    return LLM.of(options)
 
 
 def _keep_stdout_for_answers() -> None:

@@ -13,6 +13,7 @@ from llm_infer.base import accelerators
 from llm_infer.base.environment import cache_dir, offline_variable
 from llm_infer.engine.compile_cache import cache_directory
 from llm_infer.weights.default_model import DEFAULT_MODEL, find
+from pallas_kernels import tuned
 
 PACKAGES = (
     *("llm-infer", "jax", "jaxlib", "flax", "orbax-checkpoint", "llvmlite", "llguidance", "gguf", "tokenizers"),
@@ -43,6 +44,7 @@ def _facts() -> list[tuple[str, str]]:
         ("cache directory", str(cache_dir())),
         ("default model", f"{DEFAULT_MODEL.name}: {model if model else 'not fetched yet (first use fetches it)'}"),
         ("compiled programs", _directory_size(compiled) if compiled else "not kept (LLM_INFER_COMPILE_CACHE=0)"),
+        ("tuned kernels", _directory_size(tuned.user_directory())),
         (
             "network",
             f"not used ({offline_variable()})" if offline_variable() else "used for models that are not here yet",
