@@ -5,6 +5,7 @@ Each figure is a ratio (or difference) of two runs that alternate, so that a bus
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -65,9 +66,9 @@ class Figure:
 
 def run(model: str, spec_bench: str | None, rounds: int, json_file: str | None, precision: str = "exact") -> None:
     """Measures and prints all figures."""
-    questions = _questions(spec_bench)
     figures: list[Figure] = []
-    for measure in (beams, sampling, structured, lambda *args: speculation(*args, questions)):
+    speculate = functools.partial(speculation, questions=_questions(spec_bench))
+    for measure in (beams, sampling, structured, speculate):
         for figure in measure(model, precision, rounds):
             figures.append(figure)
             print(figure, flush=True)
@@ -86,7 +87,8 @@ def beams(model: str, precision: str, rounds: int) -> list[Figure]:
     print(*pages.table(llm.engine, prompts[0], new), sep="\n", flush=True)
     separate = width * -(-(length + new - 1) // llm.engine.config.cache.page_size)
     ratios, saved = [], []
-    _time(llm, prompts[:1], search), _time(llm, prompts[:1], draw)
+    _time(llm, prompts[:1], search)
+    _time(llm, prompts[:1], draw)
     for index in range(rounds):
         prompt = [prompts[index % len(prompts)]]
         (beam, most), (samples, _) = _alternate(
@@ -126,7 +128,8 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
     llm = _llm(model, precision, everything, max_model_len=64, max_num_seqs=batch)
     ids = llm.tokenizer.encode(TEXT, add_special_tokens=False)
     prompts = [ids[i : i + 8] for i in range(batch)]
-    _step_seconds(llm, prompts, everything), _step_seconds(llm, prompts, greedy)
+    _step_seconds(llm, prompts, everything)
+    _step_seconds(llm, prompts, greedy)
     extra = []
     for index in range(rounds):
         all_, plain = _alternate(

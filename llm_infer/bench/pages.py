@@ -88,7 +88,7 @@ def at_each_plan(scheduler: Scheduler, look: Callable[[], T]) -> Iterator[list[T
     try:
         yield found
     finally:
-        scheduler.schedule = schedule  # type: ignore[method-assign]
+        scheduler.schedule = schedule
 
 
 def samples(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Held:

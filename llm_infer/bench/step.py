@@ -32,7 +32,9 @@ def run(model: str, batch: int, precision: str, json_file: str | None) -> None:
     engine, rng = llm.engine, np.random.default_rng(0)
     list(engine.warm_up([batch, PROMPT_TOKENS * batch]))
     measure(engine, rng, batch, PROMPT_TOKENS, NEW_TOKENS)
-    parts = parts_of(engine.runner.program(engine.runner.bucket_of(batch)).run.as_text())
+    hlo = engine.runner.program(engine.runner.bucket_of(batch)).run.as_text()
+    assert hlo is not None, "XLA's CPU backend gives the text of its programs"
+    parts = parts_of(hlo)
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0

@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_infer.base.errors import RequestError, UserError
 from llm_infer.decoding.structured import StructuredOutputsParams
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 COMPILE_SECONDS = 10.0
 """Longest wait for one grammar."""
 
-JSON_FORM = {
+JSON_FORM: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -96,13 +99,16 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams) -> Any:
         library = self._library.LLMatcher
         if params.json is not None or params.json_object:
-            text = library.grammar_from_json_schema(params.json or '{"type": "object"}', overrides=JSON_FORM)
+            schema = params.json or '{"type": "object"}'
+            assert isinstance(schema, str), "kept as text"
+            text = library.grammar_from_json_schema(schema, overrides=JSON_FORM)
         elif params.regex is not None:
             text = library.grammar_from_regex(params.regex)
         elif params.choice is not None:
             # A terminal: the parser's rows hold no more than 2000 alternatives, and the lexer's states all of them.
             text = library.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, params.choice)))
         else:
+            assert params.grammar is not None, "one of them is given"
             text = library.grammar_from_lark(params.grammar)
         return library(self._tokenizer, text, log_level=0, limits=self._limits)
 

@@ -16,6 +16,6 @@ def byte_tokenizer(vocab_size: int) -> Tokenizer:
     vocabulary = {char: index for index, char in enumerate(byte_alphabet())}
     vocabulary |= {f"<{index}>": index for index in range(len(vocabulary), vocab_size)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    backend.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     return Tokenizer(backend, vocab_size=vocab_size)

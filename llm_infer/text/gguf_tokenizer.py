@@ -102,7 +102,7 @@ def _frame_sequence(backend: Tokenizer, bos_token_id: int | None, eos_token_id: 
     special = [(name, i) for name, i in (("bos", bos_token_id), ("eos", eos_token_id)) if i is not None]
     names = [name for name, _ in special]
     single = (["bos"] if "bos" in names else []) + ["$A"] + (["eos"] if "eos" in names else [])
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)  # pyright: ignore
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -135,8 +135,8 @@ def _byte_level_bpe(
     backend = Tokenizer(models.BPE(vocab={**vocab, **alphabet}, merges=merges, ignore_merges=rule.ignore_merges))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.splits]
     encode_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, encode_bytes])  # pyright: ignore[reportAttributeAccessIssue]
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, encode_bytes])
+    backend.decoder = decoders.ByteLevel()
     return backend, stand_ins, rule.add_bos
 
 
@@ -166,11 +166,9 @@ def _sentencepiece(
     backend = Tokenizer(model)
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])  # pyright: ignore
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend, stand_ins
 
 

@@ -33,7 +33,7 @@ MAX_OUTPUT = 1 << 24  # characters
 class _GenerationBlock(Extension):
     """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it is its content."""
 
-    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -44,7 +44,7 @@ def draw_tokens(
         kind = jnp.integer if name == "top_k" else jnp.floating
         fits = array.shape == (rows,) and jnp.issubdtype(array.dtype, kind)
         expect(fits, name, f"{'integers' if name == 'top_k' else 'floats'} of shape [S={rows}]", array)
-    kinds = Limits(*(jnp.int32 if name == "top_k" else jnp.float32 for name in Limits._fields))
-    limits = jax.tree.map(lambda array, kind: array.astype(kind), limits, kinds)
+    kinds = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in Limits._fields}
+    limits = Limits(**{name: array.astype(kinds[name]) for name, array in limits._asdict().items()})
     case = case_of({"logits": logits})
     return dispatch.pick("draw_tokens", case, implementation)(logits, limits, uniform.astype(jnp.float32))

@@ -137,7 +137,7 @@ def _paged_attention(
     programs = max(1, min(units.units.shape[0], resident // num_kv_heads))
     partial, lse = attend_one_row(
         units.units,
-        units.count,
+        units.num_units,
         plan.block_tables,
         layer.reshape(1),
         jnp.asarray(EVERYTHING if window is None else window, jnp.int32).reshape(1),

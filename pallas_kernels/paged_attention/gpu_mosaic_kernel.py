@@ -61,7 +61,7 @@ def attend_one_row(
         interpret: `InterpretGPUParams` to run on the CPU.
     """
     num_kv_heads, padded, head_dim = q.shape[1:]
-    tiling = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiling = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
     ring = plgpu.SMEM((static.stages, TILE, head_dim), q.dtype, transforms=tiling)
     barriers = plgpu.Barrier(num_barriers=static.stages)
     scratch = dict(

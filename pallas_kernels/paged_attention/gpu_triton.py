@@ -129,7 +129,7 @@ def attend(
     )
     inputs = {
         "units": units.units,
-        "count": units.count,
+        "count": units.num_units,
         "block_tables": plan.block_tables,
         "layer": layer.reshape(1),
         "q": q,

@@ -28,12 +28,12 @@ class Units(NamedTuple):
         units: [U, 8]: sequence, first row of the item, rows of the item, position of the item's first row, first query of
             the tile (of the rows × G of the item), first page index, past the last page index, where the partial result
             goes: split + max_splits × slot, or -1 where the result is final.
-        count: [1], how many units there are; those with the longest runs come last.
+        num_units: [1], how many units there are; those with the longest runs come last.
         merge: [R, 2] for each slot of partial results: the row it belongs to, and how many splits it has (0: none).
     """
 
     units: jax.Array
-    count: jax.Array
+    num_units: jax.Array
     merge: jax.Array
 
 

@@ -83,11 +83,11 @@ class Item(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The items of a phase that a core works through, in turns 0 … count - 1."""
+    """The items of a phase that a core works through, in turns 0 … num_items - 1."""
 
     begin: jax.Array
     stride: int
-    count: jax.Array
+    num_items: jax.Array
 
     def item(self, turn: jax.Array) -> jax.Array:
         """Index of the item whose turn it is."""
@@ -180,11 +180,11 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         begin = begin + pl.program_id(0)
         walk = Walk(begin, static.cores, lax.div(end - begin + static.cores - 1, jnp.int32(static.cores)))
 
-    @pl.when(walk.count > 0)
+    @pl.when(walk.num_items > 0)
     def _prologue() -> None:
         _table_copy(refs, walk, first).start()
 
-        @pl.when(walk.count > 1)
+        @pl.when(walk.num_items > 1)
         def _second() -> None:
             _table_copy(refs, walk, first + 1).start()
 
@@ -196,14 +196,14 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         item = _read_item(refs, static, walk.item(turn))
         q_slot = lax.rem(turn, jnp.int32(2))
 
-        @pl.when(turn + 2 < walk.count)
+        @pl.when(turn + 2 < walk.num_items)
         def _next_table() -> None:
             _table_copy(refs, walk, turn + 2).start()
 
         _write_new(refs, static, turn, item, wait=False)
         _wait_q(refs, item, q_slot, many)
 
-        @pl.when(turn + 1 < walk.count)
+        @pl.when(turn + 1 < walk.num_items)
         def _next_q() -> None:
             _start_q(refs, walk, turn + 1, many)
 
@@ -213,11 +213,11 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         def block_body(number: jax.Array, slot: jax.Array) -> jax.Array:
             last = number + 1 == num_blocks
 
-            @pl.when(jnp.logical_and(last, turn + 1 < walk.count))
+            @pl.when(jnp.logical_and(last, turn + 1 < walk.num_items))
             def _next_table_is_here() -> None:
                 _table_copy(refs, walk, turn + 1).wait()
 
-            @pl.when(jnp.logical_or(jnp.logical_not(last), turn + 1 < walk.count))
+            @pl.when(jnp.logical_or(jnp.logical_not(last), turn + 1 < walk.num_items))
             def _next_block() -> None:
                 next_turn, next_number = jnp.where(last, turn + 1, turn), jnp.where(last, 0, number + 1)
                 _start_block(refs, static, walk, next_turn, next_number, 1 - slot, block)
@@ -238,12 +238,12 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         _write_new(refs, static, turn, item, wait=True)
         return slot
 
-    lax.fori_loop(first, walk.count, item_body, jnp.int32(0))
+    lax.fori_loop(first, walk.num_items, item_body, jnp.int32(0))
 
     for back in (2, 1):
 
-        @pl.when(walk.count >= back)
-        def _last_out(turn: jax.Array = walk.count - back) -> None:
+        @pl.when(walk.num_items >= back)
+        def _last_out(turn: jax.Array = walk.num_items - back) -> None:
             item = _read_item(refs, static, walk.item(turn))
             _copy_out(refs, item, lax.rem(turn, jnp.int32(2)), many, wait=True)
 

@@ -145,8 +145,8 @@ def make_arguments(shape: Shape) -> tuple[Any, ...]:
     pages, *inputs, _, scales = abstract_arguments(shape)
     out = {name: np.zeros(dims, np.int32) for name, dims in plan_fields(_plan_shape(shape)).items()}
     tables = 1 + np.random.default_rng(0).permutation(pages.shape[1] - 1).reshape(shape.sequences, -1)
-    lengths = ([rows] * shape.sequences for rows in (shape.rows, shape.context))
-    fill_plan(_plan_shape(shape), out, *lengths, tables.astype(np.int32), shape.page_size)
+    new, context = ([rows] * shape.sequences for rows in (shape.rows, shape.context))
+    fill_plan(_plan_shape(shape), out, new, context, tables.astype(np.int32), shape.page_size)
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, inputs, strict=True))
     plan = jax.tree.map(jnp.asarray, AttentionPlan(**out))

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 STEPS = 48

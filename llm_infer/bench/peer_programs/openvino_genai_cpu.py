@@ -5,7 +5,7 @@ import statistics
 import sys
 from itertools import pairwise
 
-import openvino_genai
+import openvino_genai  # pyright: ignore[reportMissingImports]
 
 SENTENCE = (
     "A boat leaves the harbour at noon and comes back with the tide, full of nets, ropes and a little silver fish. "
