@@ -9,9 +9,9 @@ OFFLINE_VARIABLES = ("LLM_INFER_OFFLINE", "HF_HUB_OFFLINE")
 
 
 def cache_dir() -> Path:
-    """The user's cache directory of this project, which need not exist yet.
+    """Returns the user's cache directory of this project, which need not exist yet.
 
-    `LLM_INFER_CACHE`, else `$XDG_CACHE_HOME/llm_infer`, else `~/.cache/llm_infer` (XDG Base Directory Specification).
+    It is `LLM_INFER_CACHE`, else `$XDG_CACHE_HOME/llm_infer`, else `~/.cache/llm_infer` (XDG Base Directory Specification).
     """
     chosen = os.environ.get("LLM_INFER_CACHE")
     if chosen:
@@ -21,7 +21,7 @@ def cache_dir() -> Path:
 
 
 def offline_variable() -> str | None:
-    """The setting that forbids network use as `NAME=value`, or None when the network may be used."""
+    """Returns the setting that forbids network use as `NAME=value`, or None when the network may be used."""
     for name in OFFLINE_VARIABLES:
         value = os.environ.get(name, "")
         if value.strip().lower() in ("1", "true", "yes", "on"):

@@ -19,7 +19,7 @@ from llm_infer.models.registry import family
 
 
 def throughput(setting: Setting) -> Iterator[Row]:
-    """Prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
+    """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
     architecture = read_architecture("llama-3.1-8b")
     batches, prompt, new = ((1, 16, 64, 128), 512, 128)
     limits = SchedulerConfig(max_num_seqs=128, max_num_batched_tokens=2048, max_model_len=2048)
