@@ -139,7 +139,7 @@ def compile_step(
     expected = estimate(config, cut, size, num_pages=max(2, pages), bytes_of_page=one_page)
     if pages < 2:
         raise UserError(
-            f"a step takes {expected.total / 1e9:.1f} GB a device with 2 pages ({expected.weights / 1e9:.1f} GB of weights); "
+            f"a step takes {expected.total / 1e9:.1f} GB per device with 2 pages ({expected.weights / 1e9:.1f} GB of weights); "
             f"{UTILIZATION:.0%} of the memory of {target.name} is {budget / 1e9:.1f} GB: short by "
             f"{(expected.total - budget) / 1e9:.1f} GB"
         )

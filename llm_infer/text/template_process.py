@@ -214,7 +214,7 @@ class TemplateProcesses:
         try:
             return TemplateProcess(self._limits)
         except OSError as error:
-            raise StoppedError(f"cannot start a process to render the chat template in: {error}") from None
+            raise StoppedError(f"cannot start a process that renders the chat template: {error}") from None
 
 
 def _import_paths() -> list[str]:

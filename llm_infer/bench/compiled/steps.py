@@ -26,7 +26,7 @@ SLICES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "tpu7x:2x2x1", "sm_90")
 PREFILL_TOKENS, DECODE_SEQUENCES = 2048, 64
 BEGIN, END = "<!-- bench aot: begin -->", "<!-- bench aot: end -->"
 HEAD = (
-    "| slice | model | step | GB a device | ÷ closed form | temporaries MB | pages | in place ÷ pool | all-reduces a layer "
+    "| slice | model | step | GB per device | ÷ closed form | temporaries MB | pages | in place ÷ pool | all-reduces per layer "
     "| other collectives | largest copy MB | compiler's Mcycles | compile CPU s |",
     "|" + 13 * "---|",
 )
