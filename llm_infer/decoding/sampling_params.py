@@ -1,4 +1,4 @@
-"""What a user may ask of decoding, checked when it is made; names as in vLLM and the OpenAI API."""
+"""Parameters of decoding that a user may set, checked when they are made; names as in vLLM and the OpenAI API."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WITH_BEAMS = frozenset(
         *("seed", "temperature", "truncate_prompt_tokens", "skip_special_tokens"),
     }
 )
-"""What a beam search takes; everything else shapes a draw, which it does not make."""
+"""Parameters that a beam search takes; all others shape a draw, and a beam search draws nothing."""
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -68,7 +68,7 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next tokens are drawn and when to stop.
+    """Parameters that say how the next tokens are drawn and when to stop.
 
     The rules of a draw apply in this order: penalties, `logit_bias`, the tokens that are allowed, temperature, `top_k`,
     `top_p`, `min_p`, `typical_p`, each over what the ones before it left.
@@ -90,24 +90,24 @@ class SamplingParams:
         seed: makes the draws repeatable, whatever else runs in the batch; None takes one from the engine's seed.
         max_tokens: most new tokens; None goes on to the end of the context.
         min_tokens: no end-of-sequence or stop token is drawn, and no stop string ends the output, before this many.
-        stop: texts that end the output, which does not include them; special tokens count although the text leaves them out.
+        stop: texts that end the output and are left out of it; special tokens count, although the text leaves them out.
         include_stop_str_in_output: leave the stop string, or the text of the stop token, at the end of the text.
-        stop_token_ids: further tokens that end the output; the text leaves the one that does out.
+        stop_token_ids: further tokens that end the output; the text leaves out the one that ends it.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
             token's alone), under the model's distribution before any sampling rule; None returns none.
-        prompt_logprobs: the same for each token of the prompt, whose pages are then all computed anew.
+        prompt_logprobs: the same for each token of the prompt, all of whose pages are then computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
         structured_outputs: what the output must look like. `allowed_token_ids`, `bad_words` and `min_tokens` narrow it
-            further; an output that they lead to where nothing may follow ends with the finish reason "error", as does
-            one that must end before `min_tokens`. `ignore_eos` has it go on as long as the structure can; where that is
+            further; where they leave nothing that may follow, the output ends with the finish reason "error", as does
+            one that must end before `min_tokens`. With `ignore_eos` it goes on as long as the structure can; where that is
             complete and nothing else may follow, the output ends, whatever `allowed_token_ids` holds.
         skip_special_tokens: leave markers such as `<|im_end|>` out of the text.
         beam_width: search for the most likely outputs with this many beams (at most 16) instead of drawing; the request
             has as many outputs, best first, each with its `score`.
         length_penalty: beams are compared by their summed log-probability / (number of new tokens) ** length_penalty.
         early_stopping: when a beam search ends before all beams have: True as soon as there are `beam_width` results;
-            False when the best beam, scored at its length of now, is no better than the worst result; "never" when no
+            False when the best beam, scored at its present length, is no better than the worst result; "never" when no
             beam can become better.
 
     Raises:
@@ -147,7 +147,7 @@ class SamplingParams:
         for each in fields(self):
             object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         for name, nothing in (("stop", ()), ("stop_token_ids", ()), ("bad_words", ()), ("logit_bias", {})):
-            if getattr(self, name) is None:  # what other libraries and the OpenAI API have by default
+            if getattr(self, name) is None:  # other libraries and the OpenAI API have None by default
                 object.__setattr__(self, name, nothing)
         _integer("n", self.n, 1, MAX_N)
         if self.best_of is not None:
@@ -192,7 +192,7 @@ class SamplingParams:
             raise RequestError(f"logit_bias={self.logit_bias!r:.60}: expected a mapping from token ids to numbers")
         bias = {}
         for key, value in self.logit_bias.items():
-            # JSON has only texts as keys, so the OpenAI API writes ids as texts.
+            # JSON's keys are texts, so the OpenAI API writes ids as texts.
             token = int(key) if isinstance(key, str) and key.isdecimal() else plain(key)
             value = plain(value)
             _integer("logit_bias token", token, 0)
@@ -248,7 +248,7 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises RequestError, naming the parameter, for token ids that the model does not have."""
+        """Checks that the model has all token ids; raises a RequestError that names the parameter."""
         given = {
             "stop_token_ids": self.stop_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),

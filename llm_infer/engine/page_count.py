@@ -147,7 +147,7 @@ def pages_that_fit(
     if pages < 2:
         beside = "" if taken is None else f", the largest step takes {taken / 1e9:.2f} GB with them"
         raise CapacityError(
-            f"memory_utilization={utilization} of {limit / 1e9:.2f} GB is {budget / 1e9:.2f} GB a device; the weights "
+            f"memory_utilization={utilization} of {limit / 1e9:.2f} GB is {budget / 1e9:.2f} GB per device; the weights "
             f"take {weights / 1e9:.2f} GB{beside}, which leaves {max(0, pages)} pages of {page_bytes / 1e6:.2f} MB and at "
             "least 2 are needed: raise memory_utilization or tensor_parallel_size, or lower max_num_batched_tokens or "
             "max_num_seqs"

@@ -1,4 +1,4 @@
-"""Token ids of a conversation in a model's chat format, in which contents make no control tokens."""
+"""Encodes a conversation in a model's chat format, so that contents make no control tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def chat_ids(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Ids of a conversation, up to where the answer starts.
+    """Returns the token ids of a conversation, up to where the answer starts.
 
     Texts of control tokens (`<|im_end|>`) in messages of users, systems and tools, and in definitions of tools, are
     encoded as plain text; those in messages of the assistant stay tokens, as do added tokens that are not special
@@ -47,7 +47,7 @@ def chat_ids(
         marked = [message if message["role"] == "assistant" else control.marked(message) for message in checked]
         try:
             shown, literal = control.unmarked(render(marked, tools=control.marked(definitions)))
-        except RequestError:  # a template that looks closely at contents
+        except RequestError:  # the template looks closely at contents
             shown, literal = "", set()
         if shown == text:
             return tokenizer.encode_literally(text, literal)
@@ -55,7 +55,7 @@ def chat_ids(
 
 
 def _chosen_template(tokenizer: Tokenizer, tools: object) -> str:
-    """The template for tools if there are tools and such a template, else the default, as transformers has it."""
+    """Returns the template for tools if there are tools and such a template, else the default one, as transformers does."""
     templates = tokenizer.chat_templates
     if not templates:
         raise RequestError("this model has no chat template: use raw prompts (LLM.generate, or --raw)")

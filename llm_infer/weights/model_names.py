@@ -1,4 +1,4 @@
-"""What a model's name can mean, told from the name and the disk alone: no JAX, no network, no file is opened."""
+"""Tells from a model's name and the disk alone what it can mean, without JAX or network, and without opening a file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _EXPECTED = (
 
 
 def why_unknown(name: str) -> str | None:
-    """Why no model can have this name, for the user; None if it is one, or may be one of the hub."""
-    if "\0" in name:  # the operating system's calls refuse it with an error of their own
+    """Says, for the user, why no model can have this name; None if one has it, or one of the hub may."""
+    if "\0" in name:  # the operating system would refuse it with an error of its own
         return f"model {name!r}: {_EXPECTED}"
     path = Path(name).expanduser()
-    # Something that is spelled like a path or a weights file was never meant for the hub.
+    # A name that looks like a path or a weights file was never meant for the hub.
     on_hub = _HUB_ID.fullmatch(name) is not None and not name.endswith((".gguf", ".safetensors", ".bin", ".pt"))
     if name == DEFAULT_MODEL.name or path.is_file() or path.is_dir() or on_hub:
         return None

@@ -21,7 +21,7 @@ EVERYTHING = 2**30  # a window that hides nothing
 
 
 def why_not(case: Case) -> str | None:
-    """Needs llvmlite, a CPU its code can be made for, and the plain page layout with 16 … 256 tokens a page."""
+    """Refuses a process without native kernels, and other pages than those of the plain layout with 16 … 256 tokens each."""
     if reason := cpu_ffi.why_not():
         return reason
     if "src" in case.shapes:  # copy_pages: any layout, any dtype
@@ -54,7 +54,7 @@ def paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    """Attends natively, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
     num_heads, num_kv_heads, head_dim = q.shape[1], k_new.shape[1], q.shape[2]
     scaled = k_scale is not None or v_scale is not None
     kernel = attention_kernel(head_dim, pages.dtype.name, softcap is not None, sinks is not None, scaled)
@@ -75,7 +75,7 @@ def paged_attention(
 
 @cache
 def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool, scales: bool) -> Any:
-    """The kernel for one set of static properties."""
+    """Makes the kernel for one set of static properties."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.paged_attention import cpu_kernel, cpu_softmax
@@ -107,14 +107,14 @@ def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool,
 
 
 def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array) -> jax.Array:
-    """See `pallas_kernels.paged_attention.copy_pages`."""
+    """Copies natively, see `pallas_kernels.paged_attention.copy_pages`."""
     kernel = copy_kernel(pages.dtype.name, pages.ndim, pages.dtype.itemsize)
     return kernel(pages, src, dst, count)[0]
 
 
 @cache
 def copy_kernel(dtype: str, rank: int, itemsize: int) -> Any:
-    """The kernel that copies pages of a pool [L, P, ...] of one dtype and rank."""
+    """Makes the kernel that copies pages of a pool [L, P, ...] of one dtype and rank."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.paged_attention import cpu_kernel

@@ -1,7 +1,7 @@
 """Ragged paged attention on Hopper: Mosaic GPU for rows of their own (decode), Triton for items of several rows.
 
-Needs jax 0.11 or newer. Four launches a layer: K and V into the pages, items of several rows (none while only decoding), rows
-of their own, and the merge of their partial results.
+It needs jax 0.11 or newer. A layer takes four launches: K and V into the pages, items of several rows (none while only decoding),
+rows of their own, and the merge of their partial results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EVERYTHING = 1 << 30
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on compute capability 9.0 for bfloat16 or float16 pages of 64 or 128 tokens, in steps that mostly decode."""
+    """Refuses all but compute capability 9.0 with bfloat16 or float16 pages of 64 or 128 tokens, in steps that mostly decode."""
     pages, dtype = case.shapes["pages"], case.dtypes["pages"]
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     group, page_size = case.shapes["q"][1] // num_kv_heads, pages[4] if len(pages) == 6 else 0
@@ -77,9 +77,9 @@ def paged_attention(
     split_keys: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
+    """Attends on Hopper, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
 
-    `split_keys` is the least number of keys of a unit. `interpret` runs the kernels in interpreters, with the twins that
+    `split_keys` is the least number of keys per unit. `interpret` runs the kernels in interpreters, with the twins that
     `gpu_mosaic_kernel` lists. Scales of K and V are not taken (`why_not`).
     """
     assert k_scale is None and v_scale is None
@@ -87,7 +87,7 @@ def paged_attention(
     return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), window, sinks, **static)
 
 
-# Jitted so that the layers of an unrolled loop share one trace and one lowering.
+# This is jitted so that the layers of an unrolled loop share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "split_keys", "interpret"))
 def _paged_attention(
     q: jax.Array,
@@ -132,12 +132,12 @@ def _paged_attention(
     )
     padded = -(-group // 8) * 8
     rows = jnp.pad(q.reshape(tokens, num_kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
-    # One more thread block than fit at a time would wait for a whole walk of another. Shared memory holds one or two.
+    # A thread block more than fit at a time would wait for another's whole walk. Shared memory holds one or two.
     resident = STREAMING_MULTIPROCESSORS * (1 if head_dim == 128 else 2)
     programs = max(1, min(units.units.shape[0], resident // num_kv_heads))
     partial, lse = attend_one_row(
         units.units,
-        units.count,
+        units.num_units,
         plan.block_tables,
         layer.reshape(1),
         jnp.asarray(EVERYTHING if window is None else window, jnp.int32).reshape(1),

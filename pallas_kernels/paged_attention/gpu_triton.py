@@ -1,7 +1,7 @@
 """Ragged paged attention on a GPU through Pallas' Triton lowering: prefill, decode and anything between in one kernel.
 
-Three launches a layer: K and V into the pages (`gpu_write`), attention of every unit (`gpu_units`), and where runs of keys
-were split the merge of their results (`gpu_merge`). A thread block holds a tile of queries, the rows of an item times the
+A layer takes three launches: K and V into the pages (`gpu_write`), attention of every unit (`gpu_units`), and where runs of keys
+were split, the merge of their results (`gpu_merge`). A thread block holds a tile of queries, the rows of an item times the
 query heads of one KV head, and walks over the keys with an online softmax in float32 (Dao, "FlashAttention-2", 2023).
 """
 
@@ -31,7 +31,7 @@ MASKED = -1e30  # first running maximum: finite, so that a fully masked block gi
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on NVIDIA GPUs from Ampere on, on the plain page layout."""
+    """Refuses all but NVIDIA GPUs from Ampere on with the plain page layout."""
     pages, dtype = case.shapes["pages"], case.dtypes["pages"]
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     if reason := why_not_plain(pages, num_kv_heads, head_dim):
@@ -45,7 +45,7 @@ def why_not(case: Case) -> str | None:
 
 
 def dot_dtype(q: Any, pages: Any) -> np.dtype:
-    """The type in which queries meet keys: q's where it holds all numbers of the pages, else float32."""
+    """Returns the type in which queries meet keys: q's where it holds all numbers of the pages, else float32."""
     q, pages = np.dtype(q), np.dtype(pages)
     return q if q.itemsize == 2 and (pages == q or pages.itemsize == 1) else np.dtype(np.float32)
 
@@ -67,7 +67,7 @@ def paged_attention(
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
+    """Attends on a GPU, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
 
     `blocks` are the sizes to use; None takes what `gpu_blocks` says. `interpret` runs the kernels in Pallas' interpreter.
     """
@@ -76,7 +76,7 @@ def paged_attention(
     return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), options, **static)
 
 
-# Jitted so that the layers of an unrolled loop share one trace and one lowering.
+# This is jitted so that the layers of an unrolled loop share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "blocks", "interpret"))
 def _paged_attention(
     q: jax.Array,
@@ -114,7 +114,8 @@ def attend(
     interpret: bool,
     part: Part = "all",
 ) -> jax.Array:
-    """`out` with the rows set of all items or of a part of them (see `gpu_units.make_units`); the pages hold their keys."""
+    """Returns `out` with the rows of all items, or of a part of them, set (see `gpu_units.make_units`); the pages hold their
+    keys."""
     num_heads, (num_kv_heads, page_size, head_dim) = q.shape[1], pages.shape[3:]
     group, dtype = num_heads // num_kv_heads, dot_dtype(q.dtype, pages.dtype)
     units = make_units(
@@ -129,7 +130,7 @@ def attend(
     )
     inputs = {
         "units": units.units,
-        "count": units.count,
+        "count": units.num_units,
         "block_tables": plan.block_tables,
         "layer": layer.reshape(1),
         "q": q,
@@ -178,7 +179,7 @@ def _walk(
     softcap: float | None,
     dtype: np.dtype,
 ) -> None:
-    """All units of this thread block, those with the longest runs first."""
+    """Works through all units of this thread block, the longest runs first."""
     count, first, kv_head = ins["count"][0], pl.program_id(0), pl.program_id(1)
 
     def one(turn: jax.Array, carry: tuple[()]) -> tuple[()]:
@@ -199,7 +200,7 @@ def _attend(
     softcap: float | None,
     dtype: np.dtype,
 ) -> None:
-    """One unit: its tile of queries over its run of pages."""
+    """Attends for one unit: its tile of queries over its run of pages."""
     pages, block_tables, q_ref = ins["pages"], ins["block_tables"], ins["q"]
     num_kv_heads, page_size, head_dim = pages.shape[3:]
     group = q_ref.shape[1] // num_kv_heads
@@ -217,7 +218,7 @@ def _attend(
     at = (first_row + row)[:, None], head[:, None], column
     tile = plgpu.load(q_ref.at[at], mask=mask, other=0.0).astype(dtype)
 
-    # Keys of this unit that a row of the tile sees: from first_key (of which blocks are counted) to before last_key.
+    # The keys of this unit that a row of the tile sees go from first_key, from where blocks count, to before last_key.
     last_row = jnp.minimum(lax.div(first_query + (blocks.tile - 1), jnp.int32(group)), rows - 1)
     last_key = jnp.minimum(end * page_size, first_position + last_row + 1)
     first_key = begin * page_size

@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere; it reads whole block tables, so it is for tests."""
+    """Refuses nothing: it runs everywhere, but reads whole block tables, so it is for tests."""
     return why_not_any_layout(case)
 
 
@@ -38,7 +38,7 @@ def paged_attention(
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Does not look at the work list. Padding rows give 0."""
+    """Attends without the work list, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
     num_heads, (num_kv_heads, head_dim) = q.shape[1], k_new.shape[1:]
     num_sequences = plan.kv_len.shape[0]
     on_tpu = is_tpu_layout(pages.shape, num_kv_heads, head_dim, pages.dtype.itemsize)

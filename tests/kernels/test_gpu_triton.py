@@ -124,8 +124,8 @@ def test_units_cover_every_query_and_page_once(monkeypatch: pytest.MonkeyPatch, 
             position = kv_len[seq] - q_len[seq] + first - int(out["q_start"][seq])
             oldest = max(first_page, max(position - window + 1, 0) // page_size)
             wanted |= {(first * group + q, p) for q in range(rows * group) for p in range(oldest, first_page + pages)}
-        assert 0 <= units.count[0] <= len(units.units)
-        for _, first, rows, _, first_query, begin, end, where in units.units[: units.count[0]].tolist():
+        assert 0 <= units.num_units[0] <= len(units.units)
+        for _, first, rows, _, first_query, begin, end, where in units.units[: units.num_units[0]].tolist():
             queries = range(first_query, min(first_query + tile, rows * group))
             found += [(first * group + q, p) for q in queries for p in range(begin, end)]
             for row in sorted({q // group for q in queries}) if where >= 0 else ():

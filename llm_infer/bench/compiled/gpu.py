@@ -32,7 +32,7 @@ SHAPES = [
 def record(
     target: Target, indices: Sequence[int] = range(len(SHAPES))
 ) -> Iterator[dict[str, str | int | float | None]]:
-    """A row for each kernel that a layer of SHAPES[indices] launches, and each implementation that can run it."""
+    """Yields a row for each kernel that a layer of SHAPES[indices] launches, and for each implementation that can run it."""
     with tempfile.TemporaryDirectory() as folder:
         variables = environment(target)
         variables["XLA_FLAGS"] += " " + dump_flags(folder)
@@ -67,12 +67,12 @@ def record(
 
 
 def roofline(shape: Shape, target: Target) -> float:
-    """Seconds that a layer needs at least: for reading K and V once, or for the products."""
+    """Returns the seconds that a layer needs at least: for reading K and V once, or for the products."""
     return max(shape.kv_bytes / target.bytes_per_s, shape.flops / target.flops)
 
 
 def _compile_all(target: Target, indices: Sequence[int]) -> None:
-    """In the process that the compiler runs in: compiles every program and prints their names as JSON."""
+    """Compiles every program, in the process in which the compiler runs, and prints their names as JSON."""
     mesh = make_mesh(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     programs = []

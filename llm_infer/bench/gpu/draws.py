@@ -1,4 +1,4 @@
-"""Section of the GPU run: drawing tokens with each kind of limit, the kernel beside XLA, whose loops the host waits for."""
+"""Section of the GPU run: draws tokens with each kind of limit, by the kernel and by XLA, for whose loops the host waits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pallas_kernels.draw_tokens.cases import make_limits, random_limits, random_
 
 LIMITS = {"greedy": {"temperature": 0.0}, "temperature": {}, "top-p": {"top_p": 0.9}, "top-k": {"top_k": 40}}
 MOST_THAT_DIFFER = 0.01
-"""Rows whose token may be another: sums in another order can move a threshold, or a draw at the border of two tokens."""
+"""Share of rows whose token may differ: sums in another order can move a threshold, or a draw between two tokens."""
 
 
 def draws(setting: Setting) -> Iterator[Row]:
-    """Whether the kernel draws what XLA draws, and the time of both: logits of Llama 3's vocabulary, steep as a model's."""
+    """Checks that the kernel draws what XLA draws, and times both, on logits of Llama 3's vocabulary, as steep as a model's."""
     rows, vocab = (16, 300) if setting.small else (64, 128_256)
     rng = np.random.default_rng(0)
     options = {"interpret": True} if setting.interpret else {}
