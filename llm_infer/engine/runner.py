@@ -272,7 +272,7 @@ class Runner:
 
     def _launch(self, program: StepProgram, inputs: StepInputs, rows: list[StateRow]) -> dict[str, jax.Array]:
         """Starts a program after it has set rows of the per-slot state."""
-        state = StepState(*map(self._made, self.state, program.state))
+        state = StepState._make(map(self._made, self.state, program.state))
         if program.set_slot is not None:
             penalties = state.penalties
             for slot, seen, bias in rows:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     KV_HEADS_AXIS,
     POOL_DTYPES,
@@ -25,6 +26,7 @@ from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, check_
 
 __all__ = [
     "KV_HEADS_AXIS",
+    "AttentionOptions",
     "AttentionPlan",
     "PlanShape",
     "copy_pages",
@@ -92,7 +94,8 @@ def paged_attention(
         jax.errors.JaxRuntimeError: when the program runs, if LLM_INFER_CHECKED=1 was set when it was traced and the plan
             points outside the pool or contradicts itself (the message names the array of the plan, see `check_plan`).
     """
-    _check(q, k_new, v_new, pages, plan, layer, window, softcap, sinks, k_scale, v_scale)
+    options = AttentionOptions(layer, scale, window, softcap, sinks, k_scale, v_scale)
+    _check(q, k_new, v_new, pages, plan, options)
     if os.environ.get(CHECKED_VARIABLE) == "1":
         on_tpu = is_tpu_layout(pages.shape, k_new.shape[1], k_new.shape[2], pages.dtype.itemsize)
         page_size = pages.shape[2 if on_tpu else 4]
@@ -105,20 +108,7 @@ def paged_attention(
         sinks=sinks is not None,
         kv_scales=k_scale is not None or v_scale is not None,
     )
-    return dispatch.pick("paged_attention", case, implementation)(
-        q,
-        k_new,
-        v_new,
-        pages,
-        plan,
-        layer=layer,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    return dispatch.pick("paged_attention", case, implementation)(q, k_new, v_new, pages, plan, options)
 
 
 def copy_pages(
@@ -152,12 +142,7 @@ def _check(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    layer: jax.Array | int,
-    window: jax.Array | int | None,
-    softcap: float | None,
-    sinks: jax.Array | None,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
+    options: AttentionOptions,
 ) -> None:
     """Raises ValueError for the first argument that does not fit the others."""
     for name, array in (("q", q), ("k_new", k_new), ("v_new", v_new)):
@@ -180,6 +165,7 @@ def _check(
     fits = plan.items.ndim == 2 and plan.items.shape[0] > sequences and plan.items.shape[1] == 5
     expect(fits, "plan.items", f"[N, 5] with N > S={sequences}", plan.items)
     expect(plan.counts.shape == (2,), "plan.counts", "[2]", plan.counts)
+    layer, _, window, softcap, sinks, k_scale, v_scale = options
     layer_index(layer, pages.shape[0])
     if sinks is not None:
         floats = jnp.issubdtype(sinks.dtype, jnp.floating)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
@@ -45,16 +46,10 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends natively, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     num_heads, num_kv_heads, head_dim = q.shape[1], k_new.shape[1], q.shape[2]
     scaled = k_scale is not None or v_scale is not None
     kernel = attention_kernel(head_dim, pages.dtype.name, softcap is not None, sinks is not None, scaled)

@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention.gpu_merge import merge_splits
 from pallas_kernels.paged_attention.gpu_triton import attend
 from pallas_kernels.paged_attention.gpu_units import make_units
 from pallas_kernels.paged_attention.gpu_write import write_rows
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
@@ -66,14 +67,8 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
     split_keys: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -82,6 +77,7 @@ def paged_attention(
     `split_keys` is the least number of keys per unit. `interpret` runs the kernels in interpreters, with the twins that
     `gpu_mosaic_kernel` lists. Scales of K and V are not taken (`why_not`).
     """
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     assert k_scale is None and v_scale is None
     static = dict(scale=scale, softcap=softcap, split_keys=split_keys or SPLIT_KEYS, interpret=interpret)
     return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), window, sinks, **static)

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.gpu_blocks import Blocks, choose_blocks, pow
 from pallas_kernels.paged_attention.gpu_merge import LOG2_E, merge_splits
 from pallas_kernels.paged_attention.gpu_units import Part, make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import write_rows
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
@@ -56,14 +57,8 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
@@ -71,9 +66,10 @@ def paged_attention(
 
     `blocks` are the sizes to use; None takes what `gpu_blocks` says. `interpret` runs the kernels in Pallas' interpreter.
     """
-    options = dict(window=window, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
+    arrays = dict(window=window, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     static = dict(scale=scale, softcap=softcap, blocks=blocks, interpret=interpret)
-    return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), options, **static)
+    return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), arrays, **static)
 
 
 # This is jitted so that the layers of an unrolled loop share one trace and one lowering.

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import Case, target
 from pallas_kernels.paged_attention import tpu_kernel
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     LANES,
     is_tpu_layout,
@@ -57,14 +58,8 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
     blocks: Blocks | None = None,
     cores: int | None = None,
     interpret: Any = False,
@@ -76,6 +71,7 @@ def paged_attention(
         cores: cores that share the work; None takes those of the device.
         interpret: that of `pallas_call`, for tests without a TPU.
     """
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     (tokens, num_heads, head_dim), num_kv_heads = q.shape, k_new.shape[1]
     dtype = q.dtype
     packing, lanes = pages.shape[4:]

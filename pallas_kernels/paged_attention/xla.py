@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     from_page_dtype,
     is_tpu_layout,
@@ -43,16 +44,10 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, jax.Array]:
     """Attends in XLA, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     k_new, v_new = to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype)
     pages = _write(k_new, v_new, pages, plan, layer)
     query = q.astype(jnp.float32) * (scale if k_scale is None else scale * jnp.asarray(k_scale, jnp.float32))

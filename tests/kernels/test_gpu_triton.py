@@ -25,6 +25,7 @@ from pallas_kernels.paged_attention.gpu_blocks import Blocks
 from pallas_kernels.paged_attention.gpu_copy import copy_pages
 from pallas_kernels.paged_attention.gpu_units import make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import round_half_even
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 from pallas_kernels.targets import TARGETS, environment, why_not
 from tests.kernels.test_paged_attention import num_rows, textbook
@@ -39,7 +40,7 @@ KINDS = ("mha_head_80", "gqa4_head_128_bf16_pages", "float8_pages_scales", "int8
 @functools.cache
 def jitted(blocks: Blocks, softcap: float | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Equal sizes share a program: windows are traced."""
-    call = functools.partial(gpu_triton.paged_attention, softcap=softcap, blocks=blocks, interpret=True)
+    call = functools.partial(by_keyword(gpu_triton.paged_attention), softcap=softcap, blocks=blocks, interpret=True)
     # Compiling takes longer than running.
     return jax.jit(call, static_argnames="scale", compiler_options={"xla_backend_optimization_level": 0})
 

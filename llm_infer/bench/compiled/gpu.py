@@ -17,6 +17,7 @@ from llm_infer.base.errors import UserError
 from llm_infer.bench.gpu.kernels import B64, GPU_ATTENTION, PREFILL, Shape, abstract_arguments
 from pallas_kernels import dispatch
 from pallas_kernels.gpu_resources import THREADS, dump_flags, mosaic_variables, read_dump, read_mosaic_dump
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.targets import TARGETS, Target, environment, make_mesh
 
 SHAPES = [
@@ -95,7 +96,7 @@ def _compile_all(target: Target, indices: Sequence[int]) -> None:
         for implementation in GPU_ATTENTION:
             if implementation.why_not(case) is not None:
                 continue
-            attend = dispatch.implementation("paged_attention", implementation.name)
+            attend = by_keyword(dispatch.implementation("paged_attention", implementation.name))
 
             def layer(pages, q, k, v, plan, scales, attend=attend):
                 return attend(q, k, v, pages, plan, layer=jnp.int32(0), scale=0.088, **scales)

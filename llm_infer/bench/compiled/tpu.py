@@ -173,6 +173,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
         plan_fields,
         tpu,
     )
+    from pallas_kernels.paged_attention.options import by_keyword
     from pallas_kernels.paged_attention.tpu_blocks import Blocks
     from pallas_kernels.targets import make_mesh
 
@@ -205,7 +206,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
         def call(q: Any, k: Any, v: Any, pages: Any, plan: Any) -> Any:
             scale = size.head_dim**-0.5
             options = dict(scale=scale, blocks=Blocks(*blocks), k_scale=k_scale, v_scale=v_scale)
-            return tpu.paged_attention(q, k, v, pages, plan, layer=1, **options)
+            return by_keyword(tpu.paged_attention)(q, k, v, pages, plan, layer=1, **options)
 
         program = compiled(call, (q, kv, kv, array(pool, size.page_dtype), plan), 3)
         return program, "paged_attention", our_trips(case, blocks, shape.q_rows, tpu.CORES.get(target.device_kind, 1))

@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul import gpu_triton as grouped_triton
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.paged_attention import gpu_copy, reference
 from pallas_kernels.paged_attention.cases import CASES, AttentionCase, Inputs, build
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.scaled_matmul import gpu_triton as scaled_triton
 from pallas_kernels.scaled_matmul import quantise
 from pallas_kernels.scaled_matmul import reference as scaled_reference
@@ -92,7 +93,7 @@ def _check(
     )
     if reason := implementation.why_not(asked):
         return {"ok": None, "error": None, "note": reason}
-    function = dispatch.implementation("paged_attention", implementation.name)
+    function = by_keyword(dispatch.implementation("paged_attention", implementation.name))
     more: dict[str, Any] = {"interpret": True} if setting.interpret else {}
     call = jax.jit(functools.partial(function, scale=inputs.scale, **inputs.options, **more))
     out, pages = call(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)

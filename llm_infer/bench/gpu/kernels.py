@@ -17,6 +17,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import AttentionPlan, PlanShape, fill_plan, kv_pool_shape, plan_fields
 from pallas_kernels.paged_attention.gpu_blocks import choose_blocks, tuned_key
 from pallas_kernels.paged_attention.gpu_triton import dot_dtype
+from pallas_kernels.paged_attention.options import by_keyword
 
 LAYERS = 4
 """Layers of a measured program: each reads its own pages, so the cache does not help."""
@@ -163,7 +164,7 @@ def _plan_shape(shape: Shape) -> PlanShape:
 
 def measure(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> float:
     """Returns the seconds of one layer, from a program of several whose outputs feed the next."""
-    function = dispatch.implementation("paged_attention", name)
+    function = by_keyword(dispatch.implementation("paged_attention", name))
     if setting.interpret:
         options["interpret"] = True
     pages, q, k, v, plan, scales = arguments
