@@ -25,10 +25,10 @@ from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import StepPlan
-from llm_infer.scheduler.proposals import MOST_DRAFTS
 from llm_infer.scheduler.request import Request, TokenEvent
 from llm_infer.scheduler.request import Sequence as LiveSequence
 from llm_infer.scheduler.scheduler import Scheduler
+from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
 
 
 @dataclass(slots=True)
@@ -147,7 +147,7 @@ class Engine:
         programs = WarmUp()
         programs.add(self.runner, sizes, [features], ())
         if decoding:
-            drafts = 0 if self.speculator is None else min(MOST_DRAFTS, decoding * (self.speculator.most_tokens - 1))
+            drafts = 0 if self.speculator is None else min(MAX_DRAFTS, decoding * (self.speculator.max_tokens - 1))
             decode = up_to(self.runner, min(most, decoding + drafts))
             programs.add(self.runner, decode, [features & ~FOR_PROMPT], up_to(self.runner, decoding))
         if decoding and self._draft_model is not None:

@@ -22,7 +22,7 @@ from llm_infer.engine.sharding import StepSharding
 from llm_infer.engine.steps import make_step
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
-from llm_infer.scheduler.proposals import MOST_DRAFTS
+from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
 from pallas_kernels.paged_attention.plan import PlanShape
 
 
@@ -80,7 +80,7 @@ class StepPrograms:
         if StepFeatures.STEPS in features:  # a token of each sequence
             shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self.query_rows, sequences))
             return StepLayout(shape, sequences, scheduler.num_scheduler_steps)
-        draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
+        draws = min(bucket, sequences + MAX_DRAFTS) if StepFeatures.DRAFTS in features else sequences
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket)), draws)
 
     def pool(self, num_pages: int) -> jax.ShapeDtypeStruct:

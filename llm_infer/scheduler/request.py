@@ -5,11 +5,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llm_infer.base.errors import RequestError
-from llm_infer.decoding.beam import BeamParams, BeamSearch
+from llm_infer.decoding.beam import BeamParams
 from llm_infer.decoding.speculative import Speculation
 from llm_infer.kvcache.page_table import PageTable
+
+if TYPE_CHECKING:
+    from llm_infer.scheduler.strategies.strategy import Strategy
 
 
 class Status(enum.Enum):
@@ -48,13 +52,15 @@ class Request:
     Attributes:
         arrival: counts requests in order of arrival.
         sequences: by sample index.
+        strategy: how its sequences get their tokens.
+        width: sequences that go on only together, as a group: all of a beam search, else 1. They get slots for all at
+            once, and give up their pages together.
         forked: the samples after the first are queued too (they wait until the first has computed the prompt); of a
             beam search: all beams exist.
         shard: where its pages are; None while it has none.
         num_cached_tokens: prompt tokens whose K/V the prefix cache had.
         num_preemptions: how often one of its sequences lost its pages.
-        search: state of the beam search.
-        spare_slots: slots of a beam search that runs, for beams that do not; it gets and gives back all at once.
+        spare_slots: slots of a group, some of which has one, for those that do not run.
     """
 
     request_id: str
@@ -79,11 +85,12 @@ class Request:
 
     arrival: int = field(default=-1, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
+    strategy: Strategy = field(init=False)
+    width: int = field(default=1, init=False)
     forked: bool = field(default=False, init=False)
     shard: int | None = field(default=None, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
-    search: BeamSearch | None = field(default=None, init=False)
     spare_slots: list[int] = field(default_factory=list, init=False)
     arrival_time: float | None = field(default=None, init=False)
     first_scheduled_time: float | None = field(default=None, init=False)
@@ -94,7 +101,7 @@ class Request:
         if not len(self.prompt):
             raise RequestError("the prompt is empty: expected at least one token")
         if self.beams is not None:
-            self.n = self.beams.width
+            self.n = self.width = self.beams.width
         for name, value, least in (("n", self.n, 1), ("min_tokens", self.min_tokens, 0)):
             if value < least:
                 raise RequestError(f"{name}={value}: expected at least {least}")
@@ -187,6 +194,11 @@ class Sequence:
         self.speculation: Speculation | None = None
 
     @property
+    def group(self) -> SequenceOf[Sequence]:
+        """Those that go on only together with this sequence, and itself."""
+        return (self,) if self.request.width == 1 else self.request.members
+
+    @property
     def output(self) -> list[int]:
         """New token ids that the host knows."""
         return self.tokens[len(self.request.prompt) :]
@@ -195,13 +207,6 @@ class Sequence:
     def length(self) -> int:
         """Tokens including those that the host does not know yet."""
         return len(self.tokens) + self.in_flight
-
-    def append(self, token: int) -> str | None:
-        """Takes a drawn token; the reason if the sequence ends with it."""
-        self.tokens.append(token)
-        if token in self.stop_ids and len(self.tokens) - len(self.request.prompt) >= self.request.min_tokens:
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_length else None
 
     def __repr__(self) -> str:
         return (

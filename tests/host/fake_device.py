@@ -112,9 +112,9 @@ class FakeDevice:
         self.pages[shard, page, offset] = token, position
 
     def _run_steps(self, shard: int, plan: StepPlan, written: set[tuple[int, int]]) -> list[list[int]]:
-        """Several decode steps: `ids[step][row]`, -1 where the row has ended."""
+        """Several decode steps: `ids[step][row]`, -1 where the row has ended. A program may have room for more steps."""
         rows = plan.rows[shard]
-        ids = [[-1] * len(rows) for _ in range(plan.num_steps)]
+        ids = [[-1] * len(rows) for _ in range(plan.num_steps + 2)]
         for index, row in enumerate(rows):
             sequence, request, new = (
                 row.sequence,

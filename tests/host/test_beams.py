@@ -10,6 +10,7 @@ import pytest
 from llm_infer.base.errors import RequestError
 from llm_infer.decoding.beam import BeamParams
 from llm_infer.scheduler import Request
+from llm_infer.scheduler.strategies.beams import Beams
 from tests.host.fake_device import EOS, FakeEngine
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -55,8 +56,8 @@ def test_pages_follow_from_the_genealogy(width: int, page_size: int, capsys: pyt
     )
     request = engine.add([1, 2, 3, 4, 5] * 4, beams=BeamParams(width), max_tokens=60)
     lineages: list[tuple[int, ...]] = [()]  # of each beam: which beam it extended at every step
-    most, scheduler, search = (0, 0), engine.scheduler, request.search
-    assert search is not None
+    assert isinstance(request.strategy, Beams)
+    most, scheduler, search = (0, 0), engine.scheduler, request.strategy.search
     advance = search.advance
 
     def record(*args: Any) -> Any:
