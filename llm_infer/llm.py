@@ -18,11 +18,11 @@ from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, 
 from llm_infer.base.plain_values import plain_list
 from llm_infer.base.progress import Progress
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.features import PLAIN, features_of, union
 from llm_infer.decoding.grammar import CompiledGrammar, GrammarCompiler
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, features_of, union
 from llm_infer.engine.results import PooledPrompt
 from llm_infer.engine.warm_up import WarmUp
 from llm_infer.frontend.session import Asked, Session

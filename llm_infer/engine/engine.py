@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from llm_infer.base.errors import ProcessLostError, UserError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures, features_of, union
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.draft_model import DraftModel
-from llm_infer.engine.features import FOR_PROMPT, PLAIN, StepFeatures, features_of, union
+from llm_infer.engine.features import FOR_PROMPT
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.requests import make_request
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts

@@ -8,8 +8,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Int
 
+from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.shape import SlotState
-from llm_infer.engine.features import StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.steps import LastIds, Pages, StepFunction, attention_over, draw_ids, drawn_outputs
 from llm_infer.models.config import ModelConfig

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.shape import SlotState, empty_state
 from llm_infer.decoding.token_rules import mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.memory import page_dtype
 from llm_infer.engine.multi_step import make_steps

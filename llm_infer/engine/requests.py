@@ -9,9 +9,9 @@ import numpy as np
 
 from llm_infer.base.errors import RequestError
 from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
+from llm_infer.decoding.features import PLAIN, StepFeatures, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Grammar, TokenRules
-from llm_infer.engine.features import PLAIN, StepFeatures, features_of
 from llm_infer.scheduler.request import Request
 
 

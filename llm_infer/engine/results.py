@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llm_infer.decoding.features import StepFeatures, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.features import StepFeatures, features_of
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, TokenEvent, TokenLogprobs
 

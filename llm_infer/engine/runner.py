@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
+from llm_infer.engine.features import for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting

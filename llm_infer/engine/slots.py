@@ -7,9 +7,10 @@ from functools import partial
 
 import numpy as np
 
+from llm_infer.decoding.features import StepFeatures, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Matcher, TokenRules
-from llm_infer.engine.features import FOR_PROMPT, StepFeatures, features_of
+from llm_infer.engine.features import FOR_PROMPT
 from llm_infer.engine.layout import STOP_IDS
 from llm_infer.scheduler.plan import ScheduledRow
 from llm_infer.scheduler.request import Sequence

@@ -12,11 +12,11 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, Shaped
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_logits, shape_logits
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Attend, Cache, Layer, LayerLoop
