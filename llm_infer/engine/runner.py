@@ -13,7 +13,6 @@ import numpy as np
 
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.features import PLAIN, StepFeatures
-from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
 from llm_infer.engine.features import for_steps, serves
@@ -243,7 +242,6 @@ class Runner:
         unset, self._unset = self._unset, {}
         for sequence, shard in unset.items():
             params = sequence.request.sampling
-            assert isinstance(params, SamplingParams)
             if sequence.slot is not None:
                 seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
                 bias = np.zeros(self._vocab, np.float32)

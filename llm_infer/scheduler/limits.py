@@ -39,8 +39,8 @@ class Limits:
                 f"the prompt has {length} tokens, the context holds {self.max_model_len}{left}: "
                 "shorten the prompt or raise max_model_len"
             )
-        if request.max_tokens is not None:
-            limit = min(limit, length + request.max_tokens)
+        if request.sampling.max_tokens is not None:
+            limit = min(limit, length + request.sampling.max_tokens)
         if request.width > self.max_num_seqs:
             raise RequestError(
                 f"beam_width={request.width}: {self.max_num_seqs} sequences can run at the same time: "
@@ -48,8 +48,8 @@ class Limits:
             )
         needed = self._most_pages(request, limit - 1)  # the last token is drawn but its K/V are never computed
         if needed > self.num_pages:
-            beams = request.beams is not None
-            each, lower = (f" with {request.width} beams", "beam_width, ") if beams else ("", "")
+            width = request.sampling.beam_width
+            each, lower = ("", "") if width is None else (f" with {width} beams", "beam_width, ")
             raise RequestError(
                 f"the request can grow to {limit} tokens{each}, which need {needed} pages of {self.page_size} tokens; "
                 f"there are {self.num_pages}: raise num_pages or kv_cache_memory, or lower {lower}max_tokens or "

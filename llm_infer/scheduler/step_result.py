@@ -38,10 +38,10 @@ class StepResult:
         All tokens before the last of them are computed; pages full of such tokens are offered to the prefix cache.
         """
         tokens, stop_ids, events, reason = sequence.tokens, sequence.stop_ids, self.events, None
-        before = len(tokens)
+        request, before = sequence.request, len(tokens)
         for token in drawn:
             tokens.append(token)
-            if token in stop_ids and len(tokens) - len(sequence.request.prompt) >= sequence.request.min_tokens:
+            if token in stop_ids and len(tokens) - len(request.prompt) >= request.sampling.min_tokens:
                 reason = "stop"
             elif len(tokens) >= sequence.max_length:
                 reason = "length"

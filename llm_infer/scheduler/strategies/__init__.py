@@ -25,8 +25,8 @@ class Strategies:
 
     def of(self, request: Request) -> Strategy:
         """Chooses the strategy of a request, whose sequences are there."""
-        if request.beams is not None:
-            return Beams(request.beams, request)
+        if request.sampling.beam_width is not None:
+            return Beams(request)
         if request.speculate and self._speculative is not None:
             return self._speculative
         return self._draw

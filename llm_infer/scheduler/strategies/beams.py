@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from functools import partial
 
-from llm_infer.decoding.beam import BeamParams, BeamSearch, Child
+from llm_infer.decoding.beam import BeamSearch, Child
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.plan import ScheduledRow
@@ -21,19 +21,20 @@ class Beams(Strategy):
     """Searches with one sequence for each beam. The first computes the prompt alone; its result makes the others.
 
     Args:
-        params: what the user asked for.
         request: whose beams they are; its sequences are there.
 
     Attributes:
         search: decides which beams go on.
     """
 
-    def __init__(self, params: BeamParams, request: Request) -> None:
-        first = request.sequences[0]
+    def __init__(self, request: Request) -> None:
+        sampling, first = request.sampling, request.sequences[0]
         self.search = BeamSearch(
-            params,
+            request.width,
+            length_penalty=sampling.length_penalty,
+            early_stopping=sampling.early_stopping,
             stop_ids=first.stop_ids,
-            min_tokens=request.min_tokens,
+            min_tokens=sampling.min_tokens,
             max_tokens=first.max_length - len(request.prompt),
         )
 

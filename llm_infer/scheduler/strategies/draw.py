@@ -42,5 +42,5 @@ class Draw(Strategy):
             not request.stepwise
             and length - sequence.num_computed == 1
             and sequence.num_computed >= len(request.prompt)
-            and length - len(request.prompt) >= request.min_tokens
+            and length - len(request.prompt) >= request.sampling.min_tokens
         )
