@@ -11,8 +11,8 @@ from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, 
 from llm_infer.base.plain_values import plain_list
 from llm_infer.base.progress import Progress
 from llm_infer.base.settings import Takes, listed
+from llm_infer.decoding.features import PLAIN, features_of, union
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.features import PLAIN, features_of, union
 from llm_infer.frontend.prompts import Asked, Prompt, one_or_many, one_prompt, per_prompt
 from llm_infer.frontend.scoring import FOR_EMBEDDINGS, FOR_SCORES, POOLINGS, embedding_of, pairs_to_score, score_of
 from llm_infer.frontend.session import Session

@@ -11,7 +11,7 @@ import pytest
 
 from llm_infer import LLM, SamplingParams
 from llm_infer.base.errors import CapacityError, RequestError
-from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.engine.runner import Runner, StepProgram
 from llm_infer.frontend import session
 from tests.test_session import CONFIG

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.programs import described
 from llm_infer.engine.runner import Runner, StepProgram
 from llm_infer.engine.state import StepInputs, StepState

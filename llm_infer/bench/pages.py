@@ -12,6 +12,7 @@ from llm_infer.decoding.beam import Child
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.scheduler.scheduler import Scheduler
+from llm_infer.scheduler.strategies.beams import Beams
 
 T = TypeVar("T")
 WIDTHS = (2, 4, 6)
@@ -106,8 +107,8 @@ def beams(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list
     """Runs a beam search alone; returns the pages of each of its steps."""
     size, width = engine.scheduler.page_size, params.beam_width
     request = engine.add_request(prompt, params)
-    search, tree = request.search, Genealogy(len(prompt))
-    assert search is not None and width is not None
+    assert isinstance(request.strategy, Beams) and width is not None
+    search, tree = request.strategy.search, Genealogy(len(prompt))
     advance = search.advance
 
     def recorded(*args: object) -> list[Child] | None:

@@ -242,6 +242,14 @@ class SamplingParams:
         """Samples that are drawn, or beams that are followed."""
         return self.beam_width or self.best_of or self.n
 
+    def stop_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Returns the ids that end an output, of a model with these end-of-sequence tokens.
+
+        Once a structure is complete its end is all that can follow, so `ignore_eos` leaves nothing to go on to; see TokenRules.
+        """
+        ignored = self.ignore_eos and self.structured_outputs is None
+        return frozenset(self.stop_token_ids) | (frozenset() if ignored else eos_token_ids)
+
     @property
     def has_penalties(self) -> bool:
         """Whether any penalty is not neutral."""

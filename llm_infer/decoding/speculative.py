@@ -127,7 +127,7 @@ class Speculator:
         self.num_drafted = self.num_accepted = 0
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of a sequence in a step at most."""
         return 1 + self._most
 

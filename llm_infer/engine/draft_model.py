@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN
 from llm_infer.decoding.speculative import Speculator
-from llm_infer.engine.features import PLAIN
 from llm_infer.engine.runner import Runner
 from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
 from llm_infer.kvcache.page_allocator import PageAllocator

@@ -8,8 +8,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
+from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.penalties import PenaltyState
-from llm_infer.engine.features import StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.state import Cache, StepInputs, StepState
 from llm_infer.engine.steps import StepFunction, attention_over, copied_pages, draw_ids, drawn_outputs

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_infer.base.errors import CapacityError
-from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.engine.memory import device_bytes, is_out_of_memory, local_bytes, memory_limit, physical_memory
 from llm_infer.engine.programs import StepPrograms
 

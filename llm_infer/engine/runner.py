@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.penalties import seen_counts, set_slot
-from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import ALL, mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
+from llm_infer.engine.features import for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
 from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting
@@ -262,7 +262,6 @@ class Runner:
         unset, self._unset = self._unset, {}
         for sequence, shard in unset.items():
             params = sequence.request.sampling
-            assert isinstance(params, SamplingParams)
             if sequence.slot is not None:
                 seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
                 bias = np.zeros(self._vocab, np.float32)

@@ -13,11 +13,11 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
 from llm_infer.models.decoder import Attend, Layer, LayerLoop

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from llm_infer.engine.features import PLAIN
+from llm_infer.decoding.features import PLAIN
 from llm_infer.engine.memory import device_bytes
 from llm_infer.engine.page_count import UTILIZATION
 from llm_infer.engine.programs import StepPrograms

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class StepPlan:
             per row. Their order does not matter: no page occurs twice as a destination, or as source and destination.
         admitted: sequences that got a slot in this step: their per-slot state on the device starts anew.
         preempted: sequences that lost their pages while this step was planned.
+        num_tokens: tokens of the fullest shard: what the token bucket must hold (of several decode steps in one: of each).
+        num_steps: tokens that are drawn one after the other for some row.
+        has_drafts: some row has proposed tokens.
     """
 
     index: int
@@ -57,17 +61,13 @@ class StepPlan:
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
 
-    @property
-    def has_drafts(self) -> bool:
-        """Some row has proposed tokens."""
-        return any(row.drafts for rows in self.rows for row in rows)
+    num_tokens: int = field(init=False)
+    num_steps: int = field(init=False)
+    has_drafts: bool = field(init=False)
 
-    @property
-    def num_steps(self) -> int:
-        """Tokens that are drawn one after the other for some row."""
-        return max(row.steps for rows in self.rows for row in rows)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the fullest shard: what the token bucket must hold (of several decode steps in one: of each of them)."""
-        return max(sum(row.count for row in rows) for rows in self.rows)
+    def __post_init__(self) -> None:
+        every = [row for rows in self.rows for row in rows]
+        set_once = partial(object.__setattr__, self)
+        set_once("num_tokens", max(sum([row.count for row in rows]) for rows in self.rows))
+        set_once("num_steps", max([row.steps for row in every]))
+        set_once("has_drafts", bool([row for row in every if row.drafts]))

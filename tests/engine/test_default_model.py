@@ -83,8 +83,8 @@ def test_last_token_logits(model: LoadedModel) -> None:
     config = EngineConfig(CacheConfig(num_pages=400), limits)
     runner = Runner(model, config, num_pages=400, max_model_len=512, keep_logits=True)
     for i in ALL:
-        params = SamplingParams(temperature=0.0, seed=0)
-        scheduler.add(Request(str(i), GOLDENS.prompts[i], max_tokens=1, sampling=params))
+        params = SamplingParams(temperature=0.0, seed=0, max_tokens=1)
+        scheduler.add(Request(str(i), GOLDENS.prompts[i], params))
     compared = 0
     while (plan := scheduler.schedule()) is not None:
         outputs = runner.submit(plan).read()
