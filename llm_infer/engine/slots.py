@@ -84,7 +84,7 @@ class SlotTable:
         return dead
 
     def _set_fields(self, sequence: Sequence, slot: int) -> None:
-        params, rules = sequence.request.sampling, sequence.request.rules
+        rules = sequence.request.rules
         self._features[slot] = sequence.request.features.value
         # A matcher that starts anew reads all of the output: a preempted sequence needs nothing kept.
         grammar = None if rules is None else rules.grammar
