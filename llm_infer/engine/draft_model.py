@@ -251,6 +251,12 @@ class DraftModel:
     def _submit(self, rows: list[list[tuple[DraftState, ScheduledRow]]]) -> tuple:
         states_of = {row.sequence: state for each in rows for state, row in each}
         ordered = tuple(tuple(sorted((row for _, row in each), key=lambda row: row.count > 1)) for each in rows)
-        plan = StepPlan(self._num_steps, ordered, ((),) * self._num_shards)
+        plan = StepPlan(
+            self._num_steps,
+            ordered,
+            copies=((),) * self._num_shards,
+            num_tokens=max(sum(row.count for row in shard) for shard in ordered),
+            num_steps=max(row.steps for shard in ordered for row in shard),
+        )
         self._num_steps += 1
         return plan, states_of, self.runner.submit(plan)

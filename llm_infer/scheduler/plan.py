@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,26 +47,18 @@ class StepPlan:
         rows: `rows[shard]`, the scheduled rows of each data-parallel shard, rows of one token first.
         copies: `copies[shard]`, pairs (source page, destination page) to copy before anything is written, at most one
             per row. Their order does not matter: no page occurs twice as a destination, or as source and destination.
-        admitted: sequences that got a slot in this step: their per-slot state on the device starts anew.
-        preempted: sequences that lost their pages while this step was planned.
         num_tokens: tokens of the fullest shard: what the token bucket must hold (of several decode steps in one: of each).
         num_steps: tokens that are drawn one after the other for some row.
         has_drafts: some row has proposed tokens.
+        admitted: sequences that got a slot in this step: their per-slot state on the device starts anew.
+        preempted: sequences that lost their pages while this step was planned.
     """
 
     index: int
     rows: tuple[tuple[ScheduledRow, ...], ...]
     copies: tuple[tuple[tuple[int, int], ...], ...]
+    num_tokens: int
+    num_steps: int = 1
+    has_drafts: bool = False
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
-
-    num_tokens: int = field(init=False)
-    num_steps: int = field(init=False)
-    has_drafts: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        every = [row for rows in self.rows for row in rows]
-        set_once = partial(object.__setattr__, self)
-        set_once("num_tokens", max(sum([row.count for row in rows]) for rows in self.rows))
-        set_once("num_steps", max([row.steps for row in every]))
-        set_once("has_drafts", bool([row for row in every if row.drafts]))

@@ -26,6 +26,7 @@ class PlanBuilder:
     def __init__(self, books: Books, budget: int, steps: int) -> None:
         self.books = books
         self.steps = steps
+        self._budget = budget
         self.shards = [ShardPlan(self, shard, budget) for shard in range(len(books.running))]
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
@@ -37,8 +38,16 @@ class PlanBuilder:
         rows = tuple(tuple(shard.single + shard.longer) for shard in self.shards)
         if not any(rows):
             return None
-        copies = tuple(tuple(shard.copies) for shard in self.shards)
-        return StepPlan(index, rows, copies, tuple(self.admitted), tuple(self.preempted))
+        return StepPlan(
+            index,
+            rows,
+            copies=tuple(tuple(shard.copies) for shard in self.shards),
+            num_tokens=self._budget - min(shard.budget for shard in self.shards),
+            num_steps=1 if self.steps == 1 else max(row.steps for row_of in rows for row in row_of),
+            has_drafts=any(shard.num_drafts for shard in self.shards),
+            admitted=tuple(self.admitted),
+            preempted=tuple(self.preempted),
+        )
 
 
 class ShardPlan:

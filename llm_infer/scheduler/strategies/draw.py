@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 from llm_infer.scheduler.plan import ScheduledRow
 from llm_infer.scheduler.plan_builder import ShardPlan
-from llm_infer.scheduler.request import Sequence, Status
+from llm_infer.scheduler.request import Sequence, Status, TokenEvent
 from llm_infer.scheduler.step_result import StepResult
 from llm_infer.scheduler.strategies.several_steps import add_steps
 from llm_infer.scheduler.strategies.strategy import Strategy
@@ -23,8 +23,22 @@ class Draw(Strategy):
             plan.add_row(sequence, 1)
 
     def commit(self, row: ScheduledRow, drawn: SequenceOf[int], result: StepResult) -> None:
-        """See Strategy."""
-        result.append(row.sequence, drawn)
+        """Appends what was drawn as far as the sequence goes, and ends it if it does."""
+        sequence, reason = row.sequence, None
+        request, tokens, events = sequence.request, sequence.tokens, result.events
+        for token in drawn:
+            tokens.append(token)
+            if token in sequence.stop_ids and len(tokens) - len(request.prompt) >= request.sampling.min_tokens:
+                reason = "stop"
+            elif len(tokens) >= sequence.max_length:
+                reason = "length"
+            events.append(TokenEvent(sequence, token, reason))
+            if reason is not None:
+                break
+        if len(tokens) > sequence.num_cached_pages * result.page_size + result.page_size:  # the last is not computed
+            result.offer_pages(sequence, len(tokens) - 1)
+        if reason is not None:
+            result.finish(sequence, reason)
 
     def fork(self, first: Sequence, plan: ShardPlan) -> None:
         """Lets the other samples wait with the pages of the prompt; they compute only its last token again."""

@@ -57,11 +57,12 @@ class Speculative(Draw):
         if not row.drafts:
             super().commit(row, drawn, result)
             return
-        sequence, equal = row.sequence, 0
+        sequence, before, equal = row.sequence, len(row.sequence.tokens), 0
         sequence.num_drafts = 0
         while equal < len(row.drafts) and drawn[equal] == row.drafts[equal]:
             equal += 1
-        accepted = result.append(sequence, drawn[: equal + 1]) - 1
+        super().commit(row, drawn[: equal + 1], result)
+        accepted = len(sequence.tokens) - before - 1
         self.speculator.observe(self._speculation(sequence), len(row.drafts), accepted)
         if sequence.status is Status.RUNNING:
             assert sequence.table is not None
