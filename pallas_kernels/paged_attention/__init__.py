@@ -59,7 +59,7 @@ def paged_attention(
     """Writes a step's K and V into the pages of one layer and attends, for a ragged batch of any mix of phases.
 
     Row t of sequence s at position p sees the keys at positions 0 … p of s (with `window`: p - window + 1 … p), those
-    written by this call included. Scores and sums are float32 whatever the dtypes. It is called under jit with `pages`
+    written by this call included. Scores and sums are float32 whatever the dtypes. Call it under jit with `pages`
     donated: they are updated in place.
 
     No sequence may read a slot that another writes in the same call: kernels write a sequence's new K and V while they

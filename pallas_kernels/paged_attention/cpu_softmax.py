@@ -174,7 +174,7 @@ class SplitAttention:
         seen = [(k.max(p - item.window + 1, 0) - start, p + 1 - start) for p in positions]  # of the page's keys
         with k.range(0, item.heads) as head:
             self._keys(page_block(k, a, number, 0, item.head + head, d), head, rows, seen)
-        # These keys are seen by one of the rows, and all have been written; other slots may hold NaN.
+        # One of the rows sees each of these keys, and all have been written; other slots may hold NaN.
         begin, end = k.max(seen[0][0], 0), k.min(seen[-1][1], a.C)
         with k.range(0, item.heads) as head:
             self._values(page_block(k, a, number, 1, item.head + head, d), head * len(rows), len(rows), begin, end)

@@ -250,7 +250,8 @@ def _scores(static: Static, q_smem, k_smem) -> jax.Array:
 
 
 def _add_values(static: Static, acc: jax.Array, weights: jax.Array, v_smem) -> jax.Array:
-    """Returns acc + weights @ v. The twin is a plain product: the interpreter has no wgmma of registers that starts at `acc`."""
+    """Returns acc + weights @ v. The twin is a plain product: the interpreter takes no wgmma of registers, nor does it start one
+    at `acc`."""
     if static.twins:
         return acc + lax.dot_general(weights, v_smem[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 

@@ -214,7 +214,7 @@ def _attend(
     at = (first_row + row)[:, None], head[:, None], column
     tile = plgpu.load(q_ref.at[at], mask=mask, other=0.0).astype(dtype)
 
-    # The keys of this unit that a row of the tile sees go from first_key, from where blocks count, to before last_key.
+    # Rows of the tile see the unit's keys from first_key, where blocks start to count, to before last_key.
     last_row = jnp.minimum(lax.div(first_query + (blocks.tile - 1), jnp.int32(group)), rows - 1)
     last_key = jnp.minimum(end * page_size, first_position + last_row + 1)
     first_key = begin * page_size

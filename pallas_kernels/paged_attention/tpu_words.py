@@ -40,7 +40,7 @@ def load_entry(tokens: Any, entry: Any, page_dtype: Any, compute_dtype: Any, int
         entry: (word, number): the word of a token (may be traced) and the number in the word (static).
         page_dtype: type of the numbers.
         compute_dtype: bfloat16 or float32.
-        interpret: takes the twin.
+        interpret: whether to take the twin.
     """
     (count, words, _, lanes), (word, number) = tokens.shape, entry
     if interpret:

@@ -102,9 +102,7 @@ def compile_all(jobs: list[Job], limit: int = 0) -> Iterator[dict[str, Any]]:
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         while waiting:
             command = [sys.executable, "-m", "llm_infer.bench.compiled.steps", str(limit), json.dumps(waiting)]
-            with tempfile.TemporaryFile(
-                "w+"
-            ) as said:  # compilers print much, and a pipe that nobody reads would fill up
+            with tempfile.TemporaryFile("w+") as said:  # compilers print much, and a pipe that nobody reads fills up
                 with subprocess.Popen(
                     command,
                     env={**inherited, **environment(target), **paths},
