@@ -36,6 +36,9 @@ class TokensPrompt(TypedDict, total=False):
 Prompt = str | Sequence[int] | np.ndarray | TextPrompt | TokensPrompt
 """Text, or token ids (a list or an array of integers, of NumPy or another library), or a dictionary with either."""
 
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
+
 KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
@@ -210,3 +213,21 @@ def per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if count is not None and len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one per prompt")
     return list(params)
+
+
+def conversations(messages: Messages | Sequence[Messages]) -> Sequence[Messages]:
+    """Returns one conversation or several as a list of conversations.
+
+    Raises:
+        RequestError: they are neither.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError(f"expected a list of messages with role and content, found {messages!r:.60}")
+    return [cast(Messages, messages)] if isinstance(messages[0], Mapping) else cast(Sequence[Messages], messages)
+
+
+def require_streamable(params: SamplingParams) -> None:
+    """Raises RequestError for parameters whose outputs are chosen at the end."""
+    if params.num_sequences > params.n:
+        name = "best_of" if params.beam_width is None else "beam_width"
+        raise RequestError(f"{name}={getattr(params, name)} cannot stream: the best is known at the end only")
