@@ -44,7 +44,7 @@ class LayerOfCode(NamedTuple):
 
 # Imports point down only: a module may import from its own layer and from those after it.
 LAYERS = (
-    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/"), "the command line; benchmarks"),
+    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/", "llm_infer/__main__.py"), "the command line; benchmarks"),
     LayerOfCode(("llm_infer/llm.py",), "`LLM`, the synchronous class"),
     LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),
     LayerOfCode(("llm_infer/starting.py",), "from options to tokenizer and engine, on one host or several"),
