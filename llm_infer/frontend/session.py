@@ -54,6 +54,7 @@ class Session:
         self.prompts = PromptReader(tokenizer, engine.vocab_size, by_priority=by_priority)
         # Of the kind that knows its owner, so that code inside a turn of its own thread gets an answer and not a deadlock.
         self._lock = threading.RLock()
+        self._compiling = threading.RLock()
         self._halfway = self._closed = False
         self._running: dict[str, TrackedRequest] = {}
         self._left: deque[TrackedRequest] = deque()
@@ -114,8 +115,11 @@ class Session:
         self.compile(self.engine.warm_up(counts, [PLAIN, union(map(features_of, params))]))
 
     def compile(self, programs: WarmUp) -> None:
-        """Compiles step programs in this thread, side by side, and with a word about it."""
-        with self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
+        """Compiles step programs, side by side, and with a word about it; steps go on meanwhile.
+
+        Threads that need the same programs at once wait for the first: then all are there.
+        """
+        with self._compiling, self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
             for _ in programs:
                 bar.advance(1)
 
