@@ -96,7 +96,7 @@ class PromptReader:
         parts = [_parts(prompt) for prompt in prompts]
         priorities = self._priorities(priority, len(prompts))
         salts = [_salt(salt if salt is not None else cache_salt) for _, _, salt in parts]
-        ids = [self.tokenizer.encode(text) if ids is None else list(ids) for text, ids, _ in parts]
+        ids = [self.tokenizer.encode(cast(str, text)) if ids is None else list(ids) for text, ids, _ in parts]
         # Many prompts have the same parameters: one grammar, and the words once.
         grammars = {id(param): self._grammar(param) for param in params}
         words = {id(param): [w for text in param.bad_words for w in self._spellings(text)] for param in params}
@@ -136,8 +136,8 @@ class PromptReader:
         return self._grammars.compile(params.structured_outputs)
 
 
-def _parts(prompt: Prompt) -> tuple[str, None, object] | tuple[str | None, list[int], object]:
-    """Text, ids and salt of a prompt; a text without ids is to be encoded."""
+def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None, object]:
+    """Text, ids and salt of a prompt; without ids there is a text, which is to be encoded."""
     if isinstance(prompt, str):
         return prompt, None, None
     if not isinstance(prompt, Mapping):
@@ -150,7 +150,7 @@ def _parts(prompt: Prompt) -> tuple[str, None, object] | tuple[str | None, list[
             f"a prompt's text is {text!r:.60}: expected {{'prompt': text}} or {{'prompt_token_ids': ids}}"
         )
     salt = prompt.get("cache_salt")
-    return (cast(str, text), None, salt) if ids is None else (text, _token_ids(ids), salt)
+    return text, None if ids is None else _token_ids(ids), salt
 
 
 def _token_ids(ids: Any) -> list[int]:
