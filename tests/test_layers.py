@@ -44,7 +44,7 @@ class LayerOfCode(NamedTuple):
 
 # Imports point down only: a module may import from its own layer and from those after it.
 LAYERS = (
-    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/"), "the command line; benchmarks"),
+    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/", "llm_infer/__main__.py"), "the command line; benchmarks"),
     LayerOfCode(
         ("llm_infer/llm.py", "llm_infer/functional.py"), "`LLM`, the synchronous class; functions for notebooks"
     ),

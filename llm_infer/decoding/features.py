@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable
 
-from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.decoding.sampling_params import ALL_LOGPROBS, SamplingParams
 
 
 class StepFeatures(enum.Flag):
@@ -13,6 +13,7 @@ class StepFeatures(enum.Flag):
 
     Attributes:
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+        ALL_LOGPROBS: returns those of all tokens, too.
         PENALTIES: applies penalties and biases, whose per-slot state is kept on the device.
         MASKED: takes a bit mask of the allowed tokens of each row.
         PROMPT_LOGPROBS: returns log-probabilities of the tokens that follow each token of the step.
@@ -30,6 +31,7 @@ class StepFeatures(enum.Flag):
     BEAMS = enum.auto()
     DRAFTS = enum.auto()
     STEPS = enum.auto()
+    ALL_LOGPROBS = enum.auto()
 
     @property
     def words(self) -> list[str]:
@@ -48,6 +50,7 @@ _WORDS = {
     StepFeatures.BEAMS: "beams",
     StepFeatures.DRAFTS: "proposed tokens",
     StepFeatures.STEPS: "several tokens a step",
+    StepFeatures.ALL_LOGPROBS: "log-probabilities of all tokens",
 }
 
 
@@ -60,6 +63,8 @@ def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures
         needed |= StepFeatures.PROMPT_LOGPROBS
     if params.logprobs is not None or params.num_sequences > params.n:
         needed |= StepFeatures.LOGPROBS
+    if params.logprobs == ALL_LOGPROBS:
+        needed |= StepFeatures.ALL_LOGPROBS
     if params.has_penalties or params.logit_bias:
         needed |= StepFeatures.PENALTIES
     if params.allowed_token_ids is not None or params.bad_words or params.min_tokens or params.structured_outputs:

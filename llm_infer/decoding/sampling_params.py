@@ -13,7 +13,10 @@ from llm_infer.decoding.beam import MAX_BEAM_WIDTH
 from llm_infer.decoding.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
-"""Most tokens per position whose log-probabilities a request can ask for (as in vLLM)."""
+"""Most tokens per position whose log-probabilities a request can ask for (as in vLLM), if it does not ask for all."""
+
+ALL_LOGPROBS = -1
+"""In place of a number of tokens: all of the vocabulary."""
 
 MAX_N = 256
 """Most samples of one request."""
@@ -94,9 +97,9 @@ class SamplingParams:
         include_stop_str_in_output: leave the stop string, or the text of the stop token, at the end of the text.
         stop_token_ids: further tokens that end the output; the text leaves out the one that ends it.
         ignore_eos: go on after an end-of-sequence token.
-        logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
-            token's alone), under the model's distribution before any sampling rule; None returns none.
-        prompt_logprobs: the same for each token of the prompt, all of whose pages are then computed anew.
+        logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new token's
+            alone; -1: all of the vocabulary), under the model's distribution before any sampling rule; None returns none.
+        prompt_logprobs: the same for each token of the prompt, but for -1; all of its pages are then computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
         structured_outputs: what the output must look like. `allowed_token_ids`, `bad_words` and `min_tokens` narrow it
             further; where they leave nothing that may follow, the output ends with the finish reason "error", as does
@@ -165,9 +168,15 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            if self.prompt_logprobs == ALL_LOGPROBS:
+                raise RequestError(
+                    f"prompt_logprobs=-1: expected 0 to {MAX_LOGPROBS}. All tokens at each position of a prompt would fill the "
+                    "memory; for new tokens there is logprobs=-1"
+                )
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.truncate_prompt_tokens is not None:
             _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         if self.beam_width is not None:

@@ -15,4 +15,5 @@ def serves(program: StepFeatures, needed: StepFeatures) -> bool:
 
 def for_steps(features: StepFeatures) -> StepFeatures:
     """Of features that requests need, those of several decode steps in one program."""
-    return (features & (StepFeatures.LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS
+    logprobs = StepFeatures.LOGPROBS | StepFeatures.ALL_LOGPROBS
+    return (features & (logprobs | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llm_infer.decoding.features import StepFeatures
+from llm_infer.decoding.sampling_params import ALL_LOGPROBS
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, TokenEvent, TokenLogprobs
 
@@ -30,12 +31,18 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
 def logprobs_at(
     outputs: Mapping[str, np.ndarray], place: tuple[int, ...], count: int, prefix: str = ""
 ) -> TokenLogprobs:
-    """The log-probabilities of one row, with the `count` most likely tokens."""
+    """The log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
+    if count == ALL_LOGPROBS:
+        every = outputs["all_logprobs"][place]
+        top_ids = np.argsort(-every, kind="stable")  # of equals the first comes first, as in the draw
+        top_logprobs = every[top_ids]
+    else:
+        top_ids, top_logprobs = (outputs[f"{prefix}{name}"][place][:count] for name in ("top_ids", "top_logprobs"))
     return TokenLogprobs(
         float(outputs[f"{prefix}logprobs"][place]),
         int(outputs[f"{prefix}ranks"][place]),
-        tuple(outputs[f"{prefix}top_ids"][place][:count].tolist()),
-        tuple(outputs[f"{prefix}top_logprobs"][place][:count].tolist()),
+        tuple(top_ids.tolist()),
+        tuple(top_logprobs.tolist()),
     )
 
 

@@ -116,11 +116,13 @@ def draw_ids(
 
 
 def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: StepFeatures) -> dict[str, Array]:
-    """`ids`, and with LOGPROBS the fields of `Logprobs`."""
+    """`ids`, with LOGPROBS the fields of `Logprobs`, and with ALL_LOGPROBS `all_logprobs` [R, V]."""
     outputs = {"ids": ids}
     if StepFeatures.LOGPROBS in features:
         with jax.named_scope("logprobs"):
             outputs |= logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))._asdict()
+            if StepFeatures.ALL_LOGPROBS in features:
+                outputs["all_logprobs"] = jax.nn.log_softmax(logits.astype(jnp.float32))
     return outputs
 
 
