@@ -13,6 +13,7 @@ from llm_infer.base import accelerators
 from llm_infer.base.errors import UserError
 from llm_infer.commands.answers import show_answer, write
 from llm_infer.commands.bench import bench
+from llm_infer.commands.models import commands as models
 from llm_infer.commands.options import (
     DEFAULT_MODEL_NAME,
     AnyModel,
@@ -37,7 +38,6 @@ from llm_infer.commands.options import (
     TopP,
     check_model,
     engine_arguments,
-    existing_model,
 )
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def _options(
 
 
 app.add_typer(bench, name="bench", rich_help_panel=None)
+app.add_typer(models)
 
 
 @app.command()
@@ -244,14 +245,6 @@ def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) ->
 
 
 @app.command()
-def models(debug: Debug = False) -> None:
-    """Lists the architectures that run with random weights: parameters, memory of weights and KV pages."""
-    from llm_infer.models.architectures import table
-
-    print(table())
-
-
-@app.command()
 def kernels(
     tune: Annotated[bool, typer.Option("--tune", help="Measure this machine (under a minute) and keep it.")] = False,
     chip: Annotated[str | None, typer.Option(help="Only one: here, v5e, v6e, v5p, tpu7x or sm_90.")] = None,
@@ -274,20 +267,6 @@ def doctor(debug: Debug = False) -> None:
     from llm_infer.commands.doctor import report
 
     print(report())
-
-
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="A model as for --model.", callback=existing_model)],
-    dest: Annotated[str, typer.Argument(help="Directory to write, new or empty; give it to --model afterwards.")],
-    dtype: Annotated[str, typer.Option(help="Type of the parameters: float32 or bfloat16.")] = "float32",
-    debug: Debug = False,
-) -> None:
-    """Writes a model as an Orbax checkpoint that loads without any conversion."""
-    from llm_infer.base.progress import Progress
-    from llm_infer.loading import convert as run
-
-    print(run(source, dest, dtype=dtype, progress=Progress()))
 
 
 def _sampling_params(**values: Any) -> SamplingParams:
@@ -351,6 +330,10 @@ def _standard_input() -> str:
         raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
 def main() -> None:
     """Entry point: user errors are one line and exit code 1 (2 for a wrong call); `--debug` shows the traceback."""
     debug = "--debug" in sys.argv[1:]
@@ -369,13 +352,16 @@ def main() -> None:
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     try:
-        sys.exit(app(prog_name="llm-infer", standalone_mode=False) or 0)
+        code = app(prog_name="llm-infer", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer makes this of Ctrl-C, and says nothing
+            raise KeyboardInterrupt
+        sys.exit(code)
     except UserError as error:
         if debug:
             raise
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except Exception as error:
         # click's own errors (unknown flag, missing argument) carry an exit code and a message for the user.
         if debug or not hasattr(error, "format_message"):
