@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llm_infer.base.errors import UserError
-from llm_infer.commands import app, bench
+from llm_infer.commands import app, bench, chat, generate
 from llm_infer.commands.options import engine_arguments
 from llm_infer.engine_arguments import VLLM_NAMES, argument_names, read_engine_arguments
 from llm_infer.llm import LLM
@@ -54,7 +54,7 @@ def test_a_typed_flag_goes_before_the_file_even_at_its_default(
         found.append(engine_arguments(config, *args, **flags))
         raise UserError("enough")
 
-    for module in (app, bench):
+    for module in (generate, chat, bench):
         monkeypatch.setattr(module, "engine_arguments", taken)
     monkeypatch.setattr(
         sys, "argv", ["llm-infer", *command, "--config", str(file), "--precision", "exact", "--dtype", "auto"]

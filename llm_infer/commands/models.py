@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from llm_infer.base.errors import UserError
+from llm_infer.commands.command import Commands
 from llm_infer.commands.options import Debug, existing_model
 
-commands = typer.Typer()
+commands = Commands()
 
 
 @commands.command()

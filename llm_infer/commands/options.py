@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from llm_infer.base.errors import UserError
 from llm_infer.base.interrupts import uninterrupted
+from llm_infer.commands.completion import complete_model, model_names, nearest
 
 
 def existing_model(name: str) -> str:
@@ -16,14 +18,52 @@ def existing_model(name: str) -> str:
     from llm_infer.models.architectures import architecture_names
     from llm_infer.weights.model_names import why_unknown
 
-    if (problem := why_unknown(name)) is not None:
-        if name in architecture_names():
-            problem = (
-                f"{name!r} is an architecture without weights: give the directory or hub id of weights, or for random "
-                "ones --load-format dummy (of generate and bench offline)"
-            )
-        raise UserError(problem)
-    return name
+    if (problem := why_unknown(name)) is None:
+        return name
+    if name in architecture_names():
+        near = nearest(name, model_names())
+        meant = f": did you mean {near!r}?" if near else "."
+        raise UserError(
+            f"{name!r} is an architecture without weights{meant} Give the directory or hub id of weights, or for random "
+            "ones --load-format dummy (of generate and bench offline)"
+        )
+    near = nearest(name, [*model_names(), *architecture_names()])
+    meant = f"; did you mean {near!r}?" if near else ""
+    raise UserError(
+        f"{problem}{meant} (`llm-infer list` shows what is here, `llm-infer models` what runs with random weights)"
+    )
+
+
+def _existing_architecture(name: str) -> None:
+    """Refuses a name that no random weights can have."""
+    from llm_infer.models.architectures import architecture_names
+
+    if name in architecture_names() or os.path.isdir(os.path.expanduser(name)):
+        return
+    near = nearest(name, architecture_names())
+    meant = f"did you mean {near!r}? " if near else ""
+    raise UserError(
+        f"no architecture {name!r}: {meant}`llm-infer models` lists them; a directory with a config.json is one, too"
+    )
+
+
+def _set_threads(threads: int | None) -> int | None:
+    """Has the native kernels use so many threads: they look here when they start."""
+    if threads is not None:
+        os.environ["LLM_INFER_NUM_THREADS"] = str(threads)
+    return threads
+
+
+def _json_object(text: str | None) -> Any:
+    """Returns the setting as a mapping."""
+    if text is None or not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f'--speculative-config {text}: not valid JSON ({error}); expected e.g. \'{{"method": "ngram"}}\''
+        ) from None
 
 
 def writable_file(name: str | None) -> str | None:
@@ -41,15 +81,15 @@ def writable_file(name: str | None) -> str | None:
 
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
-MODEL_HELP = "Default model, a GGUF file, a Hugging Face or converted directory, hub id."
-Model = Annotated[str, typer.Option(help=MODEL_HELP, callback=existing_model)]
-AnyModel = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+MODEL_HELP = "A name of `list`, a hub id org/name[:Q4_K_M], a GGUF file, or a directory."
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help=MODEL_HELP, callback=existing_model, metavar="NAME", autocompletion=complete_model
+    ),
+]
+AnyModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="NAME", autocompletion=complete_model)]
 """Or, with random weights, a published architecture: see `check_model`."""
-MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; -1 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the most likely tokens with this probability mass.")]
-Seed = Annotated[int | None, typer.Option(help="Makes random draws repeatable.")]
 MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's context.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights of an architecture of `models`.")]
 Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations and bfloat16 pages, on CPUs.")]
@@ -74,11 +114,22 @@ CoordinatorAddress = Annotated[
 NumProcesses = Annotated[int | None, typer.Option(help="With several hosts: processes, one on each.")]
 ProcessId = Annotated[int | None, typer.Option(help="With several hosts: number of this process, from 0.")]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.")
+    str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.", metavar="FILE")
 ]
 JsonFile = Annotated[
-    str | None, typer.Option("--json", help="Also write the figures to this file.", callback=writable_file)
+    str | None,
+    typer.Option("--json", help="Also write the figures to this file.", callback=writable_file, metavar="FILE"),
 ]
+System = Annotated[str | None, typer.Option("--system", help="System message.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Threads of the CPU kernels.", min=1, callback=_set_threads)
+]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option("--speculative-config", help="Speculative decoding as JSON.", metavar="JSON", callback=_json_object),
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also write the speed of answers to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no hints.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -86,6 +137,8 @@ def check_model(name: str, load_format: str, config: str | None) -> None:
     """As `existing_model`, unless the weights may be random ones, which a file of `--config` may ask for, too."""
     if load_format == "auto" and config is None:
         existing_model(name)
+    if load_format == "dummy":
+        _existing_architecture(name)
 
 
 def engine_arguments(config: str | None, context: typer.Context | None = None, **flags: Any) -> dict[str, Any]:

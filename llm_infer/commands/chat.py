@@ -1,0 +1,224 @@
+"""`llm-infer chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llm_infer.base.errors import UserError
+from llm_infer.base.outputs import StreamChunk
+from llm_infer.commands.answers import answer, show_answer
+from llm_infer.commands.command import with_flags
+from llm_infer.commands.interactive import Messages, interactive_llm, read_conversation
+from llm_infer.commands.line_input import LineInput
+from llm_infer.commands.options import (
+    DEFAULT_MODEL_NAME,
+    AnyModel,
+    ConfigFile,
+    CoordinatorAddress,
+    DataParallel,
+    Debug,
+    Device,
+    Dtype,
+    ExpertParallel,
+    MaxModelLen,
+    MemoryUtilization,
+    NumProcesses,
+    Precision,
+    ProcessId,
+    Quiet,
+    SpeculativeConfig,
+    System,
+    TensorParallel,
+    Threads,
+    Verbose,
+    check_model,
+    engine_arguments,
+)
+from llm_infer.commands.sampling import FLAGS, sampling_params
+
+if TYPE_CHECKING:
+    from llm_infer.decoding.sampling_params import SamplingParams
+    from llm_infer.llm import LLM
+
+HELP = """\
+/help          shows this
+/system TEXT   sets the system message; without a text shows it
+/clear         starts a new conversation, with the same system message
+/regen         answers the last question again
+/save FILE     writes the conversation as JSON
+/load FILE     goes on with a conversation that was saved
+/exit          leaves, as Ctrl-D does
+\"\"\"            begins and ends text of several lines, as does \\ behind each but the last
+Ctrl-C         stops an answer"""
+
+
+@with_flags(FLAGS, before="threads", max_tokens=512)
+def chat(
+    context: typer.Context,
+    model: AnyModel = DEFAULT_MODEL_NAME,
+    system: System = None,
+    prompt_file: Annotated[
+        str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Go on with a conversation of /save.")
+    ] = None,
+    threads: Threads = None,
+    speculative_config: SpeculativeConfig = None,
+    max_model_len: MaxModelLen = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    precision: Precision = "exact",
+    memory_utilization: MemoryUtilization = None,
+    tensor_parallel_size: TensorParallel = None,
+    data_parallel_size: DataParallel = None,
+    expert_parallel_size: ExpertParallel = None,
+    coordinator_address: CoordinatorAddress = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    config: ConfigFile = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    **sampling: Any,
+) -> None:
+    """Talks with the model, turn by turn.
+
+    Ctrl-C stops an answer, /help lists commands, Ctrl-D or /exit leaves.
+    """
+    check_model(model, "auto", config)
+    params = sampling_params(sampling)
+    messages = [] if prompt_file is None else read_conversation(prompt_file, "--prompt-file")
+    arguments = engine_arguments(
+        config,
+        context,
+        speculative_config=speculative_config,
+        max_model_len=max_model_len,
+        device=device,
+        dtype=dtype,
+        precision=precision,
+        memory_utilization=memory_utilization,
+        tensor_parallel_size=tensor_parallel_size,
+        data_parallel_size=data_parallel_size,
+        expert_parallel_size=expert_parallel_size,
+        coordinator_address=coordinator_address,
+        num_processes=num_processes,
+        process_id=process_id,
+    )
+    llm = interactive_llm(model, arguments, params, config=config, quiet=quiet)
+    conversation = Conversation(llm, params, messages, verbose=verbose)
+    if system is not None:
+        conversation.system(system)
+    conversation.check()  # a model without a template fails here, not later
+    if not quiet:
+        print("Ctrl-C stops an answer, /help lists commands, /exit or Ctrl-D leaves.", file=sys.stderr)
+    with LineInput() as lines:
+        while (text := lines.read()) is not None and conversation.take(text):
+            pass
+
+
+class Conversation:
+    """A conversation and what its user may do with it.
+
+    Attributes:
+        messages: in OpenAI form; a system message stands first.
+    """
+
+    def __init__(self, llm: LLM, params: SamplingParams, messages: Messages, *, verbose: bool = False) -> None:
+        self._llm, self._params, self._verbose = llm, params, verbose
+        self.messages = messages
+
+    def check(self) -> None:
+        """Raises UserError if the model has no chat template, or one that does not take these messages."""
+        self._llm.chat_prompt([*self._system(), {"role": "user", "content": "hello"}])
+
+    def take(self, text: str) -> bool:
+        """Does what a line asks for: a command, or a question to answer. Returns False if it was to leave."""
+        command, _, rest = text.strip().partition(" ")
+        rest = rest.strip()
+        try:
+            match command:
+                case "":
+                    pass
+                case "/exit" | "/quit" | "/bye":
+                    return False
+                case "/help" | "/?":
+                    print(HELP, file=sys.stderr)
+                case "/clear" | "/reset":
+                    self.messages = self._system()
+                case "/system":
+                    self.system(rest)
+                case "/save":
+                    self.save(rest)
+                case "/load":
+                    self.messages = read_conversation(_file(rest, command), command)
+                    print(f"({len(self.messages)} messages)", file=sys.stderr)
+                case "/regen":
+                    self.answer_again()
+                case _ if command.startswith("/") and "\n" not in text:
+                    print(f"unknown command {command}: /help lists commands, /exit leaves", file=sys.stderr)
+                case _:
+                    self.ask(text.strip())
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+        return True
+
+    def system(self, text: str) -> None:
+        """Sets the system message; shows it if the text is empty."""
+        if text:
+            self.messages = [{"role": "system", "content": text}, *self.messages[len(self._system()) :]]
+            return
+        shown = self._system()
+        print(f"system: {shown[0]['content']}" if shown else "no system message", file=sys.stderr)
+
+    def save(self, file: str) -> None:
+        """Writes the conversation as JSON."""
+        try:
+            with open(_file(file, "/save"), "w", encoding="utf-8") as stream:
+                json.dump(self.messages, stream, ensure_ascii=False, indent=2)
+                stream.write("\n")
+        except OSError as error:
+            raise UserError(f"/save {file}: {error.strerror}") from None
+
+    def answer_again(self) -> None:
+        """Answers the last question again."""
+        questions = [at for at, message in enumerate(self.messages) if message["role"] == "user"]
+        if not questions:
+            raise UserError("nothing was asked yet")
+        question = self.messages[questions[-1]]
+        self.messages = self.messages[: questions[-1]]
+        self.ask(question["content"])
+
+    def ask(self, text: str) -> None:
+        """Streams the answer to a question; if it does not fit, the conversation stays as it was."""
+        asked = [*self.messages, {"role": "user", "content": text}]
+        said: list[str] = []
+        try:
+            stream = answer(self._llm, self._llm.chat_prompt(asked), self._params)
+            try:
+                show_answer(_keeping(stream, said), self._params, verbose=self._verbose)
+            finally:
+                stream.close()  # type: ignore[attr-defined]
+        except KeyboardInterrupt:
+            print("(stopped)", file=sys.stderr)
+        except UserError as error:
+            raise UserError(f"{error} (/clear starts a new conversation)") from None
+        self.messages = [*asked, {"role": "assistant", "content": "".join(said)}]
+
+    def _system(self) -> Messages:
+        return self.messages[:1] if self.messages and self.messages[0]["role"] == "system" else []
+
+
+def _keeping(chunks: Iterable[StreamChunk], texts: list[str]) -> Iterator[StreamChunk]:
+    """The chunks, whose texts are also kept: Ctrl-C leaves what has been said."""
+    for chunk in chunks:
+        texts.append(chunk.text)
+        yield chunk
+
+
+def _file(name: str, command: str) -> str:
+    if not name:
+        raise UserError(f"{command} needs the name of a file")
+    return name
