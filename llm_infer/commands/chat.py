@@ -53,7 +53,7 @@ HELP = """\
 /save FILE     writes the conversation as JSON
 /load FILE     goes on with a conversation that was saved
 /exit          leaves, as Ctrl-D does
-\"\"\"            begins and ends text of several lines, as does \\ behind each but the last
+\"\"\"            begins and ends text of several lines; or end lines in \\
 Ctrl-C         stops an answer"""
 
 

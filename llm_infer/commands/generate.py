@@ -46,7 +46,7 @@ def generate(
     prompt_flag: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, as a flag.")] = None,
     prompt_file: Annotated[
         str | None,
-        typer.Option("--prompt-file", "-f", metavar="FILE", help="File with the prompt, or .json with a conversation."),
+        typer.Option("--prompt-file", "-f", metavar="FILE", help="File with the prompt, or .json of chat's /save."),
     ] = None,
     model: AnyModel = DEFAULT_MODEL_NAME,
     system: System = None,
@@ -103,25 +103,41 @@ def generate(
         ids = llm.tokenizer.encode(asked)
     else:
         messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        ids = llm.chat_prompt([{"role": "system", "content": system}, *messages] if system else messages)
+        if system:
+            rest = messages[1:] if messages[0]["role"] == "system" else messages
+            messages = [{"role": "system", "content": system}, *rest]
+        ids = llm.chat_prompt(messages)
     show_answer(answer(llm, ids, params), params, verbose=verbose)
 
 
 def _prompt(argument: str | None, flag: str | None, file: str | None) -> str | Messages:
-    """Returns the text, or the conversation of a .json file, from wherever it is given.
+    """Returns the text, from wherever it is given, or the conversation of a .json file, to which a text is the next turn.
 
     Raises:
         UserError: it is given nowhere or several times, or is empty.
     """
     given = [each for each in (argument, flag, file) if each is not None]
-    if len(given) != 1:
+    conversation = file is not None and file.lower().endswith(".json")
+    if len(given) - conversation > 1 or not given:
         how = 'as in llm-infer generate "Why is the sky blue?", or with --prompt or --prompt-file'
         raise UserError(f"give {'one prompt only' if given else 'a prompt'}, {how}")
-    if file is not None and file.lower().endswith(".json"):
-        return read_conversation(file, "--prompt-file")
-    text = _standard_input() if argument == "-" else given[0]
-    if file is not None:  # in which the last line ends, too
-        text = read_text(file, "--prompt-file").removesuffix("\n")
+    if file is not None and conversation:
+        messages = read_conversation(file, "--prompt-file")
+        if len(given) > 1:
+            return [*messages, {"role": "user", "content": _text(given[0])}]
+        if messages[-1]["role"] == "assistant":
+            raise UserError(f"--prompt-file {file} ends with an answer: give the next question, too")
+        return messages
+    # In a file the last line ends, too.
+    return _checked(read_text(file, "--prompt-file").removesuffix("\n")) if file is not None else _text(given[0])
+
+
+def _text(prompt: str) -> str:
+    """Returns the prompt that was typed; '-' stands for standard input."""
+    return _checked(_standard_input() if prompt == "-" else prompt)
+
+
+def _checked(text: str) -> str:
     if not text.strip():
         raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
     return text

@@ -128,11 +128,14 @@ def test_prompts_from_everywhere(
     saved = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     (tmp_path / "c.json").write_text(json.dumps(saved))
     (tmp_path / "bad.json").write_text('{"role": "user"}')
-    text, conversation, bad = (str(tmp_path / name) for name in ("p.txt", "c.json", "bad.json"))
+    (tmp_path / "answered.json").write_text(json.dumps(saved[:2]))
+    names = ("p.txt", "c.json", "bad.json", "answered.json")
+    text, conversation, bad, answered = (str(tmp_path / name) for name in names)
     system = {"role": "system", "content": "S"}
     for flags, prompt in (
         (["-f", text], [{"role": "user", "content": "two\nlines"}]),
         (["--prompt-file", text, "--raw"], "raw two\nlines"),
+        (["-f", conversation, "d"], [*saved, {"role": "user", "content": "d"}]),
         (["--prompt", "x", "--system", "S"], [system, {"role": "user", "content": "x"}]),
         (["-f", conversation, "--system", "S"], [system, *saved]),
     ):
@@ -142,6 +145,8 @@ def test_prompts_from_everywhere(
         ([], "give a prompt, as in"),
         (["a", "-p", "b"], "give one prompt only"),
         (["-f", "missing.txt"], "--prompt-file missing.txt: No such file"),
+        (["-f", answered], "ends with an answer: give the next question, too"),
+        (["-f", text, "a"], "give one prompt only"),
         (["-f", bad], "expected a list of messages"),
         (["-p", " "], "the prompt is empty"),
         (["a", "--raw", "--system", "S"], "--system needs a chat template, and --raw leaves it out"),
