@@ -65,12 +65,6 @@ def pull(
     print(f"{found.name}: {files}, {size(found.num_bytes)} in {found.path}")
     if found.unchecked:
         print(f"note: the hub gives no hash to check {', '.join(found.unchecked)}", file=sys.stderr)
-    if found.kind == "gguf" and len(found.files) > 1:
-        print(
-            "note: the model is in several parts: join them with llama.cpp's `llama-gguf-split --merge` and give the result "
-            "to --model",
-            file=sys.stderr,
-        )
 
 
 @commands.command("list")

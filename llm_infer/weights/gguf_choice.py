@@ -9,11 +9,11 @@ from pathlib import PurePosixPath
 
 from llm_infer.base.errors import ModelError
 from llm_infer.base.sizes import size
+from llm_infer.weights.gguf_parts import PART_NAME
 
 PREFERRED = "Q4_K_M"
 """The type that is taken where none is named, as in llama.cpp."""
 
-_PARTS = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})")
 _TYPE = re.compile(
     r"(?<![A-Z0-9])(?:UD-)?(?:I?Q\d(?:_[A-Z0-9]+)*|TQ\d_\d|MXFP4(?:_MOE)?|NVFP4|BF16|F16|F32|FP16|FP32)(?![A-Z0-9])"
 )
@@ -62,7 +62,7 @@ def gguf_models(sizes: Mapping[str, int]) -> list[GGUFModel]:
         if not path.lower().endswith(".gguf"):
             continue
         whole = path[: -len(".gguf")]
-        parts = _PARTS.fullmatch(whole)
+        parts = PART_NAME.fullmatch(whole)
         stem = whole if parts is None else parts["stem"]
         name = PurePosixPath(stem).name.lower()
         if name.startswith(_NO_MODELS) or name.endswith(_NO_MODELS):
