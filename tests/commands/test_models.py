@@ -40,10 +40,10 @@ def test_models_are_pulled_listed_and_removed(tmp_path: Path) -> None:
             environment(hub.endpoint, home),
         )
     default, by_type, tagged, directory, again, listed, *refused = pulled
-    assert default == (0, f"org/a:Q4_K_M: 1 file, 4.0 kB in {snapshot}/a-Q4_K_M.gguf\n", "")  # as llama.cpp
-    assert by_type == (0, f"org/a:f16: 2 files, 6.0 kB in {snapshot}/big/a-F16-00001-of-00002.gguf\n", "")
+    assert default[:2] == (0, f"org/a:Q4_K_M: 1 file, 4.0 kB in {snapshot}/a-Q4_K_M.gguf\n")  # as llama.cpp
+    assert by_type[:2] == (0, f"org/a:f16: 2 files, 6.0 kB in {snapshot}/big/a-F16-00001-of-00002.gguf\n")
     assert tagged[1].startswith("org/a@v1:q8_0: 1 file, 300 B in") and OLD_SHA in tagged[1]
-    assert directory[1].startswith("org/w: 3 files, 704 B in") and again == default
+    assert directory[1].startswith("org/w: 3 files, 704 B in") and again[:2] == default[:2]
     assert hub.served.count("a-Q4_K_M.gguf") == 1 and "a-Q8_0.gguf" in hub.served and "x.bin" not in hub.served
     rows = [line.split() for line in listed[1].splitlines()]
     assert [(row[0], " ".join(row[1:3])) for row in rows if row[0] != DEFAULT_MODEL.name] == [
