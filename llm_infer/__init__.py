@@ -11,14 +11,18 @@ if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.decoding.structured import StructuredOutputsParams
     from llm_infer.llm import LLM
+    from llm_infer.options import EngineOptions
+    from llm_infer.starting import follow
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams"]
+__all__ = ["LLM", "EngineOptions", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "follow"]
 
 _HOME = {
     "LLM": "llm_infer.llm",
     "SamplingParams": "llm_infer.decoding.sampling_params",
     "StructuredOutputsParams": "llm_infer.decoding.structured",
     "RequestOutput": "llm_infer.base.outputs",
+    "EngineOptions": "llm_infer.options",
+    "follow": "llm_infer.starting",
 }
 
 

@@ -14,6 +14,7 @@ from llm_infer.base.errors import UserError
 from llm_infer.bench import context, decoding, memory, offline, peers, step
 from llm_infer.bench.compiled import kernels
 from llm_infer.bench.peers import table
+from llm_infer.options import EngineOptions
 
 
 def test_growth_is_a_multiple_of_the_time_to_read_what_was_added() -> None:
@@ -146,9 +147,10 @@ def test_rows_of_offline_come_one_by_one_and_a_missing_value_is_left_out(
 
     times = SimpleNamespace(compiles_after_warmup=0)
     engine = SimpleNamespace(runner=SimpleNamespace(times=times))
-    monkeypatch.setattr(offline, "LLM", lambda *_, **__: SimpleNamespace(engine=engine, warm_up=lambda: None))
+    llm = SimpleNamespace(engine=engine, warm_up=lambda: None)
+    monkeypatch.setattr(offline, "LLM", SimpleNamespace(of=lambda _: llm))
     monkeypatch.setattr(offline, "measure", measure)
-    offline.run("m", "1", 4, 4, 8, 2, str(tmp_path / "out.json"), {})
+    offline.run("1", 4, 4, 8, 2, str(tmp_path / "out.json"), EngineOptions("m"))
     assert "prefill_8" in shown[1] and "decode_b1" in shown[2] and "medians of 2 rounds" in capsys.readouterr().out
     assert json.loads((tmp_path / "out.json").read_text())["runs"]["decode_b1"]["decode_tok_s"] == 5.0
 

@@ -146,7 +146,7 @@ def test_an_answer_that_could_not_go_on_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     llm = _Answering(StreamChunk(0, "begun", [1], None), StreamChunk(0, "", [], "error", error="lower min_tokens"))
-    monkeypatch.setattr(generate, "interactive_llm", lambda *_, **__: llm)
+    monkeypatch.setattr(generate, "interactive_llm", lambda _: llm)
     assert run(monkeypatch, capsys, "generate", "hello") == (1, "begun\n", "error: lower min_tokens\n")
 
 
@@ -158,7 +158,7 @@ def test_log_probabilities_come_after_the_answer_as_a_table(
     llm = _Answering(
         StreamChunk(0, " Paris", [5], None, logprobs=[first]), StreamChunk(0, "\n", [7], "length", logprobs=[second])
     )
-    monkeypatch.setattr(generate, "interactive_llm", lambda *_, **__: llm)
+    monkeypatch.setattr(generate, "interactive_llm", lambda _: llm)
     monkeypatch.setattr(sys, "stderr", sys.stdout)  # as a terminal shows it
     code, out, _ = run(monkeypatch, capfd, "generate", "hello", "--logprobs", "2")
     assert code == 0 and out.splitlines() == [
@@ -175,7 +175,7 @@ def test_each_kind_of_structure_reaches_the_request(
     (tmp_path / "file").write_text("{}")
     asked = []
     llm = _Answering(StreamChunk(0, "a", [1], "stop"))
-    monkeypatch.setattr(generate, "interactive_llm", lambda *_, **__: llm)
+    monkeypatch.setattr(generate, "interactive_llm", lambda _: llm)
     monkeypatch.setattr(generate, "show_answer", lambda _, params, **__: asked.append(params.structured_outputs))
     file = str(tmp_path / "file")
     for flags in (["--json-schema", file], ["--regex", "a+"], ["--choice", "a", "--choice", "b"], ["--grammar", file]):
@@ -210,7 +210,7 @@ def test_a_structured_answer_that_was_cut_says_so(
 ) -> None:
     (tmp_path / "schema.json").write_text('{"type": "object"}')
     llm = _Answering(*(StreamChunk(0, "{", [1], reason if i == tokens else None) for i in range(1, tokens + 1)))
-    monkeypatch.setattr(generate, "interactive_llm", lambda *_, **__: llm)
+    monkeypatch.setattr(generate, "interactive_llm", lambda _: llm)
     for flags in ((), ("--json-schema", str(tmp_path / "schema.json"))):
         code, out, err = run(monkeypatch, capsys, "generate", "hello", "--max-tokens", "3", *flags)
         assert code == 0 and out == "{" * tokens + "\n"

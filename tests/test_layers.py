@@ -29,6 +29,7 @@ ONLY_IN = {
 # These run without JAX: they can be read, tested and reused on their own.
 HOST = (
     *("llm_infer/base/", "llm_infer/scheduler/", "llm_infer/kvcache/", "llm_infer/text/", "llm_infer/config.py"),
+    "llm_infer/options.py",
     *(f"llm_infer/decoding/{name}.py" for name in ("sampling_params", "beam", "speculative", "structured")),
     *("llm_infer/decoding/token_rules.py", "llm_infer/planner/cost.py", "pallas_kernels/paged_attention/plan.py"),
 )
@@ -44,9 +45,11 @@ class LayerOfCode(NamedTuple):
 # Imports point down only: a module may import from its own layer and from those after it.
 LAYERS = (
     LayerOfCode(("llm_infer/commands/", "llm_infer/bench/"), "the command line; benchmarks"),
-    LayerOfCode(("llm_infer/engine_arguments.py",), "settings from files and flags"),
-    LayerOfCode(("llm_infer/llm.py",), "`LLM`, the synchronous class"),
+    LayerOfCode(
+        ("llm_infer/llm.py", "llm_infer/functional.py"), "`LLM`, the synchronous class; functions for notebooks"
+    ),
     LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),
+    LayerOfCode(("llm_infer/starting.py",), "from options to tokenizer and engine, on one host or several"),
     LayerOfCode(("llm_infer/loading.py",), "a model's name to a tokenizer and a loaded model"),
     LayerOfCode(("llm_infer/planner/",), "memory in closed form; compiling for chips that are not here"),
     LayerOfCode(("llm_infer/engine/",), "step programs, runner, engine; token ids only"),
@@ -58,6 +61,7 @@ LAYERS = (
     LayerOfCode(("llm_infer/kvcache/",), "page allocator, page tables, prefix cache"),
     LayerOfCode(("llm_infer/parallel/",), "mesh, what is cut over it, collectives, several hosts"),
     LayerOfCode(("llm_infer/quant/",), "weights in fewer bits as pytrees"),
+    LayerOfCode(("llm_infer/options.py",), "every setting of an engine, once: arguments, files and flags"),
     LayerOfCode(("llm_infer/config.py",), "engine configuration, checked when it is made"),
     LayerOfCode(("llm_infer/base/",), "errors, results, progress, the environment"),
     LayerOfCode(("llm_infer/__init__.py",), "public names"),

@@ -5,19 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pallas_kernels.cache_folder import cache_folder
+
 OFFLINE_VARIABLES = ("LLM_INFER_OFFLINE", "HF_HUB_OFFLINE")
 
 
 def cache_dir() -> Path:
-    """The user's cache directory of this project, which need not exist yet.
-
-    `LLM_INFER_CACHE`, else `$XDG_CACHE_HOME/llm_infer`, else `~/.cache/llm_infer` (XDG Base Directory Specification).
-    """
-    chosen = os.environ.get("LLM_INFER_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "llm_infer"
+    """Returns the user's cache directory of this project, which need not exist yet; see `pallas_kernels.cache_folder`."""
+    return cache_folder()
 
 
 def offline_variable() -> str | None:

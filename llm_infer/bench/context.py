@@ -13,6 +13,7 @@ import numpy as np
 
 from llm_infer.base.errors import UserError
 from llm_infer.bench.offline import measure
+from llm_infer.engine.state import FULL
 from llm_infer.llm import LLM
 
 COPIED_BYTES = 1 << 28
@@ -35,7 +36,7 @@ def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str,
         for length in lengths:
             tpot = measure(engine, rng, 1, length, new_tokens)["tpot_s"]
             seconds[length] = min(seconds[length], tpot)
-    pool = engine.runner.pages
+    pool = engine.runner.state.cache[FULL]
     token_bytes = pool.nbytes // (pool.shape[1] * engine.config.cache.page_size)
     report = growth(seconds, token_bytes, copy_bandwidth(len(os.sched_getaffinity(0))))
     print(table(report))

@@ -18,6 +18,7 @@ from llm_infer.engine.engine import Engine
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.programs import described
 from llm_infer.engine.runner import Runner, StepProgram
+from llm_infer.engine.state import StepInputs, StepState
 from llm_infer.models.architectures import architecture_config, architecture_names
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.models.params import split_model
@@ -30,17 +31,20 @@ class IdleRunner(Runner):
 
     def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
         """The idle program of a bucket."""
-        layout = self.steps.layout(bucket, features)
+        layout = self.step_programs.layout(bucket, features)
 
-        def step(params: Any, pages: Any, last_ids: Any, packed: Any, state: Any, allowed: Any) -> Any:
-            return pages, last_ids, state, {"ids": jnp.zeros((1, layout.num_draws), jnp.int32)}
+        def step(params: Any, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Any]]:
+            return state, {"ids": jnp.zeros((1, layout.num_draws), jnp.int32)}
 
         if (bucket, features) not in self._programs:
-            params, pool = jax.tree.map(described, self.model.params), self.steps.pool(self.num_pages)
-            packed = jax.ShapeDtypeStruct((1, layout.size), jnp.int32)
-            jitted = jax.jit(step, donate_argnums=(1, 2, 4), keep_unused=True)  # else XLA would drop the parameters
-            run = jitted.lower(params, pool, self.steps.last_ids(), packed, None, None).compile()
-            self._programs[bucket, features] = StepProgram(layout, features, run, None)
+            params = jax.tree.map(described, self.model.params)
+            state, inputs = (
+                self.step_programs.state(features, self.num_pages),
+                self.step_programs.inputs(bucket, features),
+            )
+            jitted = jax.jit(step, donate_argnums=1, keep_unused=True)  # else XLA would drop the parameters
+            run = jitted.lower(params, state, inputs).compile()
+            self._programs[bucket, features] = StepProgram(layout, features, state, inputs, run, None)
         return self._programs[bucket, features]
 
 

@@ -61,7 +61,10 @@ def main(model: str, pool_bytes: str, precision: str) -> None:
     llm.generate(["A boat leaves the harbour at noon and"], SamplingParams(max_tokens=48, temperature=0.0))
     found |= {"decoding": _resident("VmRSS"), "peak": _resident("VmHWM")}
     params = llm.engine.runner.model.params.values()
-    found |= {"weights": sum(value.nbytes for value in params), "pool": llm.engine.runner.pages.nbytes}
+    found |= {
+        "weights": sum(value.nbytes for value in params),
+        "pool": sum(pool.nbytes for pool in llm.engine.runner.state.cache.values()),
+    }
     print(json.dumps({**found, "processors": os.cpu_count()}))
 
 

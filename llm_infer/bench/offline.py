@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +13,35 @@ import numpy as np
 from llm_infer.base.errors import UserError
 from llm_infer.bench.rates import measure
 from llm_infer.llm import LLM
+from llm_infer.options import EngineOptions
+from llm_infer.starting import take_part
 
 
 def run(
-    model: str,
     batch: str,
     prompt_tokens: int,
     new_tokens: int,
     prefill_tokens: int,
     rounds: int,
     json_file: str | None,
-    arguments: Mapping[str, Any],
+    options: EngineOptions,
 ) -> None:
     """Measures and prints a table; rounds go through all settings in turn, so that drift hits them alike.
 
-    `arguments` of `LLM`; the limits that the runs need are set here.
+    The limits that the runs need are set here, whatever `options` say of them.
     """
     sizes = _batch_sizes(batch)
     longest = max(prompt_tokens + new_tokens, prefill_tokens + 1)
-    limits = {
-        "max_model_len": longest,
-        "max_num_seqs": max(2, *sizes),
-        "max_num_batched_tokens": max(512, *sizes),
-        "enable_prefix_caching": False,
-    }
-    llm = LLM(model, **{**arguments, **limits})
+    options = replace(
+        options,
+        max_model_len=longest,
+        max_num_seqs=max(2, *sizes),
+        max_num_batched_tokens=max(512, *sizes),
+        enable_prefix_caching=False,
+    )
+    if take_part(options):
+        return
+    llm = LLM.of(options)
     llm.warm_up()
     engine, rng = llm.engine, np.random.default_rng(0)
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -55,7 +59,9 @@ def run(
     compiles = engine.runner.times.compiles_after_warmup
     print(f"programs compiled after warm-up: {compiles}")
     if json_file:
-        Path(json_file).write_text(json.dumps({"model": model, "rounds": rounds, "runs": report}, indent=2) + "\n")
+        Path(json_file).write_text(
+            json.dumps({"model": str(options.model), "rounds": rounds, "runs": report}, indent=2) + "\n"
+        )
 
 
 def _batch_sizes(text: str) -> list[int]:

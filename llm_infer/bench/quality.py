@@ -13,12 +13,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llm_infer.base.progress import Progress
+from llm_infer.engine.state import FULL
+from llm_infer.engine.steps import attention_over
 from llm_infer.loading import load
-from llm_infer.models.decoder import Cache, Layer
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import merge_model
 from llm_infer.text.tokenizer import Tokenizer
-from pallas_kernels.paged_attention import AttentionPlan, kv_pool_dtype, kv_pool_shape, paged_attention
+from pallas_kernels.paged_attention import AttentionPlan, kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan, plan_fields
 
 PAGE = 16
@@ -83,10 +84,8 @@ class TeacherForced:
         def forward(params: dict, ids: Array, positions: Array, plan: AttentionPlan) -> Float[Array, "T V"]:
             decoder = merge_model(model.definition, params)
 
-            def attend(q: Array, k: Array, v: Array, pages: Cache, layer: Layer) -> tuple[Array, Cache]:
-                return paged_attention(q, k, v, pages, plan, layer=layer, scale=config.head_dim**-0.5)
-
-            hidden, _ = decoder(ids, positions, jnp.zeros(pool_shape, pool_dtype), attend)
+            cache = {FULL: jnp.zeros(pool_shape, pool_dtype)}
+            hidden, _ = decoder(ids, positions, cache, attention_over(plan))
             return jax.nn.log_softmax(decoder.logits(hidden), axis=-1)
 
         self._forward = forward

@@ -7,71 +7,34 @@ from typing import Annotated
 import typer
 
 from llm_infer.commands.command import Commands
-from llm_infer.commands.options import (
-    DEFAULT_MODEL_NAME,
-    AnyModel,
-    ConfigFile,
-    DataParallel,
-    Debug,
-    Device,
-    Dtype,
-    ExpertParallel,
-    JsonFile,
-    LoadFormat,
-    MemoryUtilization,
-    Model,
-    Precision,
-    TensorParallel,
-    check_model,
-    engine_arguments,
-)
+from llm_infer.commands.options import Debug, JsonFile, Model, Precision, takes_engine_options
+from llm_infer.options import DEFAULT_MODEL_NAME, EngineOptions
 
 bench = Commands(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
 
 
 @bench.command()
+@takes_engine_options(
+    *("num_scheduler_steps", "load_format", "device", "dtype", "precision", "memory_utilization"),
+    *("tensor_parallel_size", "data_parallel_size", "expert_parallel_size"),
+)
 def offline(
-    context: typer.Context,
-    model: AnyModel = DEFAULT_MODEL_NAME,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma separated.")] = "1,8,32",
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the decode runs.")] = 128,
     new_tokens: Annotated[int, typer.Option(help="New tokens of each sequence.")] = 64,
     prefill_tokens: Annotated[int, typer.Option(help="Prompt length of the prefill run.")] = 512,
     rounds: Annotated[int, typer.Option(help="Repetitions; medians are reported.")] = 3,
     json_file: JsonFile = None,
-    num_scheduler_steps: Annotated[int, typer.Option(help="Decode steps that run as one program.")] = 1,
-    load_format: LoadFormat = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    precision: Precision = "exact",
-    tensor_parallel_size: TensorParallel = None,
-    data_parallel_size: DataParallel = None,
-    expert_parallel_size: ExpertParallel = None,
-    memory_utilization: MemoryUtilization = None,
-    config: ConfigFile = None,
-    debug: Debug = False,
+    *,
+    options: EngineOptions,
 ) -> None:
     """Measures throughput and latencies of prefill and decoding.
 
     Also where the time of a step goes, and how full the pages are.
     """
-    check_model(model, load_format, config)
     from llm_infer.bench.offline import run
 
-    arguments = engine_arguments(
-        config,
-        context,
-        num_scheduler_steps=num_scheduler_steps,
-        load_format=load_format,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        memory_utilization=memory_utilization,
-    )
-    run(model, batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, arguments)
+    run(batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, options)
 
 
 @bench.command()

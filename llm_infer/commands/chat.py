@@ -13,33 +13,11 @@ from llm_infer.base.errors import UserError
 from llm_infer.base.outputs import StreamChunk
 from llm_infer.commands.answers import answer, show_answer
 from llm_infer.commands.command import with_flags
-from llm_infer.commands.interactive import Messages, interactive_llm, read_conversation
+from llm_infer.commands.interactive import Messages, for_requests, interactive_llm, read_conversation
 from llm_infer.commands.line_input import LineInput
-from llm_infer.commands.options import (
-    DEFAULT_MODEL_NAME,
-    AnyModel,
-    ConfigFile,
-    CoordinatorAddress,
-    DataParallel,
-    Debug,
-    Device,
-    Dtype,
-    ExpertParallel,
-    MaxModelLen,
-    MemoryUtilization,
-    NumProcesses,
-    Precision,
-    ProcessId,
-    Quiet,
-    SpeculativeConfig,
-    System,
-    TensorParallel,
-    Threads,
-    Verbose,
-    check_model,
-    engine_arguments,
-)
+from llm_infer.commands.options import ONE_USER, Quiet, System, Threads, Verbose, takes_engine_options
 from llm_infer.commands.sampling import FLAGS, sampling_params
+from llm_infer.options import EngineOptions
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
@@ -57,57 +35,27 @@ HELP = """\
 Ctrl-C         stops an answer"""
 
 
+@takes_engine_options(**ONE_USER)
 @with_flags(FLAGS, before="threads", max_tokens=512)
 def chat(
-    context: typer.Context,
-    model: AnyModel = DEFAULT_MODEL_NAME,
     system: System = None,
     prompt_file: Annotated[
         str | None, typer.Option("--prompt-file", "-f", metavar="FILE", help="Go on with a conversation of /save.")
     ] = None,
     threads: Threads = None,
-    speculative_config: SpeculativeConfig = None,
-    max_model_len: MaxModelLen = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    precision: Precision = "exact",
-    memory_utilization: MemoryUtilization = None,
-    tensor_parallel_size: TensorParallel = None,
-    data_parallel_size: DataParallel = None,
-    expert_parallel_size: ExpertParallel = None,
-    coordinator_address: CoordinatorAddress = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-    config: ConfigFile = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    options: EngineOptions,
     **sampling: Any,
 ) -> None:
     """Talks with the model, turn by turn.
 
     Ctrl-C stops an answer, /help lists commands, Ctrl-D or /exit leaves.
     """
-    check_model(model, "auto", config)
     params = sampling_params(sampling)
     messages = [] if prompt_file is None else read_conversation(prompt_file, "--prompt-file")
-    arguments = engine_arguments(
-        config,
-        context,
-        speculative_config=speculative_config,
-        max_model_len=max_model_len,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-        memory_utilization=memory_utilization,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        coordinator_address=coordinator_address,
-        num_processes=num_processes,
-        process_id=process_id,
-    )
-    llm = interactive_llm(model, arguments, params, config=config, quiet=quiet)
+    llm = interactive_llm(for_requests(options, params, quiet=quiet))
     conversation = Conversation(llm, params, messages, verbose=verbose)
     if system is not None:
         conversation.system(system)

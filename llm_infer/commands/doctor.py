@@ -14,6 +14,7 @@ from llm_infer.base.environment import cache_dir, offline_variable
 from llm_infer.commands.user_file import VARIABLE, standard_place, user_file
 from llm_infer.engine.compile_cache import cache_directory
 from llm_infer.weights.default_model import DEFAULT_MODEL, find
+from pallas_kernels import tuned
 
 PACKAGES = (
     *("llm-infer", "jax", "jaxlib", "flax", "orbax-checkpoint", "llvmlite", "llguidance", "gguf", "tokenizers"),
@@ -45,6 +46,7 @@ def _facts() -> list[tuple[str, str]]:
         ("user's defaults", _user_file()),
         ("default model", f"{DEFAULT_MODEL.name}: {model if model else 'not fetched yet (first use fetches it)'}"),
         ("compiled programs", _directory_size(compiled) if compiled else "not kept (LLM_INFER_COMPILE_CACHE=0)"),
+        ("tuned kernels", _directory_size(tuned.user_directory())),
         (
             "network",
             f"not used ({offline_variable()})" if offline_variable() else "used for models that are not here yet",

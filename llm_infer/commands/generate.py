@@ -10,92 +10,37 @@ import typer
 from llm_infer.base.errors import UserError
 from llm_infer.commands.answers import answer, show_answer
 from llm_infer.commands.command import with_flags
-from llm_infer.commands.interactive import Messages, interactive_llm, read_conversation, read_text
-from llm_infer.commands.options import (
-    DEFAULT_MODEL_NAME,
-    AnyModel,
-    ConfigFile,
-    CoordinatorAddress,
-    DataParallel,
-    Debug,
-    Device,
-    Dtype,
-    ExpertParallel,
-    LoadFormat,
-    MaxModelLen,
-    MemoryUtilization,
-    NumProcesses,
-    Precision,
-    ProcessId,
-    Quiet,
-    SpeculativeConfig,
-    System,
-    TensorParallel,
-    Threads,
-    Verbose,
-    check_model,
-    engine_arguments,
-)
+from llm_infer.commands.interactive import Messages, for_requests, interactive_llm, read_conversation, read_text
+from llm_infer.commands.options import ONE_USER, Quiet, System, Threads, Verbose, takes_engine_options
 from llm_infer.commands.sampling import FLAGS, sampling_params
+from llm_infer.options import EngineOptions
 
 
+@takes_engine_options(**ONE_USER)
 @with_flags(FLAGS, before="threads")
 def generate(
-    context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; '-' reads it from standard input.")] = None,
     prompt_flag: Annotated[str | None, typer.Option("--prompt", "-p", help="The prompt, as a flag.")] = None,
     prompt_file: Annotated[
         str | None,
         typer.Option("--prompt-file", "-f", metavar="FILE", help="File with the prompt, or .json of chat's /save."),
     ] = None,
-    model: AnyModel = DEFAULT_MODEL_NAME,
     system: System = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     threads: Threads = None,
-    speculative_config: SpeculativeConfig = None,
-    max_model_len: MaxModelLen = None,
-    load_format: LoadFormat = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    precision: Precision = "exact",
-    memory_utilization: MemoryUtilization = None,
-    tensor_parallel_size: TensorParallel = None,
-    data_parallel_size: DataParallel = None,
-    expert_parallel_size: ExpertParallel = None,
-    coordinator_address: CoordinatorAddress = None,
-    num_processes: NumProcesses = None,
-    process_id: ProcessId = None,
-    config: ConfigFile = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
-    debug: Debug = False,
+    *,
+    options: EngineOptions,
     **sampling: Any,
 ) -> None:
     """Answers one prompt; the text goes to standard output.
 
     It streams as it comes. All else that there is to say goes to standard error.
     """
-    check_model(model, load_format, config)
     params = sampling_params(sampling)
     asked = _prompt(prompt, prompt_flag, prompt_file)
-    arguments = engine_arguments(
-        config,
-        context,
-        speculative_config=speculative_config,
-        max_model_len=max_model_len,
-        load_format=load_format,
-        device=device,
-        dtype=dtype,
-        precision=precision,
-        memory_utilization=memory_utilization,
-        tensor_parallel_size=tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        expert_parallel_size=expert_parallel_size,
-        coordinator_address=coordinator_address,
-        num_processes=num_processes,
-        process_id=process_id,
-    )
-    llm = interactive_llm(model, arguments, params, config=config, quiet=quiet)
+    llm = interactive_llm(for_requests(options, params, quiet=quiet))
     if raw or llm.tokenizer.chat_template is None:
         if system is not None or not isinstance(asked, str):
             why = "--raw leaves it out" if raw else "the model has none"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from llm_infer.base.errors import UserError
+from llm_infer.base.interrupts import uninterrupted
+from llm_infer.options import EngineOptions
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
@@ -16,31 +21,25 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 
-def interactive_llm(
-    model: str, arguments: dict[str, Any], params: SamplingParams, *, config: str | None, quiet: bool
-) -> LLM:
-    """Makes an engine for one user: one request at a time, so that few rows are computed and little memory is taken.
+def for_requests(options: EngineOptions, params: SamplingParams, *, quiet: bool) -> EngineOptions:
+    """Returns the options with room for all sequences of a request, and without progress if `quiet`."""
+    rows = max(options.max_num_seqs, params.num_sequences)
+    return replace(options, max_num_seqs=rows, progress=options.progress and not quiet)
 
-    Args:
-        model: name of the model.
-        arguments: of `LLM`, from flags and the file of `--config`.
-        params: of the requests; those of a beam search are as many sequences as it has beams.
-        config: that file, which messages name.
-        quiet: show no progress.
-    """
-    from llm_infer.llm import LLM
-    from llm_infer.parallel.distributed import on_cluster
 
-    if "coordinator_address" in arguments or on_cluster():
+def interactive_llm(options: EngineOptions) -> LLM:
+    """Makes the model's LLM; a process that is not the first of several hosts stays here until the first has ended."""
+    with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
+        from llm_infer.llm import LLM
+        from llm_infer.parallel.distributed import on_cluster
+        from llm_infer.starting import take_part
+
+    if options.coordinator_address is not None or on_cluster():
         _keep_stdout_for_answers()
-    own = {"max_num_seqs": params.num_sequences, "max_num_batched_tokens": 512, "progress": not quiet}
-    try:
-        llm = LLM(model, **{**own, **arguments})
-    except UserError as error:
-        if config is not None and str(error).startswith("device="):
-            raise UserError(f"--config {config}: {error}, in the file or with --device") from None
-        raise
-    if arguments.get("load_format") == "dummy" and not quiet and llm.tokenizer.decode([256]) == "<256>":
+        if take_part(options):
+            raise typer.Exit
+    llm = LLM.of(options)
+    if options.load_format == "dummy" and options.progress and llm.tokenizer.decode([256]) == "<256>":
         print(
             "note: the weights are random and come without a tokenizer: the numbers in the answer are ids of tokens",
             file=sys.stderr,

@@ -1,16 +1,20 @@
-"""Options that several commands have, what is refused before JAX is imported, and how options become arguments of `LLM`."""
+"""Options that several commands have, what is refused before JAX is imported, and flags for settings of the engine."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from collections.abc import Callable, Mapping
+from functools import wraps
+from types import NoneType
 from typing import Annotated, Any
 
 import typer
 
 from llm_infer.base.errors import UserError
-from llm_infer.base.interrupts import uninterrupted
 from llm_infer.commands.completion import complete_model, model_names, nearest
+from llm_infer.options import EngineOptions, read_options, settings
 
 
 def existing_model(name: str) -> str:
@@ -24,8 +28,8 @@ def existing_model(name: str) -> str:
         near = nearest(name, model_names())
         meant = f": did you mean {near!r}?" if near else "."
         raise UserError(
-            f"{name!r} is an architecture without weights{meant} Give the directory or hub id of weights, or for random "
-            "ones --load-format dummy (of generate and bench offline)"
+            f"{name!r} is an architecture without weights{meant} Give the directory or hub id of weights, or "
+            "--load-format dummy (of generate, chat and bench offline) for random ones"
         )
     near = nearest(name, [*model_names(), *architecture_names()])
     meant = f"; did you mean {near!r}?" if near else ""
@@ -54,18 +58,6 @@ def _set_threads(threads: int | None) -> int | None:
     return threads
 
 
-def _json_object(text: str | None) -> Any:
-    """Returns the setting as a mapping."""
-    if text is None or not isinstance(text, str):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(
-            f'--speculative-config {text}: not valid JSON ({error}); expected e.g. \'{{"method": "ngram"}}\''
-        ) from None
-
-
 def writable_file(name: str | None) -> str | None:
     """Refuses a file that cannot be written before minutes are spent on what is to be in it."""
     if name is not None:
@@ -80,78 +72,126 @@ def writable_file(name: str | None) -> str | None:
     return name
 
 
-DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
-MODEL_HELP = "A name of `list`, a hub id org/name[:Q4_K_M], a GGUF file, or a directory."
+def engine_option(name: str) -> Any:
+    """Returns the annotated type of a parameter that is the flag of a setting."""
+    setting = settings()[name]
+    kind = next(each for each in setting.kinds if each is not NoneType)
+    flags = [f"--{each.replace('_', '-')}" for each in (name, *setting.aliases)]
+    if kind is bool:
+        flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
+    parser = _json_mapping if kind is Mapping else None
+    metavar = "NAME" if name == "model" else "|".join(setting.choices) or _METAVARS.get(kind)
+    return Annotated[
+        Any if parser else str if kind not in (bool, int, float) else kind,
+        typer.Option(
+            *flags,
+            *filter(None, [setting.short]),
+            help=setting.summary,
+            metavar=metavar,
+            parser=parser,
+            autocompletion=complete_model if name == "model" else None,
+        ),
+    ]
+
+
+_METAVARS = {int: "N", float: "X", str: "TEXT", Mapping: "JSON"}
+
+
+def _json_mapping(text: str | dict[str, Any]) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if isinstance(text, str) else text  # a file of defaults has it as a table
+    except ValueError as error:
+        raise typer.BadParameter(f'{error}: expected JSON such as \'{{"method": "ngram"}}\'') from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f'{text:.60}: expected JSON such as \'{{"method": "ngram"}}\'')
+    return value
+
+
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help=MODEL_HELP, callback=existing_model, metavar="NAME", autocompletion=complete_model
+        *("--model", "-m"),
+        help=settings()["model"].summary,
+        callback=existing_model,
+        metavar="NAME",
+        autocompletion=complete_model,
     ),
 ]
-AnyModel = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP, metavar="NAME", autocompletion=complete_model)]
-"""Or, with random weights, a published architecture: see `check_model`."""
-MaxModelLen = Annotated[int | None, typer.Option(help="Longest sequence in tokens; default: the model's context.")]
-LoadFormat = Annotated[str, typer.Option(help="auto, or dummy: random weights of an architecture of `models`.")]
-Precision = Annotated[str, typer.Option(help="exact, or fast: int8 activations and bfloat16 pages, on CPUs.")]
-Dtype = Annotated[
-    str, typer.Option(help="Of weights and activations: auto (float32 on CPUs, else bfloat16), float32 …")
-]
-Device = Annotated[str, typer.Option(help="auto, or run only where JAX finds cpu, gpu or tpu.")]
-MemoryUtilization = Annotated[
-    float | None,
-    typer.Option("--memory-utilization", "--gpu-memory-utilization", help="Share of device memory to use (0.9)."),
-]
-TensorParallel = Annotated[
-    int | None, typer.Option("--tensor-parallel-size", "-tp", help="Devices over which every layer is cut.")
-]
-DataParallel = Annotated[
-    int | None, typer.Option("--data-parallel-size", "-dp", help="Shards of the batch, each on devices of its own.")
-]
-ExpertParallel = Annotated[int | None, typer.Option(help="Devices over which the experts of a mixture are spread.")]
-CoordinatorAddress = Annotated[
-    str | None, typer.Option(help="With several hosts: address and free port of process 0, as in 10.0.0.1:8476.")
-]
-NumProcesses = Annotated[int | None, typer.Option(help="With several hosts: processes, one on each.")]
-ProcessId = Annotated[int | None, typer.Option(help="With several hosts: number of this process, from 0.")]
+Precision = engine_option("precision")
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", help="TOML file with engine arguments; flags go before it.", metavar="FILE")
+    str | None,
+    typer.Option("--config", help="TOML file with settings of the engine; flags go before it.", metavar="FILE"),
 ]
 JsonFile = Annotated[
     str | None,
     typer.Option("--json", help="Also write the figures to this file.", callback=writable_file, metavar="FILE"),
 ]
+ONE_USER = {"max_num_seqs": 1, "max_num_batched_tokens": 512}
+"""Few rows are computed and little memory is taken."""
 System = Annotated[str | None, typer.Option("--system", help="System message.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", help="Threads of the CPU kernels.", min=1, callback=_set_threads)
-]
-SpeculativeConfig = Annotated[
-    str | None,
-    typer.Option("--speculative-config", help="Speculative decoding as JSON.", metavar="JSON", callback=_json_object),
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also write the speed of answers to stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no hints.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def check_model(name: str, load_format: str, config: str | None) -> None:
-    """As `existing_model`, unless the weights may be random ones, which a file of `--config` may ask for, too."""
-    if load_format == "auto" and config is None:
-        existing_model(name)
-    if load_format == "dummy":
-        _existing_architecture(name)
+def takes_engine_options(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command `--config` and flags for settings of the engine; it gets all as `EngineOptions`, as `options`.
 
+    What was typed goes before the file, also where it equals the default; the file goes before the user's defaults, and those
+    before this command's `defaults`.
+    A model that is not there is refused here, before JAX is imported.
 
-def engine_arguments(config: str | None, context: typer.Context | None = None, **flags: Any) -> dict[str, Any]:
-    """Arguments of `LLM` from the file of `--config`, and over them the flags that were typed, whatever their values.
-
-    Without the `context` of a command, which knows what was typed, all flags but None count as typed.
+    Args:
+        names: of the settings that are flags beside the model; none stands for all that the command has no parameter for.
+        defaults: this command's own.
     """
-    with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
-        from llm_infer.engine_arguments import read_engine_arguments
 
-    def typed(name: str, value: object) -> bool:
-        source = None if context is None else context.get_parameter_source(name)
-        return value is not None if source is None else source.name != "DEFAULT"
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        *before, last = inspect.signature(command, eval_str=True).parameters.values()
+        assert last.name == "options", f"the last parameter of {command.__name__}"
+        own = {each.name for each in before}
+        flags = ["model", *(names or [name for name in settings() if name not in ("model", "progress", *own)])]
+        flag = {
+            each: _keyword(each, engine_option(each), defaults.get(each, settings()[each].default)) for each in flags
+        }
 
-    arguments = {} if config is None else read_engine_arguments(config)
-    return arguments | {name: value for name, value in flags.items() if typed(name, value)}
+        @wraps(command)
+        def run(_context: typer.Context, config: str | None, debug: bool, **values: Any) -> None:
+            set_here = {name: values.pop(name) for name in flags}
+            source = {name: _source(_context, name) for name in flags}
+            of_user = {name: value for name, value in set_here.items() if source[name] == "DEFAULT_MAP"}
+            typed = {name: value for name, value in set_here.items() if source[name] not in ("DEFAULT", "DEFAULT_MAP")}
+            of_file = {} if config is None else read_options(config)
+            options = EngineOptions(**{**defaults, **of_user, **of_file, **typed})
+            if options.load_format == "auto":
+                existing_model(str(options.model))
+            else:
+                _existing_architecture(str(options.model))
+            try:
+                command(**values, options=options)
+            except UserError as error:
+                if "device" in of_file and "device" not in typed and str(error).startswith("device="):
+                    raise UserError(f"--config {config}: {error}, in the file or with --device") from None
+                raise
+
+        shown = [_keyword("_context", typer.Context), flag.pop("model")]
+        shown += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in before]
+        shown += [*flag.values(), _keyword("config", ConfigFile, None), _keyword("debug", Debug, False)]
+        run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in shown}
+        return run
+
+    return decorate
+
+
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _source(context: typer.Context, name: str) -> str:
+    """Where a value comes from, as click calls it."""
+    source = context.get_parameter_source(name)
+    return "DEFAULT" if source is None else source.name

@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from llm_infer.base.errors import UserError
+from llm_infer.base.settings import by_name
 from llm_infer.commands.completion import nearest
 from llm_infer.commands.sampling import FLAGS
+from llm_infer.options import EngineOptions, settings
 
 VARIABLE = "LLM_INFER_CONFIG"
 COMMANDS = ("generate", "chat")
 """Commands that take these defaults; a table of either name in the file is for it alone."""
 
-NAMES = ("model", "system", "raw", "threads", "config", "verbose", "quiet", *(flag.name for flag in FLAGS))
-"""What may be set: flags that are no engine arguments, of which `config` names a file."""
-
-_LISTS = [flag.name for flag in FLAGS if flag.kind not in (str, int, float, bool)]
+OWN = {"system": str, "raw": bool, "threads": int, "config": str, "verbose": bool, "quiet": bool}
+KINDS = {**OWN, **{flag.name: flag.kind for flag in FLAGS}}
+"""Flags of these commands that are no settings of the engine, and types of their values; `config` names a file of settings."""
 
 
 def user_file() -> Path | None:
@@ -69,17 +70,36 @@ def user_defaults() -> dict[str, dict[str, Any]]:
 def _checked(path: Path, values: Any, table: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path}: {table} is {values!r:.60}, expected a table [{table}]")
-    result = {}
-    for key, value in values.items():
-        name = key.replace("-", "_")
-        if name not in NAMES:
-            near = nearest(name, list(NAMES))
-            hint = f"did you mean {near.replace('_', '-')}? " if near else ""
-            raise UserError(
-                f"{path}: {key!r} is no default of generate and chat; {hint}Settings of the engine stand in a file of "
-                "their own, which `config` names here as --config does on the command line"
-            )
-        if name == "config":  # beside this file, not beside whatever the user works on
-            value = str(path.parent / Path(str(value)).expanduser())
-        result[name] = [value] if name in _LISTS and not isinstance(value, list) else value
-    return result
+    try:
+        return _settings(values) | {
+            name: _own(path, name, value) for key, value in values.items() if (name := key.replace("-", "_")) in KINDS
+        }
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that are settings of the engine, as in a file of `--config`."""
+    rest = {key: value for key, value in values.items() if key.replace("-", "_") not in KINDS}
+    for key in rest:
+        near = nearest(key.replace("-", "_"), list(KINDS))
+        if near is not None and key.replace("-", "_") not in settings():
+            raise UserError(f"{key!r} is no flag of generate and chat: did you mean {near.replace('_', '-')}?")
+    found = by_name(EngineOptions, rest)
+    return {name: settings()[name].checked(value) for name, value in found.items()}
+
+
+def _own(path: Path, name: str, value: Any) -> Any:
+    """A value of one of KINDS, as its flag takes it."""
+    kind = KINDS[name]
+    element = get_args(kind)[0] if get_origin(kind) is list else kind
+    several = value if isinstance(value, list) and element is not kind else [value]
+    accepted = (int, float) if element is float else element
+    if not all(isinstance(each, accepted) and (element is bool or not isinstance(each, bool)) for each in several):
+        raise UserError(f"{name.replace('_', '-')} = {value!r:.60}: expected {_ENGLISH[element]}")
+    if name == "config":  # beside this file, not beside whatever the user works on
+        return str(path.parent / Path(value).expanduser())
+    return several if element is not kind else value
+
+
+_ENGLISH = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}

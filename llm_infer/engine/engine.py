@@ -20,7 +20,7 @@ from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.requests import make_request
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
-from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
+from llm_infer.engine.warm_up import Company, WarmUp, between, prefill_sizes, up_to
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
@@ -131,22 +131,28 @@ class Engine:
         return programs
 
     def warm_up_for(self, requests: Sequence[Request]) -> WarmUp:
-        """The step programs that requests need which have just been added; to be compiled by iterating.
+        """The step programs that requests need which have just been made or added; to be compiled by iterating.
 
         Those of their prompts, as far as the prefix cache does not have them, and of decoding while sequence after
-        sequence ends. What else runs may make the steps larger.
+        sequence ends; also together with what else runs, whose rows are then in the same steps.
         """
-        limits, shards, features = self.config.scheduler, self._num_shards, self.features
+        limits, shards = self.config.scheduler, self._num_shards
+        features = self.features | self._features_of(requests)
         prompts = [self.scheduler.num_uncached(request) for request in requests]
+        beside = Company.of(set(self.scheduler.requests.values()) - set(requests), shards)
         # Of a sample after the first, the last token of the prompt is a step of its own.
         decoding = sum(request.n - (request.max_tokens == 1) for request in requests)
         decoding = min(-(-decoding // shards), limits.max_num_seqs)
         most, sizes = limits.max_num_batched_tokens, []
         for shard in range(min(shards, len(prompts))):
-            sizes += prefill_sizes(prompts[shard::shards], limits.max_num_seqs, most)
+            for size in filter(None, prefill_sizes(prompts[shard::shards], limits.max_num_seqs, most)):
+                sizes += between(self.runner, size, min(most, size + beside.tokens))
+        if decoding and beside.tokens > beside.rows:  # the others' prompts are in its steps
+            sizes += between(self.runner, 1, min(most, decoding + beside.tokens))
         programs = WarmUp()
         programs.add(self.runner, sizes, [features], ())
         if decoding:
+            decoding = min(decoding + beside.rows, limits.max_num_seqs)
             drafts = 0 if self.speculator is None else min(MOST_DRAFTS, decoding * (self.speculator.most_tokens - 1))
             decode = up_to(self.runner, min(most, decoding + drafts))
             programs.add(self.runner, decode, [features & ~FOR_PROMPT], up_to(self.runner, decoding))
@@ -166,6 +172,7 @@ class Engine:
         grammar: Grammar | None = None,
         pooled: bool = False,
         prompt_only: bool = False,
+        queue: bool = True,
     ) -> Request:
         """Queues a request.
 
@@ -179,6 +186,7 @@ class Engine:
             grammar: what the output must match: the compiled form of `params.structured_outputs`.
             pooled: collect hidden states of the prompt: `request.prompt_results` is then a `PooledPrompt`.
             prompt_only: nobody wants the token that is drawn, so the prompt may fill the context.
+            queue: False leaves that to `queue`, so that `warm_up_for` can be told of the request before.
 
         Raises:
             RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, no token may be drawn,
@@ -201,10 +209,16 @@ class Engine:
             pooled=pooled,
             prompt_only=prompt_only,
         )
-        self.scheduler.longest(request)  # refuses what never fits, before anything changes
+        self.scheduler.prepare(request)  # refuses what never fits, before anything changes
+        if queue:
+            self.queue(request)
+        return request
+
+    def queue(self, request: Request) -> None:
+        """Has a request run that `add_request` has made."""
+        self._ready()
         with self._as_a_whole():
             self.scheduler.add(request)
-        return request
 
     def abort(self, request_id: str) -> None:
         """Ends a request; its pages are free at once. Unknown ids are ignored: it may just have finished."""
@@ -238,11 +252,12 @@ class Engine:
     @property
     def features(self) -> StepFeatures:
         """What the unfinished requests need of the step programs, all together."""
+        return self._features_of(self.scheduler.requests.values())
+
+    def _features_of(self, requests: Iterable[Request]) -> StepFeatures:
         drafts = PLAIN if self.speculator is None else StepFeatures.DRAFTS
-        return drafts | union(
-            features_of(request.sampling, pooled=request.pooled)  # type: ignore[arg-type]
-            for request in self.scheduler.requests.values()
-        )
+        each = (features_of(request.sampling, pooled=request.pooled) for request in requests)  # type: ignore[arg-type]
+        return drafts | union(each)
 
     @out_of_memory_names_the_setting()
     def step(self) -> list[TokenEvent]:

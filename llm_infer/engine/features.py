@@ -13,7 +13,7 @@ class StepFeatures(enum.Flag):
 
     Attributes:
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
-        SHAPED: applies penalties and biases, whose per-slot state is kept on the device.
+        PENALTIES: applies penalties and biases, whose per-slot state is kept on the device.
         MASKED: takes a bit mask of the allowed tokens of each row.
         PROMPT_LOGPROBS: returns log-probabilities of the tokens that follow each token of the step.
         POOLED: returns the final hidden states of each row's tokens, their sum and the last.
@@ -23,7 +23,7 @@ class StepFeatures(enum.Flag):
     """
 
     LOGPROBS = enum.auto()
-    SHAPED = enum.auto()
+    PENALTIES = enum.auto()
     MASKED = enum.auto()
     PROMPT_LOGPROBS = enum.auto()
     POOLED = enum.auto()
@@ -41,7 +41,7 @@ PLAIN = StepFeatures(0)
 
 _WORDS = {
     StepFeatures.LOGPROBS: "log-probabilities",
-    StepFeatures.SHAPED: "penalties and biases",
+    StepFeatures.PENALTIES: "penalties and biases",
     StepFeatures.MASKED: "allowed tokens",
     StepFeatures.PROMPT_LOGPROBS: "log-probabilities of prompts",
     StepFeatures.POOLED: "embeddings",
@@ -61,7 +61,7 @@ def serves(program: StepFeatures, needed: StepFeatures) -> bool:
 
 def for_steps(features: StepFeatures) -> StepFeatures:
     """Of features that requests need, those of several decode steps in one program."""
-    return (features & (StepFeatures.LOGPROBS | StepFeatures.SHAPED | StepFeatures.MASKED)) | StepFeatures.STEPS
+    return (features & (StepFeatures.LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS
 
 
 def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures:
@@ -74,7 +74,7 @@ def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures
     if params.logprobs is not None or params.num_sequences > params.n:
         needed |= StepFeatures.LOGPROBS
     if params.has_penalties or params.logit_bias:
-        needed |= StepFeatures.SHAPED
+        needed |= StepFeatures.PENALTIES
     if params.allowed_token_ids is not None or params.bad_words or params.min_tokens or params.structured_outputs:
         needed |= StepFeatures.MASKED
     return needed

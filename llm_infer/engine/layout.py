@@ -15,13 +15,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
+from llm_infer.engine.row_fields import ROW_FIELDS
 from pallas_kernels.paged_attention.plan import PlanShape, plan_fields
 
-FLOATS = frozenset(
-    {"temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-)
+FLOATS = frozenset(field.name for field in ROW_FIELDS if field.dtype is np.float32)
 """Fields whose 32 bits are a float."""
-
 
 STOP_IDS = 8
 """Ids that end a row of several steps on the device."""
@@ -52,23 +50,19 @@ class StepLayout:
 
         `feeds` marks tokens whose id is still on the device, in slot `feed_slot`; `targets` are the tokens that follow in
         a prompt (for PROMPT_LOGPROBS); `logits_row` is the token row whose hidden state a sequence samples from; `slot` is
-        where its drawn id is kept (the last slot takes what nobody reads). The fields of `SamplingRows` and `ShapeRows`
-        are per row. With several steps, `num_steps` is how many tokens to draw for a row, `most_steps` how many for any
+        where its drawn id is kept (the last slot takes what nobody reads); `position` is the place of the token that
+        it draws. With several steps, `num_steps` is how many tokens to draw for a row, `max_steps` how many for any
         row of any shard, and `stop_ids` end it, padded with -1 (ids that do not fit only end it later, on the host).
         """
         tokens, rows = (self.plan.tokens,), (self.num_draws,)
         per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot", "targets"), tokens)
         per_row = dict.fromkeys(
-            (
-                *("logits_row", "slot", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed_high", "seed_low"),
-                *("sample_index", "position", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-                *("has_bias", "copy_from", "copy_to"),
-            ),
+            ("logits_row", "slot", "position", *(field.name for field in ROW_FIELDS), "copy_from", "copy_to"),
             rows,
         )
         fields = {**per_token, **per_row, "num_copies": (1,), **plan_fields(self.plan)}
         if self.steps > 1:
-            fields |= {"num_steps": rows, "most_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
+            fields |= {"num_steps": rows, "max_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
         return fields
 
     def _slices(self) -> Iterator[tuple[str, tuple[int, ...], int, int]]:

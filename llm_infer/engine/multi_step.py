@@ -6,22 +6,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from llm_infer.decoding.shape import SlotState
+from llm_infer.decoding.penalties import PenaltyState
 from llm_infer.engine.features import StepFeatures
 from llm_infer.engine.layout import StepLayout
-from llm_infer.engine.steps import LastIds, Pages, StepFunction, attention_over, draw_ids, drawn_outputs
-from llm_infer.models.config import ModelConfig
+from llm_infer.engine.state import Cache, StepInputs, StepState
+from llm_infer.engine.steps import StepFunction, attention_over, copied_pages, draw_ids, drawn_outputs
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
-from pallas_kernels.paged_attention import AttentionPlan, copy_pages
+from pallas_kernels.paged_attention import AttentionPlan
 from pallas_kernels.paged_attention.decode_plan import decode_plan
 
 
 def make_steps(
     definition: nnx.GraphDef,
-    config: ModelConfig,
     layout: StepLayout,
     features: StepFeatures,
     page_size: int,
@@ -36,59 +35,51 @@ def make_steps(
     take the same number of turns where they talk to each other, so it is for one shard. The outputs have an axis of steps
     behind that of shards: `ids` is [dp, K, R].
     """
-    scale = config.head_dim**-0.5
 
-    def steps(
-        params: Params,
-        pages: Pages,
-        last_ids: LastIds,
-        packed: Int[Array, "dp N"],
-        state: SlotState | None,
-        allowed: Int[Array, "dp R W"] | None,
-    ) -> tuple[Pages, LastIds, SlotState | None, dict[str, Array]]:
-        f = layout.unpack(packed[0])
+    def steps(params: Params, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Array]]:
+        f = layout.unpack(inputs.packed[0])
         first_plan = AttentionPlan(**{name: f[name] for name in AttentionPlan._fields})
         model = merge_model(definition, params)
-        unread = last_ids.shape[1] - 1
-        mask = None if allowed is None else allowed[0]
+        unread = state.last_ids.shape[1] - 1
+        mask = None if inputs.allowed is None else inputs.allowed[0]
 
         def one(
-            index: Array, ids: Array, ended: Array, pages: Pages, state: SlotState | None
-        ) -> tuple[Array, Array, Pages, SlotState | None, dict[str, Array]]:
+            index: Array, ids: Array, ended: Array, cache: Cache, penalties: PenaltyState | None
+        ) -> tuple[Array, Array, Cache, PenaltyState | None, dict[str, Array]]:
             active = ~ended & (index < f["num_steps"])
             positions = f["positions"] + index
             plan = decode_plan(first_plan, positions, active, page_size)
-            hidden, pages = model(ids, positions, pages, attention_over(plan, scale), loop=loop)
+            hidden, cache = model(ids, positions, cache, attention_over(plan), loop=loop)
             logits = model.logits(hidden)
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}
-            drawn, state = draw_ids(logits, rows, state, mask)
+            drawn, penalties = draw_ids(logits, rows, penalties, mask)
             stopped = jnp.any(drawn[:, None] == f["stop_ids"], axis=1)
             outputs = drawn_outputs(logits, drawn, features)
-            return jnp.where(active, drawn, ids), ended | (active & stopped), pages, state, outputs
+            return jnp.where(active, drawn, ids), ended | (active & stopped), cache, penalties, outputs
 
         def proceeds(carry: tuple) -> Array:
             index, _, ended, *_ = carry
             goes_on = jnp.any(~ended & (index < f["num_steps"])) if ends_early else True
-            return (index < f["most_steps"][0]) & goes_on
+            return (index < f["max_steps"][0]) & goes_on
 
         def body(carry: tuple) -> tuple:
-            index, ids, ended, pages, state, outputs = carry
-            ids, ended, pages, state, found = one(index, ids, ended, pages, state)
+            index, ids, ended, cache, penalties, outputs = carry
+            ids, ended, cache, penalties, found = one(index, ids, ended, cache, penalties)
             outputs = jax.tree.map(
                 lambda all_, new: lax.dynamic_update_index_in_dim(all_, new, index, 0), outputs, found
             )
-            return index + 1, ids, ended, pages, state, outputs
+            return index + 1, ids, ended, cache, penalties, outputs
 
-        pages = copy_pages(pages, f["copy_from"], f["copy_to"], f["num_copies"][0])
-        ids = jnp.where(f["feeds"] == 1, last_ids[0, f["feed_slot"]], f["token_ids"])
+        cache = copied_pages(state.cache, f)
+        ids = jnp.where(f["feeds"] == 1, state.last_ids[0, f["feed_slot"]], f["token_ids"])
         # A sequence that ended in the step before, of which the host does not know yet, does nothing.
         ended = (f["feeds"] == 1) & jnp.any(ids[:, None] == f["stop_ids"], axis=1)
-        *_, shapes = jax.eval_shape(one, jnp.int32(0), ids, ended, pages, state)
+        *_, shapes = jax.eval_shape(one, jnp.int32(0), ids, ended, cache, state.penalties)
         outputs = jax.tree.map(lambda x: jnp.zeros((layout.steps, *x.shape), x.dtype), shapes)
-        _, ids, _, pages, state, outputs = lax.while_loop(
-            proceeds, body, (jnp.int32(0), ids, ended, pages, state, outputs)
+        _, ids, _, cache, penalties, outputs = lax.while_loop(
+            proceeds, body, (jnp.int32(0), ids, ended, cache, state.penalties, outputs)
         )
-        last_ids = last_ids.at[0, f["slot"]].set(ids)
-        return pages, last_ids, state, {name: value[None] for name, value in outputs.items()}
+        last_ids = state.last_ids.at[0, f["slot"]].set(ids)
+        return StepState(cache, last_ids, penalties), {name: value[None] for name, value in outputs.items()}
 
     return steps

@@ -22,7 +22,7 @@ CPU_POOL_SHARE = 0.25
 
 LARGEST = (
     StepFeatures.LOGPROBS
-    | StepFeatures.SHAPED
+    | StepFeatures.PENALTIES
     | StepFeatures.MASKED
     | StepFeatures.PROMPT_LOGPROBS
     | StepFeatures.POOLED
@@ -93,7 +93,7 @@ def choose_num_pages(
 
 def page_bytes(steps: StepPrograms) -> int:
     """Bytes of a page of all layers on each device."""
-    return local_bytes(steps.pool(2)) // 2
+    return local_bytes(steps.cache(2)) // 2
 
 
 def pages_in(steps: StepPrograms, memory: int, most: int) -> int:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_infer.config import EngineConfig
-from llm_infer.decoding.shape import SlotState, empty_state
+from llm_infer.decoding.penalties import PenaltyState, empty_penalties
 from llm_infer.decoding.token_rules import mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
@@ -19,6 +19,7 @@ from llm_infer.engine.memory import page_dtype
 from llm_infer.engine.multi_step import make_steps
 from llm_infer.engine.platform import layer_loop, query_rows
 from llm_infer.engine.sharding import StepSharding
+from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
 from llm_infer.engine.steps import make_step
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
@@ -83,40 +84,45 @@ class StepPrograms:
         draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket)), draws)
 
-    def pool(self, num_pages: int) -> jax.ShapeDtypeStruct:
-        """The page pool, `num_pages` of each data-parallel shard."""
-        return self.sharding.pool(num_pages, self.engine.cache.page_size, self.page_dtype)
+    def cache(self, num_pages: int) -> Cache:
+        """Describes the pools, `num_pages` of each data-parallel shard."""
+        return {FULL: self.sharding.pool(num_pages, self.engine.cache.page_size, self.page_dtype)}
 
-    def last_ids(self) -> jax.ShapeDtypeStruct:
-        """The last drawn id of each slot. One slot more than sequences: rows whose id nobody reads write there."""
-        return self.sharding.struct((self.sharding.num_shards, self.engine.scheduler.max_num_seqs + 1), jnp.int32)
-
-    def state(self) -> SlotState:
-        """What steps with SHAPED keep of each slot."""
+    def penalties(self) -> PenaltyState:
+        """Describes what steps with PENALTIES keep of each slot."""
         slots = (self.engine.scheduler.max_num_seqs + 1) * self.sharding.num_shards
-        arrays = jax.eval_shape(partial(empty_state, slots, self.config.vocab_size))
+        arrays = jax.eval_shape(partial(empty_penalties, slots, self.config.vocab_size))
         return jax.tree.map(lambda x: self.sharding.struct(x.shape, x.dtype), arrays)
+
+    def state(self, features: StepFeatures, num_pages: int) -> StepState:
+        """Describes what a program with these features keeps on the devices."""
+        slots = self.engine.scheduler.max_num_seqs + 1
+        last_ids = self.sharding.struct((self.sharding.num_shards, slots), jnp.int32)
+        return StepState(
+            self.cache(num_pages), last_ids, self.penalties() if StepFeatures.PENALTIES in features else None
+        )
+
+    def inputs(self, bucket: int, features: StepFeatures) -> StepInputs:
+        """Describes what the host sends with a step of a token bucket."""
+        layout, shards = self.layout(bucket, features), self.sharding.num_shards
+        masks = (shards, layout.num_draws, mask_words(self.config.vocab_size))
+        allowed = self.sharding.struct(masks, jnp.int32) if StepFeatures.MASKED in features else None
+        return StepInputs(self.sharding.struct((shards, layout.size), jnp.int32), allowed)
 
     def lower(
         self, bucket: int, features: StepFeatures, num_pages: int, *, keep_logits: bool = False
     ) -> jax.stages.Lowered:
-        """The step of a token bucket with these features, lowered for the devices of `sharding`."""
+        """Lowers the step of a token bucket with these features for the devices of `sharding`."""
         layout, sharding = self.layout(bucket, features), self.sharding
         loop = layer_loop(sharding.platform)
         if StepFeatures.STEPS in features:
             alone, page_size = sharding.num_shards == 1, self.engine.cache.page_size
-            step = make_steps(self.definition, self.config, layout, features, page_size, loop=loop, ends_early=alone)
+            step = make_steps(self.definition, layout, features, page_size, loop=loop, ends_early=alone)
         else:
-            step = make_step(self.definition, self.config, layout, features, loop=loop, keep_logits=keep_logits)
-        params, pool, shards = jax.tree.map(described, dict(self.params)), self.pool(num_pages), sharding.num_shards
-        packed = sharding.struct((shards, layout.size), jnp.int32)
-        state = self.state() if StepFeatures.SHAPED in features else None
-        allowed = None
-        if StepFeatures.MASKED in features:
-            words = mask_words(self.config.vocab_size)
-            allowed = sharding.struct((shards, layout.num_draws, words), jnp.int32)
-        jitted = sharding.jit(step, params, pool)
-        return jitted.lower(params, pool, self.last_ids(), packed, state, allowed)
+            step = make_step(self.definition, layout, features, loop=loop, keep_logits=keep_logits)
+        params = jax.tree.map(described, dict(self.params))
+        state, inputs = self.state(features, num_pages), self.inputs(bucket, features)
+        return sharding.jit(step, params, state, inputs).lower(params, state, inputs)
 
 
 def described(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.penalties import seen_counts, set_slot
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.shape import SlotState, seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
 from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
@@ -21,7 +21,9 @@ from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
+from llm_infer.engine.row_fields import ROW_FIELDS
 from llm_infer.engine.slots import SlotTable
+from llm_infer.engine.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Leader
 from llm_infer.parallel.distributed import Channel
@@ -32,10 +34,20 @@ from pallas_kernels.paged_attention.plan import fill_plan
 
 @dataclass(frozen=True, slots=True)
 class StepProgram:
-    """A compiled step, the layout of its buffer, what it can do, and with SHAPED what sets the state of a slot."""
+    """A compiled step.
+
+    Attributes:
+        layout: of its buffer.
+        features: what it can do.
+        state, inputs: descriptions of what it takes; None for fields that it has no use for.
+        run: `(params, state, inputs) -> (state, outputs)`.
+        set_slot: with PENALTIES, sets the state of a slot.
+    """
 
     layout: StepLayout
     features: StepFeatures
+    state: StepState
+    inputs: StepInputs
     run: Callable
     set_slot: Callable | None
 
@@ -108,11 +120,11 @@ class Runner:
         self.model, self.config, self.times = model, config, RunnerTimes()
         self.max_num_seqs = config.scheduler.max_num_seqs
         self.buckets = token_buckets(config.scheduler.max_num_batched_tokens, model.smallest_batch)
-        self.steps = StepPrograms.of(model, config, max_model_len)
-        self._sharding = self.steps.sharding
+        self.step_programs = StepPrograms.of(model, config, max_model_len)
+        self._sharding = self.step_programs.sharding
         if num_pages is None:
             beside = None if draft_model is None else StepPrograms.of(draft_model, config, max_model_len)
-            num_pages = choose_num_pages(self.steps, self.buckets[-1], device_memory, beside)
+            num_pages = choose_num_pages(self.step_programs, self.buckets[-1], device_memory, beside)
             num_pages = num_pages if channel is None else channel.smallest(num_pages)
         self.num_pages = num_pages
         self._channel, self.name = channel, name
@@ -139,23 +151,23 @@ class Runner:
             return
         program = self.compile(message["bucket"], StepFeatures(message["features"]))
         if message["do"] == "step":
-            packed, *arrays = arrays
-            allowed = arrays.pop(0) if StepFeatures.MASKED in program.features else None
-            rows = list(zip(message["slots"], arrays[::2], arrays[1::2], strict=True))
-            self._launch(program, packed, allowed, rows)
+            arrays = list(arrays)
+            inputs = program.inputs.filled(arrays)
+            self._launch(program, inputs, list(zip(message["slots"], arrays[::2], arrays[1::2], strict=True)))
 
     def _clear(self) -> None:
         sharding = self._sharding
-        self.__dict__.pop("pages", None)  # two pools would not fit
+        self.__dict__.pop("state", None)  # two pools would not fit
         with out_of_memory_names_the_setting():
-            self.pages = sharding.zeros(self.steps.pool(self.num_pages))
-            empty_in_huge_pages(self.pages)
-            self.last_ids = sharding.zeros(self.steps.last_ids())
-        # Made by the first step that needs it: two arrays of slots × vocabulary.
-        self.state: SlotState | None = None
-        self._slots = [SlotTable(self.max_num_seqs, self.steps.pages_per_seq) for _ in range(sharding.num_shards)]
-        # Sequences that have got a slot whose row of `state` is not set, and their shards: steps of a prompt that do not
-        # draw have no state.
+            # Other fields are made by the first step that needs them: PENALTIES has two arrays of slots × vocabulary.
+            self.state: StepState = jax.tree.map(sharding.zeros, self.step_programs.state(PLAIN, self.num_pages))
+            for pool in self.state.cache.values():
+                empty_in_huge_pages(pool)
+        self._slots = [
+            SlotTable(self.max_num_seqs, self.step_programs.pages_per_seq) for _ in range(sharding.num_shards)
+        ]
+        # Sequences that have got a slot whose row of `state.penalties` is not set, and their shards: steps of a prompt that
+        # do not draw have no such state.
         self._unset: dict[Sequence, int] = {}
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
@@ -176,15 +188,22 @@ class Runner:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self.is_warm
             self._tell("compile", bucket=bucket, features=features.value)
-            set_slot = self._compile_set_slot() if StepFeatures.SHAPED in features else None
-            lowered = self.steps.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
+            set_slot = self._compile_set_slot() if StepFeatures.PENALTIES in features else None
+            lowered = self.step_programs.lower(bucket, features, self.num_pages, keep_logits=self._keep_logits)
             with out_of_memory_names_the_setting():
                 run = lowered.compile()
-            self._programs[bucket, features] = StepProgram(self.steps.layout(bucket, features), features, run, set_slot)
+            self._programs[bucket, features] = StepProgram(
+                self.step_programs.layout(bucket, features),
+                features,
+                self.step_programs.state(features, self.num_pages),
+                self.step_programs.inputs(bucket, features),
+                run,
+                set_slot,
+            )
         return self._programs[bucket, features]
 
     def _compile_set_slot(self) -> Callable:
-        state = self.steps.state()
+        state = self.step_programs.penalties()
         row = jax.ShapeDtypeStruct((self._vocab,), jnp.int32)
         placed = None if self.model.mesh is None else jax.tree.map(lambda x: x.sharding, state)
         setter = jax.jit(set_slot, donate_argnums=0, out_shardings=placed)
@@ -200,7 +219,7 @@ class Runner:
         page_size = self.config.cache.page_size
         for shard, (rows, slots) in enumerate(zip(plan.rows, self._slots, strict=True)):
             for row in rows:
-                if slots.update(row, page_size) and StepFeatures.SHAPED in slots.features_at(row):
+                if slots.update(row, page_size) and StepFeatures.PENALTIES in slots.features_at(row):
                     self._unset[row.sequence] = shard
         needed = self._features(plan)
         bucket = self.bucket_of(plan.num_tokens)
@@ -217,15 +236,16 @@ class Runner:
             fields = layout.views(buffer)
             self._fill(layout, fields, rows, slots, copies)
             if layout.steps > 1:
-                fields["most_steps"][0] = plan.num_steps
+                fields["max_steps"][0] = plan.num_steps
         prepared = time.perf_counter()
         fresh = [] if program.set_slot is None else self._fresh_rows()
-        arrays = [packed, *([] if allowed is None else [allowed]), *(each for row in fresh for each in row[1:])]
+        inputs = StepInputs(packed, allowed)
+        arrays = [*inputs.arrays(), *(each for row in fresh for each in row[1:])]
         try:
             self._tell(
                 "step", arrays, bucket=bucket, features=program.features.value, slots=[slot for slot, *_ in fresh]
             )
-            outputs = self._launch(program, packed, allowed, fresh)
+            outputs = self._launch(program, inputs, fresh)
         except BaseException as error:
             if isinstance(self._channel, Leader) and not isinstance(error, Exception):
                 self._channel.out_of_step()
@@ -250,20 +270,23 @@ class Runner:
                 rows.append((shard * (self.max_num_seqs + 1) + sequence.slot, seen, bias))
         return rows
 
-    def _launch(
-        self, program: StepProgram, packed: np.ndarray, allowed: np.ndarray | None, rows: list[StateRow]
-    ) -> dict[str, jax.Array]:
+    def _launch(self, program: StepProgram, inputs: StepInputs, rows: list[StateRow]) -> dict[str, jax.Array]:
         """Starts a program after it has set rows of the per-slot state."""
-        state = None
+        state = StepState(*map(self._made, self.state, program.state))
         if program.set_slot is not None:
-            state = jax.tree.map(self._sharding.zeros, self.steps.state()) if self.state is None else self.state
+            penalties = state.penalties
             for slot, seen, bias in rows:
-                state = program.set_slot(state, np.int32(slot), seen, bias)
-        self.pages, self.last_ids, state, outputs = program.run(
-            self.model.params, self.pages, self.last_ids, packed, state, allowed
-        )
-        self.state = self.state if state is None else state
+                penalties = program.set_slot(penalties, np.int32(slot), seen, bias)
+            state = state._replace(penalties=penalties)
+        state, outputs = program.run(self.model.params, state, inputs)
+        self.state = after(self.state, state)
         return outputs
+
+    def _made(self, here: Any, taken: Any) -> Any:
+        """Returns a field of the state as a program takes it: nothing, what is there, or zeros at first."""
+        if taken is None:
+            return None
+        return jax.tree.map(self._sharding.zeros, taken) if here is None else here
 
     def _features(self, plan: StepPlan) -> StepFeatures:
         needed = PLAIN
@@ -308,14 +331,15 @@ class Runner:
         f["slot"][:] = self.max_num_seqs
         f["slot"][:n] = np.where(samples, slot, self.max_num_seqs)
         f["position"][:n] = start + count
-        for name, values in slots.sampling.items():
-            np.take(values, slot, out=f[name][:n])
+        for field in ROW_FIELDS:
+            np.take(slots.fields[field.name], slot, out=f[field.name][:n])
+            if field.neutral:
+                f[field.name][n:] = field.neutral
         if layout.steps > 1:
             f["num_steps"][:n] = np.fromiter((row.steps for row in rows), np.int32, n)
             f["stop_ids"][:n] = slots.stop_ids[slot]
         # A row whose draw nobody reads must not cost the batch its greedy fast path.
         f["temperature"][:n] *= samples
-        f["repetition_penalty"][n:] = 1.0
         if any(row.drafts for row in rows):
             self._fill_drafts(f, rows, slots, ends, slot)
         if copies:
@@ -337,7 +361,7 @@ class Runner:
         here = slice(len(rows), len(rows) + len(owner))
         f["logits_row"][here] = (ends - 1)[owner] - to_end
         f["position"][here] = f["position"][owner] - to_end
-        for name, values in slots.sampling.items():
+        for name, values in slots.fields.items():
             f[name][here] = values[slot[owner]]
         # Which id is the last one only the host will know.
         f["slot"][np.flatnonzero(drafts)] = self.max_num_seqs

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from llm_infer.engine.state import StepInputs, StepState
 from llm_infer.engine.steps import StepFunction
 from llm_infer.models.config import ModelConfig
+from llm_infer.models.params import Params
 from llm_infer.parallel.collectives import gather_rows
-from llm_infer.parallel.rules import num_parts, parameter_partition, partition
+from llm_infer.parallel.rules import num_parts, partition
 from pallas_kernels.paged_attention import KV_HEADS_AXIS, kv_pool_dtype, kv_pool_shape
 
 BATCH = partition("batch")
@@ -69,7 +71,7 @@ class StepSharding:
             dtype=dtype,
         )
         axes: list[str | None] = [None] * len(shape)
-        axes[1], axes[KV_HEADS_AXIS] = "pages", "heads"
+        axes[1], axes[KV_HEADS_AXIS] = "pages", "kv_heads"
         return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes))
 
     def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
@@ -83,31 +85,28 @@ class StepSharding:
         """An array of zeros of that description."""
         return jnp.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
-    def jit(self, step: StepFunction, params: Mapping[str, Any], pool: jax.ShapeDtypeStruct) -> Any:
-        """The jitted step with pages, last ids and state donated.
+    def jit(self, step: StepFunction, params: Mapping[str, Any], state: StepState, inputs: StepInputs) -> Any:
+        """Jits the step with the state donated; the cut of each argument is that of its description.
 
         Over a mesh every device runs the step on its part of each argument. All collectives are written out in the
         model; the devices of a shard draw the same ids because they gather the same logits.
         """
         if self.mesh is None:
-            return jax.jit(step, donate_argnums=(1, 2, 4))
-        moe = self.config.moe is not None
-        leaves = {name: jax.tree.leaves(value)[0].ndim for name, value in params.items()}
-        weights = {name: parameter_partition(name, ndim, moe=moe) for name, ndim in leaves.items()}
-        pages = pool.sharding.spec
+            return jax.jit(step, donate_argnums=1)
+        cuts = partial(jax.tree.map, lambda x: x.sharding.spec)
         # The first process reads the results of all shards, also of those on other hosts.
         several_hosts = len({device.process_index for device in self.devices}) > 1
 
-        def local_step(*arguments: Any) -> tuple:
-            *kept, outputs = step(*arguments)
+        def local_step(params: Params, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Any]]:
+            state, outputs = step(params, state, inputs)
             gather = partial(gather_rows, axes=("dp",) if self.num_shards > 1 else ())
-            return *kept, jax.tree.map(gather, outputs) if several_hosts else outputs
+            return state, jax.tree.map(gather, outputs) if several_hosts else outputs
 
         over_mesh = jax.shard_map(
             local_step,
             mesh=self.mesh,
-            in_specs=(weights, pages, BATCH, BATCH, BATCH, BATCH),
-            out_specs=(pages, BATCH, BATCH, PartitionSpec() if several_hosts else BATCH),
+            in_specs=(cuts(params), cuts(state), cuts(inputs)),
+            out_specs=(cuts(state), PartitionSpec() if several_hosts else BATCH),
             check_vma=False,
         )
-        return jax.jit(over_mesh, donate_argnums=(1, 2, 4))
+        return jax.jit(over_mesh, donate_argnums=1)

@@ -11,30 +11,18 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Matcher, TokenRules
 from llm_infer.engine.features import FOR_PROMPT, StepFeatures, features_of
 from llm_infer.engine.layout import STOP_IDS
+from llm_infer.engine.row_fields import ROW_FIELDS
 from llm_infer.scheduler.plan import ScheduledRow
 from llm_infer.scheduler.request import Sequence
 
 
 class SlotTable:
-    """Rows of a shard's `slots` sequences; `sampling` holds fields of the step's buffer that a sequence brings unchanged."""
+    """Rows of a shard's `slots` sequences; `fields` has those of ROW_FIELDS by name."""
 
     def __init__(self, slots: int, pages_per_seq: int) -> None:
         array = partial(np.zeros, slots)
         self.tables = np.zeros((slots, pages_per_seq), np.int32)
-        self.sampling = {
-            "temperature": array(np.float32),
-            "top_p": array(np.float32),
-            "top_k": array(np.int32),
-            "min_p": array(np.float32),
-            "typical_p": array(np.float32),
-            "repetition_penalty": array(np.float32),
-            "presence_penalty": array(np.float32),
-            "frequency_penalty": array(np.float32),
-            "has_bias": array(np.int32),
-            "seed_high": array(np.int32),
-            "seed_low": array(np.int32),
-            "sample_index": array(np.int32),
-        }
+        self.fields = {field.name: array(field.dtype) for field in ROW_FIELDS}
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
         self._features = array(np.int64)
         self._matchers: list[Matcher | None] = [None] * slots
@@ -52,7 +40,7 @@ class SlotTable:
         fresh = self._owners[slot] != owner
         if fresh:
             self._owners[slot] = owner
-            self._set_sampling(sequence, slot)
+            self._set_fields(sequence, slot)
             self.tables[slot] = 0
             first = 0
         else:
@@ -95,21 +83,14 @@ class SlotTable:
                     dead[sequence] = why
         return dead
 
-    def _set_sampling(self, sequence: Sequence, slot: int) -> None:
+    def _set_fields(self, sequence: Sequence, slot: int) -> None:
         params, rules = sequence.request.sampling, sequence.request.rules
-        assert isinstance(params, SamplingParams) and params.seed is not None
+        assert isinstance(params, SamplingParams)
         self._features[slot] = features_of(params, pooled=sequence.request.pooled).value
         # A matcher that starts anew reads all of the output: a preempted sequence needs nothing kept.
         grammar = rules.grammar if isinstance(rules, TokenRules) else None
         self._matchers[slot] = None if grammar is None else grammar.matcher()
         stops = sorted(sequence.stop_ids)[:STOP_IDS]
         self.stop_ids[slot] = stops + [-1] * (STOP_IDS - len(stops))
-        values = self.sampling
-        for name in ("temperature", "top_p", "top_k", "min_p", "typical_p"):
-            values[name][slot] = getattr(params, name)
-        for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
-            values[name][slot] = getattr(params, name)
-        values["has_bias"][slot] = bool(params.logit_bias)
-        words = np.array([params.seed >> 32, params.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        values["seed_high"][slot], values["seed_low"][slot] = words
-        values["sample_index"][slot] = sequence.sample_index
+        for field in ROW_FIELDS:
+            self.fields[field.name][slot] = field.value(sequence)

@@ -3,79 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
+from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
-from llm_infer.decoding.shape import ShapeRows, SlotState, count_drawn, mask_logits, shape_logits
 from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.layout import StepLayout
-from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import Attend, Cache, Layer, LayerLoop
+from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
+from llm_infer.models.decoder import Attend, Layer, LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
-Pages = Shaped[Array, "L P ..."]
 LOGITS_BLOCK = 32
 """Rows whose logits exist at the same time when all tokens of a step need them."""
 
-LastIds = Int[Array, "dp slots"]
-StepFunction = Callable[
-    [Params, Pages, LastIds, Int[Array, "dp N"], SlotState | None, Int[Array, "dp R W"] | None],
-    tuple[Pages, LastIds, SlotState | None, dict[str, Array]],
-]
+StepFunction = Callable[[Params, StepState, StepInputs], tuple[StepState, dict[str, Array]]]
 
 
 def make_step(
     definition: nnx.GraphDef,
-    config: ModelConfig,
     layout: StepLayout,
     features: StepFeatures = PLAIN,
     *,
     loop: LayerLoop = 1,
     keep_logits: bool = False,
 ) -> StepFunction:
-    """The step of one token bucket and a set of features, to be jitted with pages, last ids and
-    state donated.
+    """Makes the step of one token bucket and a set of features, to be jitted with the state donated.
 
-    `step(params, pages, last_ids, packed, state, allowed) -> (pages, last_ids, state, outputs)`: copies shared pages that
-    are about to be written, fetches ids that are still on the device, runs the model over the pages, draws the next id of
-    each row and keeps it in the row's slot for the next step. `state` is there with SHAPED, `allowed` (the packed masks of
-    the rows) with MASKED, else they are None. `outputs["ids"]` is [dp, R], R rows of logits; with LOGPROBS there are the
+    `step(params, state, inputs) -> (state, outputs)`: copies shared pages that are about to be written, fetches ids that
+    are still on the device, runs the model over the pages, draws the next id of each row and keeps it in the row's slot
+    for the next step. `outputs["ids"]` is [dp, R], R rows of logits; with LOGPROBS there are the
     fields of `Logprobs` with a leading dp axis; with PROMPT_LOGPROBS the same for the `targets`, [dp, T] with names
     `prompt_…`; with POOLED `pooled_sum` and `pooled_last` [dp, R, E]; with BEAMS `beam_ids` and `beam_logprobs`
     [dp, R, N], best first; with `keep_logits`, also `outputs["logits"]` [dp, R, V].
     """
-    scale = config.head_dim**-0.5
 
-    def step(
-        params: Params,
-        pages: Pages,
-        last_ids: LastIds,
-        packed: Int[Array, "dp N"],
-        state: SlotState | None,
-        allowed: Int[Array, "dp R W"] | None,
-    ) -> tuple[Pages, LastIds, SlotState | None, dict[str, Array]]:
-        f = layout.unpack(packed[0])
+    def step(params: Params, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Array]]:
+        f = layout.unpack(inputs.packed[0])
         plan = AttentionPlan(**{name: f[name] for name in AttentionPlan._fields})
         model = merge_model(definition, params)
 
-        attend = attention_over(plan, scale)
-        pages = copy_pages(pages, f["copy_from"], f["copy_to"], f["num_copies"][0])
-        token_ids = jnp.where(f["feeds"] == 1, last_ids[0, f["feed_slot"]], f["token_ids"])
-        hidden, pages = model(token_ids, f["positions"], pages, attend, loop=loop)
+        cache = copied_pages(state.cache, f)
+        token_ids = jnp.where(f["feeds"] == 1, state.last_ids[0, f["feed_slot"]], f["token_ids"])
+        hidden, cache = model(token_ids, f["positions"], cache, attention_over(plan), loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
-        ids, state = draw_ids(logits, f, state, None if allowed is None else allowed[0])
-        last_ids = last_ids.at[0, f["slot"]].set(ids)
+        ids, penalties = draw_ids(logits, f, state.penalties, None if inputs.allowed is None else inputs.allowed[0])
+        last_ids = state.last_ids.at[0, f["slot"]].set(ids)
         outputs = {name: value[None] for name, value in drawn_outputs(logits, ids, features).items()}
         if StepFeatures.PROMPT_LOGPROBS in features:
             with jax.named_scope("prompt_logprobs"):
@@ -95,28 +79,36 @@ def make_step(
                 outputs["beam_logprobs"] = (values - logsumexp(logits, axis=-1, keepdims=True))[None]
         if keep_logits:
             outputs["logits"] = logits[None]
-        return pages, last_ids, state, outputs
+        return StepState(cache, last_ids, penalties), outputs
 
     return step
 
 
-def attention_over(plan: AttentionPlan, scale: float) -> Attend:
-    """What the model attends with: the pages, in the order of a plan."""
+def copied_pages(cache: Cache, f: Mapping[str, Array]) -> Cache:
+    """Copies the shared pages that the step is about to write."""
+    return {FULL: copy_pages(cache[FULL], f["copy_from"], f["copy_to"], f["num_copies"][0])}
 
-    def attend(query: Array, key: Array, value: Array, pages: Cache, layer: Layer) -> tuple[Array, Cache]:
-        return paged_attention(query, key, value, pages, plan, layer=layer, scale=scale)
+
+def attention_over(plan: AttentionPlan) -> Attend:
+    """Makes what the model attends with: the pages, in the order of a plan."""
+
+    def attend(
+        query: Array, key: Array, value: Array, cache: Cache, layer: Layer, **options: Any
+    ) -> tuple[Array, Cache]:
+        out, pages = paged_attention(query, key, value, cache[FULL], plan, layer=layer, **options)
+        return out, {FULL: pages}
 
     return attend
 
 
 def draw_ids(
-    logits: Float[Array, "R V"], f: Mapping[str, Array], state: SlotState | None, allowed: Int[Array, "R W"] | None
-) -> tuple[Int[Array, " R"], SlotState | None]:
+    logits: Float[Array, "R V"], f: Mapping[str, Array], state: PenaltyState | None, allowed: Int[Array, "R W"] | None
+) -> tuple[Int[Array, " R"], PenaltyState | None]:
     """The next id of each row, and the state after it; `f` are the fields of the step."""
     with jax.named_scope("sample"):
         if state is not None:
-            rows = ShapeRows(**{name: f[name] for name in ShapeRows._fields})
-            logits = shape_logits(logits, state, f["slot"], rows)
+            rows = PenaltyRows(**{name: f[name] for name in PenaltyRows._fields})
+            logits = penalised(logits, state, f["slot"], rows)
         if allowed is not None:
             logits = mask_logits(logits, allowed)
         ids = sample(logits, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))

@@ -5,10 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves, union
 from llm_infer.engine.memory import release_free_memory
 from llm_infer.engine.runner import Runner
+from llm_infer.scheduler.request import Request
+
+
+class Company(NamedTuple):
+    """What a step may hold beside new requests: sequences that decode, and tokens, those of prompts included."""
+
+    rows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, others: Iterable[Request], num_shards: int) -> Company:
+        """Returns what each shard's part of a step may hold of these requests."""
+        rows = tokens = 0
+        for request in others:
+            rows += request.n
+            tokens += sum(max(1, len(s.tokens) - s.num_computed) for s in request.sequences)
+        return cls(-(-rows // num_shards), -(-tokens // num_shards))
 
 
 class WarmUp:
@@ -99,6 +117,12 @@ def up_to(runner: Runner, num_tokens: int) -> list[int]:
     """The buckets of steps of up to this many tokens: a batch gets smaller from sequence to sequence that ends."""
     most = _buckets(runner, [max(1, num_tokens)])[0]
     return [bucket for bucket in runner.buckets if bucket <= most]
+
+
+def between(runner: Runner, least: int, most: int) -> list[int]:
+    """The buckets of steps of so many tokens, from the least to the most."""
+    first, last = (_buckets(runner, [count])[0] for count in (least, most))
+    return [bucket for bucket in runner.buckets if first <= bucket <= last]
 
 
 def _buckets(runner: Runner, token_counts: Iterable[int] | None) -> tuple[int, ...]:

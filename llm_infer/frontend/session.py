@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from llm_infer.base.errors import RequestError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.base.interrupts import uninterrupted
+from llm_infer.base.progress import Progress
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.token_rules import Grammar
 from llm_infer.engine.engine import Engine
+from llm_infer.engine.warm_up import WarmUp
+from llm_infer.frontend.prompts import Asked, Prompt, PromptReader
 from llm_infer.frontend.tracking import TrackedRequest
-from llm_infer.scheduler.request import TokenEvent
+from llm_infer.scheduler.request import Request, TokenEvent
 from llm_infer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt (its text, or None, and its ids) with what the engine is to know; see `Engine.add_request`."""
-
-    prompt: object
-    ids: list[int]
-    params: SamplingParams
-    bad_words: list[list[int]]
-    grammar: Grammar | None
-    pooled: bool = False
-    prompt_only: bool = False
+MAX_TRIES = 4
+"""How often a request looks again for programs that others have made it need, before it is queued all the same."""
 
 
 class Session:
-    """The requests that run, and the turn at the engine.
+    """The requests that run, and the turn at the engine: what is under every front.
+
+    A front submits requests and calls `step` until those that it waits for have finished; whoever steps serves all. What a
+    request needs is compiled by the thread that submits it, without the turn, so the others go on meanwhile.
 
     Python runs finalizers, signal handlers and callbacks between any two instructions of a thread, so also in the middle of
     its own step, and there every change would meet books that are half written. `leave` is made for them: it takes no lock
@@ -44,59 +40,124 @@ class Session:
 
     A turn that does not come to its end, whatever struck, leaves books and texts that are not to be trusted: all requests
     then end with an error, and the next turn finds a clean engine.
+
+    Args:
+        engine, tokenizer: those of one model.
+        progress: where compiling is reported.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
-        self.engine, self._tokenizer = engine, tokenizer
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, progress: Progress) -> None:
+        self.engine, self._tokenizer, self._progress = engine, tokenizer, progress
+        by_priority = engine.config.scheduler.policy == "priority"
+        self.prompts = PromptReader(tokenizer, engine.vocab_size, by_priority=by_priority)
         # Of the kind that knows its owner, so that code inside a turn of its own thread gets an answer and not a deadlock.
         self._lock = threading.RLock()
-        self._halfway = False
+        self._halfway = self._closed = False
         self._running: dict[str, TrackedRequest] = {}
         self._left: deque[TrackedRequest] = deque()
 
-    def add(
-        self, into: list[TrackedRequest], asked: Sequence[Asked], prepare: Callable[[list[TrackedRequest]], None]
-    ) -> None:
-        """Queues requests and puts them `into` a list, one by one: what is there must be left, whatever happens.
-
-        Args:
-            into: an empty list.
-            asked: the prompts.
-            prepare: called with all of them before any other step is made; it may be interrupted.
+    def submit(
+        self, prompt: Prompt, params: SamplingParams, *, priority: int = 0, cache_salt: str | None = None
+    ) -> TrackedRequest:
+        """Queues a request, which `step` then computes.
 
         Raises:
-            RequestError: one of them is not acceptable.
+            RequestError: it is not acceptable, or the session is closed.
         """
+        tracked: list[TrackedRequest] = []
+        self._add(tracked, self.prompts.read([prompt], [params], priority=priority, cache_salt=cache_salt))
+        return tracked[0]
 
-        problem: RequestError | None = None
+    @contextmanager
+    def submitted(self, asked: Sequence[Asked]) -> Iterator[list[TrackedRequest]]:
+        """Queues requests, all or none; those that have not finished on leaving the `with` block are left.
+
+        Raises:
+            RequestError: as `submit`.
+        """
+        tracked: list[TrackedRequest] = []
+        try:
+            self._add(tracked, asked)
+            yield tracked
+        finally:  # of a stream that nobody reads any more Python runs this wherever it likes
+            self.leave(tracked)
+
+    def compile(self, programs: WarmUp) -> None:
+        """Compiles step programs in this thread, side by side, and with a word about it."""
+        with self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
+            for _ in programs:
+                bar.advance(1)
+
+    def abort(self, tracked: TrackedRequest) -> None:
+        """Ends a request, at once if nobody is at the engine, else before the next step; not for finalizers and the like."""
+        self.leave([tracked])
+        self.settle()
+
+    def close(self) -> None:
+        """Ends all requests; no other can be submitted any more."""
+
+        def end() -> None:
+            self._closed = True
+            self._left.extend(self._running.values())
+            self._end_left()
+
+        self._take_turn(lambda: self._whole(end))
+
+    def _add(self, into: list[TrackedRequest], asked: Sequence[Asked]) -> None:
+        """Puts requests that are queued `into` an empty list, one by one: what is there must be left, whatever happens."""
+        made = self._take_turn(lambda: self._make(asked))
+        for number in range(MAX_TRIES):
+            queued_if_ready = partial(self._queue_if_ready, into, asked, made, number == MAX_TRIES - 1)
+            if (missing := self._take_turn(queued_if_ready)) is None:
+                return
+            self.compile(missing)
+
+    def _make(self, asked: Sequence[Asked]) -> list[Request]:
+        """Requests that no books hold yet."""
+        self._settle_first()
+        made = []
+        for index, one in enumerate(asked):
+            try:
+                request = self.engine.add_request(
+                    one.ids,
+                    one.params,
+                    priority=one.priority,
+                    cache_salt=one.cache_salt,
+                    bad_words=one.bad_words,
+                    grammar=one.grammar,
+                    pooled=one.pooled,
+                    prompt_only=one.prompt_only,
+                    queue=False,
+                )
+            except RequestError as error:
+                where = "" if len(asked) == 1 else f"prompt {index} (of {len(asked)}, from 0): "
+                raise RequestError(f"{where}{error}") from error
+            made.append(request)
+        return made
+
+    def _queue_if_ready(
+        self, into: list[TrackedRequest], asked: Sequence[Asked], made: Sequence[Request], anyway: bool
+    ) -> WarmUp | None:
+        """The programs that are still missing for requests beside those that run now; None if these are queued."""
+        self._settle_first()
+        programs = self.engine.warm_up_for(made)
+        if len(programs) and not anyway:
+            return programs
 
         def queue() -> None:
-            nonlocal problem
-            for index, one in enumerate(asked):
-                try:
-                    request = self.engine.add_request(
-                        one.ids,
-                        one.params,
-                        bad_words=one.bad_words,
-                        grammar=one.grammar,
-                        pooled=one.pooled,
-                        prompt_only=one.prompt_only,
-                    )
-                except RequestError as error:
-                    where = "" if len(asked) == 1 else f"prompt {index} (of {len(asked)}, from 0): "
-                    problem = RequestError(f"{where}{error}")
-                    return
-                tracked = TrackedRequest(request, one.prompt, one.params, self._tokenizer)
+            for one, request in zip(asked, made, strict=True):
+                self.engine.queue(request)
+                tracked = TrackedRequest(request, one.text, one.params, self._tokenizer)
                 self._running[request.request_id] = tracked
                 into.append(tracked)
 
-        def turn() -> None:
-            self._whole(queue)
-            if problem is not None:
-                raise problem
-            prepare(into)
+        self._whole(queue)
+        return None
 
-        self._take_turn(turn)
+    def _settle_first(self) -> None:
+        self._whole(lambda: None)
+        if self._closed:
+            raise RequestError("this session is closed, so nothing runs any more: make another one")
 
     def step(self) -> None:
         """One engine step; its tokens go to the requests they belong to, whoever called.
@@ -162,6 +223,7 @@ class Session:
             one = self._left.popleft()
             if self._running.pop(one.request.request_id, None) is not None:
                 self.engine.abort(one.request.request_id)
+                one.finished = True  # where another thread waits for it
 
     def _step(self) -> None:
         for event in self.engine.step():

@@ -51,14 +51,17 @@ def table() -> str:
 
     Sizes are in GB (10⁹ bytes); KV bytes of one token are over all layers.
     """
+    from llm_infer.models.params import num_parameters  # needs JAX, which names of architectures do not
+
     head = f"{'architecture':<18}{'parameters':>17}{'float32':>11}{'bfloat16':>11}{'KV B/token':>13}{'KV B/token':>13}"
     units = f"{'':<18}{'':>17}{'GB':>11}{'GB':>11}{'4-byte pages':>13}{'2-byte pages':>13}{'context':>10}"
     lines = [head, units]
     configs = {name: architecture_config(name) for name in architecture_names()}
-    for name, config in sorted(configs.items(), key=lambda item: item[1].num_parameters):
+    counts = {name: num_parameters(config) for name, config in configs.items()}
+    for name, count in sorted(counts.items(), key=lambda item: item[1]):
+        config = configs[name]
         lines.append(
-            f"{name:<18}{config.num_parameters:>17,}{config.num_parameters * 4 / 1e9:>11.2f}"
-            f"{config.num_parameters * 2 / 1e9:>11.2f}{config.kv_bytes_per_token(4):>13,}"
-            f"{config.kv_bytes_per_token(2):>13,}{config.max_position_embeddings:>10,}"
+            f"{name:<18}{count:>17,}{count * 4 / 1e9:>11.2f}{count * 2 / 1e9:>11.2f}"
+            f"{config.kv_bytes_per_token(4):>13,}{config.kv_bytes_per_token(2):>13,}{config.max_position_embeddings:>10,}"
         )
     return "\n".join(lines)

@@ -89,6 +89,7 @@ class ModelConfig:
         tie_word_embeddings: the output head is the embedding matrix.
         qkv_bias: the query, key and value projections have biases.
         qk_norm: queries and keys are RMS-normalised per head before the rotation.
+        windows: tokens that the rows of each layer see, themselves included; None for all. Empty where all layers see all.
         moe: experts in place of the MLP; `intermediate_size` is then not used.
         fused_qkv: query, key and value projections are one matrix, rows grouped per KV head [q…q|k|v].
         shards: how the model is cut over devices; `num_kv_heads` then counts every copy of a KV head.
@@ -108,6 +109,7 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
     moe: MoEConfig | None = None
     fused_qkv: bool = True
     shards: Shards = UNCUT
@@ -119,25 +121,17 @@ class ModelConfig:
             )
         if self.head_dim % 2 and self.rope is not None:
             raise ModelError(f"head_dim={self.head_dim} is odd: rotary embedding needs an even head size")
+        if self.windows and (
+            len(self.windows) != self.num_layers or any(w is not None and w < 1 for w in self.windows)
+        ):
+            raise ModelError(
+                f"windows={self.windows}: expected one for each of the {self.num_layers} layers, at least 1 token or None"
+            )
 
     @property
     def group_size(self) -> int:
         """Query heads per KV head (G)."""
         return self.num_heads // self.num_kv_heads
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights in closed form; equals what a loaded model holds (tests/models/test_configs.py)."""
-        width, head_dim = self.hidden_size, self.head_dim
-        qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * head_dim
-        attention = qkv_rows * width + self.num_heads * head_dim * width
-        attention += qkv_rows * self.qkv_bias + 2 * head_dim * self.qk_norm
-        if self.moe is None:
-            mlp = 3 * self.intermediate_size * width
-        else:
-            mlp = self.moe.num_experts * (3 * self.moe.intermediate_size * width + width)
-        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_layers * (attention + mlp + 2 * width) + width
 
     def check_context(self, max_model_len: int | None) -> None:
         """Raises UserError for sequences longer than the model's positions."""

@@ -18,7 +18,8 @@ _MAY_BE_ZERO = ("embedding_size",)  # embeddings as wide as the model
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """All fields by name but how it is cut over devices; nested configurations are objects, tuples are lists."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "shards"}
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "shards"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:

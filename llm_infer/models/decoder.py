@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
@@ -25,10 +25,33 @@ from llm_infer.models.layers import (
 )
 
 Cache = Any
-"""Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked page pool."""
+"""Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked pools, by group of layers."""
 
-Attend = Callable[[Array, Array, Array, Cache, Layer], tuple[Array, Cache]]
-"""`attend(q[T,Hq,D], k[T,Hkv,D], v[T,Hkv,D], cache, layer) -> (out[T,Hq,D], cache)`: writes k and v, attends causally."""
+
+@runtime_checkable
+class Attend(Protocol):
+    """What a model attends with. The model owns the scale and what a layer may see; the caller owns where K and V lie."""
+
+    def __call__(
+        self,
+        query: Float[Array, "T Hq D"],
+        key: Float[Array, "T Hkv D"],
+        value: Float[Array, "T Hkv D"],
+        cache: Cache,
+        layer: Layer,
+        /,
+        *,
+        scale: float,
+        window: Array | int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " Hq"] | None = None,
+    ) -> tuple[Float[Array, "T Hq D"], Cache]:
+        """Writes a layer's keys and values and attends causally; arguments as of `paged_attention`."""
+        ...
+
+
+EVERYTHING = 2**30
+"""A window that hides nothing, for layers that see all beside layers that do not."""
 
 LayerLoop = int | Literal["unroll"]
 """Layers that one iteration of the loop over layers computes, or "unroll": no loop, every layer's number is a constant."""
@@ -40,34 +63,47 @@ Angles = tuple[Float[Array, "T H"], Float[Array, "T H"]] | None
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023); the cache and what attends over it are the caller's."""
 
-    def __init__(self, config: ModelConfig, *, output_bias: bool = False, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, output_bias: bool = False, dtype: DTypeLike) -> None:
         layers, width = config.num_layers, config.hidden_size
         query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         bias = config.qkv_bias
         if config.fused_qkv:
-            self.qkv = Linear(layers, query_rows + 2 * kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
+            rows = query_rows + 2 * kv_rows
+            self.qkv = Linear(layers, rows, width, axes=("qkv", "embed"), bias=bias, dtype=dtype)
         else:
-            self.q = Linear(layers, query_rows, width, bias=bias, dtype=dtype, rngs=rngs)
-            self.k = Linear(layers, kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
-            self.v = Linear(layers, kv_rows, width, bias=bias, dtype=dtype, rngs=rngs)
-        reduce = config.shards.axes
-        self.o = Linear(layers, width, query_rows, bias=output_bias, reduce=reduce, dtype=dtype, rngs=rngs)
+            self.q = Linear(layers, query_rows, width, axes=("heads", "embed"), bias=bias, dtype=dtype)
+            self.k = Linear(layers, kv_rows, width, axes=("kv_heads", "embed"), bias=bias, dtype=dtype)
+            self.v = Linear(layers, kv_rows, width, axes=("kv_heads", "embed"), bias=bias, dtype=dtype)
+        self.o = Linear(
+            layers,
+            width,
+            query_rows,
+            axes=("embed", "heads"),
+            bias=output_bias,
+            reduce=config.shards.axes,
+            dtype=dtype,
+        )
         if config.qk_norm:
-            self.q_norm = RMSNorm(layers, config.head_dim, eps=config.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(layers, config.head_dim, eps=config.norm_eps, dtype=dtype)
+            self.q_norm = RMSNorm(layers, config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(layers, config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype)
         self.config = config
 
     def project(self, x: Float[Array, "T E"], layer: Layer) -> tuple[Array, Array, Array]:
         """Queries [T, Hq, D], keys and values [T, Hkv, D] of this device's heads, before the rotation."""
-        config, tokens = self.config, x.shape[0]
-        if config.fused_qkv:
+        group, head_dim = self.config.group_size, self.config.head_dim
+        if self.config.fused_qkv:
             # Rows are grouped per KV head, so a shard of heads is a contiguous run of rows.
-            group = config.group_size
-            grouped = self.qkv(x, layer).reshape(tokens, -1, group + 2, config.head_dim)
-            query, key, value = grouped[:, :, :group], grouped[:, :, group], grouped[:, :, group + 1]
-            return query.reshape(tokens, -1, config.head_dim), key, value
-        shape = (tokens, -1, config.head_dim)
-        return self.q(x, layer).reshape(shape), self.k(x, layer).reshape(shape), self.v(x, layer).reshape(shape)
+            fused = rearrange(self.qkv(x, layer), "t (h g d) -> t h g d", g=group + 2, d=head_dim)
+            query = rearrange(fused[:, :, :group], "t h g d -> t (h g) d")
+            return query, fused[:, :, group], fused[:, :, group + 1]
+        projections = (self.q(x, layer), self.k(x, layer), self.v(x, layer))
+        query, key, value = (rearrange(each, "t (h d) -> t h d", d=head_dim) for each in projections)
+        return query, key, value
+
+    def options(self, layer: Layer) -> dict[str, Any]:
+        """Returns what a layer's `attend` is told beside the arrays; a family may override it."""
+        config = self.config
+        return {"scale": config.head_dim**-0.5, "window": window_of(config.windows, layer)}
 
     def __call__(
         self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
@@ -77,18 +113,25 @@ class Attention(nnx.Module):
             query, key = self.q_norm(query, layer), self.k_norm(key, layer)
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
-        out, cache = attend(query, key, value, cache, layer)
-        return self.o(out.reshape(x.shape[0], -1), layer), cache
+        out, cache = attend(query, key, value, cache, layer, **self.options(layer))
+        return self.o(rearrange(out, "t h d -> t (h d)"), layer), cache
+
+
+def window_of(windows: tuple[int | None, ...], layer: Layer) -> Array | int | None:
+    """Picks a layer's window: a plain number where all layers have the same, so that a scan over layers may ask too."""
+    if len(set(windows)) <= 1:
+        return windows[0] if windows else None
+    return jnp.array([EVERYTHING if each is None else each for each in windows], jnp.int32)[layer]
 
 
 class GatedMLP(nnx.Module):
     """SwiGLU feed-forward (Shazeer, 2020): down(silu(gate(x)) · up(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
-        self.gate = Linear(layers, inner, width, dtype=dtype, rngs=rngs)
-        self.up = Linear(layers, inner, width, dtype=dtype, rngs=rngs)
-        self.down = Linear(layers, width, inner, reduce=config.shards.axes, dtype=dtype, rngs=rngs)
+        self.gate = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
+        self.up = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
+        self.down = Linear(layers, width, inner, axes=("embed", "mlp"), reduce=config.shards.axes, dtype=dtype)
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
         return self.down(self.up(x, layer), layer, gate=self.gate(x, layer))
@@ -97,13 +140,13 @@ class GatedMLP(nnx.Module):
 class DecoderLayers(nnx.Module):
     """All layers at once: every weight is stacked, `__call__` computes the one that `layer` names."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         layers, width = config.num_layers, config.hidden_size
         self.attn_norm = RMSNorm(layers, width, eps=config.norm_eps, dtype=dtype)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, dtype=dtype)
         self.mlp_norm = RMSNorm(layers, width, eps=config.norm_eps, dtype=dtype)
         mlp = GatedMLP if config.moe is None else ExpertsMLP
-        self.mlp = mlp(config, dtype=dtype, rngs=rngs)
+        self.mlp = mlp(config, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
@@ -122,13 +165,13 @@ class Decoder(nnx.Module):
     function. A family that begins or ends differently overrides `embed_tokens`, `angles` or `logits`.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype, rngs=rngs)
-        self.layers = DecoderLayers(config, dtype=dtype, rngs=rngs)
+        self.embed = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype)
+        self.layers = DecoderLayers(config, dtype=dtype)
         self.final_norm = RMSNorm(None, config.hidden_size, eps=config.norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.head = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype, rngs=rngs)
+            self.head = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype)
 
     def embed_tokens(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T E"]:
         """Input of the first layer."""

@@ -41,15 +41,15 @@ class ExpertsMLP(nnx.Module):
     Over a mesh every device routes all tokens, computes the pairs of its own experts, and the results are summed.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         assert config.moe is not None
         layers, width = config.num_layers, config.hidden_size
         experts, inner = config.moe.num_experts, config.moe.intermediate_size
-        self.router = Linear(layers, experts, width, dtype=dtype, rngs=rngs)
+        self.router = Linear(layers, experts, width, axes=("router", "embed"), dtype=dtype)
         # The experts' matrices lie below each other, so that every weight is 2-D per layer: rows x·F … (x+1)·F.
-        self.gate = Linear(layers, experts * inner, width, dtype=dtype, rngs=rngs)
-        self.up = Linear(layers, experts * inner, width, dtype=dtype, rngs=rngs)
-        self.down = Linear(layers, experts * width, inner, dtype=dtype, rngs=rngs)
+        self.gate = Linear(layers, experts * inner, width, axes=("expert_rows", "embed"), dtype=dtype)
+        self.up = Linear(layers, experts * inner, width, axes=("expert_rows", "embed"), dtype=dtype)
+        self.down = Linear(layers, experts * width, inner, axes=("experts", "expert_mlp"), dtype=dtype)
         self.config, self.shards = config.moe, config.shards
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:

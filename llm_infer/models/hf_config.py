@@ -59,21 +59,45 @@ class ConfigReader:
             raise ModelError(f"config.json: {key}={value!r}, expected true or false")
         return value
 
+    def windows(self) -> tuple[int | None, ...]:
+        """Reads the window of each layer, in the older and the newer way to say which layers have one."""
+        layers = self.integer("num_hidden_layers")
+        # A window of null hides nothing, whatever the switch says.
+        switched_on = self.flag("use_sliding_window", False) and self._values.get("sliding_window", 4096) is not None
+        # Without the switch these two have no effect.
+        self._taken.update(("sliding_window", "max_window_layers"))
+        window = self.integer("sliding_window", 4096) if switched_on else None
+        first = self.take("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+            raise ModelError(f"config.json: max_window_layers={first!r:.60}, expected a whole number from 0")
+        kinds = self._layer_types("full_attention", *(["sliding_attention"] if switched_on else []))
+        if not kinds:
+            kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
+        if len(kinds) != layers:
+            raise ModelError(f"config.json: layer_types has {len(kinds)} entries, expected num_hidden_layers={layers}")
+        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        return windows if any(windows) else ()
+
     def full_attention(self) -> None:
-        """Sliding windows must be off, in the older and the newer way to say so."""
+        """Refuses sliding windows, in the older and the newer way to ask for them."""
         if self.flag("use_sliding_window", False):
             raise ModelError("config.json: use_sliding_window=true is not supported, expected false")
         # Without the switch these two have no effect.
         self._taken.update(("sliding_window", "max_window_layers"))
+        self._layer_types("full_attention")
 
     def same_layers(self) -> None:
-        """All layers must attend to the whole context."""
+        """Refuses layers that do not attend to the whole context."""
+        self._layer_types("full_attention")
+
+    def _layer_types(self, *allowed: str) -> list[str]:
         kinds = self.take("layer_types", [])
         if not isinstance(kinds, list):
             raise ModelError(f"config.json: layer_types={kinds!r:.60}, expected a list")
         for kind in kinds:
-            if kind != "full_attention":
+            if kind not in allowed:
                 raise ModelError(f"config.json: layer_types has {kind!r:.60}, which is not supported")
+        return kinds
 
     def rope(self) -> RopeConfig:
         """`rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both."""
@@ -126,7 +150,6 @@ class ConfigReader:
         heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
         self.expect("hidden_act", "silu")
         self.expect("attention_bias", False)
-        self.same_layers()
         return {
             "vocab_size": self.integer("vocab_size"),
             "hidden_size": width,

@@ -11,10 +11,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import UNCUT, RopeConfig, Shards
+from llm_infer.parallel.axes import Axes, ParamSpec
 from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
 
 Layer = Int[Array, ""]
+
+
+def parameter(
+    shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, mean: float = 0.0, std: float = 0.0
+) -> nnx.Param:
+    """Declares a parameter: a module holds its `ParamSpec` until `merge_model` puts the array in its place."""
+    return nnx.Param(ParamSpec(shape, jnp.dtype(dtype), axes, mean, std))
 
 
 def linear(
@@ -84,7 +92,8 @@ def rotate(x: Float[Array, "T H D"], angles: tuple[Array, Array]) -> Float[Array
 class Linear(nnx.Module):
     """Matrices of all layers, `weight: [L, O, I]` with a row per output feature, and maybe `bias: [L, O]`.
 
-    `reduce` names the mesh axes over which the input features are cut: the devices' results are summed.
+    `axes` are the logical axes of O and I. `reduce` names the mesh axes over which the input features are cut: the
+    devices' results are summed.
     """
 
     def __init__(
@@ -93,14 +102,14 @@ class Linear(nnx.Module):
         out_features: int,
         in_features: int,
         *,
+        axes: tuple[str, str],
         bias: bool = False,
         reduce: MeshAxes = (),
         dtype: DTypeLike,
-        rngs: nnx.Rngs,
     ) -> None:
-        init = nnx.initializers.normal(in_features**-0.5)
-        self.weight = nnx.Param(init(rngs.params(), (layers, out_features, in_features), dtype))
-        self.bias = nnx.Param(jnp.zeros((layers, out_features), dtype)) if bias else None
+        shape = (layers, out_features, in_features)
+        self.weight = parameter(shape, ("layers", *axes), dtype=dtype, std=in_features**-0.5)
+        self.bias = parameter(shape[:2], ("layers", axes[0]), dtype=dtype) if bias else None
         self.reduce = reduce
 
     def __call__(
@@ -112,11 +121,21 @@ class Linear(nnx.Module):
         return out
 
 
-class RMSNorm(nnx.Module):
-    """Scales of all layers, `weight: [L, E]`, or of a single norm, `weight: [E]` (`layers` None; call without layer)."""
+def norm_parameter(layers: int | None, features: int, axis: str, dtype: DTypeLike, mean: float) -> nnx.Param:
+    """Declares a vector per layer, or a single one."""
+    if layers is None:
+        return parameter((features,), (axis,), dtype=dtype, mean=mean)
+    return parameter((layers, features), ("layers", axis), dtype=dtype, mean=mean)
 
-    def __init__(self, layers: int | None, features: int, *, eps: float, dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(jnp.ones((features,) if layers is None else (layers, features), dtype))
+
+class RMSNorm(nnx.Module):
+    """Scales of all layers, `weight: [L, E]`, or of a single norm, `weight: [E]` (`layers` None; call without layer).
+
+    `axis` is the logical axis of the features.
+    """
+
+    def __init__(self, layers: int | None, features: int, *, axis: str = "embed", eps: float, dtype: DTypeLike) -> None:
+        self.weight = norm_parameter(layers, features, axis, dtype, mean=1.0)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... E"], layer: Layer | None = None) -> Float[Array, "... E"]:
@@ -130,9 +149,8 @@ class LayerNorm(nnx.Module):
     """Layer normalisation (Ba et al., 2016) of all layers, `weight, bias: [L, E]`; [E] where `layers` is None."""
 
     def __init__(self, layers: int | None, features: int, *, eps: float, dtype: DTypeLike) -> None:
-        shape = (features,) if layers is None else (layers, features)
-        self.weight = nnx.Param(jnp.ones(shape, dtype))
-        self.bias = nnx.Param(jnp.zeros(shape, dtype))
+        self.weight = norm_parameter(layers, features, "embed", dtype, mean=1.0)
+        self.bias = norm_parameter(layers, features, "embed", dtype, mean=0.0)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer | None = None) -> Float[Array, "T E"]:
@@ -147,11 +165,21 @@ class LayerNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """A row per token, `weight: [V, E]`; also an output head. `shards` cuts the rows, filled up to equal parts."""
+    """A row per token, `weight: [V, E]`; also an output head. `shards` cuts the rows, filled up to equal parts.
 
-    def __init__(self, vocab: int, features: int, *, shards: Shards = UNCUT, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(features**-0.5)
-        self.weight = nnx.Param(init(rngs.params(), (shards.padded(vocab), features), dtype))
+    `axes` are the logical axes of rows and features: rows of another kind than tokens are not cut.
+    """
+
+    def __init__(
+        self,
+        vocab: int,
+        features: int,
+        *,
+        axes: tuple[str, str] = ("vocab", "embed"),
+        shards: Shards = UNCUT,
+        dtype: DTypeLike,
+    ) -> None:
+        self.weight = parameter((shards.padded(vocab), features), axes, dtype=dtype, std=features**-0.5)
         self.vocab, self.axes = vocab, shards.axes
 
     def __call__(self, ids: Int[Array, " T"]) -> Float[Array, "T E"]:

@@ -1,9 +1,11 @@
-"""A model as a definition and parameters by name: taken apart, put together, made of random numbers."""
+"""A model as a definition and parameters by name: taken apart, put together, counted, made of random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import zlib
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,26 +17,41 @@ from jaxtyping import Array
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Decoder
 from llm_infer.models.registry import decoder_class
+from llm_infer.parallel.axes import ParamSpec
 
 Params = dict[str, Any]
 """Parameters by dotted name, e.g. `layers.attn.qkv.weight`: arrays, or matrices as `StoredWeights`.
 
 Every weight is stacked, so there are about a dozen."""
 
+Specs = Mapping[str, ParamSpec]
+"""What the modules of a model declare of each parameter, by dotted name."""
 
-def split_model(
-    config: ModelConfig, dtype: DTypeLike = jnp.float32
-) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct]]:
-    """The definition of the model and the shape and dtype of each parameter; nothing is allocated."""
-    abstract = nnx.eval_shape(lambda: decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    definition, state = nnx.split(abstract)
-    return definition, {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+
+@lru_cache(maxsize=64)
+def split_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, Specs]:
+    """Returns the definition of the model and what it declares of its parameters; no array is made."""
+    definition, state = nnx.split(decoder_class(config)(config, dtype=jnp.dtype(dtype)))
+    specs = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return definition, MappingProxyType(specs)
+
+
+def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict[str, jax.ShapeDtypeStruct]:
+    """Describes the parameters of a model for programs that are only traced or compiled."""
+    _, specs = split_model(config, dtype)
+    return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in specs.items()}
 
 
 def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
-    """The callable model; cheap, meant to be called inside a traced function."""
+    """Returns the callable model; cheap, meant to be called inside a traced function."""
     flat: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
     return nnx.merge(definition, nnx.from_flat_state(flat))
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Counts the weights of a model."""
+    _, specs = split_model(config)
+    return sum(spec.size for spec in specs.values())
 
 
 def random_params(
@@ -44,15 +61,23 @@ def random_params(
     arrange: Callable[[str, Array], Array] | None = None,
     shardings: Any = None,
 ) -> Params:
-    """Random weights made on the device, for tests and benchmarks (`--load-format dummy`).
+    """Makes random weights on the device, for tests and benchmarks (`--load-format dummy`).
 
-    `arrange` and `shardings` (by name) bring them to the devices of a mesh, each its part; the values stay the same.
+    The values of a parameter depend on the seed and its name alone. `arrange` and `shardings` (by name) bring them to
+    the devices of a mesh, each its part; the values stay the same.
     """
+    _, specs = split_model(config, dtype)
 
     @partial(jax.jit, out_shardings=shardings)
     def init() -> Params:
-        _, state = nnx.split(decoder_class(config)(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))
-        flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-        return flat if arrange is None else {name: arrange(name, value) for name, value in flat.items()}
+        values = {name: _draw(spec, name, seed) for name, spec in specs.items()}
+        return values if arrange is None else {name: arrange(name, value) for name, value in values.items()}
 
     return init()
+
+
+def _draw(spec: ParamSpec, name: str, seed: int) -> Array:
+    if not spec.std:
+        return jnp.full(spec.shape, spec.mean, spec.dtype)
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+    return spec.mean + spec.std * jax.random.normal(key, spec.shape, spec.dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -10,13 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange, repeat
 from jax.sharding import Mesh, NamedSharding
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
 from llm_infer.models.config import ModelConfig, Shards
+from llm_infer.models.params import Specs, split_model
+from llm_infer.parallel.axes import Axes
 from llm_infer.parallel.mesh import make_mesh, nearest, too_large
-from llm_infer.parallel.rules import num_parts, parameter_partition
+from llm_infer.parallel.rules import num_parts, partition
 
 
 def why_not(config: ModelConfig, parallel: ParallelConfig) -> str | None:
@@ -51,9 +54,14 @@ class Placement:
     config: ModelConfig
     mesh: Mesh
 
+    def axes(self, name: str) -> Axes:
+        """Returns the logical axes of a parameter, as its module declares them."""
+        return split_model(self.config)[1][name].axes
+
     def sharding(self, name: str, ndim: int) -> NamedSharding:
-        """Where a parameter of this name and so many dimensions goes."""
-        return NamedSharding(self.mesh, parameter_partition(name, ndim, moe=self.config.moe is not None))
+        """Returns where a parameter goes; a table in blocks has an axis in front of those that are declared."""
+        axes = self.axes(name)
+        return NamedSharding(self.mesh, partition(*(None,) * (ndim - len(axes)), *axes))
 
     def cuts(self, name: str) -> int:
         """Parts into which the last axis of a matrix is cut: a row of blocks must hold whole blocks in each."""
@@ -61,7 +69,7 @@ class Placement:
 
     def arrange(self, name: str, array: Any) -> Any:
         """See `arrange`."""
-        return arrange(name, array, self.config)
+        return arrange(array, self.axes(name), self.config)
 
     def __call__(self, name: str, array: np.ndarray | jax.Array) -> jax.Array:
         """A whole parameter, or a stack of its blocks, as an array whose every device has its part."""
@@ -98,44 +106,51 @@ def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[
         )
     if parallel.num_devices == 1:
         return None
+    return Placement(cut_config(config, parallel), make_mesh(parallel, devices))
+
+
+def cut_config(config: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
+    """Returns the configuration of a model that is cut over meshes of these sizes."""
     tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
     copies = max(1, tp * ep // config.num_kv_heads)
-    cut = replace(config, num_kv_heads=config.num_kv_heads * copies, shards=Shards(tp, ep, copies))
-    return Placement(cut, make_mesh(parallel, devices))
+    return replace(config, num_kv_heads=config.num_kv_heads * copies, shards=Shards(tp, ep, copies))
 
 
-def arrange(name: str, array: np.ndarray | jax.Array, config: ModelConfig) -> np.ndarray | jax.Array:
-    """A parameter with its rows in the order in which a cut config needs them; numpy stays numpy.
+def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> np.ndarray | jax.Array:
+    """Brings the rows of a parameter into the order in which a cut config needs them; numpy stays numpy.
 
     KV heads are repeated for every device that holds a copy, tables of the vocabulary filled up with zeros to equal
-    parts, and of the experts' rows each device's share is brought together.
+    parts, and of the experts' rows each device's share is brought together. `axes` are those that the parameter
+    declares; an array in blocks may have more in front.
     """
     xp: ModuleType = jnp if isinstance(array, jax.Array) else np
-    module, kind = name.split(".")[-2:]
     shards, moe = config.shards, config.moe
-    axis = array.ndim - (2 if kind == "weight" else 1)  # of the rows
-    lead, tail = array.shape[:axis], array.shape[axis + 1 :]
-    if module in ("embed", "head"):
+    rows = next((name for name in ("vocab", "qkv", "kv_heads", "expert_rows") if name in axes), None)
+    if rows is None:
+        return array
+    axis = array.ndim - len(axes) + axes.index(rows)
+    if rows == "vocab":
         missing = shards.padded(config.vocab_size) - array.shape[axis]
         padding = [(0, missing if i == axis else 0) for i in range(array.ndim)]
         return xp.pad(array, padding) if missing else array
-    if module in ("qkv", "k", "v") and shards.kv_copies > 1:
+    by_row = xp.moveaxis(array, axis, 0)
+    if rows == "expert_rows" and moe is not None and shards.tp > 1:
+        sizes = {"ep": shards.ep, "tp": shards.tp, "x": moe.num_experts // shards.ep}
+        return xp.moveaxis(rearrange(by_row, "(ep x tp f) ... -> (ep tp x f) ...", **sizes), 0, axis)
+    if rows in ("qkv", "kv_heads") and shards.kv_copies > 1:
         copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
-        group = config.num_heads // heads if module == "qkv" else 0
-        rows = array.reshape(*lead, heads, -1, config.head_dim, *tail)
-        query, keys = xp.split(rows, [group], axis=axis + 1)
-        query = query.reshape(*lead, heads, copies, group // copies, config.head_dim, *tail)
-        keys = xp.repeat(xp.expand_dims(keys, axis + 1), copies, axis=axis + 1)
-        return xp.concatenate([query, keys], axis=axis + 2).reshape(*lead, -1, *tail)
-    if moe is not None and module in ("gate", "up") and shards.tp > 1:
-        rows = array.reshape(*lead, shards.ep, moe.num_experts // shards.ep, shards.tp, -1, *tail)
-        return xp.swapaxes(rows, axis + 1, axis + 2).reshape(*lead, -1, *tail)
+        heads_first = rearrange(by_row, "(h r d) ... -> h r d ...", h=heads, d=config.head_dim)
+        group = config.num_heads // heads if rows == "qkv" else 0
+        queries, keys = xp.split(heads_first, [group], axis=1)
+        keys = repeat(keys, "h r d ... -> h c r d ...", c=copies)
+        if group:  # each copy of a KV head serves its share of the head's queries
+            queries = rearrange(queries, "h (c g) d ... -> h c g d ...", c=copies)
+            keys = xp.concatenate([queries, keys], axis=2)
+        return xp.moveaxis(rearrange(keys, "h c r d ... -> (h c r d) ..."), 0, axis)
     return array
 
 
-def abstract_parameters(
-    specs: Mapping[str, jax.ShapeDtypeStruct], placement: Placement
-) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_parameters(specs: Specs, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of the parameters of a cut model; `specs` are those of `split_model`."""
     return {
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement.sharding(name, len(spec.shape)))

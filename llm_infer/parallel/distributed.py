@@ -27,9 +27,17 @@ PATIENCE = 300.0
 
 Channel = Leader | Follower
 
+_joined: tuple[Leader, Mapping[str, str]] | None = None
+"""A connection that `keep` holds until it is asked for, and its settings. JAX joins processes once in their life."""
+
 
 def join(
-    coordinator_address: str | None, num_processes: int | None, process_id: int | None, settings: Mapping[str, str]
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    settings: Mapping[str, str],
+    *,
+    as_first: bool = False,
 ) -> Channel | None:
     """Joins the other processes; to be called before JAX does anything else.
 
@@ -39,13 +47,23 @@ def join(
         coordinator_address: host and a free port of process 0, e.g. "10.0.0.1:8476".
         num_processes, process_id: how many there are, and which one this is.
         settings: what all processes must agree on, by name.
+        as_first: this process must be the first.
 
     Returns:
         The connection to the others; None for a single process.
 
     Raises:
-        UserError: some of the arguments are missing, a process did not come, or one has other settings.
+        UserError: some of the arguments are missing, a process did not come, one has other settings, or this should be the
+            first process and is another.
     """
+    global _joined
+    if _joined is not None:
+        (leader, before), _joined = _joined, None
+        if differ := [name for name in settings if settings[name] != before.get(name)]:
+            raise UserError(
+                f"{', '.join(differ)}: other than what llm_infer.follow was called with; give both the same"
+            )
+        return leader
     given = (coordinator_address, num_processes, process_id)
     if all(each is None for each in given):
         if not on_cluster():
@@ -59,6 +77,8 @@ def join(
         raise UserError(f"process_id={process_id}: expected 0 to {num_processes - 1}")  # type: ignore[operator]
     if num_processes == 1:
         return None
+    if as_first and process_id:
+        raise _not_first(process_id)
     try:
         jax.distributed.initialize(
             coordinator_address,
@@ -71,11 +91,26 @@ def join(
         raise UserError(f"the processes did not come together: {str(error).splitlines()[0]}") from error
     if jax.process_count() == 1:
         return None
+    if as_first and jax.process_index():
+        raise _not_first(jax.process_index())
     try:
         return _connect(coordinator_address, settings)
     except jax.errors.JaxRuntimeError as error:
         end_process(f"a process is gone ({str(error).splitlines()[0]:.200}): restart all processes")
         raise
+
+
+def keep(leader: Leader, settings: Mapping[str, str]) -> None:
+    """Has the next call of `join` in this process return a connection that exists already."""
+    global _joined
+    _joined = leader, settings
+
+
+def _not_first(process: int) -> UserError:
+    return UserError(
+        f"this is process {process} of several, and only process 0 has an LLM: call llm_infer.follow here, with the same "
+        "settings"
+    )
 
 
 def on_cluster() -> bool:

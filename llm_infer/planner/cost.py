@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from llm_infer.config import ParallelConfig
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.families.opt import POSITION_OFFSET, OPTConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +71,12 @@ class MemoryEstimate:
 
 
 def weights_of_device(config: ModelConfig, cut: Cut = Cut()) -> int:
-    """Number of weights that one device holds."""
-    width, head_dim, parts = config.hidden_size, config.head_dim, cut.parts
-    heads = config.num_heads // parts
-    qkv_rows = (heads + 2 * cut.kv_heads(config)) * head_dim
-    layer = qkv_rows * width + heads * head_dim * width + qkv_rows * config.qkv_bias + 2 * head_dim * config.qk_norm
-    vocab_rows = -(-config.vocab_size // parts)
-    tables = 1 if config.tie_word_embeddings else 2
-    if isinstance(config, OPTConfig):
-        inner, narrow = config.intermediate_size // parts, config.embedding_size
-        layer += width + 2 * inner * width + inner + width + 4 * width
-        ends = vocab_rows * narrow * tables + (config.max_position_embeddings + POSITION_OFFSET) * width
-        ends += 2 * width * config.pre_norm + (2 * narrow * width if narrow != width else 0)
-        return ends + config.num_layers * layer
-    if config.moe is None:
-        layer += 3 * config.intermediate_size // parts * width
-    else:
-        experts, inner = config.moe.num_experts // cut.ep, config.moe.intermediate_size // cut.tp
-        layer += config.moe.num_experts * width + experts * 3 * inner * width
-    return vocab_rows * width * tables + config.num_layers * (layer + 2 * width) + width
+    """Counts the weights that one device holds: the sum over what the modules declare."""
+    from llm_infer.models.params import split_model  # needs JAX
+    from llm_infer.models.sharded import cut_config
+
+    _, specs = split_model(cut_config(config, ParallelConfig(cut.tp, cut.dp, cut.ep)))
+    return sum(spec.size_on_device({"tp": cut.tp, "ep": cut.ep}) for spec in specs.values())
 
 
 def page_bytes(config: ModelConfig, cut: Cut, platform: str, page_size: int, dtype: str) -> int:

@@ -181,10 +181,16 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request; raises as `longest`."""
+        self.prepare(request)
+        self._num_arrived += 1
+        self.requests[request.request_id] = request
+        self.books.enqueue(request.sequences[0])
+
+    def prepare(self, request: Request) -> None:
+        """Makes the sequences of a request, which `num_uncached` looks at; raises as `longest`. `add` does it once more."""
         limit = self.longest(request)
         request.arrival = self._num_arrived
-        request.arrival_time = self._clock()
-        self._num_arrived += 1
+        request.arrival_time = self._clock() if request.arrival_time is None else request.arrival_time
         first = request.priority if self.config.policy == "priority" else 0
         request.sequences = [Sequence(request, i, (first, request.arrival, i), limit) for i in range(request.n)]
         if request.beams is not None:
@@ -194,8 +200,6 @@ class Scheduler:
                 min_tokens=request.min_tokens,
                 max_tokens=limit - len(request.prompt),
             )
-        self.requests[request.request_id] = request
-        self.books.enqueue(request.sequences[0])
 
     def num_uncached(self, request: Request) -> int:
         """Tokens of the prompt of a request that nothing of has run yet which the prefix cache does not have."""

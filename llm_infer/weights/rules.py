@@ -7,25 +7,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from einops import rearrange
 
 Arrange = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 
 class HasShape(Protocol):
-    """`ParamSpec` or `jax.ShapeDtypeStruct`."""
+    """Shape and type of a parameter: a `ParamSpec`, a `jax.ShapeDtypeStruct` …"""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
     @property
     def dtype(self) -> np.dtype: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ParamSpec:
-    """Shape and type of a parameter; `jax.ShapeDtypeStruct` serves as well."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +72,7 @@ def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:
         for tensor in tensors:
             if tensor.shape[0] % (num_kv_heads * head_dim):
                 raise ValueError(f"{tensor.shape[0]} rows for {num_kv_heads} KV heads of size {head_dim}")
-            grouped.append(tensor.reshape(num_kv_heads, -1, *tensor.shape[1:]))
-        fused = np.concatenate(grouped, axis=1)
-        return fused.reshape(-1, *fused.shape[2:])
+            grouped.append(rearrange(tensor, "(h r) ... -> h r ...", h=num_kv_heads))
+        return rearrange(np.concatenate(grouped, axis=1), "h r ... -> (h r) ...")
 
     return arrange

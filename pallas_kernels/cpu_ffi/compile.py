@@ -17,6 +17,7 @@ import llvmlite
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from pallas_kernels.cache_folder import cache_folder
 from pallas_kernels.cpu_ffi.once import once
 
 CACHE_VARIABLE = "LLM_INFER_CPU_CACHE_DIR"
@@ -98,11 +99,9 @@ def emit_assembly(module: ir.Module, target: Target) -> str:
 
 
 def cache_directory() -> Path:
-    """Where object files are kept: $LLM_INFER_CPU_CACHE_DIR, else llm_infer/cpu_kernels in the user's cache folder."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "llm_infer" / "cpu_kernels"
+    """Where object files are kept: $LLM_INFER_CPU_CACHE_DIR, else cpu_kernels in the user's cache folder."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else cache_folder() / "cpu_kernels"
 
 
 @once

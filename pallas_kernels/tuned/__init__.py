@@ -12,18 +12,23 @@ import os
 from functools import cache
 from pathlib import Path
 
+from pallas_kernels.cache_folder import cache_folder
+
 DIRECTORY_VARIABLE = "LLM_INFER_TUNED_DIR"
 
 Crossovers = dict[str, dict[str, int | None]]
 """Kind of weights → crossover → rows."""
 
 
+def user_directory() -> Path:
+    """Where measurements are kept: $LLM_INFER_TUNED_DIR, else tuned in the user's cache folder."""
+    chosen = os.environ.get(DIRECTORY_VARIABLE)
+    return Path(chosen) if chosen else cache_folder() / "tuned"
+
+
 def user_file(cpu: str) -> Path:
-    """Where `llm-infer kernels --tune` keeps what it measured: $LLM_INFER_TUNED_DIR, else the user's cache folder."""
-    base = os.environ.get(DIRECTORY_VARIABLE)
-    if base:
-        return Path(base) / f"{cpu}.json"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llm_infer" / "tuned" / f"{cpu}.json"
+    """Where `llm-infer kernels --tune` keeps what it measured on this type of CPU."""
+    return user_directory() / f"{cpu}.json"
 
 
 def shipped_file(cpu: str) -> Path:

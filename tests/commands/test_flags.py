@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from llm_infer.commands import app, chat, doctor, generate
 from llm_infer.commands.sampling import FIELDS, FLAGS, NO_FLAGS
 from llm_infer.commands.user_file import user_file
 from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.options import EngineOptions
 
 
 class Recorder:
@@ -28,7 +29,7 @@ class Recorder:
         self.tokenizer = SimpleNamespace(encode=lambda text: f"raw {text}", chat_template=template)
         self.prompts: list[Any] = []
         self.params: list[SamplingParams] = []
-        self.engines: list[dict[str, Any]] = []
+        self.engines: list[EngineOptions] = []
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
         return [dict(message) for message in messages]
@@ -47,8 +48,8 @@ class Recorder:
 def llm(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     found = Recorder()
 
-    def made(model: str, arguments: dict[str, Any], *_: object, **__: object) -> Recorder:
-        found.engines.append({"model": model} | arguments)
+    def made(options: EngineOptions) -> Recorder:
+        found.engines.append(options)
         return found
 
     for module in (generate, chat):
@@ -97,7 +98,7 @@ def test_defaults_and_values_of_llama_cpp(
         SamplingParams(temperature=0.0, max_tokens=256),
         SamplingParams(temperature=0.0, max_tokens=None),
     ]
-    assert llm.engines[-1] == {"model": "org/name:Q4_0"}
+    assert llm.engines[-1] == EngineOptions("org/name:Q4_0", max_num_seqs=1)
     assert os.environ.pop("LLM_INFER_NUM_THREADS") == "3"
 
 
@@ -108,17 +109,16 @@ def test_a_beam_search_shows_the_best_answer(
         monkeypatch, capsys, "generate", "Hi", "--beam-width", "2", "--length-penalty", "0.5", "--early-stopping", "-v"
     )
     assert (code, out) == (0, "best\n") and err.startswith("2 tokens in 0.")
+    assert llm.engines[0].max_num_seqs == 2
     assert (llm.params[0].beam_width, llm.params[0].length_penalty, llm.params[0].early_stopping) == (2, 0.5, True)
 
 
-def test_speculation_reaches_the_engine(
+def test_quiet_shows_no_progress(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], llm: Recorder
 ) -> None:
-    asked = {"method": "ngram", "num_speculative_tokens": 5}
-    assert run(monkeypatch, capsys, "generate", "Hi", "--speculative-config", json.dumps(asked))[0] == 0
-    assert llm.engines[-1]["speculative_config"] == asked
-    code, out, err = run(monkeypatch, capsys, "generate", "Hi", "--speculative-config", "ngram")
-    assert (code, out) == (1, "") and err.startswith("error: --speculative-config ngram: not valid JSON")
+    for flags, shown in (([], True), (["-q"], False)):
+        assert run(monkeypatch, capsys, "generate", "Hi", *flags)[0] == 0
+        assert llm.engines[-1].progress == shown
 
 
 def test_prompts_from_everywhere(
@@ -173,6 +173,7 @@ def test_flags_go_before_the_users_file_and_that_before_defaults(
 ) -> None:
     file.write_text(
         'model = "org/name:Q4_0"\ntemperature = 1\nmax-tokens = 7\nstop = "x"\nconfig = "engine.toml"\n'
+        "max-num-seqs = 2\nblock-size = 32\nmax-model-len = 16\n"
         '[chat]\nmax_tokens = 8\nsystem = "S"\n'
     )
     (file.parent / "engine.toml").write_text('precision = "fast"\nmax-model-len = 64\n')
@@ -183,20 +184,24 @@ def test_flags_go_before_the_users_file_and_that_before_defaults(
         SamplingParams(temperature=0.0, max_tokens=7, stop=("x",)),
         SamplingParams(temperature=1.0, max_tokens=8, stop=("x",)),
     ]
-    engine = {"model": "org/name:Q4_0", "precision": "fast"}
-    assert llm.engines == [engine | {"max_model_len": 32}, engine | {"max_model_len": 64}]
+    engine = EngineOptions("org/name:Q4_0", max_num_seqs=2, precision="fast", page_size=32)
+    assert llm.engines == [replace(engine, max_model_len=32), replace(engine, max_model_len=64)]
     assert llm.prompts[-1][0] == {"role": "system", "content": "S"}
     other = file.parent / "other.toml"
-    other.write_text('precision = "exact"\n')
+    other.write_text('model = "org/other"\nblock-size = 8\n')
     run(monkeypatch, capsys, "generate", "Hi", "--config", str(other))
-    assert llm.engines[-1] == {"model": "org/name:Q4_0", "precision": "exact"}
+    assert llm.engines[-1] == EngineOptions("org/other", max_num_seqs=2, page_size=8, max_model_len=16)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("temprature = 1", "'temprature' is no default of generate and chat; did you mean temperature?"),
-        ("page-size = 32", "Settings of the engine stand in a file of their own, which `config` names"),
+        ("temprature = 1", "'temprature' is no flag of generate and chat: did you mean temperature?"),
+        ("page-sise = 32", "'page-sise' is no setting: did you mean page-size?"),
+        ("page-size = 'x'", "page_size='x': expected a whole number"),
+        ("top-p = 'x'", "top-p = 'x': expected a number"),
+        ("ignore-eos = 1", "ignore-eos = 1: expected true or false"),
+        ("stop = [1]", "stop = [1]: expected a text"),
         ("chat = 1", "expected a table [chat]"),
         ("model = ", "Invalid value"),
     ],

@@ -13,10 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-from llm_infer.base.errors import UserError
 from llm_infer.commands import app, completion, interactive
-from llm_infer.commands.options import check_model
-from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.options import EngineOptions
 
 ROOT = Path(__file__).parents[2]
 
@@ -107,24 +105,31 @@ def test_the_cache_of_the_hub_is_found_as_its_library_finds_it(monkeypatch: pyte
         ),
     ],
 )
-def test_a_name_that_is_nearly_right_is_suggested(name: str, load_format: str, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        check_model(name, load_format, None)
+def test_a_name_that_is_nearly_right_is_suggested(
+    name: str, load_format: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["llm-infer", "generate", "Hi", "-m", name, "--load-format", load_format])
+    with pytest.raises(SystemExit):
+        app.main()
+    assert said in capsys.readouterr().err
 
 
-def _interactive(monkeypatch: pytest.MonkeyPatch, made: Any, **arguments: Any) -> None:
-    monkeypatch.setattr("llm_infer.llm.LLM", made)
-    interactive.interactive_llm("m", arguments, SamplingParams(), config="x.toml", quiet=False)
-
-
-def test_a_device_that_is_not_here_is_named_with_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, **__: object) -> None:
-        raise UserError("device='gpu': JAX found 1 × cpu here")
-
-    with pytest.raises(
-        UserError, match=r"--config x.toml: device='gpu': JAX found 1 × cpu here, in the file or with --"
-    ):
-        _interactive(monkeypatch, refused, device="gpu")
+def test_a_device_that_is_not_here_is_named_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.toml"
+    file.write_text('device = "gpu"\n')
+    for command in (["generate", "Hi"], ["chat"], ["bench", "offline"]):
+        for flags in (["--config", str(file)], ["--device", "gpu"]):
+            monkeypatch.setattr(sys, "argv", ["llm-infer", *command, *flags])
+            with pytest.raises(SystemExit):
+                app.main()
+            said = capsys.readouterr().err
+            typed = flags[0] == "--device"
+            assert said.startswith(
+                "error: device='gpu': JAX found" if typed else f"error: --config {file}: device='gpu'"
+            )
+            assert said.endswith(", in the file or with --device\n") != typed
 
 
 def test_random_weights_without_a_tokenizer_say_that_these_are_ids(
@@ -132,5 +137,6 @@ def test_random_weights_without_a_tokenizer_say_that_these_are_ids(
 ) -> None:
     for text, said in (("<256>", True), ("word", False)):
         llm = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, text=text: text))
-        _interactive(monkeypatch, lambda *_, llm=llm, **__: llm, load_format="dummy")
+        monkeypatch.setattr("llm_infer.llm.LLM.of", lambda _, llm=llm: llm)
+        interactive.interactive_llm(EngineOptions("opt-125m", load_format="dummy"))
         assert ("numbers in the answer are ids of tokens" in capsys.readouterr().err) == said

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_infer.decoding.penalties import PenaltyRows, empty_penalties, mask_logits, penalised, seen_counts, set_slot
 from llm_infer.decoding.sample import SamplingRows, sample
-from llm_infer.decoding.shape import ShapeRows, empty_state, mask_logits, seen_counts, set_slot, shape_logits
 from llm_infer.decoding.token_rules import ALL, TokenRules, mask_words
 from pallas_kernels import cpu_ffi, dispatch
 from tests.decoding.distribution import distribution
@@ -120,18 +120,18 @@ def test_frequencies_follow_penalties_biases_and_masks(names: tuple[str, ...]) -
     expected /= expected.sum()
 
     state = set_slot(
-        empty_state(1, VOCAB), jnp.int32(0), jnp.asarray(seen_counts(prompt, output, VOCAB)), jnp.asarray(bias)
+        empty_penalties(1, VOCAB), jnp.int32(0), jnp.asarray(seen_counts(prompt, output, VOCAB)), jnp.asarray(bias)
     )
     full = [
         jnp.full(ROWS, chosen.get(name, 1.0 * (name == "repetition_penalty")), jnp.float32)
-        for name in ShapeRows._fields[:3]
+        for name in PenaltyRows._fields[:3]
     ]
-    rows = ShapeRows(*full, jnp.full(ROWS, "logit_bias" in chosen, jnp.int32))
+    rows = PenaltyRows(*full, jnp.full(ROWS, "logit_bias" in chosen, jnp.int32))
 
     @jax.jit
     def draw(first: jax.Array) -> jax.Array:
         batch = jnp.broadcast_to(jnp.asarray(logits), (ROWS, VOCAB))
-        batch = shape_logits(batch, state, jnp.zeros(ROWS, jnp.int32), rows)
+        batch = penalised(batch, state, jnp.zeros(ROWS, jnp.int32), rows)
         batch = mask_logits(batch, jnp.broadcast_to(jnp.asarray(mask), (ROWS, len(mask))))
         drawn = make_rows(1.0, seed=11)
         return sample(batch, drawn._replace(position=drawn.position + first))

@@ -11,9 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.platform import layer_loop, query_rows
+from llm_infer.engine.state import FULL, StepInputs, StepState
 from llm_infer.engine.steps import make_step
 from llm_infer.models.architectures import read_architecture
-from llm_infer.models.params import split_model
+from llm_infer.models.params import abstract_params, split_model
 from llm_infer.models.registry import family
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
@@ -23,7 +24,8 @@ from pallas_kernels.targets import TARGETS, make_mesh
 PAGE_SIZE, NUM_PAGES = 64, 8192
 architecture = {**read_architecture("llama-3.1-8b"), "num_hidden_layers": 2}
 config = family(architecture).config(architecture, fused_qkv=True)
-definition, params = split_model(config, jnp.bfloat16)
+definition, _ = split_model(config, jnp.bfloat16)
+params = abstract_params(config, jnp.bfloat16)
 target = TARGETS["sm_90"]
 mesh = make_mesh(target)
 replicated = NamedSharding(mesh, PartitionSpec())
@@ -35,11 +37,15 @@ found = {}
 for tokens in (8,):
     rows = min(tokens, query_rows("gpu", config.num_heads // config.num_kv_heads))
     layout = StepLayout(PlanShape(tokens, min(tokens, 64), 4096 // PAGE_SIZE, rows))
-    step = make_step(definition, config, layout, loop=layer_loop(target.platform))
+    step = make_step(definition, layout, loop=layer_loop(target.platform))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert dispatch.target() == ("gpu", target.device_kind)
-        jitted = jax.jit(step, donate_argnums=(1, 2), in_shardings=replicated, out_shardings=replicated)
-        arguments = params, pool, array((1, 65), jnp.int32), array((1, layout.size), jnp.int32), None, None
+        jitted = jax.jit(step, donate_argnums=1, in_shardings=replicated, out_shardings=replicated)
+        state, inputs = (
+            StepState({FULL: pool}, array((1, 65), jnp.int32)),
+            StepInputs(array((1, layout.size), jnp.int32)),
+        )
+        arguments = params, state, inputs
         compiled = jitted.lower(*arguments).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     found[tokens] = {

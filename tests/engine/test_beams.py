@@ -21,6 +21,7 @@ from llm_infer.models.params import merge_model
 from llm_infer.scheduler.request import Request
 from llm_infer.weights.sources import open_model, resolve
 from tests.engine.engines import EngineFactory
+from tests.models.family_checkpoints import dense_attend
 from tests.naive_beam import Scores, naive_beam_search
 
 CONFIG = ModelConfig("LlamaForCausalLM", 131, 32, 2, 4, 2, 16, 64, 256, tie_word_embeddings=True)
@@ -43,16 +44,10 @@ def make_engine(model: LoadedModel) -> EngineFactory:
 def scores(model: LoadedModel) -> Scores:
     """Log-probabilities of the next token by a full forward without pages."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None, layer: jax.Array) -> tuple[jax.Array, None]:
-        k, v = (jnp.repeat(x, CONFIG.group_size, axis=1) for x in (k, v))
-        weights = jnp.einsum("thd,shd->hts", q, k) * CONFIG.head_dim**-0.5
-        causal = jnp.tril(jnp.ones((q.shape[0], q.shape[0]), bool))[None]
-        return jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(causal, weights, -jnp.inf), axis=-1), v), None
-
     @jax.jit
     def logprobs(ids: jax.Array, last: jax.Array) -> jax.Array:
         decoder = merge_model(model.definition, model.params)
-        hidden, _ = decoder(ids, jnp.arange(LENGTH, dtype=jnp.int32), None, attend)
+        hidden, _ = decoder(ids, jnp.arange(LENGTH, dtype=jnp.int32), None, dense_attend)
         return jax.nn.log_softmax(decoder.logits(hidden[last][None])[0])
 
     @cache

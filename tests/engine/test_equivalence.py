@@ -15,6 +15,7 @@ from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.models.params import merge_model
 from tests.engine.engines import EngineFactory, greedy, run_all
+from tests.models.family_checkpoints import dense_attend
 
 CONFIG = ModelConfig("LlamaForCausalLM", 131, 32, 2, 4, 2, 16, 64, 256, tie_word_embeddings=True)
 LENGTH = 96
@@ -35,17 +36,10 @@ def make_engine(model: LoadedModel) -> EngineFactory:
 def naive(model: LoadedModel) -> Callable[[list[int], int], tuple[list[int], float]]:
     """Greedy tokens by a full forward without pages for every token, and the smallest top-two margin on the way."""
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: None, layer: jax.Array) -> tuple[jax.Array, None]:
-        k, v = (jnp.repeat(x, CONFIG.group_size, axis=1) for x in (k, v))
-        scores = jnp.einsum("thd,shd->hts", q, k) * CONFIG.head_dim**-0.5
-        causal = jnp.tril(jnp.ones((q.shape[0], q.shape[0]), bool))[None]
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-        return jnp.einsum("hts,shd->thd", weights, v), None
-
     @jax.jit
     def logits(ids: jax.Array, last: jax.Array) -> jax.Array:
         decoder = merge_model(model.definition, model.params)
-        hidden, _ = decoder(ids, jnp.arange(LENGTH, dtype=jnp.int32), None, attend)
+        hidden, _ = decoder(ids, jnp.arange(LENGTH, dtype=jnp.int32), None, dense_attend)
         return decoder.logits(hidden[last][None])[0]
 
     def run(prompt: list[int], count: int) -> tuple[list[int], float]:

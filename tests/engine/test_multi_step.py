@@ -10,6 +10,7 @@ from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.features import StepFeatures, for_steps
+from llm_infer.engine.state import FULL
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.scheduler.plan import StepPlan
@@ -89,7 +90,7 @@ def check_equal(found: Found, expected: Found) -> None:
     [
         (8, {}),
         (3, {"overlap": False}),
-        (8, {"pages": 7}),
+        (8, {"pages": 6}),
         (2, {"chunk": 8, "seqs": 3, "pages": 7, "cache": False}),
     ],
 )
@@ -122,7 +123,7 @@ def test_programs_of_several_steps_work_in_place_and_nothing_compiles_later(mode
     engine = Engine(model, config)
     assert sorted(engine.warm_up()) == [2, 2, 4, 4, 8]
     program = engine.runner.compile(4, StepFeatures.STEPS)
-    memory, pool = program.run.memory_analysis(), engine.runner.pages.nbytes
+    memory, pool = program.run.memory_analysis(), engine.runner.state.cache[FULL].nbytes
     assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < pool / 20
     compiled: list[str] = []
     listener = lambda name, _seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731

@@ -90,7 +90,7 @@ def limited(utilization: float) -> Engine:
 
 def test_the_compiled_engine_stays_within_the_limit_and_a_page_more_would_not() -> None:
     engine = limited(0.8)
-    steps, pages = engine.runner.steps, engine.scheduler.allocator.num_usable + 1
+    steps, pages = engine.runner.step_programs, engine.scheduler.allocator.num_usable + 1
     assert engine.runner.pages.shape[1] == pages == engine.runner.num_pages
     taken = device_bytes(steps.lower(4, LARGEST, pages).compile())
     assert taken <= 0.8 * LIMIT < taken + page_bytes(steps)

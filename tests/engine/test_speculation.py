@@ -78,9 +78,9 @@ def test_nothing_is_proposed_for_requests_whose_rules_look_back(make_engine: Eng
 def test_nothing_compiles_after_warm_up_whatever_is_proposed(model: LoadedModel) -> None:
     config = EngineConfig(CacheConfig(num_pages=32), SchedulerConfig(1, 2, LENGTH), speculative=NGRAM)
     engine = Engine(model, config)
-    shaped = SamplingParams(temperature=0.0, max_tokens=6, repetition_penalty=1.2)
-    assert list(engine.warm_up(features=[PLAIN, features_of(shaped)])) == [2, 2, 2]
-    for params in (SamplingParams(temperature=0.0, max_tokens=COUNT), shaped, SamplingParams(seed=1, n=2)):
+    penalties = SamplingParams(temperature=0.0, max_tokens=6, repetition_penalty=1.2)
+    assert list(engine.warm_up(features=[PLAIN, features_of(penalties)])) == [2, 2, 2]
+    for params in (SamplingParams(temperature=0.0, max_tokens=COUNT), penalties, SamplingParams(seed=1, n=2)):
         engine.add_request([5, 6, 7, 5, 6, 7, 5], params)
     while engine.has_work:
         engine.step()

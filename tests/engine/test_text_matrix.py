@@ -102,7 +102,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         engine = llm.engine
         engine.runner._programs, engine.runner.buckets = programs, (8, 32)
         for bucket in engine.runner.buckets:
-            engine.runner.compile(bucket, StepFeatures.SHAPED | StepFeatures.MASKED | StepFeatures.DRAFTS)
+            engine.runner.compile(bucket, StepFeatures.PENALTIES | StepFeatures.MASKED | StepFeatures.DRAFTS)
         engine.scheduler = Scheduler(
             SchedulerConfig(min(8, chunk), chunk, 128, num_scheduler_steps=steps),
             num_pages=pages,

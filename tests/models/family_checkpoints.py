@@ -47,13 +47,33 @@ def load(name: str, *, fused_qkv: bool = True, dtype: str = "float32") -> Loaded
     return load_model(opened, dtype=jnp.dtype(dtype), fused_qkv=fused_qkv)
 
 
-def dense_attend(query: jax.Array, key: jax.Array, value: jax.Array, cache: None, layer: object) -> tuple:
+def dense_attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cache: object,
+    layer: object,
+    /,
+    *,
+    scale: float,
+    window: jax.Array | int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+) -> tuple:
     """Causal attention over the keys of this call alone, in float32: no pages, no cache."""
-    group, scale = query.shape[1] // key.shape[1], query.shape[2] ** -0.5
+    group, tokens = query.shape[1] // key.shape[1], query.shape[0]
     key, value = (jnp.repeat(a.astype(jnp.float32), group, axis=1) for a in (key, value))
     scores = jnp.einsum("qhd,khd->hqk", query.astype(jnp.float32), key) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     seen = jnp.tril(jnp.ones(scores.shape[1:], bool))[None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    if window is not None:
+        age = jnp.arange(tokens)[:, None] - jnp.arange(tokens)[None]
+        seen &= (age < window)[None]
+    scores = jnp.where(seen, scores, -jnp.inf)
+    if sinks is not None:
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:2], 1))], axis=2)
+    weights = jax.nn.softmax(scores, axis=-1)[:, :, :tokens]
     return jnp.einsum("hqk,khd->qhd", weights, value).astype(query.dtype), cache
 
 

@@ -10,9 +10,10 @@ import pytest
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.architectures import architecture_config, architecture_names, read_architecture, table
-from llm_infer.models.params import random_params, split_model
+from llm_infer.models.params import num_parameters, random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.weights.sources import read_json
+from tests.models import closed_form
 from tests.models.family_checkpoints import FOLDER, NAMES, load
 
 # Numbers of parameters as the Hugging Face hub states them.
@@ -34,15 +35,15 @@ PUBLISHED = {
 
 
 def test_the_architectures_are_those_published() -> None:
-    assert {name: architecture_config(name).num_parameters for name in architecture_names()} == PUBLISHED
+    assert {name: num_parameters(architecture_config(name)) for name in architecture_names()} == PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_closed_form_equals_the_parameters_of_the_model(name: str) -> None:
+def test_what_modules_declare_is_the_closed_form(name: str) -> None:
     for fused_qkv in (True, False):
         config = architecture_config(name, fused_qkv=fused_qkv)
         _, specs = split_model(config, jnp.bfloat16)
-        assert sum(math.prod(spec.shape) for spec in specs.values()) == config.num_parameters
+        assert sum(spec.size for spec in specs.values()) == closed_form.num_parameters(config)
         assert all(spec.dtype == jnp.bfloat16 for spec in specs.values())
         assert len(specs) <= 22
     # The rules name every parameter once and no other.
@@ -54,7 +55,9 @@ def test_closed_form_equals_the_parameters_of_the_model(name: str) -> None:
 def test_memory_is_what_a_loaded_model_takes(name: str) -> None:
     for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
         model = load(name, dtype=dtype)
-        assert sum(array.nbytes for array in model.params.values()) == itemsize * model.config.num_parameters
+        assert sum(array.nbytes for array in model.params.values()) == itemsize * closed_form.num_parameters(
+            model.config
+        )
 
 
 def test_memory_of_random_weights() -> None:
@@ -87,7 +90,15 @@ def test_an_unknown_key_is_refused(name: str) -> None:
         ("llama_mha", {"rms_norm_eps": math.nan}, "rms_norm_eps=nan, expected a finite positive number"),
         ("llama_mha", {"vocab_size": "many"}, "vocab_size='many', expected a positive whole number"),
         ("llama_mha", {"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes', expected true or false"),
-        ("qwen2_mha", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        ("qwen3_moe_mha", {"use_sliding_window": True}, "use_sliding_window=true is not supported"),
+        (
+            "qwen2_window",
+            {"layer_types": ["full_attention"]},
+            "layer_types has 1 entries, expected num_hidden_layers=3",
+        ),
+        ("qwen2_window", {"sliding_window": 0}, "sliding_window=0, expected a positive whole number"),
+        ("qwen2_window", {"max_window_layers": -1}, "max_window_layers=-1, expected a whole number"),
+        ("qwen2_window", {"layer_types": ["chunked_attention"] * 3}, "layer_types has 'chunked_attention'"),
         ("qwen2_mha", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ("qwen3_mha", {"attention_bias": True}, "attention_bias=True"),
         ("qwen3_moe_mha", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ def test_all_forms_give_the_same_numbers(layers: int) -> None:
     ids = jnp.asarray([3, 1, 4, 1, 5], jnp.int32)
 
     def attend(
-        query: jax.Array, key: jax.Array, value: jax.Array, cache: jax.Array, layer: Layer
+        query: jax.Array, key: jax.Array, value: jax.Array, cache: jax.Array, layer: Layer, **options: Any
     ) -> tuple[jax.Array, jax.Array]:
-        out, _ = dense_attend(query, key, value, None, layer)
+        out, _ = dense_attend(query, key, value, None, layer, **options)
         before = jnp.max(cache)  # layers that were computed
         return out, cache.at[layer].set(10 * cache[layer] + before + 1)
 

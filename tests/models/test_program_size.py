@@ -9,19 +9,19 @@ import jax.numpy as jnp
 import pytest
 
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.params import merge_model, split_model
+from llm_infer.models.params import abstract_params, merge_model, split_model
 from tests.models.family_checkpoints import dense_attend, load
 
 
 def lower(config: ModelConfig) -> jax.stages.Lowered:
-    definition, specs = split_model(config)
+    definition, _ = split_model(config)
 
     def run(params: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
         model = merge_model(definition, params)
         hidden, _ = model(ids, jnp.arange(len(ids), dtype=jnp.int32), None, dense_attend)
         return model.logits(hidden)
 
-    return jax.jit(run).lower(specs, jax.ShapeDtypeStruct((4,), jnp.int32))
+    return jax.jit(run).lower(abstract_params(config), jax.ShapeDtypeStruct((4,), jnp.int32))
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "qwen3_moe_gqa", "opt_post"])

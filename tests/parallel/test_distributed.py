@@ -20,11 +20,15 @@ import pytest
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, cluster
 from jax.experimental import multihost_utils
 
+from llm_infer import starting
 from llm_infer.base.errors import UserError
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.llm import LLM
+from llm_infer.options import EngineOptions
 from llm_infer.parallel import channel, distributed
 from llm_infer.parallel.distributed import join
+from llm_infer.starting import follow
+from pallas_kernels.cpu_ffi.compile import cache_directory
 from tests.parallel.two_hosts import ARGUMENTS, generate
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +79,7 @@ class Processes:
             | {
                 "PYTHONPATH": str(ROOT),
                 "LLM_INFER_CACHE": str(self.directory / "cache"),
+                "LLM_INFER_CPU_CACHE_DIR": str(cache_directory()),
                 "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             }
         )
@@ -218,6 +223,38 @@ def test_half_of_the_arguments_is_an_error() -> None:
     with pytest.raises(UserError, match=r"process_id=2: expected 0 to 1"):
         join("10.0.0.1:1", 2, 2, {})
     assert join(None, None, None, {}) is None
+
+
+def test_only_the_first_process_makes_an_llm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("nobody is to be waited for"))
+    hosts = dict(coordinator_address="127.0.0.1:77", num_processes=2)
+    with pytest.raises(UserError, match=r"this is process 1 of several.*call llm_infer\.follow here"):
+        LLM(load_format="dummy", process_id=1, **hosts)
+
+
+def test_a_process_of_a_cluster_that_is_not_the_first_is_told_the_same(
+    joined: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in slurm(5, 3, 2).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(jax, "process_index", lambda: 2)
+    with pytest.raises(UserError, match=r"this is process 2 of several.*call llm_infer\.follow here"):
+        join(None, None, None, {}, as_first=True)
+
+
+def test_follow_returns_at_once_where_there_is_nobody_to_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert follow(load_format="dummy") is False
+    leader = channel.Leader(1, {})
+    monkeypatch.setattr(starting, "join", lambda *_, **__: leader)
+    own = EngineOptions(load_format="dummy", seed=3)
+    assert starting.take_part(own) is False
+    with pytest.raises(UserError, match=r"^seed: other than what llm_infer\.follow was called with"):
+        join(None, None, None, EngineOptions(load_format="dummy").of_all_processes())
+    starting.take_part(own)
+    assert join(None, None, None, own.of_all_processes()) is leader
+    assert join(None, None, None, own.of_all_processes()) is None, "the connection is taken once"
+    leader._listener.close()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import time
 
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.llm import LLM
+from llm_infer.starting import follow
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9] * 20]
 PARAMS = [
@@ -30,6 +31,7 @@ def generate(llm: LLM) -> list[list[list[int]]]:
 if __name__ == "__main__":
     directory, address, process = sys.argv[1:]
     hosts = dict(coordinator_address=address, num_processes=2, process_id=int(process))
-    llm = LLM(directory, tensor_parallel_size=2, data_parallel_size=2, progress=False, **ARGUMENTS, **hosts)
-    print(json.dumps(generate(llm)), flush=True)
-    time.sleep(600)
+    settings = dict(tensor_parallel_size=2, data_parallel_size=2, progress=False, **ARGUMENTS, **hosts)
+    if not follow(directory, **settings):
+        print(json.dumps(generate(LLM(directory, **settings))), flush=True)
+        time.sleep(600)

@@ -22,7 +22,7 @@ from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource
 from llm_infer.weights.loader import load_parameters
-from llm_infer.weights.rules import ParamSpec, Rule, fuse_qkv
+from llm_infer.weights.rules import Rule, fuse_qkv
 from tests.weights.tiny_models import HKV, HQ, D, E, F, L, V, hf_tensors, write_gguf
 
 
@@ -68,7 +68,7 @@ RULES = [
 ]
 
 
-def _specs(dtype: object = np.float32) -> dict[str, ParamSpec]:
+def _specs(dtype: object = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
     shapes = {
         "embed": (V, E),
         "norm": (L, E),
@@ -80,7 +80,7 @@ def _specs(dtype: object = np.float32) -> dict[str, ParamSpec]:
         "down": (L, E, F),
         "final_norm": (E,),
     }
-    return {name: ParamSpec(shape, np.dtype(dtype)) for name, shape in shapes.items()}  # type: ignore[arg-type]
+    return {name: jax.ShapeDtypeStruct(shape, np.dtype(dtype)) for name, shape in shapes.items()}  # type: ignore[arg-type]
 
 
 def test_parameters_are_stacked_and_fused(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_all_problems_are_in_one_message_and_nothing_is_read() -> None:
 
 def test_more_layers_than_the_file_has() -> None:
     tensors = hf_tensors()
-    specs = _specs() | {"norm": ParamSpec((L + 1, E), np.dtype(np.float32))}
+    specs = _specs() | {"norm": jax.ShapeDtypeStruct((L + 1, E), np.dtype(np.float32))}
     with pytest.raises(ValueError, match="stacked over 2 layers, the model has 3"):
         load_parameters(Arrays(tensors), _specs(), RULES, num_layers=L + 1)
     with pytest.raises(ModelError, match="config says 1000000000 layers"):
@@ -169,7 +169,7 @@ def test_optional_parameters() -> None:
     tensors = hf_tensors()
     head = Rule("head", ("lm_head.weight",), optional=True)
     with_head = tensors | {"lm_head.weight": np.ones((V, E), np.float32)}
-    spec = {"head": ParamSpec((V, E), np.dtype(np.float32))}
+    spec = {"head": jax.ShapeDtypeStruct((V, E), np.dtype(np.float32))}
     # In the model and in the file; in the model only; in the file only.
     assert "head" in load_parameters(Arrays(with_head), _specs() | spec, [*RULES, head], num_layers=L)
     assert "head" not in load_parameters(Arrays(tensors), _specs() | spec, [*RULES, head], num_layers=L)
@@ -202,7 +202,7 @@ import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from llm_infer.weights.sources import ModelSource, open_model
 from llm_infer.weights.loader import load_parameters
-from llm_infer.weights.rules import ParamSpec, Rule, fuse_qkv
+from llm_infer.weights.rules import Rule, fuse_qkv
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
@@ -217,8 +217,8 @@ table = {
 }
 rules = [Rule(name, (tensor + ".weight",)) for name, (_, tensor) in table.items()]
 rules.append(Rule("qkv", tuple(block + f"self_attn.{n}_proj.weight" for n in "qkv"), arrange=fuse_qkv(Hkv, D)))
-specs = {name: ParamSpec(shape, np.dtype(np.float32)) for name, (shape, _) in table.items()}
-specs["qkv"] = ParamSpec((L, (Hq + 2 * Hkv) * D, E), np.dtype(np.float32))
+specs = {name: jax.ShapeDtypeStruct(shape, np.dtype(np.float32)) for name, (shape, _) in table.items()}
+specs["qkv"] = jax.ShapeDtypeStruct((L, (Hq + 2 * Hkv) * D, E), np.dtype(np.float32))
 
 jnp.zeros(2).block_until_ready()
 before, peak, done = anonymous(), 0, threading.Event()

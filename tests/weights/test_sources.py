@@ -17,9 +17,12 @@ from safetensors.numpy import save_file
 from llm_infer.base.environment import cache_dir
 from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
+from llm_infer.engine import compile_cache
 from llm_infer.weights import default_model
 from llm_infer.weights.default_model import DEFAULT_MODEL, PinnedModel
 from llm_infer.weights.sources import ModelSource, open_model, resolve
+from pallas_kernels import tuned
+from pallas_kernels.cpu_ffi import compile as cpu_kernels
 from tests.weights.tiny_models import CONFIG, hf_tensors, write_gguf
 
 
@@ -113,6 +116,29 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/me")
     assert cache_dir() == Path("/home/me/.cache/llm_infer")
+
+
+def test_one_variable_moves_every_file_and_the_others_go_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folders = {
+        "LLM_INFER_CPU_CACHE_DIR": cpu_kernels.cache_directory,
+        "LLM_INFER_TUNED_DIR": tuned.user_directory,
+        "JAX_COMPILATION_CACHE_DIR": compile_cache.cache_directory,
+        "": lambda: default_model._cached_path(DEFAULT_MODEL),
+    }
+    for variable in folders:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    for folder in folders.values():
+        assert (tmp_path / "cache") in (folder() or Path()).parents
+    monkeypatch.delenv("LLM_INFER_CACHE")
+    for folder in folders.values():
+        assert Path("/x/llm_infer") in (folder() or Path()).parents
+    for variable, folder in folders.items():
+        if variable:
+            monkeypatch.setenv(variable, "/own")
+            assert folder() == Path("/own")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Model configuration of a Hugging Face `LlamaConfig`."""
     reader = ConfigReader(values)
     reader.expect("mlp_bias", False)
+    reader.same_layers()
     result = ModelConfig("LlamaForCausalLM", **reader.llama_like(), fused_qkv=fused_qkv)
     reader.finish()
     return result

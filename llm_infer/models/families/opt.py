@@ -30,17 +30,6 @@ class OPTConfig(ModelConfig):
     pre_norm: bool = True
     embedding_size: int = 0
 
-    @property
-    def num_parameters(self) -> int:
-        """Number of weights in closed form."""
-        width, inner = self.hidden_size, self.intermediate_size
-        attention = 4 * (width * width + width)
-        mlp = 2 * inner * width + inner + width
-        projections = 2 * self.embedding_size * width if self.embedding_size != width else 0
-        ends = (self.vocab_size * self.embedding_size) * (1 if self.tie_word_embeddings else 2) + projections
-        ends += (self.max_position_embeddings + POSITION_OFFSET) * width + 2 * width * self.pre_norm
-        return ends + self.num_layers * (attention + mlp + 4 * width)
-
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> OPTConfig:
     """Model configuration of a Hugging Face `OPTConfig`."""

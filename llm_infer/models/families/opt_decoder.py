@@ -9,19 +9,19 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.models.decoder import Angles, Attend, Attention, Cache, Decoder
 from llm_infer.models.families.opt import POSITION_OFFSET, OPTConfig
-from llm_infer.models.layers import Embedding, Layer, LayerNorm, Linear, matmul_rows
+from llm_infer.models.layers import Embedding, Layer, LayerNorm, Linear, matmul_rows, parameter
 from llm_infer.parallel.collectives import MeshAxes
 
 
 class OPTLayers(nnx.Module):
     """All layers at once, as `DecoderLayers`."""
 
-    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike) -> None:
         layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
         self.attn_norm = LayerNorm(layers, width, eps=config.norm_eps, dtype=dtype)
-        self.attn = Attention(config, output_bias=True, dtype=dtype, rngs=rngs)
+        self.attn = Attention(config, output_bias=True, dtype=dtype)
         self.mlp_norm = LayerNorm(layers, width, eps=config.norm_eps, dtype=dtype)
-        self.mlp = PlainMLP(layers, width, inner, reduce=config.shards.axes, dtype=dtype, rngs=rngs)
+        self.mlp = PlainMLP(layers, width, inner, reduce=config.shards.axes, dtype=dtype)
         self.pre_norm = config.pre_norm
 
     def __call__(
@@ -39,22 +39,19 @@ class OPTLayers(nnx.Module):
 class PlainMLP(nnx.Module):
     """down(relu(up(x))), with biases."""
 
-    def __init__(
-        self, layers: int, width: int, inner: int, *, reduce: MeshAxes, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
-        self.up = Linear(layers, inner, width, bias=True, dtype=dtype, rngs=rngs)
-        self.down = Linear(layers, width, inner, bias=True, reduce=reduce, dtype=dtype, rngs=rngs)
+    def __init__(self, layers: int, width: int, inner: int, *, reduce: MeshAxes, dtype: DTypeLike) -> None:
+        self.up = Linear(layers, inner, width, axes=("mlp", "embed"), bias=True, dtype=dtype)
+        self.down = Linear(layers, width, inner, axes=("embed", "mlp"), bias=True, reduce=reduce, dtype=dtype)
 
     def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
         return self.down(jax.nn.relu(self.up(x, layer)), layer)
 
 
 class Projection(nnx.Module):
-    """One matrix `weight: [O, I]` that belongs to no layer."""
+    """One matrix `weight: [O, I]` that belongs to no layer; `axes` are the logical axes of O and I."""
 
-    def __init__(self, out_features: int, in_features: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        init = nnx.initializers.normal(in_features**-0.5)
-        self.weight = nnx.Param(init(rngs.params(), (out_features, in_features), dtype))
+    def __init__(self, out_features: int, in_features: int, *, axes: tuple[str, str], dtype: DTypeLike) -> None:
+        self.weight = parameter((out_features, in_features), axes, dtype=dtype, std=in_features**-0.5)
 
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
         return matmul_rows(x, self.weight[...])
@@ -65,20 +62,22 @@ class OPTDecoder(Decoder):
 
     config: OPTConfig
 
-    def __init__(self, config: OPTConfig, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: OPTConfig, *, dtype: DTypeLike) -> None:
         nnx.Module.__init__(self)
         width, narrow = config.hidden_size, config.embedding_size
         self.config = config
-        self.embed = Embedding(config.vocab_size, narrow, shards=config.shards, dtype=dtype, rngs=rngs)
-        self.positions = Embedding(config.max_position_embeddings + POSITION_OFFSET, width, dtype=dtype, rngs=rngs)
-        self.layers = OPTLayers(config, dtype=dtype, rngs=rngs)
+        vocab_axes = ("vocab", "narrow" if narrow != width else "embed")
+        self.embed = Embedding(config.vocab_size, narrow, axes=vocab_axes, shards=config.shards, dtype=dtype)
+        positions = config.max_position_embeddings + POSITION_OFFSET
+        self.positions = Embedding(positions, width, axes=("positions", "embed"), dtype=dtype)
+        self.layers = OPTLayers(config, dtype=dtype)
         if narrow != width:
-            self.project_in = Projection(width, narrow, dtype=dtype, rngs=rngs)
-            self.project_out = Projection(narrow, width, dtype=dtype, rngs=rngs)
+            self.project_in = Projection(width, narrow, axes=("embed", "narrow"), dtype=dtype)
+            self.project_out = Projection(narrow, width, axes=("narrow", "embed"), dtype=dtype)
         if config.pre_norm:
             self.final_norm = LayerNorm(None, width, eps=config.norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.head = Embedding(config.vocab_size, narrow, shards=config.shards, dtype=dtype, rngs=rngs)
+            self.head = Embedding(config.vocab_size, narrow, axes=vocab_axes, shards=config.shards, dtype=dtype)
 
     def embed_tokens(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T E"]:
         """Token embedding, widened if need be, plus the learned embedding of the position."""

@@ -16,7 +16,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Model configuration of a Hugging Face `Qwen2Config`."""
     reader = ConfigReader(values)
-    reader.full_attention()
-    result = ModelConfig("Qwen2ForCausalLM", **reader.llama_like(), qkv_bias=True, fused_qkv=fused_qkv)
+    windows = reader.windows()
+    result = ModelConfig("Qwen2ForCausalLM", **reader.llama_like(), qkv_bias=True, windows=windows, fused_qkv=fused_qkv)
     reader.finish()
     return result

@@ -17,7 +17,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Model configuration of a Hugging Face `Qwen3Config`."""
     # transformers assumes a head size of 128 where the config is silent.
     reader = ConfigReader({"head_dim": 128, **values})
-    reader.full_attention()
-    result = ModelConfig("Qwen3ForCausalLM", **reader.llama_like(), qk_norm=True, fused_qkv=fused_qkv)
+    windows = reader.windows()
+    result = ModelConfig("Qwen3ForCausalLM", **reader.llama_like(), qk_norm=True, windows=windows, fused_qkv=fused_qkv)
     reader.finish()
     return result

@@ -69,6 +69,28 @@ MODELS = {
         Qwen3ForCausalLM,
         Qwen3Config(**COMMON, **GQA, head_dim=16, intermediate_size=64, tie_word_embeddings=True),
     ),
+    # Windows in the later layers, and in every other one; shorter than a page, than a chunk and than the prompts.
+    "qwen2_window": (
+        Qwen2ForCausalLM,
+        Qwen2Config(
+            **{**COMMON, **MHA, "num_hidden_layers": 3},
+            intermediate_size=64,
+            use_sliding_window=True,
+            sliding_window=5,
+            max_window_layers=1,
+        ),
+    ),
+    "qwen3_window": (
+        Qwen3ForCausalLM,
+        Qwen3Config(
+            **{**COMMON, **GQA, "num_hidden_layers": 4},
+            head_dim=16,
+            intermediate_size=64,
+            use_sliding_window=True,
+            sliding_window=7,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
     "qwen3_moe_mha": (
         Qwen3MoeForCausalLM,
         Qwen3MoeConfig(

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 
-class SlotState(NamedTuple):
+class PenaltyState(NamedTuple):
     """What sequences bring to every draw, by slot; one slot more than there are sequences takes what nobody reads.
 
     `seen` is twice the number of times that a token was drawn, plus one if it is in the prompt.
@@ -20,7 +20,7 @@ class SlotState(NamedTuple):
     bias: Float[Array, "slots V"]
 
 
-class ShapeRows(NamedTuple):
+class PenaltyRows(NamedTuple):
     """Penalties of each row, all [S]; `has_bias` is 1 where the slot's row of biases counts."""
 
     repetition_penalty: Float[Array, " S"]
@@ -29,31 +29,33 @@ class ShapeRows(NamedTuple):
     has_bias: Int[Array, " S"]
 
 
-def empty_state(slots: int, vocab: int) -> SlotState:
+def empty_penalties(slots: int, vocab: int) -> PenaltyState:
     """State of `slots` sequences that have seen nothing."""
-    return SlotState(jnp.zeros((slots, vocab), jnp.int32), jnp.zeros((slots, vocab), jnp.float32))
+    return PenaltyState(jnp.zeros((slots, vocab), jnp.int32), jnp.zeros((slots, vocab), jnp.float32))
 
 
-def set_slot(state: SlotState, slot: Int[Array, ""], seen: Int[Array, " V"], bias: Float[Array, " V"]) -> SlotState:
+def set_slot(
+    state: PenaltyState, slot: Int[Array, ""], seen: Int[Array, " V"], bias: Float[Array, " V"]
+) -> PenaltyState:
     """The state with one slot's rows replaced; to be jitted with the state donated."""
     rows = zip(state, (seen, bias), strict=True)
-    return SlotState(*(lax.dynamic_update_index_in_dim(array, row, slot, 0) for array, row in rows))
+    return PenaltyState(*(lax.dynamic_update_index_in_dim(array, row, slot, 0) for array, row in rows))
 
 
 def seen_counts(prompt: list[int], output: list[int], vocab: int) -> np.ndarray:
-    """A row of `SlotState.seen` [V] for a sequence with these tokens."""
+    """A row of `PenaltyState.seen` [V] for a sequence with these tokens."""
     seen = 2 * np.bincount(output, minlength=vocab) if output else np.zeros(vocab, np.int64)
     seen[prompt] |= 1
     return seen.astype(np.int32)
 
 
-def count_drawn(state: SlotState, slot: Int[Array, " S"], ids: Int[Array, " S"]) -> SlotState:
+def count_drawn(state: PenaltyState, slot: Int[Array, " S"], ids: Int[Array, " S"]) -> PenaltyState:
     """The state after each row has drawn its id."""
     return state._replace(seen=state.seen.at[slot, ids].add(2))
 
 
-def shape_logits(
-    logits: Float[Array, "S V"], state: SlotState, slot: Int[Array, " S"], rows: ShapeRows
+def penalised(
+    logits: Float[Array, "S V"], state: PenaltyState, slot: Int[Array, " S"], rows: PenaltyRows
 ) -> Float[Array, "S V"]:
     """Logits with penalties and biases.
 
@@ -62,8 +64,8 @@ def shape_logits(
     """
     seen, bias = state.seen[slot], state.bias[slot]
     repetition, presence, frequency, has_bias = (value[:, None] for value in rows)
-    penalised = jnp.where(logits > 0, logits / repetition, logits * repetition)
-    logits = jnp.where(seen > 0, penalised, logits)
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(seen > 0, repeated, logits)
     logits = logits - frequency * (seen >> 1).astype(jnp.float32)
     logits = logits - jnp.where(seen > 1, presence, 0.0)
     return logits + jnp.where(has_bias == 1, bias, 0.0)

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.decoding.shape import (
-    ShapeRows,
-    SlotState,
+from llm_infer.decoding.penalties import (
+    PenaltyRows,
+    PenaltyState,
     count_drawn,
-    empty_state,
+    empty_penalties,
     mask_logits,
+    penalised,
     seen_counts,
     set_slot,
-    shape_logits,
 )
 from llm_infer.decoding.token_rules import TokenRules, mask_words
 from pallas_kernels.draw_tokens import Limits
@@ -37,12 +37,14 @@ def limits(**values: float) -> Limits:
     return Limits(**{name: jnp.full(ROWS, chosen[name], kind) for name, kind in kinds.items()})
 
 
-def penalties(repetition: float = 1.0, presence: float = 0.0, frequency: float = 0.0, bias: int = 0) -> ShapeRows:
-    return ShapeRows(*(jnp.full(ROWS, x, jnp.float32) for x in (repetition, presence, frequency)), jnp.full(ROWS, bias))
+def penalties(repetition: float = 1.0, presence: float = 0.0, frequency: float = 0.0, bias: int = 0) -> PenaltyRows:
+    return PenaltyRows(
+        *(jnp.full(ROWS, x, jnp.float32) for x in (repetition, presence, frequency)), jnp.full(ROWS, bias)
+    )
 
 
-def state_of(prompts: list[list[int]], outputs: list[list[int]]) -> SlotState:
-    state = empty_state(ROWS + 1, VOCAB)
+def state_of(prompts: list[list[int]], outputs: list[list[int]]) -> PenaltyState:
+    state = empty_penalties(ROWS + 1, VOCAB)
     for slot, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         bias = np.zeros(VOCAB, np.float32)
         bias[slot] = 5.0
@@ -65,7 +67,7 @@ def test_repetition_penalty_and_everything_together_equal_transformers() -> None
     seen = GOLDENS["seen"].tolist()
     # What the prompt and what the output brought counts alike.
     state = state_of([row[:5] for row in seen], [row[5:] for row in seen])
-    shaped = jax.jit(shape_logits)(jnp.asarray(LOGITS), state, SLOT, penalties(1.3))
+    shaped = jax.jit(penalised)(jnp.asarray(LOGITS), state, SLOT, penalties(1.3))
     np.testing.assert_allclose(shaped, GOLDENS["repetition"], atol=1e-5)
     np.testing.assert_allclose(apply(shaped, list(LIMITS)), GOLDENS["all"], atol=1e-5)
 
@@ -73,7 +75,7 @@ def test_repetition_penalty_and_everything_together_equal_transformers() -> None
 def test_presence_and_frequency_count_the_output_alone() -> None:
     state = state_of([[3, 4]] * ROWS, [[7, 7, 8]] * ROWS)
     state = count_drawn(state, SLOT, jnp.full(ROWS, 8, jnp.int32))
-    shaped = np.asarray(shape_logits(jnp.asarray(LOGITS), state, SLOT, penalties(1.0, 0.5, 0.25, bias=1)))
+    shaped = np.asarray(penalised(jnp.asarray(LOGITS), state, SLOT, penalties(1.0, 0.5, 0.25, bias=1)))
     expected = LOGITS.copy()
     expected[:, [7, 8]] -= 0.5 + 0.25 * 2
     expected[np.arange(ROWS), np.arange(ROWS)] += 5.0

@@ -1,0 +1,32 @@
+"""Numbers of weights as formulas of a configuration: an oracle for what the modules declare."""
+
+from __future__ import annotations
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.families.opt import POSITION_OFFSET, OPTConfig
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Weights of a whole model."""
+    if isinstance(config, OPTConfig):
+        return _of_opt(config)
+    width, head_dim = config.hidden_size, config.head_dim
+    qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * head_dim
+    attention = qkv_rows * width + config.num_heads * head_dim * width
+    attention += qkv_rows * config.qkv_bias + 2 * head_dim * config.qk_norm
+    if config.moe is None:
+        mlp = 3 * config.intermediate_size * width
+    else:
+        mlp = config.moe.num_experts * (3 * config.moe.intermediate_size * width + width)
+    embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
+    return embeddings + config.num_layers * (attention + mlp + 2 * width) + width
+
+
+def _of_opt(config: OPTConfig) -> int:
+    width, inner, narrow = config.hidden_size, config.intermediate_size, config.embedding_size
+    attention = 4 * (width * width + width)
+    mlp = 2 * inner * width + inner + width
+    projections = 2 * narrow * width if narrow != width else 0
+    ends = (config.vocab_size * narrow) * (1 if config.tie_word_embeddings else 2) + projections
+    ends += (config.max_position_embeddings + POSITION_OFFSET) * width + 2 * width * config.pre_norm
+    return ends + config.num_layers * (attention + mlp + 4 * width)
