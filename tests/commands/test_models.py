@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import signal
 import subprocess
 import sys
@@ -11,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from llm_infer.base.errors import ModelError
+from llm_infer.commands import app
+from llm_infer.weights import local_models
 from llm_infer.weights.default_model import DEFAULT_MODEL
+from llm_infer.weights.local_models import LocalModel
 from tests.weights.local_hub import OLD_SHA, SHA, Hub, commands, environment, serving
 
 BIG = bytes(range(256)) * 4000
@@ -118,3 +123,38 @@ def test_a_connection_that_breaks_is_taken_up_again(tmp_path: Path, whole_only: 
     assert [name for name in hub.served if "Q4" in name] == [*([] if whole_only else ["a-Q4_0.gguf"]), *rests]
     assert bad[0] == 1 and "a-Q8_0.gguf has SHA-256 " in bad[2] and "damaged and has been removed" in bad[2]
     assert not list(blob.glob("*.incomplete"))
+
+
+@pytest.mark.parametrize(
+    ("answer", "removed"), [("y\n", True), ("Yes\n", True), ("\n", False), ("no\n", False), ("", False)]
+)
+def test_rm_asks_first(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, answer: str, removed: bool
+) -> None:
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"model")
+    here = [LocalModel("org/a:Q4_0", 5, tmp_path, 0.0, files={file: file})]
+    monkeypatch.setattr(local_models, "local_models", lambda: [one for one in here if file.exists()])
+    stdin = io.StringIO(answer)
+    monkeypatch.setattr(stdin, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", stdin)
+    monkeypatch.setattr(sys, "argv", ["llm-infer", "rm", "org/a:q4_0"])
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code == 0 and file.exists() != removed
+    assert out == ("removed org/a:Q4_0: 5 B\n" if removed else "")
+    assert err.startswith(f"org/a:Q4_0  5 B  {tmp_path}\nRemove it? [y/N] ")
+    assert err.endswith("nothing is removed\n") != removed
+
+
+def test_a_model_that_came_with_a_package_is_left_to_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLM_INFER_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "site" / "m.gguf"
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(
+        ModelError, match=f"belongs to an installed package: run `pip uninstall {DEFAULT_MODEL.distribution}`"
+    ):
+        local_models.remove([LocalModel(DEFAULT_MODEL.name, 0, file.parent, 0.0, files={file: file})])
+    assert file.exists()
