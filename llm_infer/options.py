@@ -27,8 +27,8 @@ class EngineOptions:
 
     model: str | os.PathLike[str] = setting(  # noqa: RUF009  # it makes a field
         DEFAULT_MODEL_NAME,
-        "A name, GGUF file, model directory or hub id org/name. The default model's name; the directory is one of Hugging "
-        "Face or was written by `llm-infer convert`.",
+        "A name, GGUF file, directory or hub id org/name[:Q4_K_M]. The default model's name; the directory is one of Hugging "
+        "Face or was written by `llm-infer convert`; behind the colon stands a type of GGUF file.",
         short="-m",
     )
     _: KW_ONLY

@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ["LLM_INFER_CONFIG"] = ""  # defaults of whoever runs the tests are not ours
 
 import pytest
 from jaxtyping import install_import_hook

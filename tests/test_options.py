@@ -16,7 +16,7 @@ import pytest
 import llm_infer
 from llm_infer.base.errors import UserError
 from llm_infer.base.settings import from_arguments
-from llm_infer.commands import app
+from llm_infer.commands import app, chat, generate
 from llm_infer.config import EngineConfig
 from llm_infer.llm import LLM
 from llm_infer.options import EngineOptions, read_options, settings
@@ -134,7 +134,8 @@ def reached(monkeypatch: pytest.MonkeyPatch) -> list[EngineOptions]:
         found.append(options)
         raise UserError("enough")
 
-    monkeypatch.setattr(app, "_interactive_llm", enough)
+    for module in (generate, chat):
+        monkeypatch.setattr(module, "interactive_llm", enough)
     monkeypatch.setattr("llm_infer.bench.offline.LLM.of", enough)
     return found
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from llm_infer.base.errors import UserError
@@ -12,17 +13,29 @@ from llm_infer.base.outputs import Logprob, StreamChunk
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
+    from llm_infer.llm import LLM
 
 
-def show_answer(chunks: Iterable[StreamChunk], params: SamplingParams) -> None:
-    """Streams one answer; then its log-probabilities, if asked for, and whether it was cut short.
+def answer(llm: LLM, prompt: Sequence[int], params: SamplingParams) -> Iterator[StreamChunk]:
+    """Yields the answer to a prompt as it comes; that of a beam search, known at its end only, in one piece."""
+    if params.beam_width is None:
+        yield from llm.stream(prompt, params)
+        return
+    best = llm.generate(prompt, params)[0].outputs[0]
+    yield StreamChunk(0, best.text, best.token_ids, best.finish_reason, best.stop_reason, best.logprobs, best.error)
+
+
+def show_answer(chunks: Iterable[StreamChunk], params: SamplingParams, *, verbose: bool = False) -> None:
+    """Streams one answer; then its log-probabilities, if asked for, whether it was cut short, and its speed if `verbose`.
 
     Raises:
         UserError: the answer could not go on.
     """
     num_tokens, last, logprobs = 0, None, []
+    begin, first = time.perf_counter(), 0.0
     try:
         for last in chunks:
+            first = first or time.perf_counter()
             write(last.text)
             num_tokens += len(last.token_ids)
             logprobs += last.logprobs or ()
@@ -31,6 +44,8 @@ def show_answer(chunks: Iterable[StreamChunk], params: SamplingParams) -> None:
             write("\n")
     if logprobs:
         print(logprob_table(logprobs), file=sys.stderr)
+    if verbose and num_tokens:
+        print(_speed(num_tokens, first - begin, time.perf_counter() - first), file=sys.stderr)
     if last is not None and last.error is not None:
         raise UserError(last.error)
     if last is not None and last.finish_reason == "length" and params.structured_outputs is not None:
@@ -39,6 +54,14 @@ def show_answer(chunks: Iterable[StreamChunk], params: SamplingParams) -> None:
         raising = "give a shorter prompt or raise --max-model-len" if full else "raise --max-tokens"
         kind = "JSON" if params.structured_outputs.kind.startswith("json") else params.structured_outputs.kind
         print(f"note: {limit}, so the answer is cut and may be incomplete {kind}: {raising}", file=sys.stderr)
+
+
+def _speed(num_tokens: int, first: float, rest: float) -> str:
+    """Says how long the first tokens took, in seconds, and the rest; a beam search has all in one piece."""
+    after = num_tokens - 1
+    if after and rest > 1e-3:
+        return f"{num_tokens} tokens, the first after {first:.2f} s, then {after / rest:.1f} tokens per second"
+    return f"{num_tokens} tokens in {first + rest:.2f} s, {num_tokens / (first + rest):.1f} tokens per second"
 
 
 def logprob_table(found: Sequence[dict[int, Logprob]]) -> str:

@@ -1,44 +1,25 @@
-"""The command line: `llm-infer generate | chat | convert | models | bench | doctor`. Answers go to stdout, the rest to stderr."""
+"""The command line: `llm-infer`. Answers go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from llm_infer.base import accelerators
 from llm_infer.base.errors import UserError
-from llm_infer.base.interrupts import uninterrupted
-from llm_infer.commands.answers import show_answer, write
 from llm_infer.commands.bench import bench
-from llm_infer.commands.options import (
-    Debug,
-    MaxTokens,
-    Seed,
-    Temperature,
-    TopK,
-    TopP,
-    existing_model,
-    takes_engine_options,
-)
-from llm_infer.options import EngineOptions
+from llm_infer.commands.chat import chat
+from llm_infer.commands.command import Commands
+from llm_infer.commands.generate import generate
+from llm_infer.commands.models import commands as models
+from llm_infer.commands.options import Debug
+from llm_infer.commands.user_file import user_defaults
 
-if TYPE_CHECKING:
-    from llm_infer.decoding.sampling_params import SamplingParams
-    from llm_infer.decoding.structured import StructuredOutputsParams
-    from llm_infer.llm import LLM
-
-app = typer.Typer(
-    name="llm-infer",
-    help="Runs large language models on CPUs, NVIDIA GPUs and Cloud TPUs.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+app = Commands(name="llm-infer", help="Runs language models on CPUs, NVIDIA GPUs and Cloud TPUs.", no_args_is_help=True)
 
 
 def _show_version(asked: bool) -> None:
@@ -54,132 +35,18 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
-) -> None: ...
-
-
-app.add_typer(bench, name="bench", rich_help_panel=None)
-
-ONE_USER = {"max_num_seqs": 1, "max_num_batched_tokens": 512}
-"""Few rows are computed and little memory is taken."""
-
-
-@app.command()
-@takes_engine_options(**ONE_USER)
-def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; '-' reads it from standard input.")],
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_k: TopK = -1,
-    top_p: TopP = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Keep tokens with this share of the most likely one's probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that were there before.")] = 1.0,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; may be given again.")] = None,
-    json_schema: Annotated[str | None, typer.Option(help="File with a JSON schema that the answer follows.")] = None,
-    regex: Annotated[str | None, typer.Option(help="Regular expression that the whole answer matches.")] = None,
-    choice: Annotated[list[str] | None, typer.Option(help="The answer is one of these; give it several times.")] = None,
-    grammar: Annotated[str | None, typer.Option(help="File with a grammar (Lark) that the answer follows.")] = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(
-            help="After the answer, write each token's log-probability, and of so many likely ones, to stderr."
-        ),
-    ] = None,
-    seed: Seed = None,
-    *,
-    options: EngineOptions,
 ) -> None:
-    """Answers one prompt, streaming the text to standard output."""
-    params = _sampling_params(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stop or (),
-        structured_outputs=_structured(json_schema, regex, choice, grammar),
-        logprobs=logprobs,
-        seed=seed,
-    )
-    text = _standard_input() if prompt == "-" else prompt
-    if not text.strip():
-        raise UserError("the prompt is empty: give some text, or '-' to read it from standard input")
-    llm = _interactive_llm(options)
-    ids = llm.tokenizer.encode(text)
-    if not raw and llm.tokenizer.chat_template is not None:
-        ids = llm.chat_prompt([{"role": "user", "content": text}])
-    show_answer(llm.stream(ids, params), params)
+    context.default_map = user_defaults()
 
 
-@app.command()
-@takes_engine_options(**ONE_USER)
-def chat(
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.0,
-    top_k: TopK = -1,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    *,
-    options: EngineOptions,
-) -> None:
-    """Talks with the model, turn by turn. Ctrl-C stops an answer; /reset starts anew; Ctrl-D or /exit leaves."""
-    params = _sampling_params(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    llm = _interactive_llm(options)
-    start: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    llm.chat_prompt([*start, {"role": "user", "content": "hello"}])  # a model without a template fails here, not later
-    messages = list(start)
-    print("Ctrl-C stops an answer, /reset starts anew, /exit or Ctrl-D leaves.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D or /exit leaves)", file=sys.stderr)
-            continue
-        if line in ("/exit", "/quit"):
-            break
-        if line == "/reset":
-            messages = list(start)
-        elif line.startswith("/"):
-            print(f"unknown command {line.split()[0]}: /reset starts anew, /exit leaves", file=sys.stderr)
-        elif line:
-            messages = _answer(llm, [*messages, {"role": "user", "content": line}], params)
-
-
-def _answer(llm: LLM, messages: list[dict[str, Any]], params: SamplingParams) -> list[dict[str, Any]]:
-    """Streams one answer; returns the conversation with it, or without the question if that does not fit."""
-    answer = []
-    try:
-        stream = llm.stream_chat(messages, params)
-        try:
-            for chunk in stream:
-                write(chunk.text)
-                answer.append(chunk.text)
-        finally:
-            stream.close()  # type: ignore[attr-defined]
-    except KeyboardInterrupt:
-        print("\n(stopped)", end="", file=sys.stderr)
-    except UserError as error:
-        print(f"error: {error} (/reset starts a new conversation)", file=sys.stderr)
-        return messages[:-1]
-    write("\n")
-    return [*messages, {"role": "assistant", "content": "".join(answer)}]
-
-
-@app.command()
-def models(debug: Debug = False) -> None:
-    """Lists the architectures that run with random weights: parameters, memory of weights and KV pages."""
-    from llm_infer.models.architectures import table
-
-    print(table())
+app.command()(generate)
+app.command()(chat)
+app.add_typer(models)
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -188,7 +55,10 @@ def kernels(
     chip: Annotated[str | None, typer.Option(help="Only one: here, v5e, v6e, v5p, tpu7x or sm_90.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Which kernel runs each operation on this machine and on known chips, and why; --tune measures this CPU's crossovers."""
+    """Shows which kernels run here and on known chips, and why.
+
+    --tune measures from how many rows on which of them are faster on this CPU.
+    """
     from llm_infer.commands.kernels import choices, report, tune_machine
 
     if tune:
@@ -201,89 +71,14 @@ def kernels(
 
 @app.command()
 def doctor(debug: Debug = False) -> None:
-    """Reports what this machine has and what is missing for full speed."""
+    """Reports what this machine has and what it lacks."""
     from llm_infer.commands.doctor import report
 
     print(report())
 
 
-@app.command()
-def convert(
-    source: Annotated[str, typer.Argument(help="A model as for --model.", callback=existing_model)],
-    dest: Annotated[str, typer.Argument(help="Directory to write, new or empty; give it to --model afterwards.")],
-    dtype: Annotated[str, typer.Option(help="Type of the parameters: float32 or bfloat16.")] = "float32",
-    debug: Debug = False,
-) -> None:
-    """Writes a model as an Orbax checkpoint that loads without any conversion."""
-    from llm_infer.base.progress import Progress
-    from llm_infer.loading import convert as run
-
-    print(run(source, dest, dtype=dtype, progress=Progress()))
-
-
-def _sampling_params(**values: Any) -> SamplingParams:
-    from llm_infer.decoding.sampling_params import SamplingParams
-
-    return SamplingParams(**values)
-
-
-def _structured(
-    schema_file: str | None, regex: str | None, choice: list[str] | None, grammar_file: str | None
-) -> StructuredOutputsParams | None:
-    """What the answer must look like; the schema and the grammar are read from files."""
-    from llm_infer.decoding.structured import StructuredOutputsParams
-
-    values = {"--json-schema": schema_file, "--regex": regex, "--choice": choice or None, "--grammar": grammar_file}
-    given = {flag: value for flag, value in values.items() if value is not None}
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)}: an answer follows one of them")
-    for flag, value in given.items():
-        shown = value if isinstance(value, str) else " ".join(value)
-        try:
-            if flag in ("--json-schema", "--grammar"):
-                with open(str(value), encoding="utf-8") as file:
-                    value = file.read()
-            return StructuredOutputsParams(**{_FIELDS[flag]: value})
-        except OSError as error:
-            raise UserError(f"{flag} {shown}: {error.strerror}") from None
-        except (UserError, UnicodeDecodeError) as error:
-            raise UserError(f"{flag} {shown}: {error}") from None
-    return None
-
-
-_FIELDS = {"--json-schema": "json", "--regex": "regex", "--choice": "choice", "--grammar": "grammar"}
-
-
-def _interactive_llm(options: EngineOptions) -> LLM:
-    """Makes the model's LLM; a process that is not the first of several hosts stays here until the first has ended."""
-    with uninterrupted():  # imports JAX: Ctrl-C within an extension module would be another error, or none
-        from llm_infer.llm import LLM
-        from llm_infer.parallel.distributed import on_cluster
-        from llm_infer.starting import take_part
-
-    if options.coordinator_address is not None or on_cluster():
-        _keep_stdout_for_answers()
-        if take_part(options):
-            raise typer.Exit
-    return LLM.of(options)
-
-
-def _keep_stdout_for_answers() -> None:
-    """Drops what libraries write to descriptor 1, or with `--debug` sends it to standard error.
-
-    Gloo, which connects CPUs, reports there each connection that it makes.
-    """
-    sys.stdout.flush()
-    answers = os.dup(1)
-    os.dup2(2 if "--debug" in sys.argv[1:] else os.open(os.devnull, os.O_WRONLY), 1)
-    sys.stdout = open(answers, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
-
-
-def _standard_input() -> str:
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main() -> None:
@@ -304,13 +99,16 @@ def main() -> None:
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     try:
-        sys.exit(app(prog_name="llm-infer", standalone_mode=False) or 0)
+        code = app(prog_name="llm-infer", standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer makes this of Ctrl-C, and says nothing
+            raise KeyboardInterrupt
+        sys.exit(code)
     except UserError as error:
         if debug:
             raise
         _fail(str(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        _fail("interrupted", INTERRUPTED)
     except Exception as error:
         # click's own errors (unknown flag, missing argument) carry an exit code and a message for the user.
         if debug or not hasattr(error, "format_message"):

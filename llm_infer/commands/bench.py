@@ -6,16 +6,11 @@ from typing import Annotated
 
 import typer
 
-from llm_infer.commands.options import (
-    Debug,
-    JsonFile,
-    Model,
-    Precision,
-    takes_engine_options,
-)
+from llm_infer.commands.command import Commands
+from llm_infer.commands.options import Debug, JsonFile, Model, Precision, takes_engine_options
 from llm_infer.options import DEFAULT_MODEL_NAME, EngineOptions
 
-bench = typer.Typer(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
+bench = Commands(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
 
 
 @bench.command()
@@ -33,7 +28,10 @@ def offline(
     *,
     options: EngineOptions,
 ) -> None:
-    """Prefill and decode throughput, latencies, where the time of a step goes, and how full the pages are."""
+    """Measures throughput and latencies of prefill and decoding.
+
+    Also where the time of a step goes, and how full the pages are.
+    """
     from llm_infer.bench.offline import run
 
     run(batch, prompt_tokens, new_tokens, prefill_tokens, rounds, json_file, options)
@@ -49,7 +47,10 @@ def context(
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
-    """Time per token at batch 1 by context length, beside the time that reading the keys and values takes."""
+    """Measures the time per token by context length, at batch 1.
+
+    The time that reading the keys and values takes stands beside it.
+    """
     from llm_infer.bench.context import run
 
     run(model, contexts, new_tokens, rounds, precision, json_file)
@@ -63,7 +64,10 @@ def memory(
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
-    """Memory of decoding at batch 1 beyond that of importing the packages."""
+    """Measures the memory of decoding at batch 1.
+
+    That of importing the packages is not counted.
+    """
     from llm_infer.bench.memory import run
 
     run(model, pool * 1_000_000, precision, json_file)
@@ -77,7 +81,10 @@ def step(
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
-    """What the time of a decode step goes to: each native kernel, the rest of the program, the host."""
+    """Measures where the time of a decode step goes.
+
+    Shows each native kernel, the rest of the program, and the host.
+    """
     from llm_infer.bench.step import run
 
     run(model, batch, precision, json_file)
@@ -92,7 +99,10 @@ def decoding(
     precision: Precision = "exact",
     debug: Debug = False,
 ) -> None:
-    """What beam search, speculation, sampling parameters and structured output cost and save."""
+    """Measures what ways to decode cost and save.
+
+    These are beam search, speculation, sampling parameters and structured output.
+    """
     from llm_infer.bench.decoding import run
 
     run(model, spec_bench, rounds, json_file, precision)
@@ -105,7 +115,10 @@ def startup(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Time from starting `llm-infer generate` to its first token: caches empty (cold) and filled (warm)."""
+    """Measures the time from the start to the first token.
+
+    It runs `llm-infer generate` with empty caches (cold) and with filled ones (warm).
+    """
     from llm_infer.bench.startup import run
 
     run(model, rounds, json_file)
@@ -122,7 +135,10 @@ def peers(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Our throughput beside that of other engines on the same GGUF file, measured in turn on this machine."""
+    """Compares throughput with other engines on this machine.
+
+    All of them run the same GGUF file, in turn.
+    """
     from llm_infer.bench.peers import run
 
     pythons = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
@@ -132,12 +148,17 @@ def peers(
 @bench.command()
 def quality(
     model: Model = DEFAULT_MODEL_NAME,
-    text: Annotated[str | None, typer.Option(help="A text file; default: prose that comes with Python.")] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A text file; default: prose that comes with Python.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.", min=2)] = 4096,
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """What `--precision fast` changes: agreement of the most likely token, KL divergence and perplexity on a text."""
+    """Measures what `--precision fast` changes on a text.
+
+    Shows how often the most likely token is the same, the KL divergence, and perplexities.
+    """
     from llm_infer.bench.quality import run
 
     run(model, text, tokens, json_file)
@@ -149,7 +170,10 @@ def bench_kernels(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """What the compiler for a chip says of each kernel: estimated cycles, bytes, spills. Needs no such chip."""
+    """Shows what the compiler for a chip says of each kernel.
+
+    These are estimated cycles, bytes and spills. Needs no such chip.
+    """
     from llm_infer.bench.compiled.kernels import run
 
     run(target, json_file)
@@ -167,7 +191,10 @@ def aot(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """Compiles prefill and decode steps for TPU slices and a GPU that need not be here: memory, collectives, time."""
+    """Compiles steps for TPU slices and a GPU.
+
+    They need not be here. Shows memory, collectives and the time of prefill and decode steps.
+    """
     from llm_infer.bench.compiled.steps import run
 
     run(models, slices, tokens, write, json_file, limit)
@@ -178,7 +205,10 @@ def host(
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
-    """What the host spends on a decode step of 64 and of 256 sequences when the device takes no time."""
+    """Measures what the host spends on a decode step.
+
+    The step has 64 or 256 sequences, and its device takes no time.
+    """
     from llm_infer.bench.host import run
 
     run((64, 256), json_file)
@@ -186,7 +216,10 @@ def host(
 
 @bench.command()
 def cache(debug: Debug = False) -> None:
-    """Memory use of paged against contiguous allocation, by simulation of the allocator alone."""
+    """Compares the memory of paged and contiguous allocation.
+
+    It simulates the allocator alone.
+    """
     from llm_infer.bench.simulate import table
 
     print(table())

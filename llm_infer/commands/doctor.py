@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llm_infer.base import accelerators
 from llm_infer.base.environment import cache_dir, offline_variable
+from llm_infer.commands.user_file import VARIABLE, standard_place, user_file
 from llm_infer.engine.compile_cache import cache_directory
 from llm_infer.weights.default_model import DEFAULT_MODEL, find
 from pallas_kernels import tuned
@@ -42,6 +43,7 @@ def _facts() -> list[tuple[str, str]]:
         ("cpu kernels", _cpu_kernels()),
         ("memory", f"{gib:.1f} GiB"),
         ("cache directory", str(cache_dir())),
+        ("user's defaults", _user_file()),
         ("default model", f"{DEFAULT_MODEL.name}: {model if model else 'not fetched yet (first use fetches it)'}"),
         ("compiled programs", _directory_size(compiled) if compiled else "not kept (LLM_INFER_COMPILE_CACHE=0)"),
         ("tuned kernels", _directory_size(tuned.user_directory())),
@@ -51,6 +53,12 @@ def _facts() -> list[tuple[str, str]]:
         ),
     ]
     return facts
+
+
+def _user_file() -> str:
+    if (path := user_file()) is not None:
+        return str(path)
+    return f"none ({VARIABLE} is empty)" if VARIABLE in os.environ else f"none (would be in {standard_place()})"
 
 
 def _drivers() -> str:

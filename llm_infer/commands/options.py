@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from llm_infer.base.errors import UserError
+from llm_infer.commands.completion import complete_model, model_names, nearest
 from llm_infer.options import EngineOptions, read_options, settings
 
 
@@ -21,14 +22,40 @@ def existing_model(name: str) -> str:
     from llm_infer.models.architectures import architecture_names
     from llm_infer.weights.model_names import why_unknown
 
-    if (problem := why_unknown(name)) is not None:
-        if name in architecture_names():
-            problem = (
-                f"{name!r} is an architecture without weights: give the directory or hub id of weights, or for random "
-                "ones --load-format dummy (of generate and bench offline)"
-            )
-        raise UserError(problem)
-    return name
+    if (problem := why_unknown(name)) is None:
+        return name
+    if name in architecture_names():
+        near = nearest(name, model_names())
+        meant = f": did you mean {near!r}?" if near else "."
+        raise UserError(
+            f"{name!r} is an architecture without weights{meant} Give the directory or hub id of weights, or "
+            "--load-format dummy (of generate, chat and bench offline) for random ones"
+        )
+    near = nearest(name, [*model_names(), *architecture_names()])
+    meant = f"; did you mean {near!r}?" if near else ""
+    raise UserError(
+        f"{problem}{meant} (`llm-infer list` shows what is here, `llm-infer models` what runs with random weights)"
+    )
+
+
+def _existing_architecture(name: str) -> None:
+    """Refuses a name that no random weights can have."""
+    from llm_infer.models.architectures import architecture_names
+
+    if name in architecture_names() or os.path.isdir(os.path.expanduser(name)):
+        return
+    near = nearest(name, architecture_names())
+    meant = f"did you mean {near!r}? " if near else ""
+    raise UserError(
+        f"no architecture {name!r}: {meant}`llm-infer models` lists them; a directory with a config.json is one, too"
+    )
+
+
+def _set_threads(threads: int | None) -> int | None:
+    """Has the native kernels use so many threads: they look here when they start."""
+    if threads is not None:
+        os.environ["LLM_INFER_NUM_THREADS"] = str(threads)
+    return threads
 
 
 def writable_file(name: str | None) -> str | None:
@@ -53,19 +80,26 @@ def engine_option(name: str) -> Any:
     if kind is bool:
         flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
     parser = _json_mapping if kind is Mapping else None
-    metavar = "|".join(setting.choices) or _METAVARS.get(kind)
+    metavar = "NAME" if name == "model" else "|".join(setting.choices) or _METAVARS.get(kind)
     return Annotated[
         Any if parser else str if kind not in (bool, int, float) else kind,
-        typer.Option(*flags, *filter(None, [setting.short]), help=setting.summary, metavar=metavar, parser=parser),
+        typer.Option(
+            *flags,
+            *filter(None, [setting.short]),
+            help=setting.summary,
+            metavar=metavar,
+            parser=parser,
+            autocompletion=complete_model if name == "model" else None,
+        ),
     ]
 
 
 _METAVARS = {int: "N", float: "X", str: "TEXT", Mapping: "JSON"}
 
 
-def _json_mapping(text: str) -> dict[str, Any]:
+def _json_mapping(text: str | dict[str, Any]) -> dict[str, Any]:
     try:
-        value = json.loads(text)
+        value = json.loads(text) if isinstance(text, str) else text  # a file of defaults has it as a table
     except ValueError as error:
         raise typer.BadParameter(f'{error}: expected JSON such as \'{{"method": "ngram"}}\'') from None
     if not isinstance(value, dict):
@@ -73,26 +107,41 @@ def _json_mapping(text: str) -> dict[str, Any]:
     return value
 
 
-Model = Annotated[str, typer.Option("--model", "-m", help=settings()["model"].summary, callback=existing_model)]
+Model = Annotated[
+    str,
+    typer.Option(
+        *("--model", "-m"),
+        help=settings()["model"].summary,
+        callback=existing_model,
+        metavar="NAME",
+        autocompletion=complete_model,
+    ),
+]
 Precision = engine_option("precision")
-MaxTokens = Annotated[int, typer.Option(help="Most new tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the most likely token each time.")]
-TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; -1 keeps all.")]
-TopP = Annotated[float, typer.Option(help="Keep the most likely tokens with this probability mass.")]
-Seed = Annotated[int | None, typer.Option(help="Makes random draws repeatable.")]
 ConfigFile = Annotated[
-    str | None, typer.Option("--config", help="TOML file with settings of the engine; flags go before it.")
+    str | None,
+    typer.Option("--config", help="TOML file with settings of the engine; flags go before it.", metavar="FILE"),
 ]
 JsonFile = Annotated[
-    str | None, typer.Option("--json", help="Also write the figures to this file.", callback=writable_file)
+    str | None,
+    typer.Option("--json", help="Also write the figures to this file.", callback=writable_file, metavar="FILE"),
 ]
+ONE_USER = {"max_num_seqs": 1, "max_num_batched_tokens": 512}
+"""Few rows are computed and little memory is taken."""
+System = Annotated[str | None, typer.Option("--system", help="System message.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", help="Threads of the CPU kernels.", min=1, callback=_set_threads)
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Also write the speed of answers to stderr.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no hints.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def takes_engine_options(*names: str, **defaults: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command `--config` and flags for settings of the engine; it gets all as `EngineOptions`, as `options`.
 
-    What was typed goes before the file, also where it equals the default; the file goes before this command's `defaults`.
+    What was typed goes before the file, also where it equals the default; the file goes before the user's defaults, and those
+    before this command's `defaults`.
     A model that is not there is refused here, before JAX is imported.
 
     Args:
@@ -112,12 +161,21 @@ def takes_engine_options(*names: str, **defaults: Any) -> Callable[[Callable[...
         @wraps(command)
         def run(_context: typer.Context, config: str | None, debug: bool, **values: Any) -> None:
             set_here = {name: values.pop(name) for name in flags}
-            typed = {name: value for name, value in set_here.items() if _is_typed(_context, name)}
+            source = {name: _source(_context, name) for name in flags}
+            of_user = {name: value for name, value in set_here.items() if source[name] == "DEFAULT_MAP"}
+            typed = {name: value for name, value in set_here.items() if source[name] not in ("DEFAULT", "DEFAULT_MAP")}
             of_file = {} if config is None else read_options(config)
-            options = EngineOptions(**{**defaults, **of_file, **typed})
+            options = EngineOptions(**{**defaults, **of_user, **of_file, **typed})
             if options.load_format == "auto":
                 existing_model(str(options.model))
-            command(**values, options=options)
+            else:
+                _existing_architecture(str(options.model))
+            try:
+                command(**values, options=options)
+            except UserError as error:
+                if "device" in of_file and "device" not in typed and str(error).startswith("device="):
+                    raise UserError(f"--config {config}: {error}, in the file or with --device") from None
+                raise
 
         shown = [_keyword("_context", typer.Context), flag.pop("model")]
         shown += [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in before]
@@ -133,6 +191,7 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def _is_typed(context: typer.Context, name: str) -> bool:
+def _source(context: typer.Context, name: str) -> str:
+    """Where a value comes from, as click calls it."""
     source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return "DEFAULT" if source is None else source.name

@@ -11,7 +11,8 @@ import numpy as np
 
 from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf_blocks import CHUNK_VALUES, BlockFormat, dequantize_into, stored_dtype
-from llm_infer.weights.gguf_header import HeaderError, TensorInfo, parse_header
+from llm_infer.weights.gguf_header import Header, HeaderError, TensorInfo, parse_header
+from llm_infer.weights.gguf_parts import check_part, other_parts
 
 
 class GGUFTensor:
@@ -106,35 +107,31 @@ class GGUFFile:
     """An open GGUF file.
 
     Attributes:
-        path: the file.
-        version: version of the format, 2 or 3.
+        path: the file; of a model in several parts the first.
+        version: of the format, 2 or 3.
         metadata: key → str, int, float, bool, list of str, or numpy array of numbers.
         tensors: name → tensor, in the file's order.
 
     Raises:
-        ModelError: the file cannot be read, is damaged, or is one part of a split model.
+        ModelError: a file cannot be read or is damaged, or a part of the model is missing or of another model.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
-                buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # mmap of nothing
-            raise ModelError(f"{self.path}: the file is empty, expected a GGUF file") from None
-        except OSError as error:
-            raise ModelError(f"{self.path}: cannot be read ({error.strerror}), expected a GGUF file") from None
-        try:
-            header = parse_header(buffer)
-        except HeaderError as error:
-            raise ModelError(f"{self.path}: {error}") from None
-        parts = header.metadata.get("split.count", 0)
-        if isinstance(parts, int) and parts > 1:
-            raise ModelError(
-                f"{self.path}: one of {parts} parts of a model; join them with llama.cpp's `llama-gguf-split --merge`"
-            )
+        header, buffer = _map(self.path)
         self.version, self.metadata = header.version, header.metadata
         self.tensors = {name: GGUFTensor(info, buffer) for name, info in header.tensors.items()}
+        for number, part in enumerate(other_parts(self.path, self.metadata), start=1):
+            header, buffer = _map(part)
+            check_part(part, number, self.metadata, header.metadata)
+            if twice := self.tensors.keys() & header.tensors.keys():
+                raise ModelError(f"{part}: tensor {min(twice)!r} is in another part of the model, too")
+            self.tensors |= {name: GGUFTensor(info, buffer) for name, info in header.tensors.items()}
+        whole = self.metadata.get("split.tensors.count")
+        if whole is not None and len(self.tensors) != whole:
+            raise ModelError(
+                f"{self.path}: all parts have {len(self.tensors)} tensors together, expected {whole!r:.80}"
+            )
 
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """Returns a metadata value of the given type.
@@ -153,3 +150,18 @@ class GGUFFile:
     def close(self) -> None:
         """Forgets the tensors. The mapping itself goes away with the last view of a tensor's blocks."""
         self.tensors = {}
+
+
+def _map(path: Path) -> tuple[Header, mmap.mmap]:
+    """A file's header, checked, and all of it mapped into memory."""
+    try:
+        with open(path, "rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:  # mmap of nothing
+        raise ModelError(f"{path}: the file is empty, expected a GGUF file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}), expected a GGUF file") from None
+    try:
+        return parse_header(buffer), buffer
+    except HeaderError as error:
+        raise ModelError(f"{path}: {error}") from None

@@ -14,7 +14,7 @@ from llm_infer.weights import default_model
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from llm_infer.weights.hub import fetch_from_hub
-from llm_infer.weights.model_names import why_unknown
+from llm_infer.weights.model_names import hub_name, why_unknown
 from llm_infer.weights.orbax_checkpoint import Checkpoint, is_checkpoint, why_no_checkpoint
 from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsSource
 from llm_infer.weights.tensor_source import TensorSource
@@ -80,7 +80,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
 
     Args:
         name: the default model's name, a GGUF file, a Hugging Face directory (config.json and *.safetensors), or a
-            Hugging Face hub id `org/name`. An existing path wins over a hub id.
+            Hugging Face hub id `org/name` or `org/name:Q4_K_M` (see `HubName`). An existing path wins over a hub id.
         progress: reports downloads; None is silent.
 
     Raises:
@@ -101,7 +101,10 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
         if path.name.endswith((".safetensors", INDEX_NAME, "config.json")):
             raise ModelError(f"{path} is one file of a Hugging Face model: give its directory {path.parent}")
         return ModelSource(name, "gguf", path)
-    return ModelSource(name, "huggingface", _checked_directory(fetch_from_hub(name, progress)))
+    on_hub = hub_name(name)
+    assert on_hub is not None  # or `why_unknown` had known it
+    found = fetch_from_hub(on_hub, progress)
+    return ModelSource(name, found.kind, found.path if found.kind == "gguf" else _checked_directory(found.path))
 
 
 def open_model(source: ModelSource) -> OpenModel:

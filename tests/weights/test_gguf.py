@@ -268,3 +268,44 @@ def test_the_default_model_parses_fast(default_gguf: Path) -> None:
     assert file.metadata["tokenizer.ggml.token_type"].shape == (49152,)
     embedding = file.tensors["token_embd.weight"]
     assert (embedding.shape, embedding.type, embedding.blocks.shape) == ((49152, 576), "Q8_0", (49152, 612))
+
+
+def _parts(tmp_path: Path) -> list[Path]:
+    """A model of five tensors in parts of two, as llama.cpp's tools write it."""
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2)
+    for index in range(5):
+        writer.add_tensor(f"w{index}", np.full((2, 32), index, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(tmp_path.glob("m-*.gguf"))
+
+
+def test_a_model_in_several_parts_is_one_model(tmp_path: Path) -> None:
+    parts = _parts(tmp_path)
+    assert [path.name for path in parts] == [f"m-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    file = GGUFFile(parts[0])
+    for index in range(5):
+        values = np.empty((2, 32), np.float32)
+        file.tensors[f"w{index}"].read_into(values)
+        assert (values == index).all()
+    assert len(file.tensors) == 5 and file.metadata["general.architecture"] == "llama"
+    with pytest.raises(ModelError, match=r"part 2 of 3 of a model: give the first, .*/m-00001-of-00003\.gguf"):
+        GGUFFile(parts[1])
+    first, second = (path.read_bytes() for path in parts[:2])
+    for content, message in (
+        (first, r"00002-of-00003.gguf: metadata split.no=0, expected 1: a file of another model\?"),
+        (second.replace(b"w2", b"w0"), "00002-of-00003.gguf: tensor 'w0' is in another part of the model, too"),
+    ):
+        parts[1].write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            GGUFFile(parts[0])
+    parts[1].unlink()
+    with pytest.raises(ModelError, match=r"00002-of-00003.gguf: cannot be read \(No such file"):
+        GGUFFile(parts[0])
+    renamed = parts[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(
+        ModelError, match=r"one of 3 parts of a model: expected a name that ends in -00001-of-00003.gguf"
+    ):
+        GGUFFile(renamed)
