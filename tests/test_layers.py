@@ -16,7 +16,7 @@ MODULES = sorted(
 
 # Who may import a library, by prefix of the module's path.
 ONLY_IN = {
-    "flax": ("llm_infer/models/", "llm_infer/engine/steps.py", "llm_infer/engine/multi_step.py"),
+    "flax": ("llm_infer/models/", "llm_infer/engine/step/step.py", "llm_infer/engine/step/multi_step.py"),
     "orbax": ("llm_infer/weights/orbax",),
     "numba": ("pallas_kernels/",),
     "llvmlite": ("pallas_kernels/",),

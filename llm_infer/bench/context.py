@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_infer.base.errors import UserError
 from llm_infer.bench.offline import measure
-from llm_infer.engine.state import FULL
+from llm_infer.engine.step.state import FULL
 from llm_infer.llm import LLM
 
 COPIED_BYTES = 1 << 28

@@ -18,7 +18,7 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.programs import described
 from llm_infer.engine.runner import Runner, StepProgram
-from llm_infer.engine.state import StepInputs, StepState
+from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.models.architectures import architecture_config, architecture_names
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.models.params import split_model

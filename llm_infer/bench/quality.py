@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llm_infer.base.progress import Progress
-from llm_infer.engine.state import FULL
-from llm_infer.engine.steps import attention_over
+from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.step import attention_over
 from llm_infer.loading import load
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import merge_model

@@ -17,11 +17,11 @@ from llm_infer.decoding.features import PLAIN, StepFeatures, union
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.engine.draft_model import DraftModel
-from llm_infer.engine.features import FOR_PROMPT
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.requests import RequestOptions, make_request
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
+from llm_infer.engine.step.features import FOR_PROMPT
 from llm_infer.engine.warm_up import Company, WarmUp, between, prefill_sizes, up_to
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process

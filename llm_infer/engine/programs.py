@@ -14,13 +14,13 @@ from llm_infer.config import EngineConfig
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.penalties import PenaltyState, empty_penalties
 from llm_infer.decoding.token_rules import mask_words
-from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.memory import page_dtype
-from llm_infer.engine.multi_step import make_steps
 from llm_infer.engine.platform import layer_loop, query_rows
-from llm_infer.engine.sharding import StepSharding
-from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
-from llm_infer.engine.steps import make_step
+from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.multi_step import make_steps
+from llm_infer.engine.step.sharding import StepSharding
+from llm_infer.engine.step.state import FULL, Cache, StepInputs, StepState
+from llm_infer.engine.step.step import make_step
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS

@@ -15,15 +15,15 @@ from llm_infer.config import EngineConfig
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.penalties import seen_counts, set_slot
 from llm_infer.decoding.token_rules import ALL, mask_words
-from llm_infer.engine.features import for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
-from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
-from llm_infer.engine.row_fields import ROW_FIELDS
 from llm_infer.engine.slots import SlotTable
-from llm_infer.engine.state import StepInputs, StepState, after
+from llm_infer.engine.step.features import for_steps, serves
+from llm_infer.engine.step.layout import StepLayout, token_buckets
+from llm_infer.engine.step.row_fields import ROW_FIELDS
+from llm_infer.engine.step.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Leader
 from llm_infer.parallel.distributed import Channel

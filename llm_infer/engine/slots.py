@@ -9,9 +9,9 @@ import numpy as np
 
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.token_rules import Matcher
-from llm_infer.engine.features import FOR_PROMPT
-from llm_infer.engine.layout import STOP_IDS
-from llm_infer.engine.row_fields import ROW_FIELDS
+from llm_infer.engine.step.features import FOR_PROMPT
+from llm_infer.engine.step.layout import STOP_IDS
+from llm_infer.engine.step.row_fields import ROW_FIELDS
 from llm_infer.scheduler.plan import ScheduledRow
 from llm_infer.scheduler.request import Sequence
 

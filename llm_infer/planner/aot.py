@@ -19,7 +19,7 @@ from llm_infer.decoding.features import PLAIN
 from llm_infer.engine.memory import device_bytes
 from llm_infer.engine.page_count import UTILIZATION
 from llm_infer.engine.programs import StepPrograms
-from llm_infer.engine.sharding import StepSharding
+from llm_infer.engine.step.sharding import StepSharding
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.params import split_model
 from llm_infer.models.sharded import Placement, abstract_parameters, place_over

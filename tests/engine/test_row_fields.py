@@ -7,7 +7,7 @@ import numpy as np
 from llm_infer.decoding.penalties import PenaltyRows
 from llm_infer.decoding.sample import SamplingRows
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.row_fields import ROW_FIELDS
+from llm_infer.engine.step.row_fields import ROW_FIELDS
 from llm_infer.scheduler.request import Request, Sequence
 
 

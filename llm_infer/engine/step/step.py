@@ -18,8 +18,8 @@ from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
-from llm_infer.engine.layout import StepLayout
-from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
+from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.state import FULL, Cache, StepInputs, StepState
 from llm_infer.models.decoder import Attend, Layer, LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
