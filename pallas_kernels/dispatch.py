@@ -168,14 +168,14 @@ def choose(op: str, case: Case, override: str | None = None, environ: Mapping[st
 
 # What `pick` chose in this process: (op, case in words) -> (choice, how often a program was traced with it).
 _PICKED: dict[tuple[str, str], tuple[Choice, int]] = {}
-MOST_PICKED = 512
+MAX_PICKED = 512
 
 
 def pick(op: str, case: Case, override: str | None = None) -> Callable[..., Any]:
     """Returns the function that runs a case: that of `choose`, whose choice is noted for `explain`."""
     choice = choose(op, case, override)
     key = (op, case.summary())
-    if key in _PICKED or len(_PICKED) < MOST_PICKED:
+    if key in _PICKED or len(_PICKED) < MAX_PICKED:
         _PICKED[key] = (choice, _PICKED.get(key, (choice, 0))[1] + 1)
     return implementation(op, choice.name)
 

@@ -48,7 +48,7 @@ class DraftModel:
         model: the draft model.
         vocab_size: of the target model; both must have the same tokens.
         config: of the target's engine. The draft model has as many pages and slots.
-        most: tokens of a proposal at most.
+        max_tokens: most tokens of a proposal.
 
     Raises:
         UserError: vocabularies or contexts do not fit.
@@ -59,7 +59,7 @@ class DraftModel:
         model: LoadedModel,
         vocab_size: int,
         config: EngineConfig,
-        most: int,
+        max_tokens: int,
         *,
         num_pages: int,
         max_model_len: int,
@@ -76,7 +76,7 @@ class DraftModel:
                 f"the draft model's context is {model.config.max_position_embeddings} tokens, max_model_len is "
                 f"{max_model_len}: lower max_model_len or choose another draft model"
             )
-        scheduler = replace(config.scheduler, num_scheduler_steps=max(2, most))
+        scheduler = replace(config.scheduler, num_scheduler_steps=max(2, max_tokens))
         self.runner = Runner(
             model,
             replace(config, scheduler=scheduler),
@@ -104,7 +104,7 @@ class DraftModel:
         """
         most = self._limits.max_num_batched_tokens
         sizes = prefill_sizes([count + 1 for count in prompts], self._limits.max_num_seqs, most)
-        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MOST_REST)))
+        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MAX_REST)))
         programs.add(self.runner, sizes, (PLAIN,), up_to(self.runner, num_sequences))
 
     # ------------------------------------------------------------------ the proposer

@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 PAGE_DTYPES = ("float32", "bfloat16", "uint16", "float16", "int8")
-MOST_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
+MAX_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
 _SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py"))
 EVERYTHING = 2**30  # a window that hides nothing
 
@@ -62,7 +62,7 @@ def paged_attention(
     extra = [] if sinks is None else [sinks.astype(f32)]
     item_slots = plan.items.shape[0] * num_kv_heads
     splits = -(-plan.block_tables.shape[1] * pages.shape[4] // 256)
-    dims = {"slots": min(MOST_SLOTS, item_slots * splits), "width": num_heads // num_kv_heads * (head_dim + 2)}
+    dims = {"slots": min(MAX_SLOTS, item_slots * splits), "width": num_heads // num_kv_heads * (head_dim + 2)}
     rows = (x.astype(f32) for x in (q, k_new, v_new))
     out, pages, _ = kernel(*rows, pages, *plan, *scalars, *extra, dims=dims)
     return out.astype(q.dtype), pages

@@ -121,7 +121,7 @@ def body(k: Emitter, a: Frame, variant: Variant) -> None:
     a.require((layer >= 0) & (layer < a.L), "argument layer is out of range")
     good = (num_single >= 0) & (num_single <= num_items) & (num_items <= a.N)
     a.require(good, "argument counts does not fit items")
-    valid, most_splits = k.var(k.const(I1, 1)), k.var(k.i64(1))
+    valid, max_splits = k.var(k.const(I1, 1)), k.var(k.i64(1))
     with k.range(0, num_items) as i:
         seq, first, rows = (a.items[i * 5 + column].to(I64) for column in range(3))
         inside = (seq >= 0) & (seq < a.S) & (first >= 0) & (rows >= 0) & (first + rows <= a.T)
@@ -129,17 +129,17 @@ def body(k: Emitter, a: Frame, variant: Variant) -> None:
         valid.v = valid.v & inside & (page >= 0) & (pages >= 0) & (page + pages <= a.B)
         with k.when(valid.v):
             item = Item(k, a, i, k.i64(0))
-            most_splits.v = k.max(most_splits.v, item.end_split - item.first_split)
+            max_splits.v = k.max(max_splits.v, item.end_split - item.first_split)
     a.require(valid.v, "argument items names rows, a sequence or pages that are not there")
 
     a.parallel((a.T + (WRITE_ROWS - 1)) // WRITE_ROWS, lambda k, a, i: write_rows(k, a, i, variant))
-    pairs, splits, group = num_items * a.Hkv, most_splits.v, a.Hq // a.Hkv
+    pairs, splits, group = num_items * a.Hkv, max_splits.v, a.Hq // a.Hkv
     share = num_single.eq(num_items) & (pairs < SPLIT_TASKS) & (splits > 1) & (pairs * splits <= a.slots)
     share = share & (group <= GROUP_ROWS) & (group * (variant.head_dim + 2) <= a.width)
     # A page's heads lie side by side, and a long run of memory comes faster: a task has as many heads as leave work for all.
     splits = k.select(share, splits, k.i64(1))
-    most_heads = k.min(k.i64(GROUP_ROWS) // group, a.Hkv)
-    heads = k.max(k.min(pairs * splits * 2 // a.num_threads(), most_heads), 1)
+    max_heads = k.min(k.i64(GROUP_ROWS) // group, a.Hkv)
+    heads = k.max(k.min(pairs * splits * 2 // a.num_threads(), max_heads), 1)
     extra = {"num_items": num_items, "num_single": num_single, "heads": heads}
     extra["max_splits"] = k.select(share, splits, k.i64(0))
     tasks = (num_items - num_single) * a.Hkv + num_single * ((a.Hkv + heads - 1) // heads) * splits

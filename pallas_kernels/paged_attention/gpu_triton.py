@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-LARGEST_HEAD = 256
+MAX_HEAD = 256
 MASKED = -1e30  # first running maximum: finite, so that a fully masked block gives exp2(-inf) = 0, never NaN
 
 
@@ -39,8 +39,8 @@ def why_not(case: Case) -> str | None:
         return reason
     if dtype == "uint16":
         return "reads bfloat16 pages as bfloat16: uint16 is for the CPU"
-    if head_dim > LARGEST_HEAD:
-        return f"has blocks for head sizes up to {LARGEST_HEAD}, found {head_dim}"
+    if head_dim > MAX_HEAD:
+        return f"has blocks for head sizes up to {MAX_HEAD}, found {head_dim}"
     float8 = dtype == "float8_e4m3fn"
     return why_not_capability(case.device_kind, (8, 9) if float8 else (8, 0), f"for {dtype} pages")
 
@@ -139,8 +139,8 @@ def attend(
         rows = partial_slots(plan) * blocks.max_splits
         outputs["partial"] = jax.ShapeDtypeStruct((rows, num_kv_heads, group, head_dim), jnp.float32)
         outputs["lse"] = jax.ShapeDtypeStruct((rows, num_kv_heads, group), jnp.float32)
-    most_units = units.units.shape[0]
-    programs = min(most_units, blocks.programs or most_units)
+    max_units = units.units.shape[0]
+    programs = min(max_units, blocks.programs or max_units)
 
     def kernel(*refs: Any) -> None:
         ins = dict(zip(inputs, refs, strict=False))

@@ -94,9 +94,9 @@ def make_units(
     ends = jnp.cumsum(of_item, dtype=jnp.int32)
 
     # A one-row item has ceil(G / tile) tiles, all items together have at most N + T · G / tile.
-    most_tiles = num_items + tokens * group // tile
-    most_split = most_tiles if rows_split else slots * -(-group // tile)
-    most = most_tiles + most_split * (max_splits - 1)
+    max_tiles = num_items + tokens * group // tile
+    max_split = max_tiles if rows_split else slots * -(-group // tile)
+    most = max_tiles + max_split * (max_splits - 1)
     unit = jnp.arange(most, dtype=jnp.int32)
     item = jnp.sum(ends[None, :] <= unit[:, None], axis=1, dtype=jnp.int32)
     item = jnp.minimum(item, num_items - 1)

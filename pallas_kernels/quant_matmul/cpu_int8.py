@@ -23,7 +23,7 @@ DIRECT_KINDS = ("q4_0", "q4_1", "q8_0")  # their blocks are read as they are whe
 BLOCK = 32
 TILE_K = 2048  # weights of a tile row: at most 16 rows * 2 KiB
 BLOCK_M = 96
-MOST_TASK_ROWS = 128
+MAX_TASK_ROWS = 128
 STEP_M = 2
 PREFETCH_ROWS = 8
 
@@ -314,5 +314,5 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:
                 by_tile(k, a, tile, first, last)
 
     a.parallel(a.M, quantise_row)
-    rows = task_rows(k, a, k.lanes, MOST_TASK_ROWS)
+    rows = task_rows(k, a, k.lanes, MAX_TASK_ROWS)
     a.parallel((a.N + rows - 1) // rows, task, row_bytes=row_bytes, task_rows=rows)

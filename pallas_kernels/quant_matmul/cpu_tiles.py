@@ -22,7 +22,7 @@ from pallas_kernels.quant_matmul.tiles import HEADS, ROWS
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP as GROUP
 
 BLOCK = 32
-MOST_TASK_ROWS = {True: 1024, False: 256}  # for M = 1, long runs of memory; else they stay in the L2 cache
+MAX_TASK_ROWS = {True: 1024, False: 256}  # for M = 1, long runs of memory; else they stay in the L2 cache
 BIAS = {"q4_0": 8, "q4_1": 0, "q8_0": 128}  # the excess of the dot product's unsigned numbers
 LARGEST = {1: 127, 2: 127 << 8, 3: 63 << 16}  # so that a block's sum fits 32 bits
 INFINITY = 0x7F800000  # its bits
@@ -169,6 +169,6 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> No
                 multiply(k, a, x, fmt.kind, tile, whole, start, count)
 
     a.parallel(a.M, rounding)
-    rows = task_rows(k, a, ROWS, k.select(a.M.eq(1), k.i64(MOST_TASK_ROWS[True]), k.i64(MOST_TASK_ROWS[False])))
+    rows = task_rows(k, a, ROWS, k.select(a.M.eq(1), k.i64(MAX_TASK_ROWS[True]), k.i64(MAX_TASK_ROWS[False])))
     tiles = rows // ROWS
     a.parallel((a.N // ROWS + tiles - 1) // tiles, task, task_tiles=tiles, block_bytes=k.i64(fmt.bytes * ROWS))

@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention.options import by_keyword
 
 LAYERS = 4
 """Layers of a measured program: each reads its own pages, so the cache does not help."""
-MOST_POOL_BYTES = 24e9
+MAX_POOL_BYTES = 24e9
 GPU_ATTENTION = [row for row in dispatch.IMPLEMENTATIONS["paged_attention"] if row.platforms == ("gpu",)]
 
 
@@ -128,7 +128,7 @@ def abstract_arguments(shape: Shape) -> tuple[Any, ...]:
     per_sequence = -(-shape.context // shape.page_size)
     pool_shape = kv_pool_shape(
         "gpu",
-        num_layers=max(1, min(LAYERS, int(MOST_POOL_BYTES // shape.kv_bytes))),
+        num_layers=max(1, min(LAYERS, int(MAX_POOL_BYTES // shape.kv_bytes))),
         num_pages=shape.sequences * per_sequence + 1,
         page_size=shape.page_size,
         num_kv_heads=shape.kv_heads,
