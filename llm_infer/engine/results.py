@@ -83,13 +83,12 @@ def collect_prompts(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
 def _collect_logprobs(
     request: Request, start: int, count: int, outputs: Mapping[str, np.ndarray], place: tuple[int, int]
 ) -> None:
-    if not isinstance(request.prompt_results, list):
-        request.prompt_results = [None] * len(request.prompt)
+    results = request.prompt_results
+    if not isinstance(results, list):
+        results = request.prompt_results = list[TokenLogprobs | None]([None] * len(request.prompt))
     for i in range(min(count, len(request.prompt) - start - 1)):
         at = (place[0], place[1] + i)
-        request.prompt_results[start + i + 1] = logprobs_at(
-            outputs, at, request.sampling.prompt_logprobs or 0, "prompt_"
-        )
+        results[start + i + 1] = logprobs_at(outputs, at, request.sampling.prompt_logprobs or 0, "prompt_")
 
 
 def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[list[list[tuple[int, float]]]]:

@@ -51,7 +51,13 @@ def test_the_program_stays_within_and_one_page_more_would_not(
     budget = int(limit * utilization)
     measure = program(weights, page, rest, copied, refuses_above=limit)
     best = min(max_pages, (budget - weights - rest) // (page + copied))
-    arguments = {"limit": limit, "utilization": utilization, "weights": weights, "page_bytes": page, "max_pages": max_pages}
+    arguments = {
+        "limit": limit,
+        "utilization": utilization,
+        "weights": weights,
+        "page_bytes": page,
+        "max_pages": max_pages,
+    }
     if best < 2:
         with pytest.raises(CapacityError, match="raise memory_utilization"):
             pages_that_fit(measure, **arguments)

@@ -50,7 +50,7 @@ class StepSharding:
         return 1 if self.mesh is None else self.mesh.shape["dp"]
 
     @property
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
         """All devices that run the step."""
         return jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
 
