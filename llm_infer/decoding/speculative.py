@@ -105,7 +105,7 @@ class Speculator:
         num_drafted, num_accepted: tokens of all sequences.
     """
 
-    MOST_REST = 32
+    MAX_REST = 32
     """Steps between two tries on a sequence on which all fail."""
 
     REST_WITHOUT_MATCH = 4
@@ -117,7 +117,7 @@ class Speculator:
         bucket_of: Callable[[int], int] = lambda tokens: tokens,
         proposer: Proposer | None = None,
     ) -> None:
-        self._most = config.num_speculative_tokens
+        self._max_drafts = config.num_speculative_tokens
         self.proposer = proposer or NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
         self._bucket_of = bucket_of
         # By size of a step: how long it took, and when that was measured last, in measured steps.
@@ -129,7 +129,7 @@ class Speculator:
     @property
     def max_tokens(self) -> int:
         """Tokens of a sequence in a step at most."""
-        return 1 + self._most
+        return 1 + self._max_drafts
 
     def new(self, sequence: Any) -> Speculation:
         """For a sequence that starts."""
@@ -157,13 +157,13 @@ class Speculator:
             speculation.acceptance = min(1.0, 1.2 * speculation.acceptance + 0.02)
         drafts = self.proposer.propose(speculation.state, tokens, count) if count else []
         if not drafts:
-            self._fail(speculation, self.MOST_REST if count == 0 else self.REST_WITHOUT_MATCH)
+            self._fail(speculation, self.MAX_REST if count == 0 else self.REST_WITHOUT_MATCH)
         return drafts
 
     def best_length(self, acceptance: float, num_rows: int) -> int:
         """Proposal length with the most expected tokens per second if every one of `num_rows` rows has such a proposal."""
         expected, best, length = 1.0, 1.0 / self._seconds_of(num_rows), 0
-        for count in range(1, self._most + 1):
+        for count in range(1, self._max_drafts + 1):
             expected += acceptance**count
             rate = expected / (self._seconds_of(num_rows * (1 + count)) + count * (self._seconds_to_propose or 0.0))
             if rate >= best:
@@ -181,7 +181,7 @@ class Speculator:
         if accepted:
             speculation.failures = 0
         else:
-            self._fail(speculation, self.MOST_REST)
+            self._fail(speculation, self.MAX_REST)
 
     def observe_time(self, num_tokens: int, seconds: float) -> None:
         """Takes in how long a step of this many tokens took from submission to its result."""

@@ -104,7 +104,7 @@ class DraftModel:
         """
         most = self._limits.max_num_batched_tokens
         sizes = prefill_sizes([count + 1 for count in prompts], self._limits.max_num_seqs, most)
-        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MOST_REST)))
+        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MAX_REST)))
         programs.add(self.runner, sizes, (PLAIN,), up_to(self.runner, num_sequences))
 
     # ------------------------------------------------------------------ the proposer

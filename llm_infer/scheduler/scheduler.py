@@ -86,7 +86,7 @@ class Scheduler:
         self._limits = Limits(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size)
         self._submitted: deque[StepPlan] = deque()
         self._num_arrived = 0
-        self._num_steps = 0
+        self._num_planned = 0
         self._clock = clock
 
     @property
@@ -197,10 +197,10 @@ class Scheduler:
             self.books.enqueue(sequence)
         self.allocator.unpin_all()
         self.num_preemptions += builder.num_preemptions
-        plan = builder.build(self._num_steps)
+        plan = builder.build(self._num_planned)
         if plan is not None:
             self.num_copied_pages += sum(map(len, plan.copies))
-            self._num_steps += 1
+            self._num_planned += 1
             self._submitted.append(plan)
         return plan
 
@@ -277,7 +277,7 @@ class Scheduler:
         if self.prefix_cache is not None and sequence.table is None and sequence.status is Status.WAITING:
             self.prefix_cache.count(len(sequence.tokens), len(cached) * self.page_size)
         table = self.books.start(sequence, plan.shard, cached)
-        sequence.first_step = self._num_steps
+        sequence.first_step = self._num_planned
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = sequence.num_computed
@@ -312,7 +312,7 @@ class Scheduler:
             raise RuntimeError("plans are committed once each, in the order in which they were made")
         self._submitted.popleft()
         now, several = self._clock(), plan.num_steps > 1
-        result = StepResult(self.books, self.finish, self._num_steps)
+        result = StepResult(self.books, self.finish, self._num_planned)
         for rows, each in zip(plan.rows, candidates, strict=False):
             result.candidates |= {row.sequence: found for row, found in zip(rows, each, strict=False) if found}
         for rows, ids in zip(plan.rows, sampled, strict=True):
