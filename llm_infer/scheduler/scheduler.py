@@ -91,7 +91,7 @@ class Scheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """There are requests that have not ended."""
+        """Whether there are requests that have not ended."""
         return bool(self.requests)
 
     @property
@@ -106,13 +106,13 @@ class Scheduler:
 
     @property
     def needs_results(self) -> bool:
-        """Something that runs cannot go on before the results of the last step are here: beams and proposals need ids."""
+        """Whether something that runs cannot go on before the results of the last step are here."""
         return any(
             sequence.request.strategy.needs_result(sequence) for running in self.books.running for sequence in running
         )
 
     def usage(self, shard: int = 0) -> float:
-        """Share of the shard's pages that cannot be handed out now."""
+        """Returns the share of a shard's pages that cannot be handed out now."""
         return 1 - self.allocator.num_available(shard) / self.allocator.num_usable
 
     def check(self) -> None:
@@ -123,7 +123,7 @@ class Scheduler:
     # ------------------------------------------------------------------ requests
 
     def longest(self, request: Request) -> int:
-        """Tokens to which a sequence of a request may grow.
+        """Returns the number of tokens to which a sequence of a request may grow.
 
         Raises:
             RequestError: its id is in use, or it can never fit the context, the pages or the slots.
@@ -145,11 +145,11 @@ class Scheduler:
         self.books.enqueue(request.sequences[0])
 
     def num_uncached(self, request: Request) -> int:
-        """Tokens of the prompt of a request that nothing of has run yet which the prefix cache does not have."""
+        """Counts the prompt tokens that the prefix cache does not have, of a request of which nothing has run."""
         return self._admission.num_uncached(request.sequences[0])
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request at once; tokens in flight are dropped when they come. False if there is none of that id."""
+        """Ends a request at once; tokens in flight are dropped when they come. Returns False if there is none of that id."""
         request = self.requests.get(request_id)
         if request is None:
             return False
@@ -158,7 +158,7 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends one sequence, for example at a stop string; of a beam search all. No effect if it has ended."""
+        """Ends a sequence, for example at a stop string, and with it its group. Has no effect if it has ended."""
         if sequence.status is Status.FINISHED:
             return
         request = sequence.request
@@ -178,7 +178,7 @@ class Scheduler:
     # ------------------------------------------------------------------ planning
 
     def schedule(self) -> StepPlan | None:
-        """The next step, to be submitted to the device at once; None if nothing can be done before a commit or an add.
+        """Plans the next step, to be submitted to the device at once; None if nothing can be done before a commit or an add.
 
         Rows that sample count as drawn from now on, all rows as computed. It is None only while a step is outstanding
         or no request is unfinished.
@@ -226,7 +226,7 @@ class Scheduler:
         plan.add_row(sequence, min(end - sequence.num_computed, plan.budget))
 
     def _break_stall(self, plan: ShardPlan) -> bool:
-        """If nothing can run, because groups of several requests wait for the rest of their own: the last gives way."""
+        """Makes the last group give way where nothing can run, because groups wait for the rest of their own."""
         books, running = self.books, plan.running
         outstanding = any(submitted.rows[plan.shard] for submitted in self._submitted)
         if not running or plan.single or plan.longer or outstanding:
@@ -265,7 +265,7 @@ class Scheduler:
                 index += 1
 
     def _unpark_idle(self, shards: set[int]) -> bool:
-        """Where nothing runs, nothing gives back pages: there the last of the waiting forks must."""
+        """Makes the last of the waiting forks give back its pages where nothing runs: nothing else would."""
         for shard in shards:
             if self.books.parked[shard] and not self.books.running[shard]:
                 self.books.unpark(self.books.parked[shard][-1])
@@ -293,7 +293,7 @@ class Scheduler:
         sampled: SequenceOf[SequenceOf[Any]],
         candidates: SequenceOf[SequenceOf[SequenceOf[tuple[int, float]]]] = (),
     ) -> list[TokenEvent]:
-        """Takes the result of the oldest submitted step: appends tokens, ends sequences, offers pages to the cache.
+        """Takes in the result of the oldest submitted step: has tokens appended, sequences ended, pages offered to the cache.
 
         Args:
             plan: what `schedule` returned.
