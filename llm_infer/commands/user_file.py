@@ -98,7 +98,7 @@ def _own(path: Path, name: str, value: Any) -> Any:
     if not all(isinstance(each, accepted) and (element is bool or not isinstance(each, bool)) for each in several):
         raise UserError(f"{name.replace('_', '-')} = {value!r:.60}: expected {_ENGLISH[element]}")
     if name == "config":  # beside this file, not beside whatever the user works on
-        return str(path.parent / Path(value).expanduser())
+        return str(path.parent / Path(str(value)).expanduser())
     return several if element is not kind else value
 
 
