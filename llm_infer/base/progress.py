@@ -30,7 +30,8 @@ class Task:
 
     def advance(self, amount: int) -> None:
         """Add `amount` (bytes or items) to what is done."""
-        self.set(self.completed + amount)
+        with self._lock:
+            self.set(self.completed + amount)
 
     def set(self, completed: int) -> None:
         """State how much is done; beyond the total it shows as the total."""
