@@ -7,23 +7,50 @@ from typing import TYPE_CHECKING, Any
 from pallas_kernels.targets import prepare_libtpu
 
 if TYPE_CHECKING:
-    from llm_infer.base.outputs import RequestOutput
+    from llm_infer.base.errors import CapacityError, ModelError, ProcessLostError, RequestError, UserError
+    from llm_infer.base.outputs import (
+        CompletionOutput,
+        EmbeddingOutput,
+        Logprob,
+        RequestMetrics,
+        RequestOutput,
+        ScoreOutput,
+        StreamChunk,
+    )
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.decoding.structured import StructuredOutputsParams
     from llm_infer.llm import LLM
     from llm_infer.options import EngineOptions
     from llm_infer.starting import follow
 
-__all__ = ["LLM", "EngineOptions", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "follow"]
+__all__ = [
+    "LLM",
+    "CapacityError",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EngineOptions",
+    "Logprob",
+    "ModelError",
+    "ProcessLostError",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoreOutput",
+    "StreamChunk",
+    "StructuredOutputsParams",
+    "UserError",
+    "follow",
+]
 
-_HOME = {
+_HOMES = {
     "LLM": "llm_infer.llm",
+    "EngineOptions": "llm_infer.options",
     "SamplingParams": "llm_infer.decoding.sampling_params",
     "StructuredOutputsParams": "llm_infer.decoding.structured",
-    "RequestOutput": "llm_infer.base.outputs",
-    "EngineOptions": "llm_infer.options",
     "follow": "llm_infer.starting",
 }
+"""Where names are whose modules are imported when somebody asks for them; results and errors are asked for there, too."""
 
 
 prepare_libtpu()
@@ -31,8 +58,13 @@ prepare_libtpu()
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: the host layer and `llm-infer --help` do not load JAX.
-    if name in _HOME:
+    if name in __all__:
         import importlib
 
-        return getattr(importlib.import_module(_HOME[name]), name)
+        home = "errors" if name.endswith("Error") else "outputs"
+        return getattr(importlib.import_module(_HOMES.get(name, f"llm_infer.base.{home}")), name)
     raise AttributeError(f"module 'llm_infer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

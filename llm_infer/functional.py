@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from llm_infer.base.errors import UserError
 from llm_infer.base.progress import Progress
 from llm_infer.engine.platform import layer_loop, query_rows
-from llm_infer.engine.state import FULL, Cache
-from llm_infer.engine.steps import attention_over
+from llm_infer.engine.step.state import FULL, Cache
+from llm_infer.engine.step.step import attention_over
 from llm_infer.loading import load as load_with_settings
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params, merge_model

@@ -8,21 +8,24 @@ from typing import Any
 
 from llm_infer.base.errors import RequestError
 from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
-from llm_infer.base.plain_values import plain_list
 from llm_infer.base.progress import Progress
 from llm_infer.base.settings import Takes, listed
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.features import PLAIN, features_of, union
-from llm_infer.frontend.prompts import Asked, Prompt, one_or_many, one_prompt, per_prompt
+from llm_infer.frontend.prompts import (
+    Messages,
+    Prompt,
+    conversations,
+    one_or_many,
+    one_prompt,
+    per_prompt,
+    require_streamable,
+)
 from llm_infer.frontend.scoring import FOR_EMBEDDINGS, FOR_SCORES, POOLINGS, embedding_of, pairs_to_score, score_of
 from llm_infer.frontend.session import Session
-from llm_infer.frontend.tracking import TrackedRequest
 from llm_infer.options import EngineOptions, settings
 from llm_infer.starting import start
 from llm_infer.text.chat_prompt import chat_ids
-
-Messages = Sequence[Mapping[str, Any]]
-"""A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
+from llm_infer.text.tokenizer import Tokenizer
 
 
 class LLM:
@@ -57,13 +60,7 @@ class LLM:
             token_counts: for steps of these token counts (prompt lengths, batch sizes); None compiles all.
             sampling_params: also for requests with these parameters side by side, beyond drawing and stopping.
         """
-        params = per_prompt(sampling_params, None)
-        counts = plain_list(token_counts)
-        if counts is not None and not (
-            isinstance(counts, list | tuple) and all(type(c) is int and c > 0 for c in counts)
-        ):
-            raise RequestError(f"token_counts={token_counts!r:.60}: expected whole numbers above 0, or None for all")
-        self._session.compile(self.engine.warm_up(counts, [PLAIN, union(map(features_of, params))]))
+        self._session.warm_up(token_counts, per_prompt(sampling_params, None))
 
     def generate(
         self,
@@ -95,7 +92,7 @@ class LLM:
         asked = self._session.prompts.read(
             many, per_prompt(sampling_params, len(many)), priority=priority, cache_salt=cache_salt
         )
-        return [one.result() for one in self._run(asked, shown)]
+        return [one.result() for one in self._session.run(asked, shown)]
 
     def beam_search(
         self,
@@ -131,9 +128,7 @@ class LLM:
         Several streams may be read in turn: all of them advance together.
         """
         prompt, params = one_prompt(prompt), per_prompt(sampling_params, 1)
-        if params[0].num_sequences > params[0].n:
-            name = "best_of" if params[0].beam_width is None else "beam_width"
-            raise RequestError(f"{name}={getattr(params[0], name)} cannot stream: the best is known at the end only")
+        require_streamable(params[0])
         asked = self._session.prompts.read([prompt], params, priority=priority, cache_salt=cache_salt)
         with self._session.submitted(asked) as (one,):
             while one.chunks or not one.finished:
@@ -149,36 +144,72 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        priority: int | Sequence[int] | None = None,
+        cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or several, through the model's chat template."""
-        if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
-            raise RequestError(f"expected a list of messages with role and content, found {messages!r:.60}")
-        several = not isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = messages if several else [messages]
-        return self.generate([self.chat_prompt(m, tools=tools) for m in conversations], sampling_params)
+        """Answers one conversation or several, through the model's chat template.
+
+        Arguments are those of `chat_prompt`, which makes the prompts, and of `generate`, which runs them.
+        """
+        how: dict[str, Any] = dict(tools=tools, chat_template=chat_template)
+        how |= dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+        prompts = [self.chat_prompt(each, **how) for each in conversations(messages)]
+        return self.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt)
 
     def stream_chat(
         self,
         messages: Messages,
         sampling_params: SamplingParams | None = None,
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        **prompt: Any,
     ) -> Iterator[StreamChunk]:
-        """Answers one conversation and yields text as it comes."""
-        return self.stream(self.chat_prompt(messages, tools=tools), sampling_params)
+        """Answers one conversation and yields text as it comes; `prompt` are further arguments of `chat_prompt`."""
+        ids = self.chat_prompt(messages, **prompt)
+        return self.stream(ids, sampling_params, priority=priority, cache_salt=cache_salt)
 
-    def chat_prompt(self, messages: Messages, *, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Token ids of a conversation in the model's chat format, up to where the answer starts.
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+    ) -> list[int]:
+        """Returns the token ids of a conversation in the model's chat format, up to where the answer starts.
 
-        With `tools` the model's template for tools is taken, if it has one. See `text.chat_prompt.chat_ids` for what
-        keeps users from writing control tokens.
+        See `text.chat_prompt.chat_ids` for what keeps users from writing control tokens.
+
+        Args:
+            messages: each with a `role` and a `content`.
+            tools: functions that the model may call; its template for tools is then taken, if it has one.
+            add_generation_prompt: end with the header of an answer.
+            continue_final_message: end within the last message, which the answer continues; needs
+                `add_generation_prompt=False`.
+            chat_template: Jinja source, or the name of one of the model's templates.
 
         Raises:
             RequestError: the model has no chat template, or the messages do not fit it.
         """
         if not messages:
             raise RequestError("the conversation is empty: expected at least one message")
-        return chat_ids(self.tokenizer, messages, tools=tools)
+        return chat_ids(
+            self.tokenizer,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
+        )
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer, which is `tokenizer`, too."""
+        return self.tokenizer
 
     def score(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[ScoreOutput]:
         """Log-likelihood of each continuation given its context, as evaluation harnesses ask for it.
@@ -192,7 +223,7 @@ class LLM:
         """
         pairs = pairs_to_score(self.tokenizer, contexts, continuations)
         asked = self._session.prompts.read([ids for ids, _ in pairs], [FOR_SCORES] * len(pairs), prompt_only=True)
-        found = zip(self._run(asked, self._progress), pairs, strict=True)
+        found = zip(self._session.run(asked, self._progress), pairs, strict=True)
         return [score_of(tracked, self.tokenizer, start) for tracked, (_, start) in found]
 
     def embed(
@@ -212,22 +243,7 @@ class LLM:
             raise RequestError(f"pooling={pooling!r}: expected 'mean' or 'last'")
         many = one_or_many(prompts)
         asked = self._session.prompts.read(many, [FOR_EMBEDDINGS] * len(many), pooled=True)
-        return [embedding_of(one, pooling, normalize) for one in self._run(asked, Progress.silent())]
-
-    def _run(self, asked: Sequence[Asked], progress: Progress) -> list[TrackedRequest]:
-        """The requests when they have finished."""
-        try:
-            with (
-                self._session.submitted(asked) as tracked,
-                progress.task("Generating", total=len(asked)) as bar,
-            ):
-                while (done := sum(one.finished for one in tracked)) < len(tracked):
-                    bar.set(done)
-                    self._session.step()
-                bar.set(done)
-                return tracked
-        finally:
-            self._session.settle()
+        return [embedding_of(one, pooling, normalize) for one in self._session.run(asked, Progress.silent())]
 
 
 LLM.__doc__ = cleandoc(LLM.__doc__ or "").replace("    SETTINGS", listed(EngineOptions, indent=4))

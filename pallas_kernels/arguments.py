@@ -1,4 +1,4 @@
-"""What the ops' entry points share: refusing an argument by its name, and describing a call to `dispatch`."""
+"""Shared by the ops' entry points: refuses an argument by its name, and describes a call to `dispatch`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pallas_kernels import dispatch
 
 
 def expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
-    """Raise a ValueError that names the argument, what is allowed and what was found, unless `holds`."""
+    """Raises a ValueError that names the argument, what is allowed and what was found, unless `holds`."""
     if not holds:
         raise ValueError(f"{name}: expected {expected}, found {found.dtype.name} of shape {list(found.shape)}")
 
 
 def layer_index(layer: jax.Array | int, num_layers: int) -> jax.Array:
-    """The number of a layer as an int32 scalar; a number that is known while tracing must be 0 … num_layers - 1.
+    """Returns a layer's number as an int32 scalar; a number known while tracing must be 0 … num_layers - 1.
 
     Raises:
-        ValueError: an array that is no integer scalar, or a number outside.
+        ValueError: the array is no integer scalar, or the number lies outside.
     """
     if isinstance(layer, jax.Array | np.ndarray):
         expect(layer.ndim == 0 and jnp.issubdtype(layer.dtype, jnp.integer), "layer", "a scalar integer", layer)
@@ -38,7 +38,7 @@ def layer_index(layer: jax.Array | int, num_layers: int) -> jax.Array:
 
 
 def case_of(arrays: Mapping[str, jax.Array], **options: Any) -> dispatch.Case:
-    """The case of a call with these array arguments and static settings, on the device that is traced for."""
+    """Returns the case of a call with these array arguments and static settings, on the device for which code is traced."""
     platform, device_kind = dispatch.target()
     return dispatch.Case(
         platform=platform,

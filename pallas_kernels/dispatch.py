@@ -1,5 +1,5 @@
-"""Which implementation of an op runs, and why: one table, in order of preference. `choose` is pure; `pick` also notes what
-this process chose, for `explain`.
+"""Decides which implementation of an op runs, and why: one table, in order of preference. `choose` is pure; `pick` also notes
+what this process chose, for `explain`.
 
 To add an implementation, write a module with `why_not(case) -> str | None` (None: can run; else the reason, as the end
 of a sentence that starts with the implementation's name) and one function named like the op, and add its row to
@@ -24,7 +24,7 @@ PLATFORMS = ("cpu", "gpu", "tpu")
 
 @dataclass(frozen=True)
 class Case:
-    """What an implementation needs to know to say whether it can run; everything is known while tracing.
+    """A call as an implementation must know it to say whether it can run; everything is known while tracing.
 
     Attributes:
         platform: cpu, gpu or tpu.
@@ -41,7 +41,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> str:
-        """The case in one line: device, floating and quantised arrays with their shapes, options that are set."""
+        """Describes the case in one line: device, floating and quantised arrays with their shapes, options that are set."""
         arrays = [
             f"{name} {self.dtypes.get(name, '')}{list(shape)}"
             for name, shape in self.shapes.items()
@@ -61,7 +61,7 @@ class Implementation:
     requires: tuple[str, ...] = ()
 
     def why_not(self, case: Case) -> str | None:
-        """None where this implementation can run the case, else the reason why not."""
+        """Says why this implementation cannot run the case; None where it can."""
         if case.platform not in self.platforms:
             return f"runs on {', '.join(self.platforms)}, not on {case.platform}"
         missing = [package for package in self.requires if importlib.util.find_spec(package) is None]
@@ -72,7 +72,7 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Choice:
-    """The implementation that runs and what was said about each one that was asked: (name, reason) in that order."""
+    """The implementation that runs, and what each one that was asked said: (name, reason) in that order."""
 
     op: str
     name: str
@@ -131,12 +131,13 @@ IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
 
 
 def choose(op: str, case: Case, override: str | None = None, environ: Mapping[str, str] | None = None) -> Choice:
-    """Pick the implementation of `op` for a case.
+    """Picks the implementation of `op` for a case.
 
     Args:
         op: a key of IMPLEMENTATIONS.
-        case: what is to be run.
-        override: name of the implementation to use; None takes the environment variable's, or else the table's order.
+        case: the call to run.
+        override: name of the implementation to use; None takes that of the environment variable, or else follows the table's
+            order.
         environ: the environment (os.environ by default).
 
     Raises:
@@ -167,31 +168,31 @@ def choose(op: str, case: Case, override: str | None = None, environ: Mapping[st
 
 # What `pick` chose in this process: (op, case in words) -> (choice, how often a program was traced with it).
 _PICKED: dict[tuple[str, str], tuple[Choice, int]] = {}
-MOST_PICKED = 512
+MAX_PICKED = 512
 
 
 def pick(op: str, case: Case, override: str | None = None) -> Callable[..., Any]:
-    """The function that runs a case: what `choose` chooses, which is noted for `explain`."""
+    """Returns the function that runs a case: that of `choose`, whose choice is noted for `explain`."""
     choice = choose(op, case, override)
     key = (op, case.summary())
-    if key in _PICKED or len(_PICKED) < MOST_PICKED:
+    if key in _PICKED or len(_PICKED) < MAX_PICKED:
         _PICKED[key] = (choice, _PICKED.get(key, (choice, 0))[1] + 1)
     return implementation(op, choice.name)
 
 
 def explain() -> str:
-    """A line for every choice that this process made while tracing: op, case, implementation, reasons."""
+    """Returns a line for every choice that this process made while tracing: op, case, implementation, reasons."""
     return "\n".join(f"{choice} for {case}, traced {times}×" for (_, case), (choice, times) in _PICKED.items())
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:
-    """The function that implements `op` under this name (a name that `choose` returned)."""
+    """Returns the function that implements `op` under this name (a name that `choose` returned)."""
     (row,) = (row for row in IMPLEMENTATIONS[op] if row.name == name)
     return getattr(importlib.import_module(row.module), op)
 
 
 def parse_overrides(text: str) -> dict[str, str]:
-    """Read the environment variable: comma-separated op=implementation.
+    """Reads the environment variable: comma-separated op=implementation.
 
     Raises:
         ValueError: an entry has another form or names an unknown op.
@@ -209,7 +210,7 @@ def parse_overrides(text: str) -> dict[str, str]:
 
 
 def target() -> tuple[str, str]:
-    """Platform and device kind that the code being traced will run on.
+    """Returns the platform and the device kind on which the code being traced will run.
 
     An abstract mesh in force (`jax.sharding.use_abstract_mesh`) names it, so programs compiled ahead of time for a chip
     that is not here choose that chip's kernels; otherwise it is JAX's default device.

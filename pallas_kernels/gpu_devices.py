@@ -1,8 +1,8 @@
-"""What NVIDIA GPUs can do, by the name that JAX gives them: a program may be traced for a card that is not here."""
+"""Tells what NVIDIA GPUs can do by the names that JAX gives them: a program may be traced for a card that is not here."""
 
 from __future__ import annotations
 
-# Part of a device's name -> compute capability (https://developer.nvidia.com/cuda-gpus); the first that fits holds.
+# Part of a device's name -> compute capability (https://developer.nvidia.com/cuda-gpus); the first that fits counts.
 _CAPABILITIES = (
     ("GB300", (10, 3)),
     ("B300", (10, 3)),
@@ -34,12 +34,12 @@ _CAPABILITIES = (
 
 
 def compute_capability(device_kind: str) -> tuple[int, int] | None:
-    """(major, minor) of a card such as "NVIDIA H200"; None for one that is not in the table."""
+    """Returns (major, minor) of a card such as "NVIDIA H200"; None for one that is not in the table."""
     return next((capability for name, capability in _CAPABILITIES if name in device_kind), None)
 
 
 def why_not_capability(device_kind: str, least: tuple[int, int], for_what: str) -> str | None:
-    """None where the card has at least this compute capability (a card that is not in the table is taken to have it)."""
+    """Says why a card lacks this compute capability; None where it has it (as a card not in the table is taken to)."""
     found = compute_capability(device_kind)
     if found is None or found >= least:
         return None

@@ -1,7 +1,7 @@
-"""What a compiled GPU kernel takes of a multiprocessor: registers, spills, shared memory; read from XLA's dump, no GPU needed.
+"""Reads from XLA's dump, without a GPU, what a kernel takes of a multiprocessor: registers, spills, shared memory.
 
 In the process that compiles (see `targets`), add `dump_flags(folder)` to XLA_FLAGS; after it, `read_dump(folder)`. Mosaic GPU
-kernels never reach XLA as PTX: for them the process has `mosaic_variables(folder)`, and `read_mosaic_dump` reads what is left.
+kernels never reach XLA as PTX: for them, give the process `mosaic_variables(folder)` and read the result with `read_mosaic_dump`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from pallas_kernels.targets import ptxas
 
 REGISTERS, SHARED_BYTES, THREADS, BLOCKS = 65536, 233_472, 2048, 32
-"""Of a multiprocessor of an H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
+"""Limits of a multiprocessor of an H200 (CUDA C++ Programming Guide, compute capability 9.0)."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that CUDA takes per thread block."""
 
@@ -24,12 +24,12 @@ class Kernel:
     """One compiled kernel.
 
     Attributes:
-        name: of the kernel.
-        launches: how often the program starts it.
+        name: name of the kernel.
+        launches: number of times that the program starts it.
         grid: thread blocks.
-        threads: of a thread block.
-        registers: of a thread.
-        spill_bytes: stored to and loaded from local memory for want of registers, per thread.
+        threads: threads of a thread block.
+        registers: registers of a thread.
+        spill_bytes: bytes per thread stored to and loaded from local memory for want of registers.
         shared_bytes: shared memory of a thread block.
     """
 
@@ -43,7 +43,7 @@ class Kernel:
 
     @property
     def blocks_per_multiprocessor(self) -> int:
-        """Thread blocks that a multiprocessor holds at the same time."""
+        """The number of thread blocks that a multiprocessor holds at the same time."""
         warps = -(-self.threads // 32)
         registers = -(-self.registers * 32 // 256) * 256 * warps  # allocated per warp, in units of 256
         shared = self.shared_bytes + RESERVED_SHARED_BYTES
@@ -51,7 +51,7 @@ class Kernel:
 
 
 def dump_flags(folder: Path | str) -> str:
-    """XLA flags that make the compiler leave PTX and the sequence of launches in a folder."""
+    """Returns XLA flags that make the compiler leave PTX and the sequence of launches in a folder."""
     return f"--xla_dump_to={folder} --xla_dump_emitter_re=ptx"
 
 
@@ -59,15 +59,15 @@ _LAUNCH = re.compile(r" (\w+) grid: \[([\d, ]+)\] threads: \[([\d, ]+)\] +shared
 
 
 def read_dump(folder: Path | str, module: str, kernels: str = "") -> list[Kernel]:
-    """The kernels of a program, in the order of their first launch.
+    """Returns the kernels of a program, in the order of their first launch.
 
     Args:
         folder: that of `dump_flags`.
-        module: name of the program, "jit_" and the name of the function.
-        kernels: regular expression that names of kernels start with; "" takes all, XLA's own too.
+        module: name of the program, "jit_" and the function's name.
+        kernels: regular expression for the beginnings of kernels' names; "" takes all, XLA's own too.
 
     Raises:
-        ValueError: the folder has no such program, or the assembler cannot read what it has.
+        ValueError: the folder has no such program, or the assembler cannot read it.
     """
     (sequence,) = list(Path(folder).glob(f"*.{module}.thunk_sequence.txt")) or [None]
     if sequence is None:
@@ -91,12 +91,12 @@ def read_dump(folder: Path | str, module: str, kernels: str = "") -> list[Kernel
 
 
 def mosaic_variables(folder: Path | str) -> dict[str, str]:
-    """Environment variables that make Mosaic GPU leave the assembler's report in a folder, which must exist."""
+    """Returns environment variables that make Mosaic GPU leave the assembler's report in a folder, which must exist."""
     return {"MOSAIC_GPU_DUMP_TO": str(folder), "MOSAIC_GPU_DUMP_PTXAS": "1"}
 
 
 def read_mosaic_dump(folder: Path | str, threads: int) -> list[Kernel]:
-    """All Mosaic GPU kernels that were compiled, by name; `threads` of a thread block is what the caller knows."""
+    """Returns all Mosaic GPU kernels that were compiled, by name; the caller knows the `threads` of a thread block."""
     found = []
     for file in sorted(Path(folder).glob("*.ptxas")):
         registers, spills = _parse(file.read_text(), file.name)
@@ -107,7 +107,7 @@ def read_mosaic_dump(folder: Path | str, threads: int) -> list[Kernel]:
 
 
 def _assemble(file: Path, name: str) -> tuple[int, int]:
-    """(registers, bytes of spills) that ptxas reports for a kernel."""
+    """Returns (registers, bytes of spills) that ptxas reports for a kernel."""
     command = [str(ptxas()), "-v", "-arch=sm_90a", str(file), "-o", "/dev/null"]
     said = subprocess.run(command, capture_output=True, text=True).stderr
     return _parse(said.partition(f"Compiling entry function '{name}'")[2] or said, file.name)

@@ -1,4 +1,4 @@
-"""Chips that programs can be compiled for without having them: what each one can do, and how its compiler is reached.
+"""Chips for which programs can be compiled without having them: what each can do, and how its compiler is reached.
 
 XLA's TPU compiler comes with `libtpu`, its GPU compiler with the CUDA plugin and `ptxas`; neither needs the hardware.
 Both read environment variables when JAX is first imported, so compile in a process of its own:
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Target:
-    """A chip, per JAX device (of TPU7x a device is one of a chip's two cores; of v5p both cores).
+    """A chip, per JAX device (on TPU7x a device is one of a chip's two cores; on v5p it is both).
 
     Attributes:
-        name: how users name it.
+        name: the users' name for it.
         platform: gpu or tpu.
-        device_kind: what JAX reports.
-        topology: of the smallest slice or machine that JAX describes, and `devices_in_topology` how many devices it has.
-        memory_bytes: of HBM.
-        bytes_per_s: HBM bandwidth, published.
-        flops: dense bfloat16, published.
+        device_kind: kind that JAX reports.
+        topology: the smallest slice or machine that JAX describes; `devices_in_topology`: its number of devices.
+        memory_bytes: size of HBM.
+        bytes_per_s: published bandwidth of HBM.
+        flops: published rate for dense bfloat16.
         scratch_bytes: VMEM of a TensorCore, or shared memory of a streaming multiprocessor.
     """
 
@@ -83,11 +83,11 @@ _TPU_ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
 _LIBTPU_ARGUMENTS = {"tpu7x": "--xla_tpu_impure_enable_large_2nd_minor_layout=false"}
-"""What libtpu is to be told when it starts. XLA for TPU7x gives 16-bit arguments tiles of 8 × 128 and wants 16 × 128 for what
+"""Arguments that libtpu needs when it starts. XLA for TPU7x gives 16-bit arguments tiles of 8 × 128 and wants 16 × 128 for what
 a loop slices, so each run would copy all stacked weights first. Tiles of 8 × 128 everywhere cost no cycles by its estimate."""
 _TPU7X_ON_PCI = {"vendor": "0x1ae0", "device": "0x0076"}
 
-# Autotuning would want to run candidates on the device.
+# Autotuning would run candidates on the device.
 _GPU_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "-1",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",
@@ -109,7 +109,7 @@ device_description_str: "NVIDIA H200"
 
 
 def why_not(target: Target) -> str | None:
-    """None where programs can be compiled for the target here, else what to install."""
+    """Says what to install to compile programs for the target; None where they can be compiled here."""
     if target.platform == "tpu":
         return None if importlib.util.find_spec("libtpu") else "the TPU compiler is missing: pip install libtpu"
     missing = [name for name in ("jax_plugins", "jax_cuda13_plugin") if importlib.util.find_spec(name) is None]
@@ -124,24 +124,24 @@ def why_not(target: Target) -> str | None:
 
 
 def ptxas() -> Path | None:
-    """The PTX assembler: that of the wheel nvidia-cuda-nvcc (which knows the newest PTX), else the one on PATH."""
+    """Finds the PTX assembler: that of the wheel nvidia-cuda-nvcc (which knows the newest PTX), else the one on PATH."""
     wheel = Path(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin", "ptxas")
     found = wheel if wheel.is_file() else shutil.which("ptxas")
     return None if found is None else Path(found)
 
 
 def environment(target: Target) -> dict[str, str]:
-    """Variables that a process needs before it imports JAX, beside its own; the default backend is the CPU."""
+    """Returns the variables that a process needs before it imports JAX, beside its own; the default backend is the CPU."""
     if target.platform == "gpu":
         return {"JAX_PLATFORMS": "cpu", **_GPU_ENVIRONMENT}
     return {"JAX_PLATFORMS": "cpu", **_TPU_ENVIRONMENT, "LIBTPU_INIT_ARGS": _LIBTPU_ARGUMENTS.get(target.name, "")}
 
 
 def prepare_libtpu(pci_devices: Path = Path("/sys/bus/pci/devices")) -> None:
-    """On a machine with TPU7x chips, adds to LIBTPU_INIT_ARGS what `environment` has there; what users set stays, and
-    an empty value says that nothing is wanted.
+    """Adds to LIBTPU_INIT_ARGS, on a machine with TPU7x chips, what `environment` has there; what users set stays, and
+    an empty value means that nothing is to be added.
 
-    libtpu reads the variable when JAX first looks for devices: call it before.
+    libtpu reads the variable when JAX first looks for devices: call this before.
     """
 
     def is_tpu7x(device: Path) -> bool:
@@ -158,7 +158,7 @@ def prepare_libtpu(pci_devices: Path = Path("/sys/bus/pci/devices")) -> None:
 
 
 def devices(target: Target, topology: str | None = None) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
-    """Devices of a slice, such as "2x4" (by default the smallest); they compile and cannot run.
+    """Returns the devices of a slice, such as "2x4" (by default the smallest); they compile and cannot run.
 
     Raises:
         ValueError: the compiler does not know this topology.
@@ -181,7 +181,7 @@ def devices(target: Target, topology: str | None = None) -> list[jax.Device]:  #
 
 
 def nearest_topology(target: Target, topology: str | None) -> str:
-    """The slice that has about as many chips as `topology` names, the larger of two; the smallest where it is no product."""
+    """Returns the slice with about as many chips as `topology` names, the larger of two; the smallest where it is no product."""
     sizes = {name: math.prod(map(int, name.split("x"))) for name in TOPOLOGIES[target.name]}
     parts = (topology or "").split("x")
     wanted = math.prod(map(int, parts)) if all(part.isdecimal() for part in parts) else 0
@@ -189,7 +189,7 @@ def nearest_topology(target: Target, topology: str | None) -> str:
 
 
 def make_mesh(target: Target, topology: str | None = None, axes: Mapping[str, int] | None = None) -> jax.sharding.Mesh:
-    """A mesh over the first devices of a slice; by default one device on the axis "x".
+    """Makes a mesh over the first devices of a slice; by default one device on the axis "x".
 
     Raises:
         ValueError: the compiler does not know this topology, or it has fewer devices than the mesh.

@@ -1,8 +1,8 @@
-"""What the TPU compiler scheduled for a Pallas kernel: the tree of its loops, with bundles and register spills of each.
+"""Reads the TPU compiler's schedule of a Pallas kernel: the tree of its loops, with bundles and register spills of each.
 
-A bundle is what a TensorCore issues in one cycle, so bundles times trips estimates cycles (waits for memory are not in it).
-libtpu dumps the final bundles if LIBTPU_INIT_ARGS has `dump_arguments(...)` before JAX is imported. Read on libtpu 0.0.42
-to 0.0.52; the format is not documented, so whatever looks different is an error.
+A bundle is what a TensorCore issues in one cycle, so bundles times trips estimates cycles (without waits for memory).
+libtpu dumps the final bundles if LIBTPU_INIT_ARGS has `dump_arguments(...)` before JAX is imported. It was read on libtpu 0.0.42
+to 0.0.52; the format is undocumented, so whatever looks different is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(LH|LB|LE|PB|PF|CT)?\s*:\s*(>*)\s*
 
 
 def dump_arguments(directory: Path | str) -> str:
-    """Value of LIBTPU_INIT_ARGS that makes libtpu dump what `read` reads."""
+    """Returns the value of LIBTPU_INIT_ARGS that makes libtpu dump what `read` reads."""
     return f"--xla_jf_dump_to={directory} --xla_jf_dump_llo_text=true"
 
 
@@ -26,9 +26,9 @@ class Loop:
     """A loop, or the whole kernel. Counts leave out what is in inner loops; a branch counts as if it were taken.
 
     Attributes:
-        bundles: of one trip.
-        fills, spills: of vector registers, in one trip.
-        inner: loops in it, in the order of the program.
+        bundles: bundles of one trip.
+        fills, spills: fills and spills of vector registers in one trip.
+        inner: inner loops, in the order of the program.
     """
 
     depth: int
@@ -39,10 +39,10 @@ class Loop:
 
 
 def read(directory: Path | str, kernel: str) -> Loop:
-    """The loops of the kernel of this name (the `name` of its pallas_call) that was compiled last.
+    """Reads the loops of the kernel of this name (the `name` of its pallas_call) that was compiled last.
 
     Raises:
-        ValueError: no dump of it, or one that cannot be read.
+        ValueError: there is no dump of it, or one that cannot be read.
     """
     found = [path for path in Path(directory).glob(f"*{kernel}*-final_bundles.txt") if "analysis" not in path.name]
     usage = list(Path(directory).glob(f"*{kernel}*-final_hlo-static-per-bundle-utilization.txt"))
@@ -77,7 +77,7 @@ def read(directory: Path | str, kernel: str) -> Loop:
 
 
 def _register_traffic(text: str) -> list[tuple[int, int]]:
-    """(fills, spills) of each bundle."""
+    """Returns (fills, spills) of each bundle."""
     lines = text.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     fill, spill = names.index("VLOAD:FILL"), names.index("VSTORE:SPILL")
@@ -86,11 +86,11 @@ def _register_traffic(text: str) -> list[tuple[int, int]]:
 
 
 Trips = Sequence[Any]
-"""For each inner loop: (trips per trip of what is around it, Trips of its inner loops)."""
+"""For each inner loop, (trips per trip of what is around it, Trips of its inner loops)."""
 
 
 def cycles(loop: Loop, trips: Trips) -> int:
-    """Estimated cycles of one trip of a loop, all inner loops included.
+    """Estimates the cycles of one trip of a loop, all inner loops included.
 
     Raises:
         ValueError: the compiler made other loops than `trips` describes (where a loop runs 0 times, its inner ones may differ).
@@ -99,7 +99,7 @@ def cycles(loop: Loop, trips: Trips) -> int:
 
 
 def spilled(loop: Loop, trips: Trips) -> int:
-    """Fills and spills that one trip of a loop executes, counted as `cycles` does."""
+    """Returns the fills and spills that one trip of a loop executes, counted as by `cycles`."""
     return _weighted(loop, trips, lambda one: one.fills + one.spills)
 
 
@@ -114,6 +114,6 @@ def _weighted(loop: Loop, trips: Trips, count: Any) -> int:
 
 
 def describe(loop: Loop) -> str:
-    """The tree, a line per loop."""
+    """Returns the tree, one line per loop."""
     own = f"{'  ' * loop.depth}{loop.bundles} bundles, {loop.fills} fills, {loop.spills} spills"
     return "\n".join([own, *(describe(inner) for inner in loop.inner)])

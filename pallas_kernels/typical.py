@@ -1,4 +1,4 @@
-"""Cases that serving meets on a chip, as `dispatch.Case`s: to show, and to test, what is chosen there. No arrays are made."""
+"""Cases that serving meets on a chip, as `dispatch.Case`s: for showing, and testing, what is chosen there. No arrays are made."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ PAGE_DTYPES["tpu"] = PAGE_DTYPES["gpu"]
 
 
 def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]]:
-    """(op, what is special about it, case) on a platform (cpu, gpu or tpu) and device.
+    """Returns (op, what is special about it, case) for a platform (cpu, gpu or tpu) and device.
 
-    Attention: Llama-3.1-8B's heads, 64 tokens a step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096.
+    Attention: Llama-3.1-8B's heads, 64 tokens per step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096.
     Logits: Llama 3's.
     """
     found: list[tuple[str, str, Case]] = []
@@ -51,7 +51,7 @@ def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]
 
 
 def attention(platform: str, device_kind: str, head_dim: int, page_dtype: str, dtype: str) -> Case:
-    """A step of 64 tokens with 32 query heads over 8 KV heads, pages of 64 tokens."""
+    """Returns a step of 64 tokens with 32 query heads over 8 KV heads, pages of 64 tokens."""
     pool = kv_pool_shape(
         platform, num_layers=32, num_pages=1024, page_size=64, num_kv_heads=8, head_dim=head_dim, dtype=page_dtype
     )

@@ -17,7 +17,7 @@ from jaxtyping import install_import_hook
 # Shapes and dtypes of every annotated function are checked while tests run, and only then.
 DECODING = [f"llm_infer.decoding.{name}" for name in ("sample", "shape", "logprobs")]
 DRAWING = [f"pallas_kernels.draw_tokens.{name}" for name in ("xla", "top_tokens")]
-install_import_hook(["llm_infer.models", *DECODING, *DRAWING, "llm_infer.engine.steps"], "beartype.beartype")
+install_import_hook(["llm_infer.models", *DECODING, *DRAWING, "llm_infer.engine.step.step"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ MODULES = sorted(
 
 # Who may import a library, by prefix of the module's path.
 ONLY_IN = {
-    "flax": ("llm_infer/models/", "llm_infer/engine/steps.py", "llm_infer/engine/multi_step.py"),
+    "flax": ("llm_infer/models/", "llm_infer/engine/step/step.py", "llm_infer/engine/step/multi_step.py"),
     "orbax": ("llm_infer/weights/orbax",),
     "numba": ("pallas_kernels/",),
     "llvmlite": ("pallas_kernels/",),
@@ -30,7 +30,7 @@ ONLY_IN = {
 HOST = (
     *("llm_infer/base/", "llm_infer/scheduler/", "llm_infer/kvcache/", "llm_infer/text/", "llm_infer/config.py"),
     "llm_infer/options.py",
-    *(f"llm_infer/decoding/{name}.py" for name in ("sampling_params", "beam", "speculative", "structured")),
+    *(f"llm_infer/decoding/{name}.py" for name in ("sampling_params", "features", "beam", "speculative", "structured")),
     *("llm_infer/decoding/token_rules.py", "llm_infer/planner/cost.py", "pallas_kernels/paged_attention/plan.py"),
 )
 
@@ -44,7 +44,7 @@ class LayerOfCode(NamedTuple):
 
 # Imports point down only: a module may import from its own layer and from those after it.
 LAYERS = (
-    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/"), "the command line; benchmarks"),
+    LayerOfCode(("llm_infer/commands/", "llm_infer/bench/", "llm_infer/__main__.py"), "the command line; benchmarks"),
     LayerOfCode(
         ("llm_infer/llm.py", "llm_infer/functional.py"), "`LLM`, the synchronous class; functions for notebooks"
     ),

@@ -84,6 +84,23 @@ def test_chat_uses_the_template_and_ends_at_the_end_of_turn(llm: LLM) -> None:
     assert again[0].num_cached_tokens >= 16
 
 
+def test_a_chat_continues_its_last_message(llm: LLM) -> None:
+    messages = [
+        {"role": "user", "content": "Where is the Louvre?"},
+        {"role": "assistant", "content": "It is in the city of"},
+    ]
+    how = dict(add_generation_prompt=False, continue_final_message=True)
+    (result,) = llm.chat(messages, GREEDY, **how)
+    assert llm.get_tokenizer().decode(result.prompt_token_ids).endswith("It is in the city of")
+    assert result.outputs[0].text.startswith(" Paris")
+    chunks = llm.stream_chat(messages, GREEDY, cache_salt="own", **how)
+    assert "".join(chunk.text for chunk in chunks) == result.outputs[0].text
+    (own,) = llm.chat(messages[:1], GREEDY, chat_template="{{ messages[0].content }}")
+    assert own.prompt_token_ids == llm.tokenizer.encode("Where is the Louvre?")
+    with pytest.raises(RequestError, match="are both True"):
+        llm.chat(messages, GREEDY, continue_final_message=True)
+
+
 def test_closing_a_stream_aborts_its_request(llm: LLM) -> None:
     stream = llm.stream("Once upon a time", SamplingParams(temperature=0.0, max_tokens=100))
     next(stream)

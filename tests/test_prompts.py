@@ -107,3 +107,30 @@ def test_pages_are_shared_within_a_salt_only(llm: LLM) -> None:
     assert cached({"prompt_token_ids": prompt, "cache_salt": "hers"}, cache_salt="mine") == 0, "its own goes before"
     stream = llm.stream(prompt, PARAMS, cache_salt="theirs")
     assert [i for chunk in stream for i in chunk.token_ids] and cached(prompt, cache_salt="theirs") == 32
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_log_probabilities_of_the_whole_vocabulary(tmp_path: Any, steps: int) -> None:
+    llm = make(tmp_path, num_scheduler_steps=steps, max_num_seqs=4)
+    how: dict[str, Any] = dict(max_tokens=5, ignore_eos=True, temperature=1.0, seed=1, presence_penalty=0.5)
+    every, some = llm.generate(["ab", "cd"], [SamplingParams(logprobs=-1, **how), SamplingParams(logprobs=20, **how)])
+    (alone,) = llm.generate("cd", SamplingParams(logprobs=-1, **how))
+    assert alone.outputs[0].token_ids == some.outputs[0].token_ids
+    for at, few in zip(alone.outputs[0].logprobs or [], some.outputs[0].logprobs or [], strict=True):
+        assert len(at) == CONFIG["vocab_size"] and len(few) in (20, 21)
+        assert np.exp([one.logprob for one in at.values()]).sum() == pytest.approx(1.0, abs=1e-5)
+        for token, one in few.items():
+            assert at[token].logprob == pytest.approx(one.logprob, abs=1e-5) and at[token].rank == one.rank
+    assert all(len(at) == CONFIG["vocab_size"] for at in every.outputs[0].logprobs or [])
+    assert (
+        len([at for chunk in llm.stream("ab", SamplingParams(logprobs=-1, **how)) for at in chunk.logprobs or []]) == 5
+    )
+
+
+def test_log_probabilities_of_the_whole_vocabulary_are_not_for_prompts() -> None:
+    with pytest.raises(
+        RequestError, match=r"prompt_logprobs=-1: expected 0 to 20.*for new tokens there is logprobs=-1"
+    ):
+        SamplingParams(prompt_logprobs=-1)
+    with pytest.raises(RequestError, match="logprobs=-2: expected a whole number from -1 to 20"):
+        SamplingParams(logprobs=-2)

@@ -6,12 +6,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from llm_infer import LLM, SamplingParams
 from llm_infer.base.errors import CapacityError, RequestError
-from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.decoding.features import PLAIN, StepFeatures
+from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.runner import Runner, StepProgram
 from llm_infer.frontend import session
 from tests.test_session import CONFIG
@@ -138,6 +140,20 @@ def test_requests_of_two_new_kinds_that_come_at_once_both_run(llm: LLM) -> None:
     assert [[o.token_ids for o in outputs] for outputs in together] == [
         [o.token_ids for o in outputs] for outputs in alone
     ]
+
+
+def test_programs_that_several_need_at_once_are_compiled_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[int, StepFeatures]] = []
+    compile_ = StepPrograms.lower
+
+    def note(steps: StepPrograms, bucket: int, features: StepFeatures, *args: Any, **kwargs: Any) -> Any:
+        compiled.append((bucket, features))
+        return compile_(steps, bucket, features, *args, **kwargs)
+
+    monkeypatch.setattr(StepPrograms, "lower", note)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda _: llm.generate([1, 2, 3], NEW_KINDS["logprobs"]), range(3)))
+    assert compiled and len(set(compiled)) == len(compiled)
 
 
 def test_a_request_does_not_look_for_programs_for_ever(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Whether this machine may have an accelerator, told before JAX is imported.
+"""Tells whether this machine may have an accelerator, before JAX is imported.
 
 JAX loads libtpu and the CUDA plugin wherever they are installed, and both write a screenful when there is no such device.
 """
@@ -10,11 +10,12 @@ from glob import glob
 from importlib.metadata import entry_points
 
 DEVICE_FILES = ("/dev/nvidia*", "/dev/nvmap", "/dev/nvhost*", "/dev/dxg", "/dev/accel*", "/dev/vfio/*")
-"""What drivers of NVIDIA GPUs (and Windows' Linux) and of TPUs make; without such a file no process reaches the device."""
+"""Files that drivers of NVIDIA GPUs (also under Windows' Linux) and of TPUs make; without such a file no process reaches the
+device."""
 
 
 def none_is_here(files: Sequence[str] = DEVICE_FILES) -> bool:
-    """Whether neither a GPU nor a TPU can be here; false if a plugin of JAX for something else is installed."""
+    """Checks that neither a GPU nor a TPU can be here; False if a plugin of JAX for something else is installed."""
     plugins = entry_points(group="jax_plugins")
     known = all(plugin.name.startswith(("cuda", "xla_cuda")) for plugin in plugins)
     return known and not any(glob(pattern) for pattern in files)

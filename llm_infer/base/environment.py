@@ -16,7 +16,7 @@ def cache_dir() -> Path:
 
 
 def offline_variable() -> str | None:
-    """The setting that forbids network use as `NAME=value`, or None when the network may be used."""
+    """Returns the setting that forbids network use as `NAME=value`, or None when the network may be used."""
     for name in OFFLINE_VARIABLES:
         value = os.environ.get(name, "")
         if value.strip().lower() in ("1", "true", "yes", "on"):

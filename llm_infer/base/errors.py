@@ -2,20 +2,20 @@
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what was expected, what was found and which setting to change."""
+    """An error that the user can mend. The message says what was expected, what was found and which setting to change."""
 
 
 class ModelError(UserError):
-    """A model source, its configuration or its weights cannot be used."""
+    """A model source, its configuration or its weights that cannot be used."""
 
 
 class RequestError(UserError):
-    """One request is not acceptable; the engine and all other requests go on."""
+    """A request that is not acceptable; the engine and all other requests go on."""
 
 
 class CapacityError(UserError):
-    """The device or the host has not enough memory for what was asked."""
+    """A device or a host that has not enough memory for what was asked."""
 
 
 class ProcessLostError(UserError):
-    """A process of another host has ended: nothing can be computed any more."""
+    """The end of a process on another host: nothing can be computed any more."""

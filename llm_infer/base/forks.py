@@ -7,10 +7,10 @@ import os
 from llm_infer.base.errors import UserError
 
 _in_use = False
-"""This process has begun to compute."""
+"""Whether this process has begun to compute."""
 
 _lost = False
-"""This process is the child of one that had."""
+"""Whether this process is the child of one that had begun to compute."""
 
 
 def _after_fork() -> None:
@@ -22,15 +22,15 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def is_lost_child() -> bool:
-    """Whether the process was forked from one that computed, so that waiting for a thread or a lock would not end."""
+    """Checks whether the process was forked from one that computed, so that waiting for a thread or a lock would not end."""
     return _lost
 
 
 def refuse_lost_child() -> None:
-    """To be called before a process computes or waits for a lock.
+    """Raises an error in a child of a process that has computed. Must be called before a process computes or takes a lock.
 
     Raises:
-        UserError: the process was forked from one that had called this before.
+        UserError: a parent of this process had called this before it forked.
     """
     global _in_use
     if _lost:

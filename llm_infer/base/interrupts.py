@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds a SIGINT that comes within the block back until its end; a second one strikes at once.
+    """Holds back a SIGINT that comes within the block until the block ends; a second one strikes at once.
 
-    Only the main thread receives signals, and a handler that is not Python's cannot be put back: there it does nothing.
+    Only the main thread receives signals, and a handler that is not Python's cannot be put back; in either case nothing is held.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
@@ -27,10 +27,10 @@ def uninterrupted() -> Iterator[None]:
     signal.signal(signal.SIGINT, hold)
     try:
         yield
-    except KeyboardInterrupt:  # the second one, which says it for both
+    except KeyboardInterrupt:  # the second one, which stands for both
         held.clear()
         raise
     finally:
         signal.signal(signal.SIGINT, before)
-        if held:  # also where the block has failed: who handles that failure must not go on as if nobody had pressed
+        if held:  # also where the block has failed: whoever handles that must not go on as if nobody had pressed Ctrl-C
             before(*held[0])

@@ -1,4 +1,4 @@
-"""What a generation returns; names as in vLLM."""
+"""Results of generation, scoring and embedding; names as in vLLM."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class CompletionOutput:
         token_ids: new token ids, an ending end-of-sequence id included.
         finish_reason: "stop" (end-of-sequence, stop token or stop string), "length" (max_tokens or end of the context),
             "abort", "error" (no token could follow, or a step failed: see `error`); None while it runs.
-        error: with the finish reason "error": what went wrong, and which setting to change.
+        error: what went wrong and which setting to change, where the finish reason is "error".
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for anything else.
-        logprobs: of each new token, by id: its own and those of the most likely ones; None if not asked for.
+        logprobs: for each new token, its own log-probability and those of the most likely ones, by id; None if not asked for.
         cumulative_logprob: sum over the new tokens; None if neither `logprobs` nor `best_of` asked for it.
-        score: of a beam search: summed log-probability / (number of new tokens) ** length_penalty.
+        score: of a beam: summed log-probability / (number of new tokens) ** length_penalty.
     """
 
     index: int
@@ -67,13 +67,13 @@ class RequestOutput:
     """Result of one prompt.
 
     Attributes:
-        request_id: the engine's name of the request.
-        prompt: its text, None when token ids were given.
-        prompt_token_ids: its token ids.
+        request_id: the engine's name for the request.
+        prompt: the prompt's text; None when token ids were given.
+        prompt_token_ids: the prompt's token ids.
         outputs: the samples, by index.
         num_cached_tokens: prompt tokens that the prefix cache had.
         metrics: times; None until the request has finished.
-        prompt_logprobs: of each prompt token, None for the first; None if not asked for.
+        prompt_logprobs: for each prompt token as in `CompletionOutput.logprobs`, None for the first; None if not asked for.
     """
 
     request_id: str
@@ -87,13 +87,13 @@ class RequestOutput:
 
 @dataclass(frozen=True, slots=True)
 class ScoreOutput:
-    """How likely a continuation is.
+    """The likelihood of a continuation.
 
     Attributes:
         logprob: log-likelihood of the continuation given its context: the sum over its tokens.
         token_ids, token_logprobs: its tokens and their log-probabilities.
-        is_greedy: each of them is the most likely one, so greedy decoding would write it.
-        text: their text. It begins before the continuation where the context ended in white space or inside a token.
+        is_greedy: whether each token is the most likely one, so greedy decoding would write it.
+        text: text of the tokens. It begins before the continuation where the context ended in white space or inside a token.
     """
 
     logprob: float

@@ -29,12 +29,12 @@ class Task:
         self._closed = False
 
     def advance(self, amount: int) -> None:
-        """Add `amount` (bytes or items) to what is done."""
+        """Adds `amount` (bytes or items) to what is done."""
         with self._lock:
             self.set(self.completed + amount)
 
     def set(self, completed: int) -> None:
-        """State how much is done; beyond the total it shows as the total."""
+        """Sets how much is done; an amount beyond the total shows as the total."""
         self.completed = completed if self.total is None else min(completed, self.total)
         display = self._display
         if display is not None:
@@ -78,12 +78,12 @@ class Progress:
 
     @classmethod
     def silent(cls) -> Progress:
-        """Reports nothing."""
+        """Returns a reporter that reports nothing."""
         return cls(enabled=False)
 
     @contextmanager
     def task(self, description: str, *, total: int | None = None, unit: Unit = "items") -> Iterator[Task]:
-        """Report what happens inside the `with` block. `total` is in `unit`s; None shows a spinner instead of a bar."""
+        """Reports what happens inside the `with` block. `total` is in `unit`s; None shows a spinner instead of a bar."""
         task = Task(description, total, unit)
         if not self.enabled:
             yield task
@@ -101,13 +101,13 @@ class Progress:
             task._hide(self.stream, finished)
 
     def note(self, message: str) -> None:
-        """One line, at once."""
+        """Prints one line at once."""
         if self.enabled:
             print(message, file=self.stream, flush=True)
 
 
 def _bar(description: str, total: int | None, unit: Unit, stream: TextIO) -> Any:
-    # rich takes 60 ms to import: only paid when a bar is drawn.
+    # rich takes 60 ms to import: only those who see a bar pay it.
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -121,7 +121,7 @@ def _bar(description: str, total: int | None, unit: Unit, stream: TextIO) -> Any
     from rich.progress import Progress as RichProgress
 
     amount = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
-    # markup off: a description may hold a path with brackets.
+    # Markup is off: a description may hold a path with brackets.
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),

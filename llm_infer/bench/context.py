@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_infer.base.errors import UserError
 from llm_infer.bench.offline import measure
-from llm_infer.engine.state import FULL
+from llm_infer.engine.step.state import FULL
 from llm_infer.llm import LLM
 
 COPIED_BYTES = 1 << 28
@@ -45,7 +45,7 @@ def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str,
 
 
 def growth(seconds: dict[int, float], token_bytes: int, bandwidth: float) -> dict[str, Any]:
-    """What each context takes beyond the shortest, and that as a multiple of the time to read the added keys and values.
+    """Returns each context's time beyond the shortest one's, also as a multiple of the time to read the added keys and values.
 
     Args:
         seconds: time per token of each context length, the shortest first.
@@ -62,7 +62,7 @@ def growth(seconds: dict[int, float], token_bytes: int, bandwidth: float) -> dic
 
 
 def copy_bandwidth(threads: int) -> float:
-    """Bytes read and written per second when that many threads copy memory; the best of several runs."""
+    """Measures the bytes read and written per second when this many threads copy memory; the best of several runs."""
     source, target = np.ones(COPIED_BYTES, np.uint8), np.zeros(COPIED_BYTES, np.uint8)
     parts = list(zip(np.array_split(source, threads), np.array_split(target, threads), strict=True))
     best = float("inf")
@@ -75,7 +75,7 @@ def copy_bandwidth(threads: int) -> float:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures as text."""
+    """Returns the figures as text."""
     lines = [
         f"copying memory: {report['bandwidth'] / 1e9:.1f} GB/s read and written; "
         f"a token's keys and values: {report['token_bytes'] / 1e3:.1f} kB",

@@ -1,10 +1,11 @@
-"""`llm-infer bench decoding`: what beams, speculation, sampling parameters and structured output cost and save.
+"""`llm-infer bench decoding`: measures costs and gains of beams, speculation, sampling parameters and structured output.
 
 Each figure is a ratio (or difference) of two runs that alternate, so that a busy machine slows both; medians are printed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -50,7 +51,7 @@ SCHEMA = {
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured figure: its median, its unit, what it should be, and the single measurements."""
+    """One measured figure: its median, its unit, its goal, and the single measurements."""
 
     name: str
     value: float
@@ -65,9 +66,9 @@ class Figure:
 
 def run(model: str, spec_bench: str | None, rounds: int, json_file: str | None, precision: str = "exact") -> None:
     """Measures and prints all figures."""
-    questions = _questions(spec_bench)
     figures: list[Figure] = []
-    for measure in (beams, sampling, structured, lambda *args: speculation(*args, questions)):
+    speculate = functools.partial(speculation, questions=_questions(spec_bench))
+    for measure in (beams, sampling, structured, speculate):
         for figure in measure(model, precision, rounds):
             figures.append(figure)
             print(figure, flush=True)
@@ -77,7 +78,7 @@ def run(model: str, spec_bench: str | None, rounds: int, json_file: str | None, 
 
 
 def beams(model: str, precision: str, rounds: int) -> list[Figure]:
-    """Beam search of width 4 beside four samples of the same prompt: time, and pages beside four sequences of their own."""
+    """Measures beam search of width 4 beside four samples of the same prompt: time, and pages beside four separate sequences."""
     length, new, width = 32, 128, 4
     search = SamplingParams(beam_width=width, max_tokens=new, ignore_eos=True)
     draw = SamplingParams(n=width, seed=1, max_tokens=new, ignore_eos=True)
@@ -86,7 +87,8 @@ def beams(model: str, precision: str, rounds: int) -> list[Figure]:
     print(*pages.table(llm.engine, prompts[0], new), sep="\n", flush=True)
     separate = width * -(-(length + new - 1) // llm.engine.config.cache.page_size)
     ratios, saved = [], []
-    _time(llm, prompts[:1], search), _time(llm, prompts[:1], draw)
+    _time(llm, prompts[:1], search)
+    _time(llm, prompts[:1], draw)
     for index in range(rounds):
         prompt = [prompts[index % len(prompts)]]
         (beam, most), (samples, _) = _alternate(
@@ -102,7 +104,7 @@ def beams(model: str, precision: str, rounds: int) -> list[Figure]:
 
 
 def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
-    """All sampling parameters at once beside greedy decoding, 32 sequences."""
+    """Measures all sampling parameters at once beside greedy decoding, with 32 sequences."""
     batch, new = 32, 24
     greedy = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     everything = [
@@ -126,7 +128,8 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
     llm = _llm(model, precision, everything, max_model_len=64, max_num_seqs=batch)
     ids = llm.tokenizer.encode(TEXT, add_special_tokens=False)
     prompts = [ids[i : i + 8] for i in range(batch)]
-    _step_seconds(llm, prompts, everything), _step_seconds(llm, prompts, greedy)
+    _step_seconds(llm, prompts, everything)
+    _step_seconds(llm, prompts, greedy)
     extra = []
     for index in range(rounds):
         all_, plain = _alternate(
@@ -139,7 +142,7 @@ def sampling(model: str, precision: str, rounds: int) -> list[Figure]:
 
 
 def structured(model: str, precision: str, rounds: int) -> list[Figure]:
-    """Throughput of 8 free-running requests beside 8 that follow a JSON schema, and beside 8 free-running ones."""
+    """Measures the throughput of 8 free-running requests beside 8 that follow a JSON schema, and beside 8 free-running ones."""
     half, new = 8, 40
     prompts = [f"{prompt} (a JSON record): " for prompt in (PROMPTS * 4)[: 2 * half]]
     free = [SamplingParams(seed=i, max_tokens=new, ignore_eos=True) for i in range(2 * half)]
@@ -158,7 +161,7 @@ def structured(model: str, precision: str, rounds: int) -> list[Figure]:
 
 
 def speculation(model: str, precision: str, rounds: int, questions: dict[str, list[str]]) -> list[Figure]:
-    """Decode tokens per second at batch 1 with and without n-gram proposals, by kind of prompt."""
+    """Measures decode tokens per second at batch 1 with and without n-gram proposals, by kind of prompt."""
     new, longest = 96, 1024
     options = {"max_model_len": longest + new, "max_num_seqs": 1}
     plain = _llm(model, precision, [], **options)
@@ -171,7 +174,7 @@ def speculation(model: str, precision: str, rounds: int, questions: dict[str, li
         prompts = [ids for ids in chats if len(ids) <= longest][: 3 * rounds]
         if not prompts:
             raise UserError(f"no {kind} question has at most {longest} tokens: give another file to --spec-bench")
-        for llm in (ngram, plain, ngram):  # times of steps of each size
+        for llm in (ngram, plain, ngram):  # to learn the times of steps of each size
             _decode_rate(llm, prompts[0], params)
         ratios = []
         for index, prompt in enumerate(prompts):
@@ -192,7 +195,7 @@ def speculation(model: str, precision: str, rounds: int, questions: dict[str, li
 
 
 def _llm(model: str, precision: str, params: Sequence[SamplingParams], **options: Any) -> LLM:
-    """With all programs that requests with these parameters, or without any, need."""
+    """Makes an LLM with all programs that requests with these parameters, or without any, need."""
     llm = LLM(model, precision=precision, enable_prefix_caching=False, progress=False, **options)
     llm.warm_up(None, params)
     return llm
@@ -200,11 +203,11 @@ def _llm(model: str, precision: str, params: Sequence[SamplingParams], **options
 
 def _nothing_compiled(llm: LLM) -> None:
     if count := llm.engine.runner.times.compiles_after_warmup:
-        raise RuntimeError(f"{count} programs were compiled while the time was taken: the figures are not to be used")
+        raise RuntimeError(f"{count} programs were compiled while time was measured: do not use the figures")
 
 
 def _time(llm: LLM, prompts: Sequence[Any], params: Any) -> tuple[float, int]:
-    """Seconds of a generation, and the most pages that were in use."""
+    """Returns the seconds of a generation, and the most pages in use."""
     scheduler = llm.engine.scheduler
     with pages.at_each_plan(scheduler, lambda: pages.pages_in_use(scheduler)) as used:
         started = time.perf_counter()
@@ -213,7 +216,7 @@ def _time(llm: LLM, prompts: Sequence[Any], params: Any) -> tuple[float, int]:
 
 
 def _step_seconds(llm: LLM, prompts: Sequence[list[int]], params: Any) -> float:
-    """Median time of a decode step of all prompts together; the middle ones, where nothing else is computed."""
+    """Returns the median time of a decode step of all prompts together, over the middle steps, which compute nothing else."""
     engine, times = llm.engine, []
     each = params if isinstance(params, list) else [params] * len(prompts)
     for prompt, param in zip(prompts, each, strict=True):
@@ -226,21 +229,21 @@ def _step_seconds(llm: LLM, prompts: Sequence[list[int]], params: Any) -> float:
 
 
 def _free_rate(llm: LLM, prompts: Sequence[str], params: Sequence[SamplingParams], free: int) -> float:
-    """Tokens per second of the first `free` requests, until the last of them ends."""
+    """Returns the tokens per second of the first `free` requests, until the last of them ends."""
     results = llm.generate(prompts, params)[:free]
     tokens = sum(len(result.outputs[0].token_ids) for result in results)
     return tokens / max(result.metrics.total for result in results if result.metrics is not None)
 
 
 def _decode_rate(llm: LLM, prompt: list[int], params: SamplingParams) -> float:
-    """Tokens per second after the first."""
+    """Returns the tokens per second after the first token."""
     result = llm.generate([prompt], params)[0]
     assert result.metrics is not None
     return (len(result.outputs[0].token_ids) - 1) / (result.metrics.total - result.metrics.time_to_first_token)
 
 
 def _alternate(index: int, first: Callable[[], Any], second: Callable[[], Any]) -> tuple[Any, Any]:
-    """Results of both, in turns the one before the other."""
+    """Returns the results of both; each goes first in turn."""
     if index % 2:
         after = second()
         return first(), after
@@ -257,7 +260,7 @@ def _figure(name: str, samples: list[float], unit: str, goal: str) -> Figure:
 
 
 def _questions(path: str | None) -> dict[str, list[str]]:
-    """First turns by kind of prompt, from a file in the format of Spec-Bench, or a few of our own."""
+    """Returns first turns by kind of prompt, from a file in the format of Spec-Bench, or a few of our own."""
     if path is None:
         return {
             "edit": [f"{task}:\n\n{TEXT}" for task in EDITS],

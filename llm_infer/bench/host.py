@@ -1,4 +1,4 @@
-"""`llm-infer bench host`: what the host spends on a decode step (schedule, prepare, dispatch) when the device takes no time."""
+"""`llm-infer bench host`: measures the host's time per decode step (schedule, prepare, dispatch) when the device takes none."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.programs import described
 from llm_infer.engine.runner import Runner, StepProgram
-from llm_infer.engine.state import StepInputs, StepState
+from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.models.architectures import architecture_config, architecture_names
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.models.params import split_model
@@ -27,10 +27,10 @@ PROMPT, WARM_UP, STEPS, CONTEXT = 64, 8, 200, 4096
 
 
 class IdleRunner(Runner):
-    """A runner whose programs take what the real ones take and draw token 0 without looking at it."""
+    """A runner whose programs have the real ones' arguments and draw token 0 without looking at them."""
 
     def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
-        """The idle program of a bucket."""
+        """Makes the idle program of a bucket."""
         layout = self.step_programs.layout(bucket, features)
 
         def step(params: Any, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Any]]:
@@ -62,7 +62,7 @@ def run(sizes: tuple[int, ...], json_file: str | None) -> None:
 
 
 def measure(size: int) -> dict[str, tuple[float, float]]:
-    """Median and least milliseconds of each part of a step, and of all that comes before the device."""
+    """Returns the median and least milliseconds of each part of a step, and of all that comes before the device."""
     model = _small_model()
     config = EngineConfig(
         CacheConfig(num_pages=1 + size * 32), SchedulerConfig(size, max(512, size), max_model_len=CONTEXT)
@@ -88,7 +88,7 @@ def measure(size: int) -> dict[str, tuple[float, float]]:
 
 
 def jit_arguments() -> dict[str, int]:
-    """Arrays that the step of a family takes: parameters, pages, last ids and the packed plan."""
+    """Counts the arrays that each family's step takes: parameters, pages, last ids and the packed plan."""
     found: dict[str, int] = {}
     for name in architecture_names():
         config = architecture_config(name)
@@ -102,7 +102,7 @@ def _times(engine: Engine) -> tuple[float, float, float, float]:
 
 
 def _small_model() -> LoadedModel:
-    """A model with as many parameters arrays as a large one, all small."""
+    """Makes a model with as many parameter arrays as a large one, all small."""
     config = architecture_config("llama-3.2-1b")
     small = {"num_layers": 1, "hidden_size": 64, "num_heads": 1, "num_kv_heads": 1, "intermediate_size": 64}
     return dummy_model(replace(config, vocab_size=256, **small))

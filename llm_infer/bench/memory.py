@@ -1,4 +1,4 @@
-"""`llm-infer bench memory`: what a process that decodes at batch 1 takes beyond one that has only imported the packages."""
+"""`llm-infer bench memory`: measures what decoding at batch 1 takes beyond a process that has only imported the packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(model: str, pool_bytes: int, precision: str, json_file: str | None) -> N
     """Measures in a process of its own and prints megabytes.
 
     Raises:
-        UserError: this system does not say what a process takes, or the measurement failed.
+        UserError: this system does not tell how much a process takes, or the measurement failed.
     """
     if not STATUS.exists():
         raise UserError("bench memory reads /proc, which this system does not have: run it on Linux")
@@ -39,12 +39,12 @@ def run(model: str, pool_bytes: int, precision: str, json_file: str | None) -> N
 
 
 def _resident(what: str) -> int:
-    """VmRSS or VmHWM (the most so far) of this process, bytes."""
+    """Returns VmRSS or VmHWM (the most so far) of this process in bytes."""
     return int(re.search(rf"{what}:\s+(\d+)", STATUS.read_text())[1]) * 1024  # type: ignore[index]
 
 
 def main(model: str, pool_bytes: str, precision: str) -> None:
-    """The measured process: a JSON line on stdout."""
+    """Measures this process and prints a JSON line on stdout."""
     import jax.numpy as jnp
 
     from llm_infer.decoding.sampling_params import SamplingParams

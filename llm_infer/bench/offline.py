@@ -1,4 +1,4 @@
-"""`llm-infer bench offline`: prefill and decode throughput, latencies, step-time breakdown and page occupancy."""
+"""`llm-infer bench offline`: measures prefill and decode throughput, latencies, step-time breakdown and page occupancy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(
     json_file: str | None,
     options: EngineOptions,
 ) -> None:
-    """Measures and prints a table; rounds go through all settings in turn, so that drift hits them alike.
+    """Measures and prints a table; each round goes through all settings, so that drift hits them alike.
 
     The limits that the runs need are set here, whatever `options` say of them.
     """
@@ -75,7 +75,7 @@ def _batch_sizes(text: str) -> list[int]:
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of the rounds in which there is a value."""
+    """Returns medians over the rounds in which there is a value."""
     values = {key: [result[key] for result in results if result[key] is not None] for key in results[0]}
     return {key: statistics.median(found) if found else None for key, found in values.items()}
 

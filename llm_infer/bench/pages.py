@@ -1,4 +1,4 @@
-"""Pages that parallel samples and beams hold while they run, beside what they must hold, counted without the page tables."""
+"""Counts pages that parallel samples and beams hold, beside those they must hold, which is computed without page tables."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from llm_infer.decoding.beam import Child
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.scheduler.scheduler import Scheduler
+from llm_infer.scheduler.strategies.beams import Beams
 
 T = TypeVar("T")
 WIDTHS = (2, 4, 6)
 
 
 def pages_of_samples(num_prompt: int, num_new: int, n: int, page_size: int) -> int:
-    """Pages of `n` samples of a prompt that all draw `num_new` tokens.
+    """Returns the number of pages of `n` samples of a prompt that all draw `num_new` tokens.
 
-    They share the pages before the last prompt token, which each computes for itself; the last new token is drawn but
+    They share the pages before the last prompt token, which each sample computes for itself; the last new token is drawn but
     not computed.
     """
     shared = (num_prompt - 1) // page_size
@@ -28,7 +29,7 @@ def pages_of_samples(num_prompt: int, num_new: int, n: int, page_size: int) -> i
 
 
 class Genealogy:
-    """Which beam came from which, as the search decides it; every computed token is a node of a tree.
+    """The descent of beams, as the search decides it; every computed token is a node of a tree.
 
     Args:
         num_prompt: tokens of the prompt, the trunk of the tree.
@@ -36,26 +37,26 @@ class Genealogy:
 
     def __init__(self, num_prompt: int) -> None:
         self._nodes = count(num_prompt)
-        self._beams = [list(range(num_prompt))]  # of each beam that lives, the nodes from the root to its last token
+        self._beams = [list(range(num_prompt))]  # for each living beam, the nodes from the root to its last token
 
     def advance(self, children: Sequence[Child]) -> None:
-        """The beams of the next step, each with one more token than its parent."""
+        """Takes in the beams of the next step, each with one more token than its parent."""
         self._beams = [[*self._beams[child.parent], next(self._nodes)] for child in children]
 
     def pages(self, page_size: int) -> int:
-        """Pages that hold the living beams' tokens if equal beginnings are held once: the last node tells all before it."""
+        """Returns how many pages hold the living beams' tokens if equal beginnings are held once; a node tells all before it."""
         beams = self._beams
         return len({beam[min(end, len(beam)) - 1] for beam in beams for end in _page_ends(len(beam), page_size)})
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Most pages of a request.
+    """Most pages that a request holds.
 
     Attributes:
-        found: the scheduler had handed out.
-        expected: closed form (samples), or what the genealogy of the run needs (beams).
-        separate: as many sequences that share nothing.
+        found: pages that the scheduler had handed out.
+        expected: pages by the closed form (samples), or by the genealogy of the run (beams).
+        separate: pages of as many sequences that share nothing.
     """
 
     found: int
@@ -64,18 +65,18 @@ class Held:
 
     @property
     def saved(self) -> float:
-        """Share of the pages of separate sequences, in percent."""
+        """The saved share of the pages of separate sequences, in percent."""
         return 100 * (1 - self.found / self.separate)
 
 
 def pages_in_use(scheduler: Scheduler) -> int:
-    """Pages that the first shard cannot hand out now."""
+    """Returns the number of pages that the first shard cannot hand out now."""
     return scheduler.allocator.num_usable - scheduler.allocator.num_available(0)
 
 
 @contextmanager
 def at_each_plan(scheduler: Scheduler, look: Callable[[], T]) -> Iterator[list[T]]:
-    """What `look` returns after each plan that is made meanwhile."""
+    """Collects what `look` returns after each plan that is made meanwhile."""
     found: list[T] = []
     schedule = scheduler.schedule
 
@@ -88,7 +89,7 @@ def at_each_plan(scheduler: Scheduler, look: Callable[[], T]) -> Iterator[list[T
     try:
         yield found
     finally:
-        scheduler.schedule = schedule  # type: ignore[method-assign]
+        scheduler.schedule = schedule
 
 
 def samples(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> Held:
@@ -103,11 +104,11 @@ def samples(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> He
 
 
 def beams(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list[Held]:
-    """Runs a beam search alone; the pages of each of its steps."""
+    """Runs a beam search alone; returns the pages of each of its steps."""
     size, width = engine.scheduler.page_size, params.beam_width
     request = engine.add_request(prompt, params)
-    search, tree = request.search, Genealogy(len(prompt))
-    assert search is not None and width is not None
+    assert isinstance(request.strategy, Beams) and width is not None
+    search, tree = request.strategy.search, Genealogy(len(prompt))
     advance = search.advance
 
     def recorded(*args: object) -> list[Child] | None:
@@ -125,7 +126,7 @@ def beams(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> list
 
 
 def table(engine: Engine, prompt: Sequence[int], num_new: int) -> Iterator[str]:
-    """Lines of a table: samples and beams of each of WIDTHS, alone in the engine."""
+    """Yields the lines of a table: samples and beams of each of WIDTHS, alone in the engine."""
     yield f"  {len(prompt)} + {num_new} tokens, most pages   in use   expected   separate    saved"
     draw = SamplingParams(seed=1, max_tokens=num_new, ignore_eos=True)
     search = SamplingParams(beam_width=2, max_tokens=num_new, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""`llm-infer bench peers`: this engine, in both precisions, and other engines on the same GGUF file, in turn."""
+"""`llm-infer bench peers`: measures this engine, in both precisions, and other engines on the same GGUF file, in turn."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Samples = dict[str, dict[str, list[float]]]
 
 
 def run(model: str, pythons: Mapping[str, str | None], rounds: int, threads: int | None, json_file: str | None) -> None:
-    """Measures every engine once a round, in turn, so that a drift of the machine hits them alike; prints medians.
+    """Measures every engine once per round, in turn, so that a drift of the machine hits them alike; prints medians.
 
-    Each engine's figures are printed as they come. One that fails is left out of later rounds; what it gave counts.
+    Each engine's figures are printed as they come. One that fails is left out of later rounds; its figures so far count.
 
     Raises:
         UserError: no engine could be measured.
     """
     path = resolve(model).path
     if path.suffix != ".gguf":
-        raise UserError(f"{path} is not a GGUF file: the peers all read GGUF, choose such a --model")
+        raise UserError(f"{path} is not a GGUF file: all peers read GGUF, choose such a --model")
     threads = threads or len(os.sched_getaffinity(0))
     folder = Path(__file__).parent / "peer_programs"
     commands = {
@@ -70,7 +70,8 @@ def run(model: str, pythons: Mapping[str, str | None], rounds: int, threads: int
 
 
 def measure(command: list[str]) -> tuple[list[tuple[str, float, str]], str | None]:
-    """Runs an engine's program: metric, tok/s and version of each figure that it printed, and what went wrong, if anything."""
+    """Runs an engine's program; returns metric, tok/s and version of each figure that it printed, and what went wrong, if
+    anything."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     except OSError as error:
@@ -84,7 +85,7 @@ def measure(command: list[str]) -> tuple[list[tuple[str, float, str]], str | Non
                 if metric not in METRICS or not (math.isfinite(value) and value > 0):
                     raise ValueError
                 found.append((metric, value, str(figure.get("version", ""))))
-            except (ValueError, KeyError, TypeError):  # also no number where too few steps were timed
+            except (ValueError, KeyError, TypeError):  # also where too few steps were timed to give a number
                 problem = f"it printed a line that holds no figure: {line:.100}"
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -96,7 +97,7 @@ def measure(command: list[str]) -> tuple[list[tuple[str, float, str]], str | Non
 
 
 def table(samples: Samples, versions: Mapping[str, str], errors: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Medians in tok/s with their spread (half of largest − smallest), and our medians as multiples of each peer's.
+    """Returns medians in tok/s with their spread (half of largest − smallest), and our medians as multiples of each peer's.
 
     `errors` are lines below the table: why values of an engine are missing, or come from fewer rounds.
     """

@@ -1,4 +1,4 @@
-"""`llm-infer bench quality`: what precision `fast` changes, by teacher forcing: agreement, KL divergence, perplexity."""
+"""`llm-infer bench quality`: measures by teacher forcing what precision `fast` changes: agreement, KL divergence, perplexity."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from llm_infer.base.progress import Progress
-from llm_infer.engine.state import FULL
-from llm_infer.engine.steps import attention_over
+from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.step import attention_over
 from llm_infer.loading import load
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import merge_model
@@ -28,7 +28,7 @@ PAGE_DTYPES = {"exact": "float32", "fast": "bfloat16"}
 
 @dataclass(frozen=True)
 class Quality:
-    """How a model with rounding differs from the exact one over the same texts.
+    """Differences between a model with rounding and the exact one over the same texts.
 
     Attributes:
         tokens: positions compared.
@@ -45,7 +45,7 @@ class Quality:
 
     @property
     def perplexity_change(self) -> float:
-        """Relative change of perplexity; positive is worse."""
+        """The relative change of perplexity; positive is worse."""
         return self.perplexity_fast / self.perplexity_exact - 1
 
     def __str__(self) -> str:
@@ -56,7 +56,7 @@ class Quality:
 
 
 class TeacherForced:
-    """Log-probabilities of every next token of given texts, through pages like the engine's.
+    """Computes log-probabilities of every next token of given texts, through pages like the engine's.
 
     Args:
         model: a loaded model.
@@ -91,7 +91,7 @@ class TeacherForced:
         self._forward = forward
 
     def __call__(self, tokens: Sequence[int]) -> Float[np.ndarray, "N V"]:
-        """Log-probabilities after each of N tokens."""
+        """Returns the log-probabilities after each of N tokens."""
         length, count = self._shape.tokens, len(tokens)
         fields = {name: np.zeros(shape, np.int32) for name, shape in plan_fields(self._shape).items()}
         table = np.arange(1, self._shape.pages_per_seq + 1, dtype=np.int32)[None]
@@ -104,7 +104,7 @@ class TeacherForced:
 
 
 def compare(exact: LoadedModel, fast: LoadedModel, texts: Sequence[Sequence[int]], progress: Progress) -> Quality:
-    """Quality of `fast` over texts of token ids, each forced token by token."""
+    """Returns the quality of `fast` over texts of token ids, each forced token by token."""
     length = max(map(len, texts))
     models = [TeacherForced(model, PAGE_DTYPES[name], length) for name, model in (("exact", exact), ("fast", fast))]
     same, divergence, losses, count = 0, 0.0, np.zeros(2), 0
@@ -133,7 +133,7 @@ def run(model: str, text_file: str | None, tokens: int, json_file: str | None) -
 
 
 def _chunks(tokenizer: Tokenizer, text_file: str | None, tokens: int, length: int) -> list[list[int]]:
-    """The text's first tokens in pieces; by default the prose of Python's own language reference."""
+    """Returns the text's first tokens in pieces; by default the prose of Python's own language reference."""
     if text_file is not None:
         text = Path(text_file).read_text(encoding="utf-8")
     else:

@@ -15,7 +15,7 @@ from llm_infer.scheduler.request import Request
 
 
 def measure(engine: Engine, rng: np.random.Generator, size: int, prompt: int, new: int) -> dict[str, Any]:
-    """One batch of random prompts, greedily continued to full length. Times in seconds, rates in tokens per second."""
+    """Runs one batch of random prompts, greedily continued to full length. Times are in seconds, rates in tokens per second."""
     before = {**asdict(engine.times), **asdict(engine.runner.times)}
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     prompts = rng.integers(10, min(1000, engine.vocab_size), (size, prompt)).tolist()

@@ -1,6 +1,6 @@
-"""How much KV memory holds tokens: pages against contiguous reservations, without any model.
+"""Simulates how much of the KV memory holds tokens, with pages and with contiguous reservations, without any model.
 
-Draws the picture of Kwon et al. 2023 ("Efficient Memory Management for Large Language Model Serving with
+Reproduces the picture of Kwon et al. 2023 ("Efficient Memory Management for Large Language Model Serving with
 PagedAttention", figures 2 and 15) on synthetic lengths, with the allocator and the page tables that the engine uses.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from llm_infer.kvcache.page_allocator import PageAllocator
 from llm_infer.kvcache.page_table import PageTable
 
-MEMORY = 16384  # tokens: 13 GB of OPT-13B, what is left of a 40 GB accelerator
+MEMORY = 16384  # tokens: the 13 GB that OPT-13B leaves of a 40 GB accelerator
 LONGEST = 2048  # tokens of a sequence
 PAGE_SIZE = 16
 
@@ -32,7 +32,7 @@ class Workload:
     cv: float = 0.7
 
     def draw(self, count: int, seed: int) -> list[tuple[int, int]]:
-        """`count` pairs (prompt length, output length), each at least 1 and together at most LONGEST."""
+        """Returns `count` pairs (prompt length, output length), each at least 1 and together at most LONGEST."""
         random = np.random.default_rng(seed)
         sigma = math.sqrt(math.log(1 + self.cv**2))
         pairs = []
@@ -55,7 +55,7 @@ class MemoryUse:
     """Averages over the time in which requests wait, so that memory is the limit.
 
     Attributes:
-        method: how memory is given to sequences.
+        method: the way in which memory is given to sequences.
         of_reserved: share of the reserved token slots that hold a token, in %.
         of_memory: share of all token slots that hold a token, in %.
         sequences: sequences that run at the same time.
@@ -104,7 +104,7 @@ class BuddyAllocator:
         self._size = size
 
     def allocate(self, size: int) -> tuple[int, int] | None:
-        """(start, block size ≥ size), or None if no block is large enough."""
+        """Returns (start, block size ≥ size), or None if no block is large enough."""
         wanted = _power_of_two(size)
         block = wanted
         while block <= self._size and not self._free[block]:
@@ -129,15 +129,15 @@ class BuddyAllocator:
 def simulate_contiguous(
     method: str, reserve: Callable[[int, int], int], lengths: list[tuple[int, int]], paper: float
 ) -> MemoryUse:
-    """First come, first served: a sequence starts when a block for `reserve(prompt, output)` tokens is free.
+    """Simulates a queue in order of arrival: a sequence starts when a block for `reserve(prompt, output)` tokens is free.
 
-    A running sequence gets one token a step; its block is given back with its last one.
+    A running sequence gets one token per step; its block is given back with its last one.
     """
     memory, mean = BuddyAllocator(MEMORY), _Mean()
     waiting = deque(lengths)
     ends: list[tuple[int, int, int, int]] = []  # (step, start of block, size of block, tokens)
     step = used = reserved = 0
-    saturated = False  # the first fill, in which everybody is young, does not count
+    saturated = False  # the first fill, in which all sequences are young, does not count
     while waiting:
         while ends and ends[0][0] == step:
             _, start, block, tokens = heapq.heappop(ends)
@@ -159,13 +159,14 @@ def simulate_contiguous(
 
 
 def simulate_paged(lengths: list[tuple[int, int]], paper: float) -> MemoryUse:
-    """The same queue with pages on demand; who finds none preempts the youngest, which starts again later."""
+    """Simulates the same queue with pages on demand; a sequence that finds none preempts the youngest, which starts again
+    later."""
     allocator, mean = PageAllocator(1 + MEMORY // PAGE_SIZE), _Mean()
     waiting = deque((prompt, prompt + output) for prompt, output in lengths)  # (tokens so far, tokens in the end)
     running: list[tuple[PageTable, int]] = []
     saturated = False
     while waiting:
-        # As in the scheduler: a page for everyone to grow stays free.
+        # As in the scheduler, a page for each sequence to grow stays free.
         while waiting and -(-waiting[0][0] // PAGE_SIZE) + len(running) <= allocator.num_free(0):
             tokens, final = waiting.popleft()
             table = PageTable(allocator, 0, PAGE_SIZE)
@@ -190,10 +191,11 @@ def simulate_paged(lengths: list[tuple[int, int]], paper: float) -> MemoryUse:
 
 
 def memory_use(count: int = 600, seed: int = 0) -> list[MemoryUse]:
-    """The rows of the first table. The contiguous policies are those of Orca as the paper rebuilt it, on a buddy allocator.
+    """Returns the rows of the first table. The contiguous policies are those of Orca as the paper rebuilt it, on a buddy
+    allocator.
 
-    Its rounding matters: blocks of exactly the final length would hold tokens in 62 % of their slots (the rest waits
-    for tokens to come), less what then breaks up between blocks of all sizes.
+    Its rounding matters: blocks of exactly the final length would hold tokens in 62 % of their slots (the others wait
+    for tokens to come), less what fragmentation between blocks of all sizes would cost.
     """
     lengths = SHAREGPT.draw(count, seed)
     return [
@@ -229,14 +231,14 @@ def sharing(n: int, paper: float, count: int = 100, seed: int = 0) -> Sharing:
             for table, output in zip(tables, outputs, strict=True):
                 if step == output:
                     table.free()
-        # Pages full of prompt tokens before the last are shared; while k samples live that saves k - 1 times as many.
+        # Pages full of prompt tokens before the last are shared; while k samples live, that saves k - 1 times as many.
         saved_form += (sum(outputs) - max(outputs)) * ((prompt - 1) // PAGE_SIZE)
         alone_form += sum(_pages_over_time(prompt, output) for output in outputs)
     return Sharing(n, 100 * (1 - shared / alone), 100 * saved_form / alone_form, paper)
 
 
 def table() -> str:
-    """Both tables as text."""
+    """Returns both tables as text."""
     lines = [
         f"KV memory of {MEMORY} tokens, lengths like {SHAREGPT.name} "
         f"(means {SHAREGPT.prompt:g} in, {SHAREGPT.output:g} out, cv {SHAREGPT.cv:g})",
@@ -259,7 +261,7 @@ def table() -> str:
 
 
 def _pages_over_time(prompt: int, output: int) -> int:
-    """Sum of ceil((prompt + t) / PAGE_SIZE) over t = 1 … output, in closed form."""
+    """Returns the sum of ceil((prompt + t) / PAGE_SIZE) over t = 1 … output, in closed form."""
 
     def upto(tokens: int) -> int:  # the same sum from 1 token on
         full, rest = divmod(tokens, PAGE_SIZE)
@@ -269,5 +271,5 @@ def _pages_over_time(prompt: int, output: int) -> int:
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest power of two that is at least `size`."""
+    """Returns the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()

@@ -1,4 +1,5 @@
-"""`llm-infer bench startup`: seconds from starting the command to its first token, with empty and with filled caches."""
+"""`llm-infer bench startup`: measures the seconds from a command's start to its first token, with empty and with filled
+caches."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ PROMPT = "Why is the sky blue?"
 
 
 def run(model: str, rounds: int, json_file: str | None) -> None:
-    """Starts `llm-infer generate` in processes of their own; weights are on disk before the clock starts."""
+    """Starts `llm-infer generate` in processes of their own; the weights are on disk before the clock starts."""
     path = resolve(model, progress=Progress()).path
     with tempfile.TemporaryDirectory() as folder:
-        # Compiled programs and compiled kernels go to an empty folder: cold is what a newcomer's first run sees.
+        # Compiled programs and compiled kernels go to an empty folder: cold is a newcomer's first run.
         environment = {
             **os.environ,
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/xla",
@@ -38,7 +39,7 @@ def run(model: str, rounds: int, json_file: str | None) -> None:
 
 
 def time_to_first_token(model: str, environment: dict[str, str]) -> float:
-    """Seconds until the first byte of the answer."""
+    """Measures the seconds until the first byte of the answer."""
     command = [
         sys.executable,
         "-m",

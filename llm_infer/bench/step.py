@@ -1,4 +1,4 @@
-"""`llm-infer bench step`: where a decode step's time goes, by JAX's profiler: each native kernel, the rest, the host."""
+"""`llm-infer bench step`: shows by JAX's profiler where a decode step's time goes: each native kernel, the rest, the host."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from llm_infer.llm import LLM
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 48
 REST = "XLA: all else"
-_CONTAINERS = ("while", "conditional", "call")  # their time is that of what is in them
+_CONTAINERS = ("while", "conditional", "call")  # their time is that of their contents
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\b([a-z][a-z0-9-]*)\(", re.MULTILINE)
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
 def run(model: str, batch: int, precision: str, json_file: str | None) -> None:
-    """Profiles decode steps of one batch size and prints milliseconds a step and shares."""
+    """Profiles decode steps of one batch size and prints milliseconds per step and shares."""
     if jax.default_backend() != "cpu":
         raise UserError("bench step reads the CPU's profile: set JAX_PLATFORMS=cpu")
     longest = PROMPT_TOKENS + NEW_TOKENS + 1
@@ -32,7 +32,9 @@ def run(model: str, batch: int, precision: str, json_file: str | None) -> None:
     engine, rng = llm.engine, np.random.default_rng(0)
     list(engine.warm_up([batch, PROMPT_TOKENS * batch]))
     measure(engine, rng, batch, PROMPT_TOKENS, NEW_TOKENS)
-    parts = parts_of(engine.runner.program(engine.runner.bucket_of(batch)).run.as_text())
+    hlo = engine.runner.program(engine.runner.bucket_of(batch)).run.as_text()
+    assert hlo is not None, "XLA's CPU backend gives the text of its programs"
+    parts = parts_of(hlo)
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
@@ -51,7 +53,7 @@ def run(model: str, batch: int, precision: str, json_file: str | None) -> None:
 
 
 def parts_of(hlo: str) -> dict[str, str]:
-    """Instruction → the native kernel that it calls, or REST, for all instructions of a compiled program that take time."""
+    """Returns instruction → native kernel that it calls, or REST, for all instructions of a compiled program that take time."""
     parts = {}
     for found in _INSTRUCTION.finditer(hlo):
         name, opcode = found.groups()
@@ -63,7 +65,7 @@ def parts_of(hlo: str) -> dict[str, str]:
 
 
 def _durations(trace: Path) -> dict[str, list[float]]:
-    """Milliseconds of every event, by name."""
+    """Returns the milliseconds of every event, by name."""
     durations: dict[str, list[float]] = defaultdict(list)
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines:
@@ -73,10 +75,10 @@ def _durations(trace: Path) -> dict[str, list[float]]:
 
 
 def spent(parts: dict[str, str], events: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds a step of each part: the median of each instruction times its calls a step.
+    """Returns the milliseconds per step of each part: the median of each instruction times its calls per step.
 
-    Prompts are computed by other programs, whose instructions may have the same names: the calls of a decode step are
-    taken to be most of a name's, hence the median.
+    Prompts are computed by other programs, whose instructions may have the same names: a decode step's calls are
+    taken to be most of those of a name, hence the median.
     """
     totals: dict[str, float] = defaultdict(float)
     for name, part in parts.items():
@@ -86,7 +88,7 @@ def spent(parts: dict[str, str], events: dict[str, list[float]]) -> dict[str, fl
 
 
 def table(step: float, parts: dict[str, float], host: dict[str, float]) -> str:
-    """The figures as text; what is neither a matrix product nor attention is the step without the native kernels."""
+    """Returns the figures as text; what is neither a matrix product nor attention is the step without the native kernels."""
     kernels = sum(value for name, value in parts.items() if name != REST and not name.startswith("copy_pages"))
     lines = [f"{'step':<44}{step:>9.3f} ms"]
     lines += [f"  {name:<42}{value:>9.3f} ms{value / step:>8.1%}" for name, value in parts.items()]

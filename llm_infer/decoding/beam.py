@@ -19,23 +19,6 @@ EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(frozen=True, slots=True)
-class BeamParams:
-    """What a user asks of a beam search.
-
-    Attributes:
-        width: beams that are followed, and results.
-        length_penalty: the score of a result is its summed log-probability / (number of new tokens) ** length_penalty.
-        early_stopping: True ends when `width` results are there; False when the best beam, scored at its length of now,
-            is not better than the worst result; "never" when it cannot become better (scored at the greatest length if
-            the penalty is positive).
-    """
-
-    width: int
-    length_penalty: float = 1.0
-    early_stopping: EarlyStopping = False
-
-
-@dataclass(frozen=True, slots=True)
 class Hypothesis:
     """A result: its score, its new token ids, and why it ended ("stop" or "length")."""
 
@@ -56,13 +39,31 @@ class Child:
 class BeamSearch:
     """The state of a search. It starts with one beam, the prompt; after the first step there are `width`.
 
+    Args:
+        width: beams that are followed, and results.
+        length_penalty: the score of a result is its summed log-probability / (number of new tokens) ** length_penalty.
+        early_stopping: True ends when `width` results are there; False when the best beam, scored at its length of now,
+            is not better than the worst result; "never" when it cannot become better (scored at the greatest length if
+            the penalty is positive).
+        stop_ids: ids that end a beam.
+        min_tokens, max_tokens: new tokens of a result, at least and at most.
+
     Attributes:
         scores: summed log-probability of each beam, by place.
         results: best results so far, best first.
     """
 
-    def __init__(self, params: BeamParams, *, stop_ids: frozenset[int], min_tokens: int, max_tokens: int) -> None:
-        self.params = params
+    def __init__(
+        self,
+        width: int,
+        *,
+        length_penalty: float,
+        early_stopping: EarlyStopping,
+        stop_ids: frozenset[int],
+        min_tokens: int,
+        max_tokens: int,
+    ) -> None:
+        self.width, self.length_penalty, self.early_stopping = width, length_penalty, early_stopping
         self.scores = [0.0]
         self.results: list[Hypothesis] = []
         self._stop_ids = stop_ids
@@ -82,7 +83,7 @@ class BeamSearch:
             The beams of the next step by place, or None if the search is over. A beam that is extended stays in its
             place with the best of its extensions, the others come to places whose beams die.
         """
-        width, length = self.params.width, len(outputs[0]) + 1
+        width, length = self.width, len(outputs[0]) + 1
         extended = sorted(
             (
                 Child(place, token, score + logprob)
@@ -109,23 +110,22 @@ class BeamSearch:
         return placed
 
     def _add_result(self, output: Sequence[int], child: Child, length: int, reason: str) -> None:
-        score = child.score / length**self.params.length_penalty
+        score = child.score / length**self.length_penalty
         self.results.append(Hypothesis(score, [*output, child.token], reason))
         self.results.sort(key=lambda result: -result.score)
-        del self.results[self.params.width :]
+        del self.results[self.width :]
 
     def _is_over(self, best: float, length: int) -> bool:
-        params = self.params
-        if len(self.results) < params.width:
+        if len(self.results) < self.width:
             return False
-        if params.early_stopping is True:
+        if self.early_stopping is True:
             return True
-        if params.early_stopping == "never" and params.length_penalty > 0:
+        if self.early_stopping == "never" and self.length_penalty > 0:
             length = self._max_tokens
-        return best / length**params.length_penalty <= self.results[-1].score
+        return best / length**self.length_penalty <= self.results[-1].score
 
     def _place(self, running: list[Child]) -> list[Child]:
-        places: list[Child | None] = [None] * self.params.width
+        places: list[Child | None] = [None] * self.width
         others = []
         for child in running:
             if places[child.parent] is None:

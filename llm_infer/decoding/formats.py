@@ -1,10 +1,10 @@
-"""Regular expressions of JSON schema's string formats: every text they match is a valid one."""
+"""Regular expressions for the string formats of JSON schema: every text that they match is valid."""
 
 from __future__ import annotations
 
 
 def _date() -> str:
-    """Writes valid dates of the years 0001 to 9999, with February 29 in leap years alone."""
+    """Writes valid dates of the years 0001 to 9999, with February 29 only in leap years."""
     fours = "(?:0[48]|[2468][048]|[13579][26])"  # two digits divisible by four, without 00
     leap = f"(?:[0-9]{{2}}{fours}|{fours}00)"
     year = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
@@ -25,7 +25,7 @@ def _ipv6() -> str:
 
 
 _DATE = _date()
-# No second 60: which minutes have one is not regular, and Python's datetime takes none.
+# There is no second 60: which minutes have one is not regular, and Python's datetime refuses it.
 _TIME = r"(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,9})?(?:Z|[+-](?:[01][0-9]|2[0-3]):[0-5][0-9])"
 _LABEL = "[A-Za-z0-9]+(?:-[A-Za-z0-9]+)*"
 _LAST_LABEL = "[A-Za-z][A-Za-z0-9]*(?:-[A-Za-z0-9]+)*"
@@ -44,7 +44,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "date-time": (f"^{_DATE}T{_TIME}$",),
     "duration": (f"^P(?:{_DAYS}(?:{_CLOCK})?|{_CLOCK}|[0-9]+W)$",),
     "hostname": (f"^{_HOST}$", r"^[^.]{1,63}(?:\.[^.]{1,63})*$", "^.{1,253}$"),
-    # Bounded parts instead of an intersection, which llguidance gives up on.
+    # The parts are bounded, as llguidance gives up on an intersection that would bound the whole.
     "email": (rf"^{_ATOM}{{1,32}}(?:\.{_ATOM}{{1,15}}){{0,2}}@(?:{_SHORT}\.){{1,2}}[A-Za-z]{{2,24}}$",),
     "ipv4": (rf"^(?:{_BYTE}\.){{3}}{_BYTE}$",),
     "ipv6": (f"^{_ipv6()}$",),
@@ -54,4 +54,4 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         rf"(?:\?(?:{_PATH}|[/?])*)?(?:#(?:{_PATH}|[/?])*)?$",
     ),
 }
-"""By format, expressions that a text matches all of."""
+"""Expressions by format; a text of the format matches all of them."""

@@ -1,4 +1,4 @@
-"""Compiles structured output with llguidance into token masks; anything that goes wrong forbids, it never allows."""
+"""Compiles structured output with llguidance into token masks; whatever goes wrong forbids tokens, it never allows them."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_infer.base.errors import RequestError, UserError
 from llm_infer.decoding.structured import StructuredOutputsParams
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 COMPILE_SECONDS = 10.0
 """Longest wait for one grammar."""
 
-JSON_FORM = {
+JSON_FORM: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
     "key_separator": ": ",
@@ -26,7 +29,7 @@ JSON_FORM = {
 \\u escapes would pass for another than the one that a schema names."""
 
 FAULT = "a fault of llguidance"
-"""What users read of a panic inside the library."""
+"""Words for a panic inside the library, as users read them."""
 
 _PANIC = "panicked at"
 
@@ -66,16 +69,17 @@ class GrammarCompiler:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
 
     def compile(self, params: StructuredOutputsParams, seconds: float = COMPILE_SECONDS) -> CompiledGrammar:
-        """The grammar of a request; other threads run meanwhile.
+        """Compiles the grammar of a request; other threads run meanwhile.
 
         Raises:
-            RequestError: it is malformed, asks for something unsupported, nothing satisfies it, or it takes too long.
+            RequestError: the grammar is malformed, asks for something unsupported, can be satisfied by nothing, or takes too
+                long.
         """
         where = f"structured_outputs.{params.kind}"
         try:
             matcher = self._pool.submit(self._compile, params).result(timeout=seconds)
         except FutureTimeout:
-            # The thread may be busy for a while yet: those who come next get another.
+            # The thread may stay busy for a while: later requests get another.
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
             raise RequestError(f"{where} did not compile within {seconds:g} s: simplify it") from None
         except ValueError as error:
@@ -96,13 +100,16 @@ class GrammarCompiler:
     def _compile(self, params: StructuredOutputsParams) -> Any:
         library = self._library.LLMatcher
         if params.json is not None or params.json_object:
-            text = library.grammar_from_json_schema(params.json or '{"type": "object"}', overrides=JSON_FORM)
+            schema = params.json or '{"type": "object"}'
+            assert isinstance(schema, str), "kept as text"
+            text = library.grammar_from_json_schema(schema, overrides=JSON_FORM)
         elif params.regex is not None:
             text = library.grammar_from_regex(params.regex)
         elif params.choice is not None:
-            # A terminal: the parser's rows hold no more than 2000 alternatives, and the lexer's states all of them.
+            # A terminal: the parser's rows hold at most 2000 alternatives, the lexer's states any number.
             text = library.grammar_from_lark("start: TEXT\nTEXT: " + " | ".join(map(json.dumps, params.choice)))
         else:
+            assert params.grammar is not None, "one of them is given"
             text = library.grammar_from_lark(params.grammar)
         return library(self._tokenizer, text, log_level=0, limits=self._limits)
 
@@ -114,19 +121,19 @@ class CompiledGrammar:
         self._start = start
 
     def matcher(self) -> GrammarMatcher:
-        """For a sequence that starts."""
+        """Returns a matcher for a sequence that starts."""
         return GrammarMatcher(self._start.deep_copy())
 
 
 class GrammarMatcher:
-    """How far one sequence has got."""
+    """One sequence's progress through a grammar."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
         self._consumed = 0
 
     def fill(self, output: Sequence[int], mask: np.ndarray) -> str | None:
-        """Writes the tokens that may follow `output` into `mask` [W] int32; says why if there are none or a limit is hit."""
+        """Writes the tokens that may follow `output` into `mask` [W] int32; if there are none or a limit is hit, says why."""
         matcher = self._matcher
         new = list(output[self._consumed :])
         self._consumed = len(output)
@@ -143,7 +150,7 @@ class GrammarMatcher:
 
 
 class _Vocabulary:
-    """What llguidance wants to know of a tokenizer."""
+    """A tokenizer as llguidance wants to see it."""
 
     def __init__(
         self,
@@ -162,7 +169,7 @@ class _Vocabulary:
 
 
 def _gist(text: str) -> str:
-    """The first line, and the one that says what is wrong where the first only announces it (of regular expressions)."""
+    """Returns the first line and, where that only announces an error (of a regular expression), the line that says it."""
     if _PANIC in text:
         return FAULT
     first, *others = text.strip().splitlines()

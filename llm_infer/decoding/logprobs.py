@@ -13,7 +13,7 @@ from pallas_kernels.draw_tokens.top_tokens import top_tokens
 
 
 class Logprobs(NamedTuple):
-    """Of each row: the log-probability and rank (1 = most likely) of its token, and the N most likely tokens."""
+    """For each row, the log-probability and rank (1 = most likely) of its token, and the N most likely tokens."""
 
     logprobs: Float[Array, " S"]
     ranks: Int[Array, " S"]
@@ -22,7 +22,7 @@ class Logprobs(NamedTuple):
 
 
 def logprobs_of(logits: Float[Array, "S V"], ids: Int[Array, " S"], count: int) -> Logprobs:
-    """Log-probabilities of `ids` and of the `count` most likely tokens of each row."""
+    """Returns the log-probabilities of `ids` and of the `count` most likely tokens of each row."""
     logits = logits.astype(jnp.float32)
     total = logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)

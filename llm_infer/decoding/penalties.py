@@ -1,4 +1,4 @@
-"""What changes logits before the draw: penalties and biases from per-slot state on the device, and masks of allowed tokens."""
+"""Changes logits before the draw: penalties and biases from per-slot state on the device, and masks of allowed tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 class PenaltyState(NamedTuple):
-    """What sequences bring to every draw, by slot; one slot more than there are sequences takes what nobody reads.
+    """State that sequences bring to every draw, by slot; one slot beyond those of the sequences takes what nobody reads.
 
     `seen` is twice the number of times that a token was drawn, plus one if it is in the prompt.
     """
@@ -30,37 +30,37 @@ class PenaltyRows(NamedTuple):
 
 
 def empty_penalties(slots: int, vocab: int) -> PenaltyState:
-    """State of `slots` sequences that have seen nothing."""
+    """Returns the state of `slots` sequences that have seen nothing."""
     return PenaltyState(jnp.zeros((slots, vocab), jnp.int32), jnp.zeros((slots, vocab), jnp.float32))
 
 
 def set_slot(
     state: PenaltyState, slot: Int[Array, ""], seen: Int[Array, " V"], bias: Float[Array, " V"]
 ) -> PenaltyState:
-    """The state with one slot's rows replaced; to be jitted with the state donated."""
+    """Returns the state with one slot's rows replaced; to be jitted with the state donated."""
     rows = zip(state, (seen, bias), strict=True)
     return PenaltyState(*(lax.dynamic_update_index_in_dim(array, row, slot, 0) for array, row in rows))
 
 
 def seen_counts(prompt: list[int], output: list[int], vocab: int) -> np.ndarray:
-    """A row of `PenaltyState.seen` [V] for a sequence with these tokens."""
+    """Returns a row of `PenaltyState.seen` [V] for a sequence with these tokens."""
     seen = 2 * np.bincount(output, minlength=vocab) if output else np.zeros(vocab, np.int64)
     seen[prompt] |= 1
     return seen.astype(np.int32)
 
 
 def count_drawn(state: PenaltyState, slot: Int[Array, " S"], ids: Int[Array, " S"]) -> PenaltyState:
-    """The state after each row has drawn its id."""
+    """Returns the state after each row has drawn its id."""
     return state._replace(seen=state.seen.at[slot, ids].add(2))
 
 
 def penalised(
     logits: Float[Array, "S V"], state: PenaltyState, slot: Int[Array, " S"], rows: PenaltyRows
 ) -> Float[Array, "S V"]:
-    """Logits with penalties and biases.
+    """Returns logits with penalties and biases.
 
-    Repetition (Keskar et al., 2019) divides positive and multiplies negative logits of tokens in prompt or output;
-    frequency × count and presence are subtracted from those of tokens in the output (OpenAI API); biases are added.
+    Repetition (Keskar et al., 2019) divides positive and multiplies negative logits of tokens that are in the prompt or the
+    output; frequency × count and presence are subtracted from those of tokens in the output (OpenAI API); biases are added.
     """
     seen, bias = state.seen[slot], state.bias[slot]
     repetition, presence, frequency, has_bias = (value[:, None] for value in rows)
@@ -72,7 +72,7 @@ def penalised(
 
 
 def mask_logits(logits: Float[Array, "S V"], allowed: Int[Array, "S W"]) -> Float[Array, "S V"]:
-    """Logits, −∞ where bit `token % 32` of word `token // 32` of the row's mask is 0."""
+    """Returns the logits, −∞ where bit `token % 32` of word `token // 32` of the row's mask is 0."""
     rows, vocab = logits.shape
     bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
     return jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf)

@@ -1,6 +1,6 @@
 """The sampler of a step: one jittable function that serves a batch in which every row has its own parameters.
 
-The random number of a row comes from its seed and the place of its token alone, so a text does not depend on the batch.
+A row's random number comes from its seed and its token's place alone, so a text does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pallas_kernels.draw_tokens import Limits, draw_tokens
 
 
 class SamplingRows(NamedTuple):
-    """Parameters of each row, all [S]: those of `Limits`, and what its random number comes from.
+    """Parameters of each row, all [S]: those of `Limits`, and those that its random number comes from.
 
     `seed_high`, `seed_low` are the words of the 64-bit seed; `position` is the place of the drawn token in its sequence.
     """
@@ -33,7 +33,7 @@ class SamplingRows(NamedTuple):
 
 
 def uniforms(rows: SamplingRows) -> Float[Array, " S"]:
-    """One number in [0, 1) per row, from the key `fold_in(fold_in(seed, sample_index), position)` alone."""
+    """Returns one number in [0, 1) per row, from the key `fold_in(fold_in(seed, sample_index), position)` alone."""
 
     def draw(high: Array, low: Array, index: Array, position: Array) -> Array:
         words = lax.bitcast_convert_type(jnp.stack((high, low)), jnp.uint32)
@@ -44,5 +44,5 @@ def uniforms(rows: SamplingRows) -> Float[Array, " S"]:
 
 
 def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, " S"]:
-    """The next token of each row."""
+    """Returns the next token of each row."""
     return draw_tokens(logits, Limits(*(getattr(rows, name) for name in Limits._fields)), uniforms(rows))

@@ -1,4 +1,4 @@
-"""What a user may ask of decoding, checked when it is made; names as in vLLM and the OpenAI API."""
+"""Parameters of decoding that a user may set, checked when they are made; names as in vLLM and the OpenAI API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from llm_infer.decoding.beam import MAX_BEAM_WIDTH
 from llm_infer.decoding.structured import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
-"""Most tokens per position whose log-probabilities a request can ask for (as in vLLM)."""
+"""Most tokens per position whose log-probabilities a request can ask for (as in vLLM), if it does not ask for all."""
+
+ALL_LOGPROBS = -1
+"""In place of a number of tokens: all of the vocabulary."""
 
 MAX_N = 256
 """Most samples of one request."""
@@ -23,7 +26,7 @@ WITH_BEAMS = frozenset(
         *("seed", "temperature", "truncate_prompt_tokens", "skip_special_tokens"),
     }
 )
-"""What a beam search takes; everything else shapes a draw, which it does not make."""
+"""Parameters that a beam search takes; all others shape a draw, and a beam search draws nothing."""
 
 
 def _number(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
@@ -68,7 +71,7 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How the next tokens are drawn and when to stop.
+    """Parameters that say how the next tokens are drawn and when to stop.
 
     The rules of a draw apply in this order: penalties, `logit_bias`, the tokens that are allowed, temperature, `top_k`,
     `top_p`, `min_p`, `typical_p`, each over what the ones before it left.
@@ -90,24 +93,24 @@ class SamplingParams:
         seed: makes the draws repeatable, whatever else runs in the batch; None takes one from the engine's seed.
         max_tokens: most new tokens; None goes on to the end of the context.
         min_tokens: no end-of-sequence or stop token is drawn, and no stop string ends the output, before this many.
-        stop: texts that end the output, which does not include them; special tokens count although the text leaves them out.
+        stop: texts that end the output and are left out of it; special tokens count, although the text leaves them out.
         include_stop_str_in_output: leave the stop string, or the text of the stop token, at the end of the text.
-        stop_token_ids: further tokens that end the output; the text leaves the one that does out.
+        stop_token_ids: further tokens that end the output; the text leaves out the one that ends it.
         ignore_eos: go on after an end-of-sequence token.
-        logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new
-            token's alone), under the model's distribution before any sampling rule; None returns none.
-        prompt_logprobs: the same for each token of the prompt, whose pages are then all computed anew.
+        logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new token's
+            alone; -1: all of the vocabulary), under the model's distribution before any sampling rule; None returns none.
+        prompt_logprobs: the same for each token of the prompt, but for -1; all of its pages are then computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
         structured_outputs: what the output must look like. `allowed_token_ids`, `bad_words` and `min_tokens` narrow it
-            further; an output that they lead to where nothing may follow ends with the finish reason "error", as does
-            one that must end before `min_tokens`. `ignore_eos` has it go on as long as the structure can; where that is
+            further; where they leave nothing that may follow, the output ends with the finish reason "error", as does
+            one that must end before `min_tokens`. With `ignore_eos` it goes on as long as the structure can; where that is
             complete and nothing else may follow, the output ends, whatever `allowed_token_ids` holds.
         skip_special_tokens: leave markers such as `<|im_end|>` out of the text.
         beam_width: search for the most likely outputs with this many beams (at most 16) instead of drawing; the request
             has as many outputs, best first, each with its `score`.
         length_penalty: beams are compared by their summed log-probability / (number of new tokens) ** length_penalty.
         early_stopping: when a beam search ends before all beams have: True as soon as there are `beam_width` results;
-            False when the best beam, scored at its length of now, is no better than the worst result; "never" when no
+            False when the best beam, scored at its present length, is no better than the worst result; "never" when no
             beam can become better.
 
     Raises:
@@ -147,7 +150,7 @@ class SamplingParams:
         for each in fields(self):
             object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         for name, nothing in (("stop", ()), ("stop_token_ids", ()), ("bad_words", ()), ("logit_bias", {})):
-            if getattr(self, name) is None:  # what other libraries and the OpenAI API have by default
+            if getattr(self, name) is None:  # other libraries and the OpenAI API have None by default
                 object.__setattr__(self, name, nothing)
         _integer("n", self.n, 1, MAX_N)
         if self.best_of is not None:
@@ -165,9 +168,15 @@ class SamplingParams:
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1)
         _integer("min_tokens", self.min_tokens, 0)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.logprobs is not None:
+            _integer("logprobs", self.logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            if self.prompt_logprobs == ALL_LOGPROBS:
+                raise RequestError(
+                    f"prompt_logprobs=-1: expected 0 to {MAX_LOGPROBS}. All tokens at each position of a prompt would fill the "
+                    "memory; for new tokens there is logprobs=-1"
+                )
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
         if self.truncate_prompt_tokens is not None:
             _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         if self.beam_width is not None:
@@ -192,7 +201,7 @@ class SamplingParams:
             raise RequestError(f"logit_bias={self.logit_bias!r:.60}: expected a mapping from token ids to numbers")
         bias = {}
         for key, value in self.logit_bias.items():
-            # JSON has only texts as keys, so the OpenAI API writes ids as texts.
+            # JSON's keys are texts, so the OpenAI API writes ids as texts.
             token = int(key) if isinstance(key, str) and key.isdecimal() else plain(key)
             value = plain(value)
             _integer("logit_bias token", token, 0)
@@ -242,13 +251,21 @@ class SamplingParams:
         """Samples that are drawn, or beams that are followed."""
         return self.beam_width or self.best_of or self.n
 
+    def stop_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Returns the ids that end an output, of a model with these end-of-sequence tokens.
+
+        Once a structure is complete its end is all that can follow, so `ignore_eos` leaves nothing to go on to; see TokenRules.
+        """
+        ignored = self.ignore_eos and self.structured_outputs is None
+        return frozenset(self.stop_token_ids) | (frozenset() if ignored else eos_token_ids)
+
     @property
     def has_penalties(self) -> bool:
         """Whether any penalty is not neutral."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises RequestError, naming the parameter, for token ids that the model does not have."""
+        """Checks that the model has all token ids; raises a RequestError that names the parameter."""
         given = {
             "stop_token_ids": self.stop_token_ids,
             "allowed_token_ids": self.allowed_token_ids or (),

@@ -15,19 +15,19 @@ _NAMED = frozenset({"properties", "patternProperties", "$defs", "definitions", "
 """Keywords whose values are schemas by name: the names are no keywords."""
 
 _NOTES = frozenset({"title", "description", "default", "example", "examples", "$comment"})
-"""Keywords that constrain nothing: they are left out, whatever their values are."""
+"""Keywords that constrain nothing: they are left out, whatever their values."""
 
 _BOUNDS = frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"})
 
 _UNWRITABLE = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
-"""Characters that only \\u escapes write: with those, a key would have several spellings (`JSON_FORM`)."""
+"""Characters that only \\u escapes can write: with those, a key would have several spellings (`JSON_FORM`)."""
 
 MAX_BOUND = 2**53
-"""Largest number that a bound lets in: beyond it llguidance, which computes in doubles, misses neighbours."""
+"""Largest number that a bound may let in: beyond it llguidance, which computes in doubles, cannot tell neighbours apart."""
 
 
 def parse_schema(text: str) -> Any:
-    """The values of JSON text; numbers keep all their digits.
+    """Returns the values of JSON text; numbers keep all their digits.
 
     Raises:
         ValueError: it is not JSON.
@@ -83,7 +83,7 @@ def _constant(value: Any, path: str) -> Any:
 
 
 def _number(value: Any, path: str) -> Any:
-    """The value; a number only if a double, in the digits that it prints, is the same."""
+    """Returns the value; for a number, only if the double in its printed digits is the same."""
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return value
     try:
@@ -99,7 +99,7 @@ def _replace_format(node: dict[str, Any], path: str) -> None:
     """Writes a format as patterns, beside those that the node has."""
     name, types = node.pop("format"), node.get("type", "string")
     if isinstance(types, str | list | tuple) and "string" not in ([types] if isinstance(types, str) else types):
-        return  # formats speak of strings alone
+        return  # formats concern strings alone
     if name not in PATTERNS:
         raise _refusal(f"{path}/format", name, f"expected one of {', '.join(sorted(PATTERNS))}: leave it out")
     others = node.get("allOf", [])

@@ -105,7 +105,7 @@ class Speculator:
         num_drafted, num_accepted: tokens of all sequences.
     """
 
-    MOST_REST = 32
+    MAX_REST = 32
     """Steps between two tries on a sequence on which all fail."""
 
     REST_WITHOUT_MATCH = 4
@@ -127,7 +127,7 @@ class Speculator:
         self.num_drafted = self.num_accepted = 0
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Tokens of a sequence in a step at most."""
         return 1 + self._most
 
@@ -157,7 +157,7 @@ class Speculator:
             speculation.acceptance = min(1.0, 1.2 * speculation.acceptance + 0.02)
         drafts = self.proposer.propose(speculation.state, tokens, count) if count else []
         if not drafts:
-            self._fail(speculation, self.MOST_REST if count == 0 else self.REST_WITHOUT_MATCH)
+            self._fail(speculation, self.MAX_REST if count == 0 else self.REST_WITHOUT_MATCH)
         return drafts
 
     def best_length(self, acceptance: float, num_rows: int) -> int:
@@ -181,7 +181,7 @@ class Speculator:
         if accepted:
             speculation.failures = 0
         else:
-            self._fail(speculation, self.MOST_REST)
+            self._fail(speculation, self.MAX_REST)
 
     def observe_time(self, num_tokens: int, seconds: float) -> None:
         """Takes in how long a step of this many tokens took from submission to its result."""

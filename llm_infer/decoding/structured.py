@@ -1,4 +1,4 @@
-"""What an output must look like: JSON schema, JSON object, regular expression, choice or grammar; names as in vLLM."""
+"""The form that an output must have: JSON schema, JSON object, regular expression, choice or grammar; names as in vLLM."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_CHARS = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """Exactly one of these.
+    """The form that an output must have; exactly one field is given.
 
     Attributes:
         json: a JSON schema, as text or as Python objects; kept as text in the form that the compiler takes.
-        json_object: any JSON object.
+        json_object: whether any JSON object will do.
         regex: a regular expression that the whole output matches (Rust syntax, no look-around).
         choice: one of these texts.
         grammar: a context-free grammar in Lark's notation, with a rule `start`.
@@ -70,10 +70,10 @@ class StructuredOutputsParams:
 
     @property
     def kind(self) -> str:
-        """Which of the fields is given."""
+        """The name of the field that is given."""
         return next(name for name in ("json", "json_object", "regex", "choice", "grammar") if getattr(self, name))
 
     @property
     def size(self) -> int:
-        """Characters of what is given."""
+        """The number of characters of what is given."""
         return sum(map(len, self.choice)) if self.choice else len(self.json or self.regex or self.grammar or "")

@@ -1,4 +1,4 @@
-"""Which tokens a sequence may draw next, as a bit mask made on the host: allowed ids, bad words, least length, grammar."""
+"""Makes, on the host, the bit mask of tokens a sequence may draw next: allowed ids, bad words, least length, grammar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ALL = np.int32(-1)
 
 
 class Matcher(Protocol):
-    """How far one sequence has got in a grammar."""
+    """One sequence's progress through a grammar."""
 
     def fill(self, output: Sequence[int], mask: np.ndarray) -> str | None:
         """Writes the tokens that may follow `output` into `mask` [W] int32; if there are none, says why."""
@@ -23,17 +23,17 @@ class Grammar(Protocol):
     """A compiled grammar, shared by all sequences of a request."""
 
     def matcher(self) -> Matcher:
-        """For a sequence that starts."""
+        """Returns a matcher for a sequence that starts."""
         ...
 
 
 def mask_words(vocab_size: int) -> int:
-    """32-bit words of a mask over the vocabulary."""
+    """Returns the number of 32-bit words of a mask over the vocabulary."""
     return -(-vocab_size // 32)
 
 
 def mask_of(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
-    """A mask [W] int32 that allows these tokens alone."""
+    """Returns a mask [W] int32 that allows these tokens alone."""
     mask = np.zeros(mask_words(vocab_size), np.int32)
     for token in tokens:
         mask[token >> 5] |= np.array(1 << (token & 31), np.uint32).view(np.int32)
@@ -49,9 +49,9 @@ def clear(mask: np.ndarray, tokens: Iterable[int]) -> None:
 class TokenRules:
     """The rules of one request: a token may be drawn where all of them allow it.
 
-    With a grammar, two things are added. `ignore_eos` leaves the end of a sequence out as long as something else may
-    follow. And where the grammar is complete and nothing else may follow, the end does, whether it is among the allowed
-    tokens or not; only `min_tokens` forbids it even there.
+    A grammar adds two things. `ignore_eos` forbids the end of a sequence as long as something else may
+    follow. Where the grammar is complete and nothing else may follow, the end does, whether it is among the allowed
+    tokens or not; only `min_tokens` still forbids it there.
 
     Args:
         vocab_size: tokens of the vocabulary.
@@ -61,7 +61,7 @@ class TokenRules:
         stop_ids: ids that end the output.
         grammar: what the output must match.
         eos_ids: end-of-sequence tokens, with which a grammar lets an output end.
-        ignore_eos: they are not to end it.
+        ignore_eos: those tokens are not to end it.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TokenRules:
         ignore_eos: bool = False,
     ) -> None:
         self._base = np.full(mask_words(vocab_size), ALL) if allowed is None else mask_of(allowed, vocab_size)
-        # The bits behind the vocabulary's end must not make an empty mask look otherwise.
+        # Bits behind the vocabulary's end must not make an empty mask look as if it allowed something.
         clear(self._base, range(vocab_size, 32 * len(self._base)))
         words = [tuple(word) for word in bad_words]
         clear(self._base, (word[0] for word in words if len(word) == 1))
@@ -94,7 +94,7 @@ class TokenRules:
 
     @property
     def why_nothing_starts(self) -> str | None:
-        """What leaves no first token, and what to change; None if there is one."""
+        """The reason why no first token is left, and what to change; None if one is left."""
         return self.fill(self._base.copy(), 0, (), None if self.grammar is None else self.grammar.matcher())
 
     @property
@@ -109,7 +109,7 @@ class TokenRules:
             mask: overwritten.
             num_new: new tokens of the sequence before this draw.
             output: the new tokens that the host knows; all `num_new` where `needs_last_token`.
-            matcher: of this sequence, if there is a grammar.
+            matcher: this sequence's progress, if there is a grammar.
         """
         ends = None
         if matcher is None:

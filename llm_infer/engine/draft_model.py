@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN
 from llm_infer.decoding.speculative import Speculator
-from llm_infer.engine.features import PLAIN
 from llm_infer.engine.runner import Runner
 from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
 from llm_infer.kvcache.page_allocator import PageAllocator
@@ -48,7 +48,7 @@ class DraftModel:
         model: the draft model.
         vocab_size: of the target model; both must have the same tokens.
         config: of the target's engine. The draft model has as many pages and slots.
-        most: tokens of a proposal at most.
+        max_tokens: most tokens of a proposal.
 
     Raises:
         UserError: vocabularies or contexts do not fit.
@@ -59,7 +59,7 @@ class DraftModel:
         model: LoadedModel,
         vocab_size: int,
         config: EngineConfig,
-        most: int,
+        max_tokens: int,
         *,
         num_pages: int,
         max_model_len: int,
@@ -76,7 +76,7 @@ class DraftModel:
                 f"the draft model's context is {model.config.max_position_embeddings} tokens, max_model_len is "
                 f"{max_model_len}: lower max_model_len or choose another draft model"
             )
-        scheduler = replace(config.scheduler, num_scheduler_steps=max(2, most))
+        scheduler = replace(config.scheduler, num_scheduler_steps=max(2, max_tokens))
         self.runner = Runner(
             model,
             replace(config, scheduler=scheduler),
@@ -104,7 +104,7 @@ class DraftModel:
         """
         most = self._limits.max_num_batched_tokens
         sizes = prefill_sizes([count + 1 for count in prompts], self._limits.max_num_seqs, most)
-        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MOST_REST)))
+        sizes += up_to(self.runner, min(most, num_sequences * (1 + Speculator.MAX_REST)))
         programs.add(self.runner, sizes, (PLAIN,), up_to(self.runner, num_sequences))
 
     # ------------------------------------------------------------------ the proposer
@@ -251,6 +251,12 @@ class DraftModel:
     def _submit(self, rows: list[list[tuple[DraftState, ScheduledRow]]]) -> tuple:
         states_of = {row.sequence: state for each in rows for state, row in each}
         ordered = tuple(tuple(sorted((row for _, row in each), key=lambda row: row.count > 1)) for each in rows)
-        plan = StepPlan(self._num_steps, ordered, ((),) * self._num_shards)
+        plan = StepPlan(
+            self._num_steps,
+            ordered,
+            copies=((),) * self._num_shards,
+            num_tokens=max(sum(row.count for row in shard) for shard in ordered),
+            num_steps=max(row.steps for shard in ordered for row in shard),
+        )
         self._num_steps += 1
         return plan, states_of, self.runner.submit(plan)

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Unpack
 
 from llm_infer.base.errors import ProcessLostError, UserError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures, union
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
-from llm_infer.decoding.token_rules import Grammar, TokenRules
 from llm_infer.engine.draft_model import DraftModel
-from llm_infer.engine.features import FOR_PROMPT, PLAIN, StepFeatures, features_of, union
 from llm_infer.engine.memory import out_of_memory_names_the_setting
-from llm_infer.engine.requests import make_request
+from llm_infer.engine.requests import RequestOptions, make_request
 from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
+from llm_infer.engine.step.features import FOR_PROMPT
 from llm_infer.engine.warm_up import Company, WarmUp, between, prefill_sizes, up_to
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import StepPlan
-from llm_infer.scheduler.proposals import MOST_DRAFTS
-from llm_infer.scheduler.request import Request, TokenEvent
-from llm_infer.scheduler.request import Sequence as LiveSequence
+from llm_infer.scheduler.request import Request, Sequence, TokenEvent
 from llm_infer.scheduler.scheduler import Scheduler
+from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
 
 
 @dataclass(slots=True)
@@ -130,7 +131,7 @@ class Engine:
             programs.add(self._draft_model.runner, counts, (PLAIN,))
         return programs
 
-    def warm_up_for(self, requests: Sequence[Request]) -> WarmUp:
+    def warm_up_for(self, requests: SequenceOf[Request]) -> WarmUp:
         """The step programs that requests need which have just been made or added; to be compiled by iterating.
 
         Those of their prompts, as far as the prefix cache does not have them, and of decoding while sequence after
@@ -141,7 +142,7 @@ class Engine:
         prompts = [self.scheduler.num_uncached(request) for request in requests]
         beside = Company.of(set(self.scheduler.requests.values()) - set(requests), shards)
         # Of a sample after the first, the last token of the prompt is a step of its own.
-        decoding = sum(request.n - (request.max_tokens == 1) for request in requests)
+        decoding = sum(request.n - (request.sampling.max_tokens == 1) for request in requests)
         decoding = min(-(-decoding // shards), limits.max_num_seqs)
         most, sizes = limits.max_num_batched_tokens, []
         for shard in range(min(shards, len(prompts))):
@@ -153,7 +154,7 @@ class Engine:
         programs.add(self.runner, sizes, [features], ())
         if decoding:
             decoding = min(decoding + beside.rows, limits.max_num_seqs)
-            drafts = 0 if self.speculator is None else min(MOST_DRAFTS, decoding * (self.speculator.most_tokens - 1))
+            drafts = 0 if self.speculator is None else min(MAX_DRAFTS, decoding * (self.speculator.max_tokens - 1))
             decode = up_to(self.runner, min(most, decoding + drafts))
             programs.add(self.runner, decode, [features & ~FOR_PROMPT], up_to(self.runner, decoding))
         if decoding and self._draft_model is not None:
@@ -162,17 +163,12 @@ class Engine:
 
     def add_request(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: SequenceOf[int],
         params: SamplingParams | None = None,
         *,
         request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        bad_words: Iterable[Sequence[int]] = (),
-        grammar: Grammar | None = None,
-        pooled: bool = False,
-        prompt_only: bool = False,
         queue: bool = True,
+        **options: Unpack[RequestOptions],
     ) -> Request:
         """Queues a request.
 
@@ -202,12 +198,7 @@ class Engine:
             eos_token_ids=self.eos_token_ids,
             # Unseeded requests still repeat from run to run, and differ from each other.
             seed=(self.config.seed, index),
-            priority=priority,
-            cache_salt=cache_salt,
-            bad_words=list(bad_words),
-            grammar=grammar,
-            pooled=pooled,
-            prompt_only=prompt_only,
+            **options,
         )
         self.scheduler.prepare(request)  # refuses what never fits, before anything changes
         if queue:
@@ -226,7 +217,7 @@ class Engine:
         with self._as_a_whole():
             self.scheduler.abort(request_id)
 
-    def finish(self, sequence: LiveSequence, reason: str) -> None:
+    def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends one sequence, for example at a stop string; tokens in flight are dropped."""
         with self._as_a_whole():
             self.scheduler.finish(sequence, reason)
@@ -256,8 +247,7 @@ class Engine:
 
     def _features_of(self, requests: Iterable[Request]) -> StepFeatures:
         drafts = PLAIN if self.speculator is None else StepFeatures.DRAFTS
-        each = (features_of(request.sampling, pooled=request.pooled) for request in requests)  # type: ignore[arg-type]
-        return drafts | union(each)
+        return drafts | union(request.features for request in requests)
 
     @out_of_memory_names_the_setting()
     def step(self) -> list[TokenEvent]:
@@ -376,5 +366,4 @@ class Engine:
 
 def _host_comes_first(plan: StepPlan) -> bool:
     """Whether the next draw of a row depends, on the host, on the id that this step draws for it."""
-    drawn_for = (row.sequence.request.rules for rows in plan.rows for row in rows if row.samples)
-    return any(isinstance(rules, TokenRules) and rules.needs_last_token for rules in drawn_for)
+    return any(row.samples and row.sequence.request.stepwise for rows in plan.rows for row in rows)

@@ -42,7 +42,7 @@ def local_bytes(arrays: Any) -> int:
     return sum(map(one, jax.tree.leaves(arrays)))
 
 
-def memory_limit(devices: Iterable[jax.Device]) -> int:
+def memory_limit(devices: Iterable[jax.Device]) -> int:  # pyright: ignore[reportInvalidTypeForm]
     """Bytes of the smallest of this host's devices: what its allocator may hand out; of CPU devices, an equal share of what
     the machine has free: nothing else keeps a pool from taking the memory that other programs are in."""
     devices = [device for device in devices if device.process_index == jax.process_index()]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from llm_infer.base.errors import CapacityError
-from llm_infer.engine.features import PLAIN, StepFeatures
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.engine.memory import device_bytes, is_out_of_memory, local_bytes, memory_limit, physical_memory
 from llm_infer.engine.programs import StepPrograms
 
@@ -50,13 +50,13 @@ def choose_num_pages(
         CapacityError: not even one page fits beside the null page, or the pool is larger than the machine's memory.
     """
     cache, sharding = steps.engine.cache, steps.sharding
-    most = steps.engine.scheduler.max_num_seqs * steps.pages_per_seq + 1
+    max_pages = steps.engine.scheduler.max_num_seqs * steps.pages_per_seq + 1
     if cache.num_pages is not None:
         pages = cache.num_pages
     elif cache.memory_bytes is not None:
-        pages = pages_in(steps, cache.memory_bytes, most)
+        pages = pages_in(steps, cache.memory_bytes, max_pages)
     elif sharding.platform == "cpu" and cache.memory_utilization is None and limit is None:
-        pages = pages_in(steps, min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical_memory())), most)
+        pages = pages_in(steps, min(CPU_POOL_BYTES, int(CPU_POOL_SHARE * physical_memory())), max_pages)
     else:
         features = LARGEST | (PLAIN if steps.engine.speculative is None else StepFeatures.DRAFTS)
 
@@ -78,7 +78,7 @@ def choose_num_pages(
             utilization=UTILIZATION if cache.memory_utilization is None else cache.memory_utilization,
             weights=weights + draft_weights,
             page_bytes=one_page + draft_page,
-            most=most,
+            max_pages=max_pages,
         )
     if cache.num_pages is None and jax.process_count() > 1:  # hosts may differ in memory, not in pages
         pages = int(multihost_utils.process_allgather(np.int32(pages)).min())
@@ -96,8 +96,8 @@ def page_bytes(steps: StepPrograms) -> int:
     return local_bytes(steps.cache(2)) // 2
 
 
-def pages_in(steps: StepPrograms, memory: int, most: int) -> int:
-    """Pages of a shard when the pools of all devices together take `memory` bytes; at most `most`.
+def pages_in(steps: StepPrograms, memory: int, max_pages: int) -> int:
+    """Pages of a shard when the pools of all devices together take `memory` bytes; at most `max_pages`.
 
     Raises:
         CapacityError: not even one page fits beside the null page.
@@ -109,11 +109,17 @@ def pages_in(steps: StepPrograms, memory: int, most: int) -> int:
             f"the page pool of {share / 1e6:.1f} MB holds {fits} pages of {page_bytes(steps) / 1e6:.2f} MB, at least 2 "
             "are needed: raise kv_cache_memory"
         )
-    return min(fits, most)
+    return min(fits, max_pages)
 
 
 def pages_that_fit(
-    measure: Callable[[int], int | None], *, limit: int, utilization: float, weights: int, page_bytes: int, most: int
+    measure: Callable[[int], int | None],
+    *,
+    limit: int,
+    utilization: float,
+    weights: int,
+    page_bytes: int,
+    max_pages: int,
 ) -> int:
     """The largest number of pages with which the largest program stays within `limit` × `utilization`.
 
@@ -127,13 +133,13 @@ def pages_that_fit(
         utilization: share of them that may be used.
         weights: bytes of the parameters on a device.
         page_bytes: of one page on a device.
-        most: pages that are of any use.
+        max_pages: pages that are of any use.
 
     Raises:
         CapacityError: fewer than two pages fit (page 0 is never used by a sequence).
     """
     budget = int(limit * utilization)
-    above = pages = min(most, (budget - weights) // page_bytes)
+    above = pages = min(max_pages, (budget - weights) // page_bytes)
     taken = None
     while pages >= 2 and (taken := measure(pages)) is None:
         above, pages = pages - 1, pages // 2
@@ -147,7 +153,7 @@ def pages_that_fit(
     if pages < 2:
         beside = "" if taken is None else f", the largest step takes {taken / 1e9:.2f} GB with them"
         raise CapacityError(
-            f"memory_utilization={utilization} of {limit / 1e9:.2f} GB is {budget / 1e9:.2f} GB a device; the weights "
+            f"memory_utilization={utilization} of {limit / 1e9:.2f} GB is {budget / 1e9:.2f} GB per device; the weights "
             f"take {weights / 1e9:.2f} GB{beside}, which leaves {max(0, pages)} pages of {page_bytes / 1e6:.2f} MB and at "
             "least 2 are needed: raise memory_utilization or tensor_parallel_size, or lower max_num_batched_tokens or "
             "max_num_seqs"

@@ -11,19 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.penalties import PenaltyState, empty_penalties
 from llm_infer.decoding.token_rules import mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures
-from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.memory import page_dtype
-from llm_infer.engine.multi_step import make_steps
 from llm_infer.engine.platform import layer_loop, query_rows
-from llm_infer.engine.sharding import StepSharding
-from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
-from llm_infer.engine.steps import make_step
+from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.multi_step import make_steps
+from llm_infer.engine.step.sharding import StepSharding
+from llm_infer.engine.step.state import FULL, Cache, StepInputs, StepState
+from llm_infer.engine.step.step import make_step
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
-from llm_infer.scheduler.proposals import MOST_DRAFTS
+from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
 from pallas_kernels.paged_attention.plan import PlanShape
 
 
@@ -81,7 +81,7 @@ class StepPrograms:
         if StepFeatures.STEPS in features:  # a token of each sequence
             shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self.query_rows, sequences))
             return StepLayout(shape, sequences, scheduler.num_scheduler_steps)
-        draws = min(bucket, sequences + MOST_DRAFTS) if StepFeatures.DRAFTS in features else sequences
+        draws = min(bucket, sequences + MAX_DRAFTS) if StepFeatures.DRAFTS in features else sequences
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket)), draws)
 
     def cache(self, num_pages: int) -> Cache:

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import TypedDict, Unpack
 
 import numpy as np
 
 from llm_infer.base.errors import RequestError
-from llm_infer.decoding.beam import NUM_CANDIDATES, BeamParams
+from llm_infer.decoding.beam import NUM_CANDIDATES
+from llm_infer.decoding.features import StepFeatures, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import Grammar, TokenRules
-from llm_infer.engine.features import PLAIN, StepFeatures, features_of
 from llm_infer.scheduler.request import Request
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request may be given beside its prompt and its sampling parameters.
+
+    Attributes:
+        priority: smaller runs earlier under the "priority" policy.
+        cache_salt: requests share cached prefixes only with requests of the same salt.
+        bad_words: token sequences that are never completed: the tokens of `bad_words` of the parameters.
+        grammar: what the output must match: the compiled form of `structured_outputs` of the parameters.
+        pooled: collect hidden states of the prompt: `request.prompt_results` is then a `PooledPrompt`.
+        prompt_only: nobody wants the token that is drawn, so the prompt may fill the context.
+    """
+
+    priority: int
+    cache_salt: str | None
+    bad_words: Iterable[Sequence[int]]
+    grammar: Grammar | None
+    pooled: bool
+    prompt_only: bool
 
 
 def make_request(
@@ -23,47 +44,36 @@ def make_request(
     vocab_size: int,
     eos_token_ids: frozenset[int],
     seed: tuple[int, int],
-    priority: int = 0,
-    cache_salt: str | None = None,
-    bad_words: Sequence[Sequence[int]] = (),
-    grammar: Grammar | None = None,
-    pooled: bool = False,
-    prompt_only: bool = False,
+    **options: Unpack[RequestOptions],
 ) -> Request:
-    """A request for the scheduler; arguments as of `Engine.add_request`, `seed` for parameters without one.
+    """Returns a request for the scheduler; `seed` is for parameters without one.
 
     Raises:
         RequestError: the prompt is empty, prompt or parameters hold ids outside the vocabulary, or no token may be drawn.
+        TypeError: there is no such option.
     """
+    if unknown := options.keys() - RequestOptions.__annotations__.keys():
+        raise TypeError(
+            f"a request has no option {', '.join(sorted(unknown))}: expected {', '.join(RequestOptions.__annotations__)}"
+        )
     params.check_vocabulary(vocab_size)
     prompt = _prompt(prompt_ids, vocab_size)
     if params.seed is None:
         words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         params = replace(params, seed=int(words[0]))
-    # Once a structure is complete its end is all that can follow, so there is nothing to go on to; see TokenRules.
-    ignore_eos = params.ignore_eos and grammar is None
-    request = Request(
-        request_id=request_id,
-        prompt=prompt[-(params.truncate_prompt_tokens or 0) :],
-        max_tokens=params.max_tokens,
+    _check_beams(params, vocab_size, eos_token_ids)
+    pooled = options.get("pooled", False)
+    return Request(
+        request_id,
+        prompt[-(params.truncate_prompt_tokens or 0) :],
+        params,
         eos_token_ids=eos_token_ids,
-        stop_token_ids=frozenset(params.stop_token_ids),
-        ignore_eos=ignore_eos,
-        n=params.num_sequences,
-        min_tokens=params.min_tokens,
-        priority=priority,
-        cache_salt=cache_salt,
-        sampling=params,
-        # Rules that look at the tokens before would have to follow every proposal.
-        speculate=features_of(params, pooled=pooled) == PLAIN,
-        beams=_beams(params, vocab_size, eos_token_ids),
-        whole_prompt=pooled or params.prompt_logprobs is not None,
-        prompt_only=pooled or prompt_only,
-        pooled=pooled,
+        rules=_rules(params, vocab_size, eos_token_ids, list(options.get("bad_words", ())), options.get("grammar")),
+        features=features_of(params, pooled=pooled),
+        priority=options.get("priority", 0),
+        cache_salt=options.get("cache_salt"),
+        prompt_only=pooled or options.get("prompt_only", False),
     )
-    request.rules = rules = _rules(request, params, vocab_size, bad_words, grammar)
-    request.stepwise = rules is not None and rules.needs_last_token
-    return request
 
 
 def _prompt(prompt_ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -78,23 +88,22 @@ def _prompt(prompt_ids: Sequence[int], vocab_size: int) -> list[int]:
     return ids.tolist()
 
 
-def _beams(params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> BeamParams | None:
+def _check_beams(params: SamplingParams, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+    """Refuses beams that could all end at once: more of them and of the ids that end one than a step returns tokens for."""
     if params.beam_width is None:
-        return None
-    ends = len({*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)})
-    most = min(NUM_CANDIDATES, vocab_size)
+        return
+    ends, most = len(params.stop_ids(eos_token_ids)), min(NUM_CANDIDATES, vocab_size)
     if params.beam_width + ends > most:
         raise RequestError(
             f"beam_width={params.beam_width} with {ends} ids that end a sequence: expected at most {most} together; "
             "lower beam_width or give fewer stop_token_ids"
         )
-    return BeamParams(params.beam_width, params.length_penalty, params.early_stopping)
 
 
 def _rules(
-    request: Request,
     params: SamplingParams,
     vocab_size: int,
+    eos_token_ids: frozenset[int],
     bad_words: Sequence[Sequence[int]],
     grammar: Grammar | None,
 ) -> TokenRules | None:
@@ -107,9 +116,9 @@ def _rules(
         allowed=params.allowed_token_ids,
         bad_words=bad_words,
         min_tokens=params.min_tokens,
-        stop_ids=request.stop_token_ids | (frozenset() if request.ignore_eos else request.eos_token_ids),
+        stop_ids=params.stop_ids(eos_token_ids),
         grammar=grammar,
-        eos_ids=request.eos_token_ids,
+        eos_ids=eos_token_ids,
         ignore_eos=params.ignore_eos,
     )
     if (why := rules.why_nothing_starts) is not None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.features import StepFeatures, features_of
+from llm_infer.decoding.features import StepFeatures
+from llm_infer.decoding.sampling_params import ALL_LOGPROBS
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, TokenEvent, TokenLogprobs
 
@@ -19,25 +19,30 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
     places = {row.sequence: (shard, i) for shard, rows in enumerate(plan.rows) for i, row in enumerate(rows)}
     steps = Counter[Sequence]()
     for event in events:
-        params = event.sequence.request.sampling
-        assert isinstance(params, SamplingParams)
-        if StepFeatures.LOGPROBS not in features_of(params):
+        request = event.sequence.request
+        if StepFeatures.LOGPROBS not in request.features:
             continue  # results of a beam search may belong to sequences without a row in the step
         shard, row = places[event.sequence]
         place = (shard, row) if plan.num_steps == 1 else (shard, steps[event.sequence], row)
         steps[event.sequence] += 1
-        event.logprobs = logprobs_at(outputs, place, params.logprobs or 0)
+        event.logprobs = logprobs_at(outputs, place, request.sampling.logprobs or 0)
 
 
 def logprobs_at(
     outputs: Mapping[str, np.ndarray], place: tuple[int, ...], count: int, prefix: str = ""
 ) -> TokenLogprobs:
-    """The log-probabilities of one row, with the `count` most likely tokens."""
+    """The log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
+    if count == ALL_LOGPROBS:
+        every = outputs["all_logprobs"][place]
+        top_ids = np.argsort(-every, kind="stable")  # of equals the first comes first, as in the draw
+        top_logprobs = every[top_ids]
+    else:
+        top_ids, top_logprobs = (outputs[f"{prefix}{name}"][place][:count] for name in ("top_ids", "top_logprobs"))
     return TokenLogprobs(
         float(outputs[f"{prefix}logprobs"][place]),
         int(outputs[f"{prefix}ranks"][place]),
-        tuple(outputs[f"{prefix}top_ids"][place][:count].tolist()),
-        tuple(outputs[f"{prefix}top_logprobs"][place][:count].tolist()),
+        tuple(top_ids.tolist()),
+        tuple(top_logprobs.tolist()),
     )
 
 
@@ -78,13 +83,13 @@ def collect_prompts(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
 def _collect_logprobs(
     request: Request, start: int, count: int, outputs: Mapping[str, np.ndarray], place: tuple[int, int]
 ) -> None:
-    params = request.sampling
-    assert isinstance(params, SamplingParams)
     if not isinstance(request.prompt_results, list):
         request.prompt_results = [None] * len(request.prompt)
     for i in range(min(count, len(request.prompt) - start - 1)):
         at = (place[0], place[1] + i)
-        request.prompt_results[start + i + 1] = logprobs_at(outputs, at, params.prompt_logprobs or 0, "prompt_")
+        request.prompt_results[start + i + 1] = logprobs_at(
+            outputs, at, request.sampling.prompt_logprobs or 0, "prompt_"
+        )
 
 
 def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[list[list[tuple[int, float]]]]:
@@ -92,7 +97,9 @@ def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[l
     ids, logprobs = outputs["beam_ids"], outputs["beam_logprobs"]
     return [
         [
-            [] if row.sequence.request.beams is None else list(zip(tokens.tolist(), values.tolist(), strict=True))
+            []
+            if row.sequence.request.sampling.beam_width is None
+            else list(zip(tokens.tolist(), values.tolist(), strict=True))
             for row, tokens, values in zip(rows, ids[shard], logprobs[shard], strict=False)
         ]
         for shard, rows in enumerate(plan.rows)

@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import EngineConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.penalties import seen_counts, set_slot
-from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.token_rules import ALL, mask_words
-from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves
 from llm_infer.engine.huge_pages import empty_in_huge_pages
-from llm_infer.engine.layout import StepLayout, token_buckets
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.page_count import choose_num_pages
 from llm_infer.engine.programs import StepPrograms
-from llm_infer.engine.row_fields import ROW_FIELDS
 from llm_infer.engine.slots import SlotTable
-from llm_infer.engine.state import StepInputs, StepState, after
+from llm_infer.engine.step.features import for_steps, serves
+from llm_infer.engine.step.layout import StepLayout, token_buckets
+from llm_infer.engine.step.row_fields import ROW_FIELDS
+from llm_infer.engine.step.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
 from llm_infer.parallel.channel import Leader
 from llm_infer.parallel.distributed import Channel
@@ -262,7 +262,6 @@ class Runner:
         unset, self._unset = self._unset, {}
         for sequence, shard in unset.items():
             params = sequence.request.sampling
-            assert isinstance(params, SamplingParams)
             if sequence.slot is not None:
                 seen = seen_counts(list(sequence.request.prompt), sequence.output, self._vocab)
                 bias = np.zeros(self._vocab, np.float32)
@@ -272,7 +271,7 @@ class Runner:
 
     def _launch(self, program: StepProgram, inputs: StepInputs, rows: list[StateRow]) -> dict[str, jax.Array]:
         """Starts a program after it has set rows of the per-slot state."""
-        state = StepState(*map(self._made, self.state, program.state))
+        state = StepState._make(map(self._made, self.state, program.state))
         if program.set_slot is not None:
             penalties = state.penalties
             for slot, seen, bias in rows:

@@ -7,11 +7,11 @@ from functools import partial
 
 import numpy as np
 
-from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.decoding.token_rules import Matcher, TokenRules
-from llm_infer.engine.features import FOR_PROMPT, StepFeatures, features_of
-from llm_infer.engine.layout import STOP_IDS
-from llm_infer.engine.row_fields import ROW_FIELDS
+from llm_infer.decoding.features import StepFeatures
+from llm_infer.decoding.token_rules import Matcher
+from llm_infer.engine.step.features import FOR_PROMPT
+from llm_infer.engine.step.layout import STOP_IDS
+from llm_infer.engine.step.row_fields import ROW_FIELDS
 from llm_infer.scheduler.plan import ScheduledRow
 from llm_infer.scheduler.request import Sequence
 
@@ -74,7 +74,7 @@ class SlotTable:
         dead = {}
         for mask, row in zip(masks, rows, strict=False):
             sequence, rules = row.sequence, row.sequence.request.rules
-            if row.samples and isinstance(rules, TokenRules):
+            if row.samples and rules is not None:
                 assert sequence.slot is not None
                 num_new = row.start + row.count - len(sequence.request.prompt)
                 why = rules.fill(mask, num_new, sequence.output, self._matchers[sequence.slot])
@@ -84,11 +84,10 @@ class SlotTable:
         return dead
 
     def _set_fields(self, sequence: Sequence, slot: int) -> None:
-        params, rules = sequence.request.sampling, sequence.request.rules
-        assert isinstance(params, SamplingParams)
-        self._features[slot] = features_of(params, pooled=sequence.request.pooled).value
+        rules = sequence.request.rules
+        self._features[slot] = sequence.request.features.value
         # A matcher that starts anew reads all of the output: a preempted sequence needs nothing kept.
-        grammar = rules.grammar if isinstance(rules, TokenRules) else None
+        grammar = None if rules is None else rules.grammar
         self._matchers[slot] = None if grammar is None else grammar.matcher()
         stops = sorted(sequence.stop_ids)[:STOP_IDS]
         self.stop_ids[slot] = stops + [-1] * (STOP_IDS - len(stops))

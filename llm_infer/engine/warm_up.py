@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from llm_infer.engine.features import PLAIN, StepFeatures, for_steps, serves, union
+from llm_infer.decoding.features import PLAIN, StepFeatures, union
 from llm_infer.engine.memory import release_free_memory
 from llm_infer.engine.runner import Runner
+from llm_infer.engine.step.features import for_steps, serves
 from llm_infer.scheduler.request import Request
 
 

@@ -36,6 +36,9 @@ class TokensPrompt(TypedDict, total=False):
 Prompt = str | Sequence[int] | np.ndarray | TextPrompt | TokensPrompt
 """Text, or token ids (a list or an array of integers, of NumPy or another library), or a dictionary with either."""
 
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation in OpenAI form: `[{"role": "user", "content": "…"}, …]`."""
+
 KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 
 
@@ -93,7 +96,7 @@ class PromptReader:
         parts = [_parts(prompt) for prompt in prompts]
         priorities = self._priorities(priority, len(prompts))
         salts = [_salt(salt if salt is not None else cache_salt) for _, _, salt in parts]
-        ids = [self.tokenizer.encode(text) if ids is None else list(ids) for text, ids, _ in parts]
+        ids = [self.tokenizer.encode(cast(str, text)) if ids is None else list(ids) for text, ids, _ in parts]
         # Many prompts have the same parameters: one grammar, and the words once.
         grammars = {id(param): self._grammar(param) for param in params}
         words = {id(param): [w for text in param.bad_words for w in self._spellings(text)] for param in params}
@@ -133,8 +136,8 @@ class PromptReader:
         return self._grammars.compile(params.structured_outputs)
 
 
-def _parts(prompt: Prompt) -> tuple[str, None, object] | tuple[str | None, list[int], object]:
-    """Text, ids and salt of a prompt; a text without ids is to be encoded."""
+def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None, object]:
+    """Text, ids and salt of a prompt; without ids there is a text, which is to be encoded."""
     if isinstance(prompt, str):
         return prompt, None, None
     if not isinstance(prompt, Mapping):
@@ -147,7 +150,7 @@ def _parts(prompt: Prompt) -> tuple[str, None, object] | tuple[str | None, list[
             f"a prompt's text is {text!r:.60}: expected {{'prompt': text}} or {{'prompt_token_ids': ids}}"
         )
     salt = prompt.get("cache_salt")
-    return (cast(str, text), None, salt) if ids is None else (text, _token_ids(ids), salt)
+    return text, None if ids is None else _token_ids(ids), salt
 
 
 def _token_ids(ids: Any) -> list[int]:
@@ -210,3 +213,21 @@ def per_prompt(params: SamplingParams | Sequence[SamplingParams] | None, count: 
     if count is not None and len(params) != count:
         raise RequestError(f"{len(params)} sampling parameters for {count} prompts: give one, or one per prompt")
     return list(params)
+
+
+def conversations(messages: Messages | Sequence[Messages]) -> Sequence[Messages]:
+    """Returns one conversation or several as a list of conversations.
+
+    Raises:
+        RequestError: they are neither.
+    """
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
+        raise RequestError(f"expected a list of messages with role and content, found {messages!r:.60}")
+    return [cast(Messages, messages)] if isinstance(messages[0], Mapping) else cast(Sequence[Messages], messages)
+
+
+def require_streamable(params: SamplingParams) -> None:
+    """Raises RequestError for parameters whose outputs are chosen at the end."""
+    if params.num_sequences > params.n:
+        name = "best_of" if params.beam_width is None else "beam_width"
+        raise RequestError(f"{name}={getattr(params, name)} cannot stream: the best is known at the end only")

@@ -12,7 +12,9 @@ from typing import TypeVar
 from llm_infer.base.errors import RequestError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.base.interrupts import uninterrupted
+from llm_infer.base.plain_values import plain_list
 from llm_infer.base.progress import Progress
+from llm_infer.decoding.features import PLAIN, features_of, union
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.warm_up import WarmUp
@@ -52,6 +54,7 @@ class Session:
         self.prompts = PromptReader(tokenizer, engine.vocab_size, by_priority=by_priority)
         # Of the kind that knows its owner, so that code inside a turn of its own thread gets an answer and not a deadlock.
         self._lock = threading.RLock()
+        self._compiling = threading.RLock()
         self._halfway = self._closed = False
         self._running: dict[str, TrackedRequest] = {}
         self._left: deque[TrackedRequest] = deque()
@@ -82,9 +85,41 @@ class Session:
         finally:  # of a stream that nobody reads any more Python runs this wherever it likes
             self.leave(tracked)
 
+    def run(self, asked: Sequence[Asked], progress: Progress) -> list[TrackedRequest]:
+        """Computes requests to their end and returns them.
+
+        Raises:
+            BaseException: what struck; none of them runs then.
+        """
+        try:
+            with self.submitted(asked) as tracked, progress.task("Generating", total=len(asked)) as bar:
+                while (done := sum(one.finished for one in tracked)) < len(tracked):
+                    bar.set(done)
+                    self.step()
+                bar.set(done)
+                return tracked
+        finally:
+            self.settle()
+
+    def warm_up(self, token_counts: Sequence[int] | None, params: Sequence[SamplingParams]) -> None:
+        """Compiles the programs of steps of these token counts, or of all, for requests with these parameters side by side.
+
+        Raises:
+            RequestError: the counts are none.
+        """
+        counts = plain_list(token_counts)
+        if counts is not None and not (
+            isinstance(counts, list | tuple) and all(type(each) is int and each > 0 for each in counts)
+        ):
+            raise RequestError(f"token_counts={token_counts!r:.60}: expected whole numbers above 0, or None for all")
+        self.compile(self.engine.warm_up(counts, [PLAIN, union(map(features_of, params))]))
+
     def compile(self, programs: WarmUp) -> None:
-        """Compiles step programs in this thread, side by side, and with a word about it."""
-        with self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
+        """Compiles step programs, side by side, and with a word about it; steps go on meanwhile.
+
+        Threads that need the same programs at once wait for the first: then all are there.
+        """
+        with self._compiling, self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
             for _ in programs:
                 bar.advance(1)
 

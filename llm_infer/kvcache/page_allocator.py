@@ -47,20 +47,20 @@ class PageAllocator:
         return self.num_pages - 1
 
     def num_free(self, shard: int) -> int:
-        """Pages without an owner."""
+        """Returns the number of pages without an owner."""
         return len(self._free[shard])
 
     def num_available(self, shard: int) -> int:
-        """Pages that `allocate` can give: free ones, and idle ones of the prefix cache."""
+        """Returns how many pages `allocate` can give: free ones, and idle ones of the prefix cache."""
         return len(self._free[shard]) + len(self._idle[shard])
 
     def num_idle(self, shard: int, pages: Iterable[int]) -> int:
-        """How many of `pages` have only the prefix cache as their owner."""
+        """Returns how many of `pages` have only the prefix cache as their owner."""
         idle = self._idle[shard]
         return sum(page in idle for page in pages)
 
     def refcount(self, shard: int, page: int) -> int:
-        """Number of owners of a page."""
+        """Returns the number of owners of a page."""
         return self._refcounts[shard][page]
 
     def allocate(self, shard: int, count: int) -> list[int]:
@@ -114,7 +114,7 @@ class PageAllocator:
                 self._settle(shard, pinned.pop())
 
     def keep(self, shard: int, page: int) -> None:
-        """The prefix cache becomes an owner of a page that is in use."""
+        """Makes the prefix cache an owner of a page that is in use."""
         self.share(shard, (page,))
         self._kept[shard].add(page)
 
@@ -123,7 +123,7 @@ class PageAllocator:
         self._on_evict = forget
 
     def check(self, owners: Sequence[Iterable[Sequence[int]]]) -> None:
-        """Verifies the books against the real owners. To be called with no pins.
+        """Checks the books against the real owners. Must be called while no page is pinned.
 
         Args:
             owners: `owners[shard]` gives one list of pages per owner.

@@ -28,13 +28,13 @@ class PageTable:
         self.length = 0
 
     def pages_needed(self, count: int) -> int:
-        """Pages that `append(count)` would allocate, a copy of a shared page included."""
+        """Returns how many pages that `append(count)` would allocate, a copy of a shared page included."""
         offset = self.length % self.page_size
         shared = offset > 0 and self._allocator.refcount(self.shard, self.pages[-1]) > 1
         return -(-(self.length + count) // self.page_size) - len(self.pages) + shared
 
     def refcount_of_last(self) -> int:
-        """Owners of the last page."""
+        """Returns the number of owners of the last page."""
         return self._allocator.refcount(self.shard, self.pages[-1])
 
     def append_in_place(self) -> bool:
@@ -75,7 +75,7 @@ class PageTable:
         self.length = len(pages) * self.page_size
 
     def fork(self, length: int | None = None) -> PageTable:
-        """A second table over the first `length` tokens (all by default), which shares their pages."""
+        """Returns a second table over the first `length` tokens (all by default), which shares their pages."""
         child = PageTable(self._allocator, self.shard, self.page_size)
         child.length = self.length if length is None else length
         assert child.length <= self.length, f"fork of {child.length} tokens from a table of {self.length}"

@@ -44,7 +44,7 @@ class PrefixCache:
             digests.append(hashlib.sha256(parent + page).digest())
 
     def lookup(self, shard: int, digests: Iterable[bytes]) -> list[int]:
-        """Pages of the longest known prefix. The caller becomes an owner (`PageTable.adopt`) before it allocates."""
+        """Returns the pages of the longest known prefix. The caller becomes an owner (`PageTable.adopt`) before it allocates."""
         page_of = self._page_of[shard]
         pages = []
         for digest in digests:
@@ -67,7 +67,7 @@ class PrefixCache:
             self._digest_of[shard][page] = digest
 
     def pages(self, shard: int) -> list[int]:
-        """The pages that the cache owns, for `PageAllocator.check`."""
+        """Returns the pages that the cache owns, for `PageAllocator.check`."""
         page_of, digest_of = self._page_of[shard], self._digest_of[shard]
         if len(page_of) != len(digest_of) or any(page_of.get(digest) != page for page, digest in digest_of.items()):
             raise InvariantError(f"shard {shard}: {len(page_of)} digests for {len(digest_of)} pages, or they disagree")

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.hf_config import LARGEST
+from llm_infer.models.hf_config import MAX_INTEGER
 from llm_infer.models.registry import family
 
 _MAY_BE_ZERO = ("embedding_size",)  # embeddings as wide as the model
@@ -65,7 +65,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         each_kind = [items[0]] * len(value) if items[-1] is Ellipsis else items
         if len(each_kind) == len(value):
             return tuple(_build(k, v, where) for k, v in zip(each_kind, value, strict=True))
-    if kind is float and type(value) is int and abs(value) <= LARGEST:
+    if kind is float and type(value) is int and abs(value) <= MAX_INTEGER:
         return float(value)
     if kind in (bool, int, float, str) and type(value) is kind:
         return value
@@ -76,7 +76,7 @@ def _check_number(value: Any, where: str, *, zero: bool) -> None:
     """Raises ModelError for a size, a base or an epsilon that no model has."""
     if type(value) not in (int, float) or (zero and value == 0):
         return
-    if not (0 < value < math.inf) or (type(value) is int and value > LARGEST):
+    if not (0 < value < math.inf) or (type(value) is int and value > MAX_INTEGER):
         raise ModelError(
             f"the checkpoint's {where} is {value!r:.60}, expected a positive number: convert the model again"
         )

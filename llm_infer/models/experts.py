@@ -58,12 +58,13 @@ class ExpertsMLP(nnx.Module):
         rows, num_here = block_rows(experts.size, moe.num_experts), moe.num_experts // self.shards.ep
         # Each expert that is used adds less than one block of padding.
         max_blocks = min(experts.size, -(-experts.size // rows) + num_here)
+        here = None
         if self.shards.ep > 1:
             experts = experts - first_of_part(num_here, ("ep",))
             here = (experts >= 0) & (experts < num_here)
             weights, experts = jnp.where(here, weights, 0), jnp.where(here, experts, num_here)
         place, expert_of_block, num_blocks = _blocks(experts.reshape(-1), num_here, rows, max_blocks)
-        if self.shards.ep > 1:  # behind the last block, where nothing is kept
+        if here is not None:  # behind the last block, where nothing is kept
             place = jnp.where(here.reshape(-1), place, max_blocks * rows)
         token = jnp.arange(experts.size, dtype=jnp.int32) // moe.experts_per_token
         # Padding rows read token 0; nobody reads what becomes of them.

@@ -10,9 +10,9 @@ from llm_infer.base.errors import ModelError
 from llm_infer.models.config import RopeConfig
 from llm_infer.models.config_keys import is_neutral, same
 
-LARGEST = 2**31 - 1
+MAX_INTEGER = 2**31 - 1
 """Largest size or position: programs count in int32."""
-LARGEST_THETA = 1e15
+MAX_THETA = 1e15
 """Published bases of rotary frequencies end at 5e10."""
 
 
@@ -38,8 +38,8 @@ class ConfigReader:
     def integer(self, key: str, default: Any = ...) -> int:
         """A positive whole number."""
         value = self.take(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
-            raise ModelError(f"config.json: {key}={value!r:.60}, expected a positive whole number up to {LARGEST}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_INTEGER:
+            raise ModelError(f"config.json: {key}={value!r:.60}, expected a positive whole number up to {MAX_INTEGER}")
         return value
 
     def number(self, key: str, default: Any = ..., *, high: float = math.inf) -> float:
@@ -107,7 +107,7 @@ class ConfigReader:
             raise ModelError(f"config.json: {name}={scaling!r:.60}, expected an object or null")
         # A null says that a key is not set.
         scaling = {key: value for key, value in scaling.items() if value is not None}
-        theta = positive("rope_theta", scaling.pop("rope_theta", self.take("rope_theta", 10000.0)), LARGEST_THETA, 1.0)
+        theta = positive("rope_theta", scaling.pop("rope_theta", self.take("rope_theta", 10000.0)), MAX_THETA, 1.0)
         older = scaling.pop("type", "default")
         kind = scaling.pop("rope_type", older)
         if not same(scaling.pop("partial_rotary_factor", 1.0), 1.0):
@@ -118,7 +118,7 @@ class ConfigReader:
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if key not in scaling:
                 raise ModelError(f"config.json: rope scaling 'llama3' has no {key!r}")
-            numbers[key] = positive(f"{name}[{key!r}]", scaling.pop(key), float(LARGEST))
+            numbers[key] = positive(f"{name}[{key!r}]", scaling.pop(key), float(MAX_INTEGER))
         if scaling:
             raise ModelError(f"config.json: unknown keys in the rope scaling: {sorted(scaling)}")
         factor, low, high, original = numbers.values()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -123,7 +122,7 @@ def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
     parts, and of the experts' rows each device's share is brought together. `axes` are those that the parameter
     declares; an array in blocks may have more in front.
     """
-    xp: ModuleType = jnp if isinstance(array, jax.Array) else np
+    xp: Any = jnp if isinstance(array, jax.Array) else np
     shards, moe = config.shards, config.moe
     rows = next((name for name in ("vocab", "qkv", "kv_heads", "expert_rows") if name in axes), None)
     if rows is None:

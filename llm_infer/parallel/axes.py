@@ -50,9 +50,10 @@ class ParamSpec:
     std: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.axes) != len(self.shape) or (unknown := [axis for axis in self.axes if axis not in MESH_AXES]):
-            found = unknown if len(self.axes) == len(self.shape) else f"{self.axes} for {self.shape}"
-            raise ValueError(f"axes: expected one name of parallel.axes.MESH_AXES per dimension, found {found}")
+        if len(self.axes) != len(self.shape) or any(axis not in MESH_AXES for axis in self.axes):
+            raise ValueError(
+                f"axes={self.axes} for {self.shape}: expected one name of parallel.axes.MESH_AXES per dimension"
+            )
 
     @property
     def size(self) -> int:

@@ -1,6 +1,6 @@
-"""Messages from the first process to the others, over TCP: they are sent while the devices compute, so no step waits for them.
+"""Messages from the first process to the others, over TCP, sent while the devices compute, so that no step waits for them.
 
-A message is a small JSON object and arrays of numbers. The others have nothing to say, so whatever ends a connection means that
+A message is a small JSON object and arrays of numbers. The others have nothing to say, so the end of a connection means that
 a process is gone, which is noticed at once.
 """
 
@@ -26,11 +26,11 @@ from llm_infer.base.errors import UserError
 from llm_infer.base.forks import is_lost_child
 
 GRACE = 5.0
-"""Seconds after the loss of a process in which a running step may say so; then this process ends."""
+"""Seconds for which, after the loss of a process, a running step may report it; then this process ends."""
 
 
 class Leader:
-    """The first process's end.
+    """The first process's end of the connections.
 
     Args:
         num_followers: processes to wait for.
@@ -49,7 +49,7 @@ class Leader:
 
     @property
     def port(self) -> int:
-        """Where followers connect."""
+        """The port to which followers connect."""
         return self._listener.getsockname()[1]
 
     def accept(self, seconds: float) -> None:
@@ -69,7 +69,7 @@ class Leader:
             connection.settimeout(seconds)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not hmac.compare_digest(_receive_exactly(connection, len(self.token)), self.token):
-                connection.close()  # a stranger
+                connection.close()  # from a stranger
                 continue
             hello, _ = _receive(connection)
             self._followers[hello["process"]] = connection
@@ -91,14 +91,14 @@ class Leader:
         return None
 
     def smallest(self, value: int) -> int:
-        """The smallest of all processes' values; every process calls this."""
+        """Returns the smallest of all processes' values; every process calls this."""
         values = [_receive(connection)[0]["value"] for connection in self._followers.values()]
         result = min([value, *values])
         self.send({"value": result})
         return result
 
     def watch(self) -> None:
-        """From now on, the end of a follower is noticed; `smallest` cannot be called any more."""
+        """Notices the end of a follower from now on; `smallest` cannot be called any more."""
         for process, connection in self._followers.items():
             threading.Thread(target=self._watch, args=(process, connection), daemon=True).start()
 
@@ -109,12 +109,12 @@ class Leader:
                 _send(connection, header, arrays)
 
     def loss(self, seconds: float = 2.0) -> str | None:
-        """That a process is gone, if it is noticed within some seconds; it is then for the caller to report."""
+        """Returns a message if the end of a process is noticed within `seconds`; the caller is then to report it."""
         self._reported = self._noticed.wait(seconds)
         return self._lost
 
     def out_of_step(self) -> None:
-        """Gives the others up: they may have begun what this process was kept from, so nothing can be computed together."""
+        """Gives up the others: they may have begun a step that this process has not, so nothing more can be computed together."""
         self._lost = self._lost or "a step that the other processes had begun was interrupted: restart all processes"
         self._noticed.set()
         for connection in self._followers.values():
@@ -139,13 +139,13 @@ class Leader:
 
 
 class Follower:
-    """Another process's end.
+    """Another process's end of the connection.
 
     Args:
         hosts: names or addresses under which the leader may be reached, tried in turn.
-        port, token: the leader's.
+        port, token: those of the leader.
         process: number of this process.
-        settings: as the leader's.
+        settings: as those of the leader.
 
     Raises:
         UserError: the leader cannot be reached, or was started with other settings.
@@ -162,18 +162,18 @@ class Follower:
         answer, _ = _receive(self._connection)
         if answer["problem"] is not None:
             raise UserError(answer["problem"])
-        # A thread of its own, so that the leader's end is heard whatever this process is doing: JAX's own way to end a
-        # process that has lost its coordinator, a moment later, is to abort it.
+        # A thread of its own hears the leader's end, whatever this process is doing. A moment later JAX would end a
+        # process that has lost its coordinator by aborting it.
         self._messages: queue.SimpleQueue[tuple[dict[str, Any], list[np.ndarray]]] = queue.SimpleQueue()
         threading.Thread(target=self._listen, name="channel", daemon=True).start()
 
     def smallest(self, value: int) -> int:
-        """See `Leader.smallest`."""
+        """Returns the smallest of all processes' values, see `Leader.smallest`."""
         _send(self._connection, {"value": value})
         return self.receive()[0]["value"]
 
     def receive(self) -> tuple[dict[str, Any], list[np.ndarray]]:
-        """The next message. The process ends if the leader is gone."""
+        """Returns the next message. The process ends if the leader is gone."""
         return self._messages.get()
 
     def _listen(self) -> None:
@@ -228,7 +228,7 @@ def _receive_exactly(connection: socket.socket, size: int) -> bytes:
 
 
 def end_process(message: str | None) -> None:
-    """Ends this process without waiting for the others, which JAX's own way to end would do."""
+    """Ends this process without waiting for the others, as JAX would do at its exit."""
     if message is not None:
         print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)

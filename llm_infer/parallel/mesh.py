@@ -16,9 +16,9 @@ AXES = ("dp", "tp", "ep")
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any]) -> Mesh:
-    """The mesh [dp, tp, ep] of the first of these devices.
+    """Returns the mesh [dp, tp, ep] of the first of these devices.
 
-    Devices that differ in `tp` and `ep` alone are neighbours in the list, so what they sum stays on fast links.
+    Devices that differ only in `tp` and `ep` are neighbours in the list, so their sums stay on fast links.
 
     Raises:
         UserError: the mesh is larger than the devices.
@@ -30,14 +30,14 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[Any]) -> Mesh:
 
 
 def too_large(parallel: ParallelConfig, num_devices: int) -> str | None:
-    """Why a mesh of these sizes cannot be had with so many devices, or None."""
+    """Says why a mesh of these sizes cannot be made of so many devices; None if it can."""
     if parallel.num_devices <= num_devices:
         return None
     return f"{parallel} needs {parallel.num_devices} devices, there are {num_devices}"
 
 
 def nearest(parallel: ParallelConfig, num_devices: int, works: Callable[[ParallelConfig], bool]) -> ParallelConfig:
-    """The sizes closest to `parallel` that work, changing first `tp`, then `ep`, then `dp`; one device always works."""
+    """Returns the sizes closest to `parallel` that work, changing first `tp`, then `ep`, then `dp`; one device always works."""
     return next((each for each in _by_distance(parallel, num_devices) if works(each)), ParallelConfig())
 
 

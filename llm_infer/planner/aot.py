@@ -1,6 +1,6 @@
 """Compiles an engine's step for devices that are not here, and says what the compiled program takes and does.
 
-Run in a process that was started with `pallas_kernels.targets.environment(target)`; `llm-infer bench aot` does.
+Runs in a process that was started with `pallas_kernels.targets.environment(target)`; `llm-infer bench aot` does.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
-from llm_infer.engine.features import PLAIN
+from llm_infer.decoding.features import PLAIN
 from llm_infer.engine.memory import device_bytes
 from llm_infer.engine.page_count import UTILIZATION
 from llm_infer.engine.programs import StepPrograms
-from llm_infer.engine.sharding import StepSharding
+from llm_infer.engine.step.sharding import StepSharding
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.params import split_model
 from llm_infer.models.sharded import Placement, abstract_parameters, place_over
@@ -32,14 +32,14 @@ from pallas_kernels.targets import Target
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What a step program for a chip takes and does, per device.
+    """Memory and work of a step program for a chip, per device.
 
     Attributes:
         tokens: T of the program.
-        num_pages: of a data-parallel shard.
-        estimated: closed form.
-        total_bytes, temporary_bytes, aliased_bytes: of the compiler's memory analysis.
-        collectives: how often each kind runs in a step.
+        num_pages: pages of a data-parallel shard.
+        estimated: memory by the closed form.
+        total_bytes, temporary_bytes, aliased_bytes: from the compiler's memory analysis.
+        collectives: number of runs of each kind per step.
         largest_copy: bytes of the largest array that is copied.
         megacycles: the compiler's estimate of a step without the sampler's rare branches; None where it gives none.
         compile_seconds, compile_cpu_seconds: time of lowering and compiling; on a busy machine only the second means much.
@@ -65,19 +65,19 @@ def abstract_steps(
     engine: EngineConfig,
     dtype: str = "bfloat16",
 ) -> StepPrograms:
-    """The step programs of a model without weights, on devices that may be here or not.
+    """Makes the step programs of a model without weights, on devices that may be here or not.
 
     Args:
-        config: of the whole model.
-        parallel: over how many devices.
-        devices: of this machine, or of `targets.devices`.
+        config: configuration of the whole model.
+        parallel: numbers of devices to cut it over.
+        devices: devices of this machine, or those of `targets.devices`.
         engine: limits and cache settings.
-        dtype: of weights and pages.
+        dtype: type of weights and pages.
 
     Raises:
         UserError: the model cannot be cut so, or there are too few devices.
     """
-    # A mesh even of one device: it says what to compile for.
+    # One device has a mesh too: it says what to compile for.
     placement = place_over(config, parallel, devices) or Placement(config, make_mesh(parallel, devices))
     definition, specs = split_model(placement.config, dtype)
     return StepPrograms(
@@ -108,16 +108,16 @@ def compile_step(
     """Compiles the plain step of `tokens` tokens.
 
     Args:
-        config: of the whole model.
+        config: configuration of the whole model.
         target: the chip.
-        topology: of the slice, such as "2x4"; None is the smallest.
-        parallel: over how many devices.
-        tokens: T; of a decode step `max_num_seqs`.
-        num_pages: of a shard; None takes as many as fit UTILIZATION of the memory by the closed form.
-        dtype: of weights and pages.
+        topology: topology of the slice, such as "2x4"; None is the smallest.
+        parallel: numbers of devices to cut it over.
+        tokens: T; `max_num_seqs` for a decode step.
+        num_pages: pages of a shard; None takes as many as fit UTILIZATION of the memory by the closed form.
+        dtype: type of weights and pages.
 
     Raises:
-        UserError: the model cannot be cut so, the slice is too small, or the memory is; the message says by how much.
+        UserError: the model cannot be cut so, or the slice or its memory is too small; the message says by how much.
     """
     parallel = parallel or ParallelConfig()
     try:
@@ -139,7 +139,7 @@ def compile_step(
     expected = estimate(config, cut, size, num_pages=max(2, pages), bytes_of_page=one_page)
     if pages < 2:
         raise UserError(
-            f"a step takes {expected.total / 1e9:.1f} GB a device with 2 pages ({expected.weights / 1e9:.1f} GB of weights); "
+            f"a step takes {expected.total / 1e9:.1f} GB per device with 2 pages ({expected.weights / 1e9:.1f} GB of weights); "
             f"{UTILIZATION:.0%} of the memory of {target.name} is {budget / 1e9:.1f} GB: short by "
             f"{(expected.total - budget) / 1e9:.1f} GB"
         )
@@ -175,6 +175,6 @@ def compile_step(
 
 
 def _refusal(message: str) -> str:
-    """The sentence of a compiler's refusal that says what is short."""
+    """Returns the sentence of a compiler's refusal that says what is short."""
     said = [line.strip() for line in message.splitlines() if "capacity" in line or "RESOURCE_EXHAUSTED" in line]
     return f"the compiler refuses it: {(said or [message.splitlines()[0]])[0]:.300}"

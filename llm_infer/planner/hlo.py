@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its text: collectives, large copies, the compiler's cycles; loops count fully."""
+"""Reads from a compiled program's text what it does: collectives, large copies, the compiler's cycles; loops count fully."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _UNKNOWN = 1 << 62
 
 @dataclass(slots=True)
 class Work:
-    """What a program does in one run.
+    """Work of a program in one run.
 
     Attributes:
-        collectives: how often each kind runs; an asynchronous one counts at its start.
-        cycles: sum of the compiler's estimates; 0 where it gives none. Of a conditional, the cheapest branch.
+        collectives: number of runs of each kind; an asynchronous one counts at its start.
+        cycles: sum of the compiler's estimates; 0 where it gives none. For a conditional, the cheapest branch counts.
         copies: bytes of each copy within device memory.
     """
 
@@ -42,7 +42,7 @@ class Work:
 
 
 def read_work(text: str) -> Work:
-    """What the entry computation of a compiled program does.
+    """Returns the work of a compiled program's entry computation.
 
     Loops count as often as they run where the bound is a constant of their condition, and once where it is dynamic.
     """
@@ -78,7 +78,7 @@ def read_work(text: str) -> Work:
         elif op == "conditional":
             names = _called(line, "branch_computations") or _called(line, "(?:true|false)_computation")
             total.add(min(map(work_of, names), key=lambda work: work.cycles))
-        # The last two: what runs on a TPU7x's SparseCore, as older and newer compilers write it.
+        # The last two: work on a TPU7x's SparseCore, as older and newer compilers write it.
         elif op in ("call", "async-start", "call-start", "custom-call-start"):
             for attribute in ("to_apply", "calls", "called_computations"):
                 for called in _called(line, attribute):
@@ -88,13 +88,13 @@ def read_work(text: str) -> Work:
 
 
 def _called(line: str, attribute: str) -> list[str]:
-    """Names of computations that an attribute of an instruction holds."""
+    """Returns the names of computations that an attribute of an instruction holds."""
     found = re.findall(rf"[ ,]{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", line)
     return [name.strip().lstrip("%") for each in found for name in each.strip("{}").split(",")]
 
 
 def _trips(condition: list[str]) -> int:
-    """The constant that a loop's condition compares with, 1 where there is none."""
+    """Returns the constant that a loop's condition compares with; 1 where there is none."""
     constants = [int(each) for line in condition for each in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
     return max(constants, default=1)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence as SequenceOf
 
-from llm_infer.decoding.beam import Child
 from llm_infer.kvcache.page_allocator import PageAllocator
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.kvcache.prefix_cache import PrefixCache
-from llm_infer.scheduler.request import Request, Sequence, Status
+from llm_infer.scheduler.request import Sequence, Status
 
 
 class Books:
@@ -51,13 +49,13 @@ class Books:
             sequence.num_computed = sequence.table.length
             sequence.num_cached_pages = len(cached)
         sequence.request.shard = shard
-        self._enter_slot(sequence, shard)
+        self.enter_slot(sequence, shard)
         return sequence.table
 
     def has_slot(self, sequence: Sequence, shard: int) -> bool:
-        """Whether `start` would find a slot. A beam search takes the slots of all its beams with the first."""
-        request, free = sequence.request, len(self.free_slots[shard])
-        return free > 0 if request.beams is None else bool(request.spare_slots) or free >= request.n
+        """Whether `start` would find a slot. A group takes the slots of all its sequences with the first."""
+        request = sequence.request
+        return bool(request.spare_slots) or len(self.free_slots[shard]) >= request.width
 
     def preempt(self, sequence: Sequence) -> None:
         """A running sequence gives up slot and pages and waits."""
@@ -81,35 +79,6 @@ class Books:
         child.digests = list(parent.digests)
         child.num_cached_pages = parent.num_cached_pages
 
-    def reorder(self, request: Request, children: SequenceOf[Child], step: int) -> None:
-        """The beams of a search become those of the next step; pages of beams that die are given back at once.
-
-        A beam that changes its place forks the page table of the beam that it extends. Beams without pages (preempted
-        while their step ran) only change their tokens. `step` is the first in which the new beams are computed.
-        """
-        beams, running = request.sequences, request.sequences[0].status is Status.RUNNING
-        tokens = [beam.tokens for beam in beams]
-        parents = {child.parent for child in children}
-        for place, beam in enumerate(beams):
-            if place not in parents and beam.table is not None:
-                beam.table.free()
-        for place, child in enumerate(children):
-            beam, parent = beams[place], beams[child.parent]
-            if beam is not parent:
-                beam.digests = list(parent.digests)
-                if running:
-                    assert parent.table is not None
-                    beam.table = parent.table.fork()
-                    beam.num_computed, beam.num_cached_pages = parent.num_computed, parent.num_cached_pages
-                    beam.first_step = step
-                    if beam.status is not Status.RUNNING:
-                        self._enter_slot(beam, parent.table.shard)
-                elif not request.forked:
-                    beam.status = Status.PREEMPTED
-                    self.enqueue(beam)
-            beam.tokens = [*tokens[child.parent], child.token]
-        request.forked = True
-
     def end(self, sequence: Sequence) -> None:
         """A sequence leaves for good, from wherever it is."""
         if sequence.status is Status.RUNNING:
@@ -132,14 +101,12 @@ class Books:
                 cache.insert(table.shard, sequence.digests[index], table.pages[index])
         sequence.num_cached_pages = full
 
-    def _enter_slot(self, sequence: Sequence, shard: int) -> None:
+    def enter_slot(self, sequence: Sequence, shard: int) -> None:
+        """Makes a sequence that has its pages run; there is a slot."""
         request = sequence.request
-        if request.beams is None:
-            sequence.slot = self.free_slots[shard].pop()
-        else:
-            if not request.spare_slots:
-                request.spare_slots = [self.free_slots[shard].pop() for _ in range(request.n)]
-            sequence.slot = request.spare_slots.pop()
+        if not request.spare_slots:
+            request.spare_slots = [self.free_slots[shard].pop() for _ in range(request.width)]
+        sequence.slot = request.spare_slots.pop()
         sequence.status = Status.RUNNING
         insort(self.running[shard], sequence, key=_rank)
 
@@ -147,13 +114,10 @@ class Books:
         assert sequence.table is not None and sequence.slot is not None
         request, free = sequence.request, self.free_slots[sequence.table.shard]
         _remove(self.running[sequence.table.shard], sequence)
-        if request.beams is None:
-            free.append(sequence.slot)
-        else:
-            request.spare_slots.append(sequence.slot)
-            if len(request.spare_slots) == request.n:
-                free += request.spare_slots
-                request.spare_slots = []
+        request.spare_slots.append(sequence.slot)
+        if len(request.spare_slots) == request.width:
+            free += request.spare_slots
+            request.spare_slots = []
         sequence.slot = None
 
     def _drop_pages(self, sequence: Sequence) -> None:

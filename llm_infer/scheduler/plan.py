@@ -47,6 +47,9 @@ class StepPlan:
         rows: `rows[shard]`, the scheduled rows of each data-parallel shard, rows of one token first.
         copies: `copies[shard]`, pairs (source page, destination page) to copy before anything is written, at most one
             per row. Their order does not matter: no page occurs twice as a destination, or as source and destination.
+        num_tokens: tokens of the fullest shard: what the token bucket must hold (of several decode steps in one: of each).
+        num_steps: tokens that are drawn one after the other for some row.
+        has_drafts: some row has proposed tokens.
         admitted: sequences that got a slot in this step: their per-slot state on the device starts anew.
         preempted: sequences that lost their pages while this step was planned.
     """
@@ -54,20 +57,8 @@ class StepPlan:
     index: int
     rows: tuple[tuple[ScheduledRow, ...], ...]
     copies: tuple[tuple[tuple[int, int], ...], ...]
+    num_tokens: int
+    num_steps: int = 1
+    has_drafts: bool = False
     admitted: tuple[Sequence, ...] = ()
     preempted: tuple[Sequence, ...] = ()
-
-    @property
-    def has_drafts(self) -> bool:
-        """Some row has proposed tokens."""
-        return any(row.drafts for rows in self.rows for row in rows)
-
-    @property
-    def num_steps(self) -> int:
-        """Tokens that are drawn one after the other for some row."""
-        return max(row.steps for rows in self.rows for row in rows)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the fullest shard: what the token bucket must hold (of several decode steps in one: of each of them)."""
-        return max(sum(row.count for row in rows) for rows in self.rows)

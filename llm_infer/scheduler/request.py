@@ -5,11 +5,17 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llm_infer.base.errors import RequestError
-from llm_infer.decoding.beam import BeamParams, BeamSearch
+from llm_infer.decoding.features import PLAIN, StepFeatures
+from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculation
+from llm_infer.decoding.token_rules import TokenRules
 from llm_infer.kvcache.page_table import PageTable
+
+if TYPE_CHECKING:
+    from llm_infer.scheduler.strategies.strategy import Strategy
 
 
 class Status(enum.Enum):
@@ -28,62 +34,65 @@ class Request:
     Attributes:
         request_id: names the request; unique among the unfinished ones.
         prompt: token ids.
-        max_tokens: most new tokens of each sequence; None goes on to the end of the context.
-        n: number of sequences.
-        stop_token_ids, eos_token_ids: ids that end a sequence (they stay in its output).
-        ignore_eos: `eos_token_ids` do not end it.
-        min_tokens: no id ends a sequence before it has this many new tokens.
+        sampling: how to continue it, and what to return.
+        eos_token_ids: ids that end a sequence unless `sampling` ignores them.
+        rules: which tokens may be drawn.
+        features: what its steps must be able to do.
         priority: under the policy "priority" the smaller value goes first.
         cache_salt: only requests with the same salt share pages of the prefix cache.
-        whole_prompt: compute every token of the prompt, with nothing taken from the prefix cache.
         prompt_only: nobody wants the token that is drawn, so the prompt may fill the context.
-        pooled, prompt_results: whether the engine collects hidden states of the prompt, and what it has collected.
-        sampling, rules: what the engine needs for drawing; the scheduler does not look at it.
-        speculate: tokens may be proposed for it.
+
+    These follow from them.
+
+    Attributes:
+        width: sequences that go on only together, as a group: all of a beam search, else 1. They get slots for all at
+            once, and give up their pages together.
+        stop_ids: ids that end a sequence (they stay in its output).
+        speculate: tokens may be proposed for it: rules that look at the tokens before would have to follow every proposal.
         stepwise: after each token the host must be asked before the next is drawn.
-        beams: search with this many beams, one sequence each, instead of drawing `n` samples.
+        whole_prompt: every token of the prompt is computed, with nothing taken from the prefix cache.
+        pooled: hidden states of the prompt are wanted.
 
     The scheduler fills in the rest. Times are in seconds of its clock; None until it has happened.
 
     Attributes:
+        prompt_results: what the engine has collected of the prompt.
         arrival: counts requests in order of arrival.
         sequences: by sample index.
+        strategy: how its sequences get their tokens.
         forked: the samples after the first are queued too (they wait until the first has computed the prompt); of a
             beam search: all beams exist.
         shard: where its pages are; None while it has none.
         num_cached_tokens: prompt tokens whose K/V the prefix cache had.
         num_preemptions: how often one of its sequences lost its pages.
-        search: state of the beam search.
-        spare_slots: slots of a beam search that runs, for beams that do not; it gets and gives back all at once.
+        spare_slots: slots of a group, some of which has one, for those that do not run.
     """
 
     request_id: str
     prompt: SequenceOf[int]
-    max_tokens: int | None = 16
-    n: int = 1
-    stop_token_ids: frozenset[int] = frozenset()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: frozenset[int] = frozenset()
-    ignore_eos: bool = False
-    min_tokens: int = 0
+    rules: TokenRules | None = None
+    features: StepFeatures = PLAIN
     priority: int = 0
     cache_salt: str | None = None
-    sampling: object = None
-    rules: object = None
-    whole_prompt: bool = False
     prompt_only: bool = False
-    pooled: bool = False
-    prompt_results: object = None
-    speculate: bool = False
-    stepwise: bool = False
-    beams: BeamParams | None = None
 
+    width: int = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    speculate: bool = field(init=False)
+    stepwise: bool = field(init=False)
+    whole_prompt: bool = field(init=False)
+    pooled: bool = field(init=False)
+
+    prompt_results: object = field(default=None, init=False)
     arrival: int = field(default=-1, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
+    strategy: Strategy = field(init=False)
     forked: bool = field(default=False, init=False)
     shard: int | None = field(default=None, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
-    search: BeamSearch | None = field(default=None, init=False)
     spare_slots: list[int] = field(default_factory=list, init=False)
     arrival_time: float | None = field(default=None, init=False)
     first_scheduled_time: float | None = field(default=None, init=False)
@@ -93,13 +102,17 @@ class Request:
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise RequestError("the prompt is empty: expected at least one token")
-        if self.beams is not None:
-            self.n = self.beams.width
-        for name, value, least in (("n", self.n, 1), ("min_tokens", self.min_tokens, 0)):
-            if value < least:
-                raise RequestError(f"{name}={value}: expected at least {least}")
-        if self.max_tokens is not None and self.max_tokens < max(1, self.min_tokens):
-            raise RequestError(f"max_tokens={self.max_tokens}: expected at least {max(1, self.min_tokens)}")
+        self.width = self.sampling.beam_width or 1
+        self.stop_ids = self.sampling.stop_ids(self.eos_token_ids)
+        self.speculate = self.features == PLAIN
+        self.stepwise = self.rules is not None and self.rules.needs_last_token
+        self.pooled = StepFeatures.POOLED in self.features
+        self.whole_prompt = self.pooled or StepFeatures.PROMPT_LOGPROBS in self.features
+
+    @property
+    def n(self) -> int:
+        """Number of its sequences."""
+        return self.sampling.num_sequences
 
     @property
     def members(self) -> list[Sequence]:
@@ -171,7 +184,7 @@ class Sequence:
         self.rank = rank
         self.tokens: list[int] = list(request.prompt)
         self.max_length = max_length
-        self.stop_ids = request.stop_token_ids | (frozenset() if request.ignore_eos else request.eos_token_ids)
+        self.stop_ids = request.stop_ids
         self.in_flight = 0
         self.num_computed = 0
         self.status = Status.WAITING
@@ -187,6 +200,11 @@ class Sequence:
         self.speculation: Speculation | None = None
 
     @property
+    def group(self) -> SequenceOf[Sequence]:
+        """Those that go on only together with this sequence, and itself."""
+        return (self,) if self.request.width == 1 else self.request.members
+
+    @property
     def output(self) -> list[int]:
         """New token ids that the host knows."""
         return self.tokens[len(self.request.prompt) :]
@@ -195,13 +213,6 @@ class Sequence:
     def length(self) -> int:
         """Tokens including those that the host does not know yet."""
         return len(self.tokens) + self.in_flight
-
-    def append(self, token: int) -> str | None:
-        """Takes a drawn token; the reason if the sequence ends with it."""
-        self.tokens.append(token)
-        if token in self.stop_ids and len(self.tokens) - len(self.request.prompt) >= self.request.min_tokens:
-            return "stop"
-        return "length" if len(self.tokens) >= self.max_length else None
 
     def __repr__(self) -> str:
         return (

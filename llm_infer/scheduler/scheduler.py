@@ -6,36 +6,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 from llm_infer.base.errors import RequestError
 from llm_infer.config import SchedulerConfig
-from llm_infer.decoding.beam import BeamSearch
 from llm_infer.decoding.speculative import Speculator
-from llm_infer.kvcache.page_table import PageTable
-from llm_infer.scheduler.beam_groups import is_ready, most_pages, pages_needed, prefill_end
+from llm_infer.scheduler.admission import Admission
 from llm_infer.scheduler.books import Books
-from llm_infer.scheduler.decode_steps import choose_steps
 from llm_infer.scheduler.invariants import check_books, check_in_flight
-from llm_infer.scheduler.placement import Placement
-from llm_infer.scheduler.plan import ScheduledRow, StepPlan
-from llm_infer.scheduler.proposals import may_speculate, most_drafts, prepare_proposals
+from llm_infer.scheduler.limits import Limits
+from llm_infer.scheduler.plan import StepPlan
+from llm_infer.scheduler.plan_builder import PlanBuilder, ShardPlan
 from llm_infer.scheduler.request import Request, Sequence, Status, TokenEvent
-
-
-class _Draft:
-    """The plan of a step while it is made: lists with one entry per shard, then lists over all shards."""
-
-    def __init__(self, num_shards: int, budget: int) -> None:
-        self.budget = [budget] * num_shards
-        self.steps = 1
-        self.single: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
-        self.longer: list[list[ScheduledRow]] = [[] for _ in range(num_shards)]
-        self.copies: list[list[tuple[int, int]]] = [[] for _ in range(num_shards)]
-        self.num_drafts = [0] * num_shards
-        self.short_of_pages = [False] * num_shards
-        self.admitted: list[Sequence] = []
-        self.preempted: list[Sequence] = []
-        self.forked: list[Sequence] = []
+from llm_infer.scheduler.step_result import StepResult
+from llm_infer.scheduler.strategies import Strategies
+from llm_infer.scheduler.strategies.several_steps import choose_steps
 
 
 class Scheduler:
@@ -44,7 +29,7 @@ class Scheduler:
     A step takes, per shard and under the token budget: one token of every running sequence that decodes, then chunks of
     running prefills, then waiting sequences in the order of their rank (first come first served, or by priority). A
     sequence is admitted when pages for all its tokens are there and enough stay free for the others to grow
-    (Placement). It gets those pages at once, so only decoding can run short of them; then the sequence of the lowest
+    (Admission). It gets those pages at once, so only decoding can run short of them; then the sequence of the lowest
     rank on the shard gives up its pages and computes its tokens again later. The sequence of the highest rank is never
     preempted for another, so every request ends.
 
@@ -83,7 +68,6 @@ class Scheduler:
         self.config = config
         self.speculator = speculator
         self.page_size = page_size
-        self.max_model_len = max_model_len
         self.num_shards = num_shards
         self.books = Books(
             num_pages=num_pages,
@@ -97,7 +81,9 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.num_preemptions = 0
         self.num_copied_pages = 0
-        self._placement = Placement(self.books, int(config.watermark * self.allocator.num_usable))
+        self._strategies = Strategies(speculator, config.max_num_batched_tokens)
+        self._admission = Admission(self.books, int(config.watermark * self.allocator.num_usable))
+        self._limits = Limits(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size)
         self._submitted: deque[StepPlan] = deque()
         self._num_arrived = 0
         self._num_steps = 0
@@ -121,13 +107,9 @@ class Scheduler:
     @property
     def needs_results(self) -> bool:
         """Something that runs cannot go on before the results of the last step are here: beams and proposals need ids."""
-        return any(self._needs_results(sequence) for running in self.books.running for sequence in running)
-
-    def _needs_results(self, sequence: Sequence) -> bool:
-        request = sequence.request
-        if self.speculator is None or not request.speculate:
-            return request.beams is not None
-        return sequence.num_drafts > 0 or sequence.speculation is None or not sequence.speculation.rest
+        return any(
+            sequence.request.strategy.needs_result(sequence) for running in self.books.running for sequence in running
+        )
 
     def usage(self, shard: int = 0) -> float:
         """Share of the shard's pages that cannot be handed out now."""
@@ -144,40 +126,11 @@ class Scheduler:
         """Tokens to which a sequence of a request may grow.
 
         Raises:
-            RequestError: its id is in use, or it can never fit the context or the pages.
+            RequestError: its id is in use, or it can never fit the context, the pages or the slots.
         """
-        length = len(request.prompt)
-        # A token that nobody wants needs no place.
-        limit = self.max_model_len + request.prompt_only
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request")
-        if length >= limit:
-            left = "" if request.prompt_only else " and one must be left for the output"
-            raise RequestError(
-                f"the prompt has {length} tokens, the context holds {self.max_model_len}{left}: "
-                "shorten the prompt or raise max_model_len"
-            )
-        if request.max_tokens is not None:
-            limit = min(limit, length + request.max_tokens)
-        # The last token is drawn but its K/V are never computed.
-        needed = -(-(limit - 1) // self.page_size)
-        each, lower = "", ""
-        if request.beams is not None:
-            width = request.beams.width
-            if width > self.config.max_num_seqs:
-                raise RequestError(
-                    f"beam_width={width}: {self.config.max_num_seqs} sequences can run at the same time: "
-                    "raise max_num_seqs or lower beam_width"
-                )
-            needed = most_pages(length, limit - 1, width, self.page_size)
-            each, lower = f" with {width} beams", "beam_width, "
-        if needed > self.allocator.num_usable:
-            raise RequestError(
-                f"the request can grow to {limit} tokens{each}, which need {needed} pages of {self.page_size} tokens; there "
-                f"are {self.allocator.num_usable}: raise num_pages or kv_cache_memory, or lower {lower}"
-                "max_tokens or max_model_len"
-            )
-        return limit
+        return self._limits.longest(request)
 
     def add(self, request: Request) -> None:
         """Queues a request; raises as `longest`."""
@@ -193,17 +146,11 @@ class Scheduler:
         request.arrival_time = self._clock() if request.arrival_time is None else request.arrival_time
         first = request.priority if self.config.policy == "priority" else 0
         request.sequences = [Sequence(request, i, (first, request.arrival, i), limit) for i in range(request.n)]
-        if request.beams is not None:
-            request.search = BeamSearch(
-                request.beams,
-                stop_ids=request.sequences[0].stop_ids,
-                min_tokens=request.min_tokens,
-                max_tokens=limit - len(request.prompt),
-            )
+        request.strategy = self._strategies.of(request)
 
     def num_uncached(self, request: Request) -> int:
         """Tokens of the prompt of a request that nothing of has run yet which the prefix cache does not have."""
-        return self._placement.num_uncached(request.sequences[0])
+        return self._admission.num_uncached(request.sequences[0])
 
     def abort(self, request_id: str) -> bool:
         """Ends a request at once; tokens in flight are dropped when they come. False if there is none of that id."""
@@ -219,14 +166,11 @@ class Scheduler:
         if sequence.status is Status.FINISHED:
             return
         request = sequence.request
-        for member in request.sequences if request.beams is not None else (sequence,):
+        for member in (sequence,) if request.width == 1 else request.sequences:
             self.books.end(member)
             member.finish_reason = reason
-            if self.speculator is not None and member.speculation is not None:
-                self.speculator.release(member.speculation)
-        if (
-            request.beams is None and sequence.sample_index == 0 and not request.forked
-        ):  # nobody is left whom the other samples could fork
+            request.strategy.ended(member)
+        if sequence.sample_index == 0 and not request.forked:  # nobody is left whom the other samples could fork
             request.forked = True
             for other in request.sequences[1:]:
                 if other.status is Status.WAITING:
@@ -245,201 +189,81 @@ class Scheduler:
         """
         if len(self._submitted) > 1:
             raise RuntimeError("two submitted steps are not committed: commit the first before the next is planned")
-        draft = _Draft(self.num_shards, self.config.max_num_batched_tokens)
-        draft.steps = choose_steps(self.books, self.config.num_scheduler_steps, speculating=self.speculator is not None)
-        if self.speculator is not None and draft.steps == 1:
-            prepare_proposals(self.speculator, self.books, self.config.max_num_batched_tokens)
-        for shard in range(self.num_shards):
-            self._schedule_running(shard, draft)
-        self._admit_waiting(draft)
-        while any(self._break_stall(shard, draft) for shard in range(self.num_shards)):
-            self._admit_waiting(draft)
-        for sequence in draft.forked:  # only now: the step that computes the prompt comes before the forks' first
+        steps = choose_steps(self.books, self.config.num_scheduler_steps)
+        builder = PlanBuilder(self.books, self.config.max_num_batched_tokens, steps)
+        self._strategies.prepare(builder)
+        for shard in builder.shards:
+            self._schedule_running(shard)
+        self._admit_waiting(builder)
+        while any(self._break_stall(shard) for shard in builder.shards):
+            self._admit_waiting(builder)
+        for sequence in builder.forked:  # only now: the step that computes the prompt comes before the forks' first
             self.books.enqueue(sequence)
         self.allocator.unpin_all()
-        rows = tuple(tuple(single + longer) for single, longer in zip(draft.single, draft.longer, strict=True))
-        if not any(rows):
-            return None
-        copies = tuple(map(tuple, draft.copies))
-        plan = StepPlan(self._num_steps, rows, copies, tuple(draft.admitted), tuple(draft.preempted))
-        self._num_steps += 1
-        self._submitted.append(plan)
+        self.num_preemptions += builder.num_preemptions
+        plan = builder.build(self._num_steps)
+        if plan is not None:
+            self.num_copied_pages += sum(map(len, plan.copies))
+            self._num_steps += 1
+            self._submitted.append(plan)
         return plan
 
-    def _schedule_running(self, shard: int, draft: _Draft) -> None:
+    def _schedule_running(self, plan: ShardPlan) -> None:
         """Decodes in the order of rank, so that a victim (always of a lower rank) is not planned yet; then prefills."""
         prefilling = []
-        for sequence in tuple(self.books.running[shard]):
-            if sequence.request.beams is not None:
-                self._schedule_beam(sequence, shard, draft, prefilling)
-                continue
+        for sequence in tuple(plan.running):
             length = len(sequence.tokens) + sequence.in_flight
             # Not running any more: preempted for one before it. Long enough: its last token is in flight.
-            if sequence.status is not Status.RUNNING or length >= sequence.max_length or sequence.num_drafts:
+            if sequence.status is not Status.RUNNING or length >= sequence.max_length:
                 continue
-            if draft.steps > 1:
-                self._plan_steps(sequence, shard, min(draft.steps, sequence.max_length - length), draft)
-            elif length - sequence.num_computed > 1:
+            if length - sequence.num_computed > 1:
                 prefilling.append(sequence)
-            elif self._make_room(sequence, shard, draft):
-                self._plan_row(sequence, shard, 1, draft, self._drafts(sequence, shard, draft))
+            else:
+                sequence.request.strategy.rows(sequence, plan)
         for sequence in prefilling:
-            if sequence.status is Status.RUNNING and draft.budget[shard]:
-                left = prefill_end(sequence) - sequence.num_computed
-                self._plan_row(sequence, shard, min(left, draft.budget[shard]), draft)
+            if sequence.status is Status.RUNNING and plan.budget:
+                self._prefill(sequence, plan)
 
-    def _plan_steps(self, sequence: Sequence, shard: int, steps: int, draft: _Draft) -> None:
-        """Plans several decode steps in one; `choose_steps` has seen that pages are there for all of them."""
-        table, start, feeds = sequence.table, sequence.num_computed, sequence.in_flight > 0
-        assert table is not None
-        self._append(table, start + steps - table.length, draft)
-        draft.single[shard].append(ScheduledRow(sequence, start, 1, True, feeds, steps=steps))
-        draft.budget[shard] -= 1
-        sequence.num_computed += steps
-        sequence.in_flight += steps
-        if sequence.speculation is not None:
-            sequence.speculation.rest -= steps
+    def _prefill(self, sequence: Sequence, plan: ShardPlan) -> None:
+        """Computes as much as the budget allows of what a sequence computes without others."""
+        end = sequence.length - sequence.request.strategy.num_joint(sequence)
+        plan.add_row(sequence, min(end - sequence.num_computed, plan.budget))
 
-    def _schedule_beam(self, beam: Sequence, shard: int, draft: _Draft, prefilling: list[Sequence]) -> None:
-        """Plans one token of every beam when the first of them is looked at, or puts a returning beam into a list."""
-        if beam.status is not Status.RUNNING or beam.in_flight:
-            return
-        if len(beam.tokens) - beam.num_computed > 1:
-            prefilling.append(beam)
-        elif beam.sample_index == 0 and is_ready(beam.request) and self._make_room_for_beams(beam, shard, draft):
-            for each in beam.request.members:
-                self._plan_row(each, shard, 1, draft)
-
-    def _drafts(self, sequence: Sequence, shard: int, draft: _Draft) -> tuple[int, ...]:
-        """Proposed tokens behind the next one of a sequence, and their places; only as far as pages are there anyway."""
-        speculator, table = self.speculator, sequence.table
-        if speculator is None or not may_speculate(sequence):
-            return ()
-        speculation = sequence.speculation = sequence.speculation or speculator.new(sequence)
-        if speculation.rest:
-            speculation.rest -= 1
-            return ()
-        num_running, used = len(self.books.running[shard]), draft.num_drafts[shard]
-        limit = most_drafts(sequence, num_running, used, self.config.max_num_batched_tokens)
-        drafts = []
-        if limit > 0 and not sequence.in_flight:
-            drafts = speculator.propose(speculation, sequence.tokens, num_running, limit)
-        assert table is not None
-        if not drafts or table.pages_needed(len(drafts)) > self.allocator.num_available(shard):
-            return ()
-        self._append(table, len(drafts), draft)
-        draft.num_drafts[shard] += len(drafts)
-        sequence.num_drafts = len(drafts)
-        return tuple(drafts)
-
-    def _plan_row(
-        self, sequence: Sequence, shard: int, count: int, draft: _Draft, drafts: tuple[int, ...] = ()
-    ) -> None:
-        start = sequence.num_computed
-        samples = start + count == len(sequence.tokens) + sequence.in_flight
-        count += len(drafts)
-        rows = draft.single[shard] if count == 1 else draft.longer[shard]
-        rows.append(ScheduledRow(sequence, start, count, samples, sequence.in_flight > 0, drafts))
-        draft.budget[shard] -= count
-        sequence.num_computed = start + count
-        if samples:
-            sequence.in_flight += 1
-            if not sequence.request.forked and sequence.request.beams is None:
-                self._fork(sequence, draft)
-
-    def _fork(self, parent: Sequence, draft: _Draft) -> None:
-        parent.request.forked = True
-        for child in parent.request.sequences[1:]:
-            if child.status is Status.WAITING:
-                self.books.fork(parent, child)
-                draft.forked.append(child)
-
-    def _make_room(self, sequence: Sequence, shard: int, draft: _Draft) -> bool:
-        """A place for the next token of a running sequence; False if the sequence itself had to give up its pages."""
-        table = sequence.table
-        assert table is not None
-        # The first: its last prompt token, which has its place since admission.
-        if table.length > sequence.num_computed or table.append_in_place():
-            return True
-        while table.pages_needed(1) > self.allocator.num_available(shard):
-            if self._take_pages(shard, draft) is sequence:
-                return False
-        self._append(table, 1, draft)
-        return True
-
-    def _make_room_for_beams(self, first: Sequence, shard: int, draft: _Draft) -> bool:
-        """Places for the next tokens of all beams of a request; False if they had to give up their pages."""
-        beams = first.request.members
-        # A beam that has returned after a preemption has had its place since then.
-        tables = [b.table for b in beams if b.table is not None and b.table.length == b.num_computed]
-        while pages_needed(tables) > self.allocator.num_available(shard):
-            if self._take_pages(shard, draft).request is first.request:
-                return False
-        for table in tables:
-            self._append(table, 1, draft)
-        return True
-
-    def _take_pages(self, shard: int, draft: _Draft) -> Sequence:
-        """The sequence of the lowest rank with pages on a shard gives them up, and with a beam all others of its group."""
-        books = self.books
-        victim = max(books.running[shard][-1:] + books.parked[shard][-1:], key=lambda member: member.rank)
-        if victim.status is not Status.RUNNING:
-            books.unpark(victim)
-            return victim
-        group = (victim,) if victim.request.beams is None else victim.request.members
-        for member in group:
-            if member.status is Status.RUNNING:
-                books.preempt(member)
-                draft.preempted.append(member)
-        victim.request.num_preemptions += 1
-        self.num_preemptions += 1
-        draft.short_of_pages[shard] = True
-        return victim
-
-    def _break_stall(self, shard: int, draft: _Draft) -> bool:
-        """If nothing can run, because beams of several requests wait for the rest of their groups: the last gives way."""
-        books = self.books
-        running = books.running[shard]
-        outstanding = any(plan.rows[shard] for plan in self._submitted)
-        if not running or draft.single[shard] or draft.longer[shard] or outstanding:
+    def _break_stall(self, plan: ShardPlan) -> bool:
+        """If nothing can run, because groups of several requests wait for the rest of their own: the last gives way."""
+        books, running = self.books, plan.running
+        outstanding = any(submitted.rows[plan.shard] for submitted in self._submitted)
+        if not running or plan.single or plan.longer or outstanding:
             return False
         first = running[0].request
-        alone = not books.parked[shard] and all(beam.request is first for beam in running)
+        alone = not books.parked[plan.shard] and all(member.request is first for member in running)
         if alone and books.waiting[0].request is first:
             raise RuntimeError(
                 f"the beams of request {first.request_id!r} do not fit the pages although they are alone"
             )
-        self._take_pages(shard, draft)
-        draft.short_of_pages[shard] = False
+        plan.take_pages()
+        plan.short_of_pages = False
         return True
 
-    def _append(self, table: PageTable, count: int, draft: _Draft) -> None:
-        for source, destination in table.append(count):
-            self.allocator.pin(table.shard, source)  # it must not become the destination of another copy of this step
-            draft.copies[table.shard].append((source, destination))
-            self.num_copied_pages += 1
-
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, builder: PlanBuilder) -> None:
         """Admits in the order of rank. Nobody overtakes on a shard where a sequence of a higher rank did not fit."""
-        books, all_shards = self.books, range(self.num_shards)
+        books, plans = self.books, builder.shards
         # Right after a preemption, pages that become free are for those who run.
-        shut = {shard for shard in all_shards if draft.short_of_pages[shard] and books.running[shard]}
+        shut = {plan.shard for plan in plans if plan.short_of_pages and plan.running}
         index = 0
         while index < len(books.waiting):
-            shut.update(shard for shard in all_shards if not draft.budget[shard])
+            shut.update(plan.shard for plan in plans if not plan.budget)
             if len(shut) == self.num_shards:
                 return
             sequence = books.waiting[index]
             bound = sequence.request.shard
-            shards = set(all_shards if bound is None else (bound,)) - shut
+            shards = set(range(self.num_shards) if bound is None else (bound,)) - shut
             # What the outstanding step did for a sequence that has just been preempted is not committed yet.
-            preempted = any(
-                sequence is victim or (sequence.request is victim.request and victim.request.beams is not None)
-                for victim in draft.preempted
-            )
-            place = None if preempted else self._placement.find(sequence, shards)
+            preempted = any(victim in sequence.group for victim in builder.preempted)
+            place = None if preempted else self._admission.find(sequence, shards)
             if place is not None:
-                self._admit(sequence, *place, draft)
+                shard, cached = place
+                self._admit(sequence, cached, plans[shard])
             elif preempted or not self._unpark_idle(shards):
                 shut |= shards
                 index += 1
@@ -452,25 +276,25 @@ class Scheduler:
                 return True
         return False
 
-    def _admit(self, sequence: Sequence, shard: int, cached: list[int], draft: _Draft) -> None:
+    def _admit(self, sequence: Sequence, cached: list[int], plan: ShardPlan) -> None:
         request = sequence.request
         if self.prefix_cache is not None and sequence.table is None and sequence.status is Status.WAITING:
             self.prefix_cache.count(len(sequence.tokens), len(cached) * self.page_size)
-        table = self.books.start(sequence, shard, cached)
+        table = self.books.start(sequence, plan.shard, cached)
         sequence.first_step = self._num_steps
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = sequence.num_computed
-        draft.admitted.append(sequence)
-        self._append(table, len(sequence.tokens) - table.length, draft)
-        self._plan_row(sequence, shard, min(prefill_end(sequence) - sequence.num_computed, draft.budget[shard]), draft)
+        plan.step.admitted.append(sequence)
+        plan.append(table, len(sequence.tokens) - table.length)
+        self._prefill(sequence, plan)
 
     # ------------------------------------------------------------------ results
 
     def commit(
         self,
         plan: StepPlan,
-        sampled: SequenceOf[SequenceOf[int]],
+        sampled: SequenceOf[SequenceOf[Any]],
         candidates: SequenceOf[SequenceOf[SequenceOf[tuple[int, float]]]] = (),
     ) -> list[TokenEvent]:
         """Takes the result of the oldest submitted step: appends tokens, ends sequences, offers pages to the cache.
@@ -491,107 +315,30 @@ class Scheduler:
         if not self._submitted or self._submitted[0] is not plan:
             raise RuntimeError("plans are committed once each, in the order in which they were made")
         self._submitted.popleft()
-        now = self._clock()
-        events: list[TokenEvent] = []
-        searches: dict[Request, list[SequenceOf[tuple[int, float]]]] = {}
-        if plan.num_steps > 1:
-            return [
-                event for rows, ids in zip(plan.rows, sampled, strict=True) for event in self._commit_steps(rows, ids)
-            ]
-        for shard, (rows, ids) in enumerate(zip(plan.rows, sampled, strict=True)):
-            if len(ids) < len(rows):
+        now, several = self._clock(), plan.num_steps > 1
+        result = StepResult(self.books, self.finish, self._num_steps)
+        for rows, each in zip(plan.rows, candidates, strict=False):
+            result.candidates |= {row.sequence: found for row, found in zip(rows, each, strict=False) if found}
+        for rows, ids in zip(plan.rows, sampled, strict=True):
+            if len(ids) < len(rows) and not several:
                 raise ValueError(f"{len(ids)} ids for {len(rows)} rows")
             next_draft = len(rows)
-            for index, (row, token) in enumerate(zip(rows, ids, strict=False)):
-                sequence = row.sequence
-                if row.samples:
-                    sequence.in_flight -= row.steps
-                if row.drafts:
-                    drawn = [*ids[next_draft : next_draft + len(row.drafts)], token]
+            of_rows = zip(*ids, strict=True) if several else zip(ids, strict=True)
+            for row, drawn in zip(rows, of_rows, strict=False):
+                if not row.samples:
+                    result.offer_pages(row.sequence, row.start + row.count)
+                    continue
+                if several:
+                    drawn = drawn[: row.steps]
+                elif row.drafts:
+                    drawn = (*ids[next_draft : next_draft + len(row.drafts)], *drawn)
                     next_draft += len(row.drafts)
-                    events += self._commit_drafts(row, drawn)
-                    continue
-                if sequence.status is Status.RUNNING:
-                    full = (row.start + row.count) // self.page_size
-                    if full > sequence.num_cached_pages:
-                        self.books.offer_pages(sequence, full)
-                elif sequence.status is Status.FINISHED:
-                    continue
-                if row.samples:
-                    if sequence.request.first_token_time is None:
-                        sequence.request.first_token_time = now
-                    if sequence.request.beams is not None:
-                        searches.setdefault(sequence.request, []).append(candidates[shard][index])
-                        continue
-                    reason = sequence.append(token)
-                    events.append(TokenEvent(sequence, token, reason))
-                    if reason is not None:
-                        self.finish(sequence, reason)
-        for request, found in searches.items():
-            events += self._advance_search(request, found)
-        return events
-
-    def _commit_steps(self, rows: SequenceOf[ScheduledRow], sampled: SequenceOf[SequenceOf[int]]) -> list[TokenEvent]:
-        """Takes in the tokens of several decode steps, of each sequence as far as it goes; `sampled[step][row]`."""
-        events: list[TokenEvent] = []
-        for index, row in enumerate(rows):
-            sequence, reason, count = row.sequence, None, 0
-            sequence.in_flight -= row.steps
-            if sequence.status is Status.FINISHED:
-                continue
-            while reason is None and count < row.steps:
-                token = sampled[count][index]
-                reason = sequence.append(token)
-                events.append(TokenEvent(sequence, token, reason))
-                count += 1
-            if sequence.status is Status.RUNNING:
-                full = (row.start + count) // self.page_size
-                if full > sequence.num_cached_pages:
-                    self.books.offer_pages(sequence, full)
-            if reason is not None:
-                self.finish(sequence, reason)
-        return events
-
-    def _commit_drafts(self, row: ScheduledRow, drawn: list[int]) -> list[TokenEvent]:
-        """Accepts proposed tokens as far as the target drew them itself; the places of the others are given back."""
-        sequence = row.sequence
-        sequence.num_drafts = 0
-        if sequence.status is Status.FINISHED:
-            return []
-        events, reason, accepted = [], None, 0
-        for token, draft in zip(drawn, (*row.drafts, None), strict=True):
-            reason = sequence.append(token)
-            events.append(TokenEvent(sequence, token, reason))
-            if reason is not None or token != draft:
-                break
-            accepted += 1
-        assert self.speculator is not None and sequence.speculation is not None
-        self.speculator.observe(sequence.speculation, len(row.drafts), accepted)
-        if sequence.status is Status.RUNNING and sequence.table is not None:
-            sequence.num_computed = row.start + row.count - len(row.drafts) + accepted
-            sequence.table.truncate(sequence.num_computed)
-            full = sequence.num_computed // self.page_size
-            if full > sequence.num_cached_pages:
-                self.books.offer_pages(sequence, full)
-        if reason is not None:
-            self.finish(sequence, reason)
-        return events
-
-    def _advance_search(
-        self, request: Request, candidates: SequenceOf[SequenceOf[tuple[int, float]]]
-    ) -> list[TokenEvent]:
-        """Moves a beam search on by one step (rows of a group are in the order of its members)."""
-        search = request.search
-        assert search is not None
-        children = search.advance([beam.output for beam in request.members], candidates)
-        if children is not None:
-            self.books.reorder(request, children, self._num_steps)
-            return []
-        events = []
-        self.finish(request.sequences[0], "stop")
-        for sequence, result in zip(request.sequences, search.results, strict=True):
-            sequence.tokens = [*request.prompt, *result.tokens]
-            sequence.finish_reason, sequence.score = result.finish_reason, result.score
-            events += [TokenEvent(sequence, token, None) for token in result.tokens]
-            events[-1].finish_reason = result.finish_reason
-        return events
+                sequence, request = row.sequence, row.sequence.request
+                sequence.in_flight -= row.steps
+                if sequence.status is not Status.FINISHED:
+                    if request.first_token_time is None:
+                        request.first_token_time = now
+                    request.strategy.commit(row, drawn, result)
+        for conclude in result.after_rows:
+            conclude()
+        return result.events

@@ -1,4 +1,4 @@
-"""Copies of a tokenizer that read texts in another way: literally, or as the continuation of a text."""
+"""Copies of a tokenizer that read texts differently: literally, or as the continuation of a text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import tokenizers
 
 
 def copy_of(backend: tokenizers.Tokenizer, *, parse_special: bool, begins: bool) -> tokenizers.Tokenizer:
-    """Copies `backend`.
+    """Returns a copy of `backend` that reads texts so.
 
     Args:
-        backend: what to copy; stays as it is.
-        parse_special: take the text of a special token for that token, not for plain text.
-        begins: a text is the beginning of a whole one, so it gets the space that SentencePiece puts there.
+        backend: the tokenizer to copy; it stays as it is.
+        parse_special: takes the text of a special token for that token, not for plain text.
+        begins: whether a text begins a whole one, so that it gets the space that SentencePiece puts there.
     """
     text = backend.to_str()
     if not begins:
@@ -28,7 +28,7 @@ def copy_of(backend: tokenizers.Tokenizer, *, parse_special: bool, begins: bool)
 
 
 def _leave_out_first_space(state: dict[str, Any]) -> None:
-    """Takes out of a tokenizer.json what puts a space before a text."""
+    """Removes from a tokenizer.json what puts a space before a text."""
     if any(step["type"] == "Prepend" for step in _steps(state["normalizer"], "normalizers")):
         rest = [step for step in _steps(state["normalizer"], "normalizers") if step["type"] != "Prepend"]
         state["normalizer"] = {"type": "Sequence", "normalizers": rest}

@@ -9,13 +9,13 @@ from llm_infer.text.tokenizer import Tokenizer
 
 
 def byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer whose first 256 ids are the bytes and whose other ids, which no text gives, read `<id>`.
+    """Returns a tokenizer whose first 256 ids are the bytes and whose other ids, which no text gives, read `<id>`.
 
-    For random weights, whose text means nothing; it has no end-of-sequence token and no chat template.
+    It is for random weights, whose text means nothing; it has no end-of-sequence token and no chat template.
     """
     vocabulary = {char: index for index, char in enumerate(byte_alphabet())}
     vocabulary |= {f"<{index}>": index for index in range(len(vocabulary), vocab_size)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore
-    backend.decoder = tokenizers.decoders.ByteLevel()  # pyright: ignore
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
     return Tokenizer(backend, vocab_size=vocab_size)

@@ -1,4 +1,4 @@
-"""Turns a conversation into prompt text with the chat template of a model, every failure into one clear line."""
+"""Turns a conversation into prompt text with a model's chat template, and every failure into one clear line."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def apply_chat_template(
     eos_token: str | None = None,
     **extra: Any,
 ) -> str:
-    """Prompt text for a conversation; encode it with `add_special_tokens=False`, the template writes them itself.
+    """Returns the prompt text of a conversation; encode it with `add_special_tokens=False`, as the template writes them itself.
 
     Args:
         template: Jinja source, one of `Tokenizer.chat_templates`.
         messages: each has a `role` and a `content`, which is a text, a list of `{"type": "text", "text": …}` parts, or
             None for an assistant or a tool. Parts are joined by newlines unless the template asks for parts. The
             `arguments` of `tool_calls` are an object or its JSON text; the template gets the form it needs.
-        add_generation_prompt: end with the header of the assistant's answer.
-        tools: JSON schemas of functions the model may call.
-        bos_token, eos_token: texts the template may write.
+        add_generation_prompt: ends the text with the header of the assistant's answer.
+        tools: JSON schemas of functions that the model may call.
+        bos_token, eos_token: texts that the template may write.
         extra: further variables for the template (`enable_thinking`, `documents`, …).
 
     Raises:
@@ -58,7 +58,7 @@ def apply_chat_template(
 
 @lru_cache(maxsize=32)
 def _wants_parts(template: str) -> bool:
-    """Whether the template reads `content` only as a list of parts: tried with a word in either form."""
+    """Checks whether the template reads `content` only as a list of parts, by trying a word in either form."""
     word = "probe-of-content"
     plain = {"role": "user", "content": word}
     return [word in _tried(template, [message], None) for message in (plain, with_parts(plain))] == [False, True]
@@ -66,7 +66,7 @@ def _wants_parts(template: str) -> bool:
 
 @lru_cache(maxsize=32)
 def _form_of_calls(template: str) -> tuple[bool, bool]:
-    """(arguments as text, None as empty content) that make the template show tool calls: the first form that does."""
+    """Returns the form in which the template shows tool calls, the first that works: arguments as text, empty content as None."""
     word = "probe-of-arguments"
     call = {"id": "probe0000", "type": "function", "function": {"name": "probe", "arguments": {"key": word}}}
     user = {"role": "user", "content": "Hi"}
@@ -74,7 +74,7 @@ def _form_of_calls(template: str) -> tuple[bool, bool]:
     result = {"role": "tool", "name": "probe", "tool_call_id": "probe0000", "content": "Hi"}
     parameters = {"type": "object", "properties": {"key": {"type": "string", "description": "Hi"}}, "required": ["key"]}
     function = {"name": "probe", "description": "Hi", "parameters": parameters}
-    tools = [{"type": "function", "function": function}]  # some templates cannot do without
+    tools = [{"type": "function", "function": function}]  # some templates need them
     forms = [(as_text, null_content) for null_content in (False, True) for as_text in (False, True)]
     for as_text, null_content in forms:
         asked = with_calls(asks, arguments_as_text=as_text, null_content=null_content)
@@ -87,7 +87,7 @@ def _form_of_calls(template: str) -> tuple[bool, bool]:
 
 
 def _tried(template: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """What a template makes of messages; nothing where it refuses them, which answers the question."""
+    """Renders messages; returns nothing where the template refuses them, which answers the question."""
     others = {"documents": None, "add_generation_prompt": True, "bos_token": "", "eos_token": ""}
     try:
         return PROCESSES.render(template, {"messages": messages, "tools": tools, **others})

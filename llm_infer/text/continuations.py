@@ -1,4 +1,4 @@
-"""Which tokens of a text are a continuation's, for scoring it."""
+"""Finds the tokens of a text that belong to a continuation, for scoring it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from llm_infer.text.tokenizer import Tokenizer
 
 
 def continuation_tokens(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """Token ids of both texts together, and the index of the first that is scored.
+    """Returns the token ids of both texts together, and the index of the first token that is scored.
 
-    White space at the end of the context counts to the continuation, as in evaluation harnesses: models have it at the
-    beginning of a token. A token may still cross the border, where the context ends inside a word: scored is from the
-    first token on in which the context alone differs. Where nothing stands before it, the model's first token
+    White space at the end of the context counts towards the continuation, as in evaluation harnesses: models have it at the
+    beginning of a token. Where the context ends inside a word, a token may still cross the border: scoring begins at the
+    first token that differs from those of the context alone. Where no token stands before it, the model's first token
     (beginning or end of sequence) does.
 
     Raises:

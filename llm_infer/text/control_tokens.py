@@ -1,8 +1,8 @@
 """Keeps texts that users write from becoming control tokens.
 
 A chat template writes control tokens such as `<|im_end|>` around contents. The same text within a content is only text:
-otherwise a user could end the own turn and write one of the system's. Contents are marked where they hold such a text,
-the marks are found again in what the template makes of them, and there the text is encoded as plain text.
+otherwise users could end their own turn and write one of the system's. Contents are marked where they hold such a text,
+the marks are found again in the template's result, and there the text is encoded as plain text.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class ControlTokens:
     def __init__(
         self, backend: Tokenizer, special_tokens: Mapping[str, int], as_text: Callable[[int], list[int]]
     ) -> None:
-        """`special_tokens`: text → id of the control tokens, all added tokens of `backend`; `as_text` spells one."""
+        """Takes `special_tokens`, text → id of the control tokens, all added tokens of `backend`; `as_text` spells one."""
         self._as_text = as_text
         self._backend = backend
         self._ids = {text: i for text, i in special_tokens.items() if text}
         self._added = {token.content: token for token in backend.get_added_tokens_decoder().values() if token.content}
-        # Nobody can guess it, so no content holds it. Letters that no filter of a template changes.
+        # Nobody can guess the mark, so no content holds it. Its letters are changed by no filter of a template.
         self._mark = "".join(chr(0xE000 + secrets.randbelow(0xF900 - 0xE000)) for _ in range(5))
         self._within = re.compile(_any_of(self._ids))
         self._first = re.compile(f"(?=(?:{_any_of(self._ids)}))(.)", re.DOTALL)
 
     def within(self, value: Any) -> bool:
-        """Whether a text in `value`, plain values of any depth, holds the text of a control token."""
+        """Checks whether a text in `value`, plain values of any depth, holds the text of a control token."""
         if isinstance(value, str):
             return bool(self._ids) and self._within.search(value) is not None
         if isinstance(value, Mapping):
@@ -41,7 +41,7 @@ class ControlTokens:
         return isinstance(value, list | tuple) and any(map(self.within, value))
 
     def marked(self, value: Any) -> Any:
-        """`value` with a mark in each text of a control token, behind its first character."""
+        """Returns `value` with a mark in each text of a control token, behind its first character."""
         if isinstance(value, str):
             return self._first.sub(lambda found: found[1] + self._mark, value) if self._ids else value
         if isinstance(value, Mapping):
@@ -49,7 +49,7 @@ class ControlTokens:
         return [self.marked(item) for item in value] if isinstance(value, list | tuple) else value
 
     def unmarked(self, text: str) -> tuple[str, set[int]]:
-        """The text without marks, and the positions in it of the characters that stood before a mark."""
+        """Returns the text without marks, and the positions in it of the characters that stood before a mark."""
         pieces = text.split(self._mark)
         positions, end = set(), 0
         for piece in pieces[:-1]:
@@ -58,7 +58,7 @@ class ControlTokens:
         return "".join(pieces), positions
 
     def encode(self, text: str, literal: Collection[int]) -> list[int]:
-        """Ids of `text`, where no control token begins at a position in `literal`; nothing is added around it."""
+        """Returns the ids of `text`, in which no control token begins at a position in `literal`; nothing is added around it."""
         backend, real = self._with_stand_ins
         pieces, done, at = [], 0, 0
         while found := self._any_added.search(text, at):
@@ -78,14 +78,14 @@ class ControlTokens:
 
     @cached_property
     def _with_stand_ins(self) -> tuple[Tokenizer, dict[int, int]]:
-        """A copy that takes texts of control tokens for text and marked ones for the tokens; its ids → the real ones.
+        """A copy that takes texts of control tokens for text and marked ones for the tokens, and its ids → the real ones.
 
-        The marked text is an added token, so all around it is encoded as around the control token itself.
+        The marked text is an added token, so everything around it is encoded as around the control token itself.
         """
         copy = Tokenizer.from_str(self._backend.to_str())
         copy.add_special_tokens(
             [AddedToken(text, normalized=False) for text in self._ids]
-        )  # all that count as such here
+        )  # all tokens that count as control tokens here
         copy.encode_special_tokens = True
         copy.add_tokens([self._stand_in(text) for text in self._ids])
         return copy, {copy.token_to_id(self._mark + text) or 0: i for text, i in self._ids.items()}
@@ -97,5 +97,5 @@ class ControlTokens:
 
 
 def _any_of(texts: Iterable[str]) -> str:
-    """Pattern of any of these texts, of the longest where several begin."""
+    """Returns the pattern of any of these texts, the longest where several begin."""
     return "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))

@@ -1,4 +1,4 @@
-"""Incremental detokenisation: text as soon as it is final, while tokens come in one by one."""
+"""Incremental detokenisation: text comes out as soon as it is final, while tokens come in one by one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _LONGEST_CHARACTER = 4  # bytes in UTF-8
 
 
 class IncrementalDetokenizer:
-    """Turns a stream of token ids into text: what `tokenizer.decode` of prompt and stream together has beyond the prompt.
+    """Turns a stream of token ids into text: that of prompt and stream together by `tokenizer.decode`, less the prompt's.
 
     A token may end inside a UTF-8 character, so bytes wait until their character is complete or can no longer become
     one; a character that the prompt began and the stream completes is the stream's. The space that SentencePiece puts
     before a text belongs to the prompt, if it has any text. Work is proportional to the bytes of the new tokens,
-    whatever came before.
+    whatever has come before.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class IncrementalDetokenizer:
             prompt: the ids before the stream.
             skip_special_tokens: leave markers such as `<|im_end|>` out of the text.
             marks: text to put in the place of special tokens that are left out.
-            keep_first_space: also where the prompt has no text.
+            keep_first_space: keep the first space also where the prompt has no text.
         """
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
@@ -47,7 +47,7 @@ class IncrementalDetokenizer:
         self._strip_space = tokenizer.strips_leading_space and not last and not keep_first_space
 
     def push(self, ids: Iterable[int]) -> str:
-        """Text that the new `ids` complete; empty while a character is unfinished."""
+        """Returns the text that the new `ids` complete; empty while a character is unfinished."""
         pieces = []
         for token in ids:
             if token in self._marks:
@@ -58,7 +58,7 @@ class IncrementalDetokenizer:
         return "".join(pieces)
 
     def finish(self) -> str:
-        """Ends the stream: what was left of an unfinished character, as U+FFFD; usually empty."""
+        """Ends the stream and returns what is left of an unfinished character, as U+FFFD; usually empty."""
         return self._decoder.decode(b"", final=True)
 
     def _bytes(self, token: int) -> bytes:

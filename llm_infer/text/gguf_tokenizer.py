@@ -1,4 +1,4 @@
-"""Rebuilds a tokenizer from GGUF metadata so that it gives the ids llama.cpp gives for the same file.
+"""Rebuilds a tokenizer from GGUF metadata so that it gives the ids that llama.cpp gives for the same file.
 
 Source of the rules: the GGUF specification (`tokenizer.ggml.*`), the split patterns that the models publish in their
 `tokenizer.json`, and llama.cpp's observed ids (tests/goldens/tokenizer_llamacpp.json).
@@ -29,15 +29,15 @@ _END_OF_GENERATION_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 @dataclass(frozen=True, slots=True)
 class GgufTokenizer:
-    """What GGUF metadata says about a tokenizer.
+    """A tokenizer as GGUF metadata describes it.
 
     Attributes:
-        backend: encodes; its ids at or above `vocab_size` are stand-ins, see `stand_ins`.
+        backend: encodes text; its ids at or above `vocab_size` are stand-ins, see `stand_ins`.
         vocab_size: number of tokens in the file.
         stand_ins: backend id → real ids. A character without a token must still keep its neighbours from merging,
             as it does in llama.cpp, so it gets an id of its own here; it is replaced by its byte tokens, or by nothing.
         bos_token_id: beginning-of-sequence token, if any.
-        eos_token_id: the token the file names as end of sequence, if any.
+        eos_token_id: the token that the file names as end of sequence, if any.
         eos_token_ids: every token that ends generation.
         chat_templates: name → Jinja source; "default" is the usual one.
     """
@@ -79,7 +79,7 @@ def rebuild_tokenizer(metadata: Mapping[str, object]) -> GgufTokenizer:
     known_ends = {vocab[text] for text in _END_OF_GENERATION if text in vocab}
     eos_ids = known_ends | {i for name, i in named.items() if i is not None and name != "bos"}
     if {"<|return|>", "<|call|>"} <= vocab.keys() or {"<|calls|>", "<|flush|>"} <= vocab.keys():
-        eos_ids.discard(vocab.get("<|end|>", -1))  # there it ends a channel, not the answer
+        eos_ids.discard(vocab.get("<|end|>", -1))  # in such models it ends a channel, not the answer
 
     _add_special_tokens(backend, metadata, tokens, known_ends)
     add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
@@ -98,15 +98,15 @@ def rebuild_tokenizer(metadata: Mapping[str, object]) -> GgufTokenizer:
 
 
 def _frame_sequence(backend: Tokenizer, bos_token_id: int | None, eos_token_id: int | None) -> None:
-    """Makes `backend` put these tokens before and after a text when special tokens are asked for; None: no token."""
+    """Makes `backend` put these tokens before and after a text when special tokens are asked for; None stands for no token."""
     special = [(name, i) for name, i in (("bos", bos_token_id), ("eos", eos_token_id)) if i is not None]
     names = [name for name, _ in special]
     single = (["bos"] if "bos" in names else []) + ["$A"] + (["eos"] if "eos" in names else [])
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)  # pyright: ignore
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Character → byte of byte-level vocabularies: printable Latin-1 stands for itself, the rest is moved to U+0100….
+    """Returns the byte of each character of byte-level vocabularies: printable Latin-1 is itself, the rest moves to U+0100….
 
     Source: GPT-2's published encoder.
     """
@@ -135,8 +135,8 @@ def _byte_level_bpe(
     backend = Tokenizer(models.BPE(vocab={**vocab, **alphabet}, merges=merges, ignore_merges=rule.ignore_merges))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rule.splits]
     encode_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, encode_bytes])  # pyright: ignore[reportAttributeAccessIssue]
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, encode_bytes])
+    backend.decoder = decoders.ByteLevel()
     return backend, stand_ins, rule.add_bos
 
 
@@ -147,13 +147,13 @@ def _sentencepiece(
     byte_tokens = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
     if None in byte_tokens:
         raise ModelError("tokenizer.ggml.tokens lacks byte tokens: a SentencePiece vocabulary needs <0x00> … <0xFF>")
-    # A piece may hold a character that is no token by itself; SentencePiece merges it all the same.
+    # A piece may hold a character that is not itself a token; SentencePiece merges it all the same.
     missing = sorted({char for text in tokens if len(text) > 1 for char in text} - vocab.keys())
     alphabet = {char: len(vocab) + n for n, char in enumerate(missing)}
     stand_ins = {i: tuple(byte_tokens[b] or 0 for b in char.encode()) for char, i in alphabet.items()}
     everything = {**vocab, **alphabet}
     # Every way to cut a piece in two known parts is a merge; the piece with the best score comes first. Among cuts of
-    # one piece the leftmost place in the text should win; runs of one character are the case where that matters, and
+    # one piece the leftmost place in the text should win; that matters for runs of one character, and
     # there the longer part stands on the left.
     merges = [
         (-scores[i], i, -cut, text[:cut], text[cut:])
@@ -166,11 +166,9 @@ def _sentencepiece(
     backend = Tokenizer(model)
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁")] if prefix else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])  # pyright: ignore
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return backend, stand_ins
 
 
@@ -178,7 +176,7 @@ def _add_special_tokens(
     backend: Tokenizer, metadata: Mapping[str, object], tokens: Sequence[str], known_ends: set[int]
 ) -> None:
     types = _numbers(metadata, "tokenizer.ggml.token_type", len(tokens))
-    # Phi-3's special tokens swallow the white space after them; GGUF has no field for it, llama.cpp goes by the name.
+    # Phi-3's special tokens swallow the white space after them; GGUF has no field for that, so llama.cpp goes by the name.
     name = str(metadata.get("general.name", "")).lower()
     swallow = "phi-3" in name or "phi3" in name
     added = []

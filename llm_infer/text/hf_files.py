@@ -1,4 +1,4 @@
-"""What the files beside a Hugging Face tokenizer.json say about its tokens, every value checked."""
+"""Reads what the files beside a Hugging Face tokenizer.json say about its tokens, and checks every value."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from llm_infer.base.errors import ModelError
 T = TypeVar("T")
 
 SPECIAL_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-"""Tokens that configurations name one by one, as `bos_token` …; they are special."""
+"""Tokens that configurations name one by one (`bos_token` …); they are special."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON object file, empty when there is no such file.
+    """Reads the JSON object in a file; it is empty when there is no such file.
 
     Raises:
-        ModelError: it cannot be read, or is something else.
+        ModelError: the file cannot be read, or holds something else.
     """
     if not file.is_file():
         return {}
@@ -35,10 +35,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_template(file: Path) -> str:
-    """A Jinja file.
+    """Reads a Jinja file.
 
     Raises:
-        ModelError: it cannot be read, or is not UTF-8.
+        ModelError: the file cannot be read, or is not UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8")
@@ -49,7 +49,7 @@ def read_template(file: Path) -> str:
 
 
 def token_text(config: Mapping[str, Any], key: str) -> str | None:
-    """Text of a token: null, a string, or an object with a string `content`.
+    """Returns the text of a token, which is given as null, a string, or an object with a string `content`.
 
     Raises:
         ModelError: the entry is something else.
@@ -62,7 +62,7 @@ def token_text(config: Mapping[str, Any], key: str) -> str | None:
 
 
 def special_texts(config: Mapping[str, Any]) -> set[str]:
-    """Texts of the further tokens that tokenizer_config.json or special_tokens_map.json call special.
+    """Returns the texts of further tokens that tokenizer_config.json or special_tokens_map.json call special.
 
     Raises:
         ModelError: an entry is of the wrong kind.
@@ -80,10 +80,10 @@ def special_texts(config: Mapping[str, Any]) -> set[str]:
 
 
 def token_ids(file: Path, config: Mapping[str, Any], key: str, vocab_size: int) -> list[int]:
-    """Ids that a configuration file names: null, one, or a list.
+    """Returns the ids that a configuration file names, given as null, one id, or a list.
 
     Raises:
-        ModelError: one is no id below `vocab_size`.
+        ModelError: one of them is not an id below `vocab_size`.
     """
     entry = config.get(key)
     ids = entry if isinstance(entry, list) else [] if entry is None else [entry]
@@ -94,10 +94,10 @@ def token_ids(file: Path, config: Mapping[str, Any], key: str, vocab_size: int) 
 
 
 def guarded(call: Callable[[], T], problem: str) -> T:
-    """Result of a call into the tokenizers library.
+    """Returns the result of a call into the tokenizers library.
 
     Raises:
-        ModelError: it raised, for which it has plain Exception, or panicked, which is no Exception at all.
+        ModelError: the call raised, which it does with a plain Exception, or panicked, which is no Exception at all.
     """
     try:
         return call()

@@ -13,10 +13,10 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an assis
 
 
 def checked_messages(messages: object) -> list[dict[str, Any]]:
-    """Messages with a text as `content`, without keys that hold None, and with thoughts under both usual names.
+    """Returns the messages with a text as `content`, without keys that hold None, and with thoughts under both usual names.
 
     Raises:
-        RequestError: says which message is malformed and what was expected.
+        RequestError: a message is malformed; the error says which, and what was expected.
     """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Iterable):
         raise RequestError(f"messages is a {type(messages).__name__}: expected a list of {{'role': …, 'content': …}}")
@@ -24,10 +24,10 @@ def checked_messages(messages: object) -> list[dict[str, Any]]:
 
 
 def checked_tools(tools: object) -> list[Any] | None:
-    """Definitions of tools as a list, None for none.
+    """Returns definitions of tools as a list; None if there are none.
 
     Raises:
-        RequestError: they are something else than a list of objects.
+        RequestError: they are not a list of objects.
     """
     if tools is None:
         return None
@@ -37,11 +37,11 @@ def checked_tools(tools: object) -> list[Any] | None:
 
 
 def with_calls(message: dict[str, Any], *, arguments_as_text: bool, null_content: bool) -> dict[str, Any]:
-    """A message whose tool calls are in the form a template needs.
+    """Returns the message with its tool calls in the form that a template needs.
 
     Args:
         arguments_as_text: `arguments` become JSON text; otherwise text that holds a JSON object becomes that object.
-        null_content: empty `content` beside calls becomes None.
+        null_content: an empty `content` beside calls becomes None.
     """
     calls = message.get("tool_calls")
     if not calls:
@@ -51,7 +51,7 @@ def with_calls(message: dict[str, Any], *, arguments_as_text: bool, null_content
 
 
 def with_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose `content` is a list of one part."""
+    """Returns the message with its `content` as a list of one part."""
     return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
@@ -109,7 +109,7 @@ def _with_arguments(call: Mapping[str, Any], as_text: bool) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             decoded = json.loads(arguments)
-        except (ValueError, RecursionError):  # what a model wrote, right or wrong: the template shows it as it is
+        except (ValueError, RecursionError):  # a model wrote it, right or wrong: the template shows it as it is
             decoded = None
         arguments = decoded if isinstance(decoded, dict) else arguments
     return {**call, "arguments": arguments}

@@ -1,7 +1,7 @@
-"""How each family of byte-level BPE models cuts text into words before the merges, by GGUF's `tokenizer.ggml.pre`.
+"""The ways in which byte-level BPE models cut text into words before the merges, by GGUF's `tokenizer.ggml.pre`.
 
-The patterns are those the models publish in `tokenizer.json`. A name is listed only if llama.cpp gives the same ids
-for it on fuzzed texts. One difference is left: letters and digits that are new in Unicode 16, which `tokenizers` knows
+The patterns are those that the models publish in `tokenizer.json`. A name is listed only if llama.cpp gives the same ids
+for it on fuzzed texts. One difference remains: letters and digits that are new in Unicode 16, which `tokenizers` knows
 and llama.cpp's tables do not yet (5004 code points; the only ones of all Unicode for the default model).
 """
 
@@ -27,7 +27,7 @@ _DEEPSEEK3 = (
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
 
-# Code points, as some of these characters do not survive normalisation of this file.
+# These are code points, as some of the characters would not survive a normalisation of this file.
 _DEEPSEEK_LETTERS = """
     41-5A 61-7A B5 C0-D6 D8-F6 F8-1BA 1BC-1BF 1C4-293 295-2AF 370-373 376 377 37B-37D 37F 386 388-38A 38C
     38E-3A1 3A3-3F5 3F7-481 48A-52F 531-556 10A0-10C5 13A0-13F5 13F8-13FD 1C90-1CBA 1CBD-1CBF 1D00-1D2B
@@ -39,7 +39,7 @@ _DEEPSEEK_LETTERS = """
     1E900-1E943
 """
 _DEEPSEEK_CLASS = "".join(re.sub(r"[0-9A-F]+", r"\\x{\g<0>}", _DEEPSEEK_LETTERS).split())
-# White space is in no class of characters, as llama.cpp has it (U+3000 would be punctuation, U+2029 a letter).
+# White space is in no class of characters, as in llama.cpp (else U+3000 would be punctuation, U+2029 a letter).
 _DEEPSEEK_LLM = (
     r"[\r\n]",
     rf"\s?[{_DEEPSEEK_CLASS}]+",
@@ -52,10 +52,10 @@ _DEEPSEEK_LLM = (
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """How one family of models cuts text into words before the merges.
+    """One family's way of cutting text into words before the merges.
 
     Attributes:
-        splits: patterns applied one after the other, each to the pieces the one before it left.
+        splits: patterns applied one after the other, each to the pieces that the one before it left.
         ignore_merges: a word that is itself a token becomes that token, whatever the merges say.
         add_bos: default of `tokenizer.ggml.add_bos_token`.
     """
@@ -82,4 +82,4 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "deepseek-llm": PreTokenizer(_DEEPSEEK_LLM),
     "deepseek-v3": PreTokenizer(_DEEPSEEK3),
 }
-"""`tokenizer.ggml.pre` → how to split. Names with one rule share it."""
+"""`tokenizer.ggml.pre` → way of splitting. Names with the same rule share it."""

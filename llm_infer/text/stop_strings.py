@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 class StopStrings:
     """Passes text through until a stop string is complete; holds back what may be the beginning of one.
 
-    All pieces that come out together are the text up to the stop string that ends first (the earlier in the text, then the
-    longer, if several end with the same character), with the string itself if `include`.
+    All pieces that come out, taken together, are the text up to the stop string that ends first (the earlier one, then the
+    longer, if several end with the same character), with the stop string itself if `include` is set.
 
-    A stop string may hold the text of special tokens, which the text leaves out: there each has a mark in its place, a
-    character that no text has, which does not come out.
+    A stop string may hold the text of special tokens, which the text leaves out: a mark stands in place of each, a
+    character that no text has, and it does not come out.
 
     Attributes:
-        marks: mark by id, of the special tokens that stop strings name.
+        marks: id → mark, for the special tokens that stop strings name.
         found: the stop string that ended the text; None so far.
     """
 
@@ -41,7 +41,7 @@ class StopStrings:
         self.found: str | None = None
 
     def push(self, text: str, *, search: bool = True) -> str:
-        """Text that is final now. Without `search` (from the start on) stop strings pass."""
+        """Returns the text that is final now. Without `search` (from the start on) stop strings pass."""
         if self.found is not None:
             return ""
         if not self._stops or not search:
@@ -59,7 +59,7 @@ class StopStrings:
         return self._without_marks(pending[: len(pending) - keep])
 
     def finish(self) -> str:
-        """Ends the stream: what was held back and did not become a stop string."""
+        """Ends the stream and returns what was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return self._without_marks(held)
 
@@ -68,5 +68,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
+    """Returns the length of the longest end of `text` that is a beginning of `stop`, short of all of it."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,7 +1,7 @@
-"""Renders chat templates in processes of their own, which hard limits end: no template can hang or fill this one.
+"""Renders chat templates in processes of their own under hard limits: no template can hang this process or fill its memory.
 
 Processes start when they are first needed (about 0.1 s), stay for later requests (well under 1 ms each), and are
-replaced when a limit or a crash ended them. They hold no model and import neither JAX nor this package.
+replaced when a limit or a crash has ended them. They hold no model and import neither JAX nor this package.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _START = "import sys; sys.path += sys.argv[3:]; from template_sandbox import ser
 
 
 class StoppedError(RequestError):
-    """A rendering did not end by itself: a limit or a crash ended its process, or there was none to be had."""
+    """A rendering that did not finish: a limit or a crash ended its process, or no process could be had."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one rendering may take.
+    """Most that one rendering may take.
 
     Attributes:
         cpu_seconds: processor time.
@@ -50,16 +50,16 @@ class Limits:
 
 
 class TemplateProcess:
-    """One process. Not for several threads at once; after any exception it must be closed."""
+    """One process, for one thread at a time; after any exception it must be closed."""
 
     def __init__(self, limits: Limits, *, watch_memory: bool = sys.platform == "darwin") -> None:
-        """Starts it. `watch_memory`: look at its memory from outside, where the system does not keep its limit."""
+        """Starts the process; `watch_memory`: watch its memory from outside, where the system does not keep its limit."""
         self._limits = limits
         self._watch_memory = watch_memory
         self._socket, theirs = socket.socketpair()
         with theirs:
-            # -I and -S: nothing of the environment, the working directory or site-packages runs there. A session of
-            # its own: Ctrl-C on the terminal is for this process alone.
+            # With -I and -S nothing from the environment, the working directory or site-packages runs there. It has a session of
+            # its own, since Ctrl-C on the terminal is for this process alone.
             self._process = subprocess.Popen(
                 [
                     sys.executable,
@@ -80,19 +80,19 @@ class TemplateProcess:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process's id."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """Whether the process still runs."""
         return self._process.poll() is None
 
     def ask(self, request: bytes) -> list[str]:
-        """Its answer to a request, see `template_sandbox.serve`.
+        """Returns the process's answer to a request, see `template_sandbox.serve`.
 
         Raises:
-            StoppedError: it ended before it answered, or had to be ended.
+            StoppedError: the process ended before it answered, or had to be ended.
         """
         deadline = time.monotonic() + self._limits.wall_seconds
         try:
@@ -110,7 +110,7 @@ class TemplateProcess:
             raise StoppedError(f"the chat template was stopped: {self._cause_of_end()}") from None
 
     def close(self) -> None:
-        """Ends it, whatever it does, and leaves no zombie."""
+        """Ends the process, whatever it is doing, and leaves no zombie."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
@@ -118,7 +118,7 @@ class TemplateProcess:
     def forget(self) -> None:
         """Lets go of a process that belongs to the parent of this one."""
         self._socket.close()
-        self._process.returncode = 0  # no child of ours: nothing to wait for or to warn of
+        self._process.returncode = 0  # it is no child of ours: nothing to wait for or to warn of
 
     def _receive(self, size: int, deadline: float) -> bytes:
         data = bytearray()
@@ -157,16 +157,16 @@ class TemplateProcess:
 
 
 class TemplateProcesses:
-    """Several processes, so that one slow template does not hold up the others. For any number of threads."""
+    """Several processes, so that one slow template does not hold up the others; for any number of threads."""
 
     def __init__(self, count: int, limits: Limits) -> None:
-        """At most `count` processes; none starts yet."""
+        """Allows at most `count` processes; none starts yet."""
         self._count, self._limits = count, limits
         self._idle: list[TemplateProcess] = []
         self._free = threading.BoundedSemaphore(count)
 
     def render(self, template: str, variables: Mapping[str, Any]) -> str:
-        """Text that a template makes of these variables, which must be plain values (those of JSON).
+        """Returns the text that a template makes of these variables, which must be plain values (those of JSON).
 
         Raises:
             RequestError: the template fails, refuses the variables or, as a StoppedError, takes more than the limits.
@@ -179,7 +179,7 @@ class TemplateProcesses:
             process = self._take()
             try:
                 kind, text = process.ask(request)
-            except BaseException:  # Ctrl-C too: an answer nobody waits for must not be taken for the next one's
+            except BaseException:  # Ctrl-C too: an answer that nobody waits for must not pass for the next one's
                 process.close()
                 raise
             if kind == "spent":
@@ -191,12 +191,12 @@ class TemplateProcesses:
         return text
 
     def close(self) -> None:
-        """Ends the processes that wait for work."""
+        """Ends the processes that are waiting for work."""
         while self._idle:
             self._idle.pop().close()
 
     def after_fork(self) -> None:
-        """Starts afresh in a forked child: the processes, and threads that held the semaphore, are the parent's."""
+        """Starts afresh in a forked child: the processes, and the threads that held the semaphore, are the parent's."""
         for process in self._idle:
             process.forget()
         self._idle.clear()
@@ -210,15 +210,15 @@ class TemplateProcesses:
                 break
             if process.alive:
                 return process
-            process.close()  # something from outside ended it
+            process.close()  # something outside has ended it
         try:
             return TemplateProcess(self._limits)
         except OSError as error:
-            raise StoppedError(f"cannot start a process to render the chat template in: {error}") from None
+            raise StoppedError(f"cannot start a process that renders the chat template: {error}") from None
 
 
 def _import_paths() -> list[str]:
-    """Directories that `template_sandbox` and what it imports lie in."""
+    """Returns the directories in which `template_sandbox` and its imports lie."""
     found = []
     for name in ("jinja2", "markupsafe"):
         spec = importlib.util.find_spec(name)
@@ -228,7 +228,7 @@ def _import_paths() -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Mappings and arrays as JSON knows them."""
+    """Returns mappings and arrays in forms that JSON knows."""
     if isinstance(value, Mapping):
         return dict(value)
     if hasattr(value, "tolist"):
@@ -237,7 +237,7 @@ def _plain(value: Any) -> Any:
 
 
 PROCESSES = TemplateProcesses(min(4, os.cpu_count() or 1), Limits())
-"""Those that all templates of this process are rendered in."""
+"""The processes that render all templates of this process."""
 
 atexit.register(PROCESSES.close)
 with suppress(AttributeError):  # systems without fork

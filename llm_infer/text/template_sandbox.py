@@ -5,7 +5,7 @@ limits that this process sets on itself keep it from hanging the engine or filli
 Blocks, filters and globals are those of Hugging Face's templates (`raise_exception`, `strftime_now`, a `tojson` that
 does not escape HTML, `{% generation %}`, `break`/`continue`).
 
-Runs without the rest of `llm_infer`; `template_process.py` starts it and speaks with it.
+It runs without the rest of `llm_infer`; `template_process.py` starts it and speaks with it.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ MAX_OUTPUT = 1 << 24  # characters
 
 
 class _GenerationBlock(Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training; here it is its content."""
+    """The block `{% generation %}…{% endgeneration %}`: it marks the assistant's words for training; here only its content
+    counts."""
 
-    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
+    tags = frozenset({"generation"})  # pyright: ignore[reportAssignmentType]
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -41,7 +42,7 @@ class _GenerationBlock(Extension):
 
 
 class TemplateSandbox(ImmutableSandboxedEnvironment):
-    """Refuses Python's internals and changes to arguments."""
+    """A Jinja environment that refuses Python's internals and changes to arguments."""
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols])
@@ -50,7 +51,7 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]  # random filler
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> jinja2.Undefined:
-        """A forbidden attribute is an error at once; Jinja would wait until it is used."""
+        """Raises the error of a forbidden attribute at once; Jinja would wait until it is used."""
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
 
 
@@ -64,7 +65,7 @@ def serve(cpu_seconds: float, memory: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
-    with suppress(OSError, ValueError):  # systems that have no such limit are watched from outside
+    with suppress(OSError, ValueError):  # systems without this limit are watched from outside
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open(0, "rb") as reader, open(0, "wb", closefd=False) as writer:
@@ -94,7 +95,7 @@ def _answer(request: bytes) -> list[str]:
         return ["error", f"the chat template refuses these messages: {_reason(error)}"]
     except MemoryError:
         raise
-    except Exception as error:  # a template is a program of somebody else's: whatever it does wrong fails the request
+    except Exception as error:  # a template is somebody else's program: whatever it does wrong fails the request
         return ["error", f"the chat template failed with {type(error).__name__}: {_reason(error)}"]
     if len(text) > MAX_OUTPUT:
         return ["error", _stopped(f"it puts out more than {MAX_OUTPUT} characters")]
@@ -102,7 +103,7 @@ def _answer(request: bytes) -> list[str]:
 
 
 def render(template: str, variables: Mapping[str, Any]) -> str:
-    """Text that a template makes of these variables; raises whatever goes wrong in it."""
+    """Returns the text that a template makes of these variables; raises whatever goes wrong in it."""
     return _compiled(template).render(variables)
 
 

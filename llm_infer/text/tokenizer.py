@@ -1,4 +1,4 @@
-"""Tokenizer of a model: text to token ids and back, built from a Hugging Face directory or from GGUF metadata."""
+"""A model's tokenizer: text to token ids and back, built from a Hugging Face directory or from GGUF metadata."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from llm_infer.text.hf_files import (
 
 
 class Tokenizer:
-    """Token ids of a text, and the exact bytes of every token.
+    """Turns text into token ids and back, and knows the exact bytes of every token.
 
     Attributes:
         vocab_size: one more than the largest token id.
         bos_token_id: beginning-of-sequence token, if the model has one.
-        eos_token_id: the token the model names as end of sequence, if any; templates use its text.
+        eos_token_id: the token that the model names as end of sequence, if any; templates use its text.
         eos_token_ids: every token that ends generation (end of sequence, end of turn, …).
         special_tokens: text → id of the tokens that are markers and not text.
         chat_templates: name → Jinja source; "default" is the usual one.
-        strips_leading_space: a decoded text loses one leading space (SentencePiece adds one when it encodes).
+        strips_leading_space: whether a decoded text loses one leading space (SentencePiece adds one when it encodes).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, object]) -> Tokenizer:
-        """Builds the tokenizer a GGUF file carries; `metadata`: key → value, arrays as lists or numpy arrays.
+        """Builds the tokenizer that a GGUF file carries; `metadata`: key → value, arrays as lists or numpy arrays.
 
         Raises:
             ModelError: see `gguf_tokenizer.rebuild_tokenizer`.
@@ -98,8 +98,8 @@ class Tokenizer:
     def from_hf_directory(cls, path: str | Path) -> Tokenizer:
         """Reads `tokenizer.json` and, where present, the configuration files beside it.
 
-        End-of-sequence ids are united over generation_config.json, config.json and tokenizer_config.json. Which tokens
-        go around a text is what tokenizer.json says; `add_bos_token` beside it counts for nothing, as in transformers 5.
+        The end-of-sequence ids are the union of those in generation_config.json, config.json and tokenizer_config.json.
+        Which tokens go around a text is decided by tokenizer.json; `add_bos_token` beside it is ignored, as in transformers 5.
 
         Raises:
             ModelError: a file is missing, is not valid, or names a token that does not exist.
@@ -144,24 +144,24 @@ class Tokenizer:
             eos_token_ids=eos_ids,
             chat_templates=_hf_chat_templates(directory, config),
         )
-        result.encode("A text, 1 é")  # much of what is wrong with a tokenizer shows when it is used
+        result.encode("A text, 1 é")  # many faults of a tokenizer show only when it is used
         return result
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True, begins: bool = True
     ) -> list[int]:
-        """Token ids of `text`.
+        """Returns the token ids of `text`.
 
         Args:
             text: any text.
             add_special_tokens: add the tokens the model wants around a sequence (beginning of sequence, …). Pass False
                 for the output of a chat template, which has them already.
             parse_special: take the text of a special token, such as `<|im_end|>`, for that token, not for plain text.
-            begins: `text` is the beginning of a whole text. One that goes on does not get the space that SentencePiece
+            begins: whether `text` begins a whole text. One that continues another does not get the space that SentencePiece
                 puts before a text.
 
         Raises:
-            RequestError: the text holds half a surrogate pair and so has no UTF-8 form.
+            RequestError: the text holds half a surrogate pair, so it has no UTF-8 form.
         """
         _require_unicode(text)
         encoder = self._encoder(parse_special, begins)
@@ -178,10 +178,10 @@ class Tokenizer:
         return ids
 
     def exact_tokens(self, text: str) -> list[int]:
-        """Text tokens whose bytes are exactly those of `text`, as it would stand within a text.
+        """Returns text tokens whose bytes are exactly those of `text`, as it would stand within a longer text.
 
-        They are the usual ones where those have these bytes. A tokenizer may also change what it encodes (put a space
-        before it, normalise its characters): then each token is the longest that fits.
+        They are the usual tokens where these have those bytes. Where a tokenizer changes what it encodes (puts a space
+        before it, normalises its characters), each token is the longest that fits.
 
         Raises:
             RequestError: `text` has a byte that no token has, or half a surrogate pair.
@@ -191,11 +191,11 @@ class Tokenizer:
         return ids if b"".join(map(self.token_bytes, ids)) == data else self._spelled(data)
 
     def _as_text(self, token: int) -> list[int]:
-        """The token, or the text tokens that spell it if it is special: pieces can merge to one."""
+        """Returns the token or, if it is special, the text tokens that spell it: pieces can merge to one."""
         return self._spelled(self.token_bytes(token)) if token in self._special_ids else [token]
 
     def _spelled(self, data: bytes) -> list[int]:
-        """The longest text tokens, one after the other, that have these bytes."""
+        """Returns the text tokens that have these bytes, each the longest that fits."""
         known, longest = self._ids_by_bytes
         ids, start = [], 0
         while start < len(data):
@@ -208,10 +208,10 @@ class Tokenizer:
         return ids
 
     def encode_literally(self, text: str, literal: Collection[int]) -> list[int]:
-        """Token ids of `text` as it is, but no special token begins at a position in `literal`.
+        """Returns the token ids of `text` as it is, in which no special token begins at a position in `literal`.
 
         Raises:
-            RequestError: as `encode`.
+            RequestError: see `encode`.
         """
         _require_unicode(text)
         ids = self.control_tokens.encode(text, literal)
@@ -219,11 +219,11 @@ class Tokenizer:
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
-        """Finds texts of special tokens in contents."""
+        """The finder of special tokens' texts in contents."""
         return ControlTokens(self._backend, self.special_tokens, self._as_text)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary give nothing."""
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary give nothing."""
         shown = (i for i in ids if not (skip_special_tokens and i in self._special_ids))
         data = b"".join(map(self.token_bytes, shown))
         if self.strips_leading_space:
@@ -231,18 +231,18 @@ class Tokenizer:
         return data.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Exact bytes of one token, possibly part of a character; empty for an id outside the vocabulary."""
+        """Returns the exact bytes of one token, possibly part of a character; empty for an id outside the vocabulary."""
         data = self._bytes.get(token_id)
         if data is None:
             data = self._bytes[token_id] = self._token_bytes(int(token_id))
         return data
 
     def is_special(self, token_id: int) -> bool:
-        """Whether the token is a marker, which `decode` leaves out unless told otherwise."""
+        """Checks whether the token is a marker, which `decode` leaves out unless told otherwise."""
         return token_id in self._special_ids
 
     def token_id(self, text: str) -> int | None:
-        """Id of the token whose vocabulary entry is `text` (`<|im_end|>`, `Ġthe`, `▁the`), None if there is none."""
+        """Returns the id of the token whose vocabulary entry is `text` (`<|im_end|>`, `Ġthe`, `▁the`), None if there is none."""
         found = self._backend.token_to_id(text)
         return found if found is not None and found < self.vocab_size else None
 
@@ -264,20 +264,20 @@ class Tokenizer:
 
     def _encoder(self, parse_special: bool, begins: bool) -> tokenizers.Tokenizer:
         kind = (parse_special, begins)
-        if kind not in self._copies:  # what differs is state of the backend, so another reading needs a copy
+        if kind not in self._copies:  # the difference is state of the backend, so another reading needs a copy
             self._copies[kind] = copy_of(self._backend, parse_special=parse_special, begins=begins)
         return self._copies[kind]
 
     @cached_property
     def _ids_by_bytes(self) -> tuple[dict[bytes, int], int]:
-        """Id of each text token by its bytes, and the most bytes of one."""
+        """The id of each text token by its bytes, and the most bytes of one."""
         ids = {self.token_bytes(i): i for i in range(self.vocab_size - 1, -1, -1) if i not in self._special_ids}
         ids.pop(b"", None)
         return ids, max(map(len, ids), default=0)
 
 
 def _mark_special(backend: tokenizers.Tokenizer, texts: set[str]) -> None:
-    """Makes these tokens of the vocabulary special where tokenizer.json does not."""
+    """Makes these tokens of the vocabulary special where tokenizer.json has not done so."""
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for text in sorted(texts):
         if text not in added:
@@ -297,7 +297,7 @@ def _require_unicode(text: str) -> None:
 
 
 def _decoder_kind(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
-    """(byte-level alphabet rather than SentencePiece's, decoding strips one leading space)."""
+    """Returns whether the alphabet is byte-level rather than SentencePiece's, and whether decoding strips one leading space."""
     state: dict[str, Any] = {} if backend.decoder is None else json.loads(backend.decoder.__getstate__())
     steps = state["decoders"] if state.get("type") == "Sequence" else [state]
     kinds = {step.get("type") for step in steps}
@@ -314,7 +314,7 @@ def _decoder_kind(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
 
 
 def _hf_chat_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Templates of tokenizer_config.json, overruled by chat_template.jinja and additional_chat_templates/*.jinja."""
+    """Returns the templates of tokenizer_config.json, overruled by chat_template.jinja and additional_chat_templates/*.jinja."""
     entry = config.get("chat_template")
     listed = [{"name": "default", "template": entry}] if isinstance(entry, str) else [] if entry is None else entry
     templates: dict[str, str] = {}

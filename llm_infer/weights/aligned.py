@@ -11,7 +11,7 @@ _ALIGNMENT = 64  # bytes; what XLA's CPU client asks for
 
 
 def aligned_empty(shape: Sequence[int], dtype: np.dtype | type) -> np.ndarray:
-    """An uninitialised array that starts at a multiple of 64 bytes, so that `jax.device_put` on the CPU shares it."""
+    """Returns an uninitialised array that starts at a multiple of 64 bytes, so that `jax.device_put` on the CPU shares it."""
     dtype = np.dtype(dtype)
     nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + _ALIGNMENT, np.uint8)

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def checked_destination(destination: str | Path) -> Path:
-    """Absolute path of a directory that a checkpoint can be written to: it does not exist, or is empty.
+    """Returns the absolute path of a directory to which a checkpoint can be written: it does not exist, or is empty.
 
     Raises:
-        ModelError: there is something.
+        ModelError: something is there.
     """
     path = Path(destination).expanduser().resolve()
     if path.is_dir() and any(path.iterdir()):
@@ -40,7 +40,7 @@ def write_checkpoint(
     tokenizer_files: Mapping[str, bytes],
     progress: Progress | None = None,
 ) -> None:
-    """Write a checkpoint that appears at `destination` only when it is complete and on disk.
+    """Writes a checkpoint that appears at `destination` only when it is complete and on disk.
 
     Everything is written to `destination.tmp-…`, which is renamed; then the manifest, without which nothing loads, is
     renamed into place. An error removes all of it; a killed process leaves a directory that does not load.
@@ -107,7 +107,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Have everything below a folder on disk: no name may be there before its bytes are."""
+    """Brings everything below a folder to disk: no name may be there before its bytes are."""
     for directory, _, files in os.walk(folder):
         for path in (*(os.path.join(directory, name) for name in files), directory):
             _sync(path)

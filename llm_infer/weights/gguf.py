@@ -41,18 +41,18 @@ class GGUFTensor:
         return stored_dtype(self.format) or np.dtype(np.float32)
 
     def part(self, index: int) -> GGUFTensor:
-        """Element `index` of the first axis as a tensor of its own, e.g. one expert's matrix of a stack."""
+        """Returns element `index` of the first axis as a tensor of its own, e.g. one expert's matrix of a stack."""
         part, rows = copy.copy(self), self.blocks.shape[0] // self.shape[0]
         part.name, part.shape = f"{self.name}[{index}]", self.shape[1:]
         part.blocks = self.blocks[index * rows : (index + 1) * rows]
         return part
 
     def read_into(self, out: np.ndarray, row_order: np.ndarray | None = None) -> None:
-        """Read the values into `out` (the tensor's shape), converting to its type.
+        """Reads the values into `out` (of the tensor's shape), and converts them to its type.
 
         Args:
             out: any float type, any strides.
-            row_order: out[i] = row row_order[i] of the file, for tensors of at most two axes.
+            row_order: row `row_order[i]` of the file becomes out[i]; for tensors of at most two axes.
 
         Raises:
             ModelError: the storage type cannot be read.
@@ -65,20 +65,20 @@ class GGUFTensor:
         elif out.ndim == 2:
             _read_rows(self.format, self.blocks, out, row_order)
         else:
-            # A reshape of a strided `out` would copy, so go through its matrices one by one.
+            # A reshape of a strided `out` would copy, so its matrices are read one by one.
             height = self.shape[-2]
             for number, index in enumerate(np.ndindex(*self.shape[:-2])):
                 _read_rows(self.format, self.blocks[number * height : (number + 1) * height], out[index], None)
 
     def _single_values(self) -> np.ndarray:
-        """Blocks of a vector as rows of one value, so that its elements can be reordered like rows."""
+        """Returns blocks of a vector as rows of one value, so that its elements can be reordered like rows."""
         if self.format.block_size != 1:
             raise ModelError(f"tensor {self.name!r}: elements of a vector of type {self.type} cannot be reordered")
         return self.blocks.reshape(-1, self.format.block_bytes)
 
 
 def _read_rows(format: BlockFormat, blocks: np.ndarray, out: np.ndarray, row_order: np.ndarray | None) -> None:
-    """Rows [R, bytes] into out [R, values], in chunks, so that temporaries stay near 1 MB."""
+    """Reads rows [R, bytes] into out [R, values], in chunks, so that temporaries stay near 1 MB."""
     rows, width = out.shape
     stored = stored_dtype(format)
     if stored is not None:
@@ -134,7 +134,7 @@ class GGUFFile:
             )
 
     def require(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """A metadata value of the given type.
+        """Returns a metadata value of the given type.
 
         Raises:
             ModelError: the key is missing or has another type.
@@ -148,7 +148,7 @@ class GGUFFile:
         return value
 
     def close(self) -> None:
-        """Forget the tensors. The mapping itself goes away with the last view of a tensor's blocks."""
+        """Forgets the tensors. The mapping itself goes away with the last view of a tensor's blocks."""
         self.tensors = {}
 
 

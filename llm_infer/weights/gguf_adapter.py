@@ -1,4 +1,4 @@
-"""GGUF models as Hugging Face would store them: tensor names, row order of queries and keys, and the config."""
+"""Shows GGUF models as Hugging Face would store them: tensor names, row order of queries and keys, and the config."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp's converter renames and rearranges one architecture.
+    """One architecture, and how llama.cpp's converter renames and rearranges it.
 
     Attributes:
-        model_type, hf_class: Hugging Face's names of it.
+        model_type, hf_class: Hugging Face's names for it.
         layer_names: name within `blk.N.` → name within `model.layers.N.`, both without `.weight` or `.bias`.
         global_names: the same for tensors outside the layers.
-        interleaved_rope: rows of the query and key projections were reordered from (half, pair) to (pair, half) within
+        interleaved_rope: whether rows of the query and key projections were reordered from (half, pair) to (pair, half) within
             each head, because llama.cpp rotates neighbouring elements for this architecture.
-        bias_keys: of "attention_bias" and "mlp_bias", those that the Hugging Face config has.
-        experts: the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor a layer.
+        bias_keys: those of "attention_bias" and "mlp_bias" that the Hugging Face config has.
+        experts: whether the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor per layer.
     """
 
     model_type: str
@@ -60,7 +60,7 @@ _QWEN3_LAYER = _DENSE_LAYER | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm":
 _MOE_LAYER = {name: hf for name, hf in _QWEN3_LAYER.items() if not hf.startswith("mlp.")} | {"ffn_gate_inp": "mlp.gate"}
 _EXPERT_STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
-# A further architecture is one more entry.
+# Another architecture is one more entry.
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(
         "llama", "LlamaForCausalLM", _DENSE_LAYER, interleaved_rope=True, bias_keys=("attention_bias", "mlp_bias")
@@ -72,10 +72,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
-_ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not a weight
+_ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not as a weight
 
 # fmt: off
-# Keys below "<architecture>." that the config is made of. Others may change the computation and are refused.
+# Keys below "<architecture>." from which the config is made. Others may change the computation and are refused.
 _KNOWN_KEYS = frozenset(
     {
         "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
@@ -87,7 +87,7 @@ _KNOWN_KEYS = frozenset(
 )
 # fmt: on
 
-# Keys that change nothing at these values.
+# Keys that change nothing where they have these values.
 _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
     "attention.clamp_kqv": (0.0,),
@@ -113,10 +113,10 @@ _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
-    """The table entry for the file's `general.architecture`.
+    """Returns the table entry for the file's `general.architecture`.
 
     Raises:
-        ModelError: no entry, or the key is missing.
+        ModelError: there is no entry, or the key is missing.
     """
     name = file.require("general.architecture", str)
     if name not in ARCHITECTURES:
@@ -127,10 +127,10 @@ def architecture_of(file: GGUFFile) -> Architecture:
 
 
 def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
-    """The metadata of a model as the dict that its Hugging Face `config.json` would hold.
+    """Returns a model's metadata as the dict that its Hugging Face `config.json` would hold.
 
     Raises:
-        ModelError: unknown architecture, a missing key, a value of the wrong type, or a key that is not understood.
+        ModelError: the architecture or a key is unknown, a key is missing, or a value has the wrong type.
     """
     architecture = architecture_of(file)
     prefix = file.require("general.architecture", str) + "."
@@ -203,12 +203,12 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
 
 
 def _is_neutral(key: str, value: Any) -> bool:
-    """Whether a key of `_NEUTRAL_KEYS` is at one of its values."""
+    """Checks whether a key of `_NEUTRAL_KEYS` has one of its values there."""
     return any(type(value) is type(each) and value == each for each in _NEUTRAL_KEYS[key])
 
 
 def _integer(file: GGUFFile, key: str) -> int:
-    """A positive whole number; a list with one for each layer counts if all are equal."""
+    """Returns a positive whole number; a list with one for each layer counts if all are equal."""
     value = file.metadata.get(key)
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
         value = int(value[0])
@@ -220,7 +220,7 @@ def _integer(file: GGUFFile, key: str) -> int:
 
 
 def _vocab_size(file: GGUFFile) -> int:
-    """Rows of the embedding; files written before 2024 do not state the size."""
+    """Returns the number of rows of the embedding; files written before 2024 do not state the size."""
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise ModelError(f"{file.path}: tensor 'token_embd.weight' is missing")
@@ -265,23 +265,23 @@ class GGUFSource:
 
     @property
     def description(self) -> str:
-        """Path of the file."""
+        """The path of the file."""
         return str(self.file.path)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, row-major."""
+        """Returns the shape of a tensor, row-major."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Type of the values as read; float32 for block-quantised tensors."""
+        """Returns the type of the values as read; float32 for block-quantised tensors."""
         return self._tensors[name].dtype
 
     def tensor(self, name: str) -> GGUFTensor:
-        """The tensor itself, in the file's row order; see `row_order`."""
+        """Returns the tensor itself, in the file's row order; see `row_order`."""
         return self._tensors[name]
 
     def row_order(self, name: str) -> np.ndarray | None:
-        """For row i in Hugging Face order its row in the file, or None where they agree.
+        """Returns, for row i in Hugging Face order, its row in the file; None where they agree.
 
         Block rows are whole rows, so quantised blocks may be gathered in this order without decoding them.
         """
@@ -292,15 +292,15 @@ class GGUFSource:
             raise ModelError(
                 f"{self.description}: {name}: {rows} rows are not an even number for each of {heads} heads"
             )
-        # In the file a head's rows are (pair, half); in Hugging Face (half, pair).
+        # A head's rows are (pair, half) in the file and (half, pair) in Hugging Face's order.
         return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Read all values into `out`, which has the tensor's shape, converting to its type."""
+        """Reads all values into `out`, which has the tensor's shape, and converts them to its type."""
         self._tensors[name].read_into(out, self.row_order(name))
 
     def stored(self, name: str) -> tuple[str, np.ndarray] | None:
-        """Kind and block rows [N, R] of a matrix, gathered in Hugging Face order; None for other tensors."""
+        """Returns the kind and block rows [N, R] of a matrix, gathered in Hugging Face order; None for other tensors."""
         tensor = self._tensors[name]
         kind = tensor.type.lower()
         if len(tensor.shape) != 2 or kind not in FORMATS or FORMATS[kind].dtype != "uint8":
@@ -309,13 +309,13 @@ class GGUFSource:
         return kind, tensor.blocks if order is None else tensor.blocks[order]
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Lets go of the file."""
         self._tensors = {}
         self.file.close()
 
 
 def _hf_name(name: str, architecture: Architecture) -> tuple[str, str]:
-    """(Hugging Face name, name within the block without its suffix); unknown names come back unchanged."""
+    """Returns the Hugging Face name, and the name within the block without its suffix; unknown names come back unchanged."""
     base, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):
         return name, ""
@@ -328,7 +328,7 @@ def _hf_name(name: str, architecture: Architecture) -> tuple[str, str]:
 
 
 def _expert_stack(name: str) -> str | None:
-    """Hugging Face name, with a place for `expert`, of the matrices stacked in a tensor; None for other tensors."""
+    """Returns the Hugging Face name, with a place for `expert`, of the matrices stacked in a tensor; None for other tensors."""
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _EXPERT_STACKS and parts[3] == "weight":
         return f"model.layers.{int(parts[1])}.mlp.experts.{{expert}}.{_EXPERT_STACKS[parts[2]]}.weight"

@@ -1,4 +1,4 @@
-"""Block formats of GGUF tensors: their sizes, and reading blocks as float32, bit for bit as llama.cpp's `gguf` does."""
+"""Block formats of GGUF tensors: their sizes, and their values as float32, bit for bit those of llama.cpp's `gguf`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llm_infer.base.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class BlockFormat:
-    """`type_id` is ggml's number of the type; a block holds `block_size` values in `block_bytes` bytes."""
+    """A format: `type_id` is ggml's number of the type; a block holds `block_size` values in `block_bytes` bytes."""
 
     type_id: int
     name: str
@@ -20,8 +20,8 @@ class BlockFormat:
     block_bytes: int
 
 
-# The types that are read here directly. The rest, and their sizes, come from the `gguf` package, whose import
-# (0.15 s) the usual files are spared.
+# The types that are read here directly. The others, and their sizes, come from the `gguf` package, whose import
+# (0.15 s) the usual files do not need.
 _OWN = {
     format.type_id: format
     for format in (
@@ -34,12 +34,12 @@ _OWN = {
     )
 }
 
-# float32 values read at a time (1 MB): temporaries then stay in cache, which made reading 20 % faster than 4 MB did.
+# float32 values read at a time (1 MB): temporaries then stay in cache, so reading is 20 % faster than with 4 MB.
 CHUNK_VALUES = 1 << 18
 
 
 def block_format(type_id: int) -> BlockFormat | None:
-    """The format with ggml's type number, or None when there is no such type."""
+    """Returns the format with ggml's type number, or None when there is no such type."""
     if type_id in _OWN:
         return _OWN[type_id]
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -51,7 +51,7 @@ def block_format(type_id: int) -> BlockFormat | None:
 
 
 def stored_dtype(format: BlockFormat) -> np.dtype | None:
-    """The numpy type of values that are stored as they are, or None for block-quantised ones."""
+    """Returns the numpy type of values that are stored as they are, or None for block-quantised ones."""
     if format.name == "BF16":
         import ml_dtypes
 
@@ -62,12 +62,12 @@ def stored_dtype(format: BlockFormat) -> np.dtype | None:
 
 
 def _scaled(blocks: np.ndarray, header_bytes: int) -> np.ndarray:
-    """The float16 numbers at the start of each block, as float32 [blocks, header_bytes / 2]."""
+    """Returns the float16 numbers at the start of each block, as float32 [blocks, header_bytes / 2]."""
     return np.ascontiguousarray(blocks[:, :header_bytes]).view(np.float16).astype(np.float32)
 
 
 def _nibbles(packed: np.ndarray, bias: int, out: np.ndarray) -> None:
-    """Unpack 16 bytes a block into 32 values: low halves are values 0–15, high halves 16–31."""
+    """Unpacks 16 bytes per block into 32 values: low halves are values 0–15, high halves 16–31."""
     codes = np.empty((packed.shape[0], 2, 16), np.uint8)
     np.bitwise_and(packed, np.uint8(15), out=codes[:, 0])
     np.right_shift(packed, np.uint8(4), out=codes[:, 1])
@@ -83,7 +83,7 @@ def _read_q4_0(blocks: np.ndarray, out: np.ndarray) -> None:
 def _read_q4_1(blocks: np.ndarray, out: np.ndarray) -> None:
     scale_and_min = _scaled(blocks, 4)
     _nibbles(blocks[:, 4:], 0, out)
-    # Two roundings, like the reference: a fused multiply-add would differ in the last bit.
+    # This rounds twice, as the reference does: a fused multiply-add would differ in the last bit.
     np.multiply(out, scale_and_min[:, :1], out=out)
     np.add(out, scale_and_min[:, 1:], out=out)
 
@@ -101,7 +101,7 @@ _READERS: dict[str, Callable[[np.ndarray, np.ndarray], None]] = {
 
 
 def dequantize_into(format: BlockFormat, rows: np.ndarray, out: np.ndarray) -> None:
-    """Read block-quantised rows.
+    """Reads block-quantised rows.
 
     Args:
         format: a block-quantised format (`stored_dtype` is None).
@@ -109,10 +109,10 @@ def dequantize_into(format: BlockFormat, rows: np.ndarray, out: np.ndarray) -> N
         out: float32 [rows, values per row], contiguous.
 
     Raises:
-        ModelError: nobody can read this format.
+        ModelError: the format cannot be read.
     """
     reader = _READERS.get(format.name)
-    # A damaged file may hold infinite scales; what to do about non-finite weights is not for this function to say.
+    # A damaged file may hold infinite scales; what to do about non-finite weights is not this function's business.
     with np.errstate(all="ignore"):
         if reader is not None:
             reader(rows.reshape(-1, format.block_bytes), out.reshape(-1, format.block_size))

@@ -22,12 +22,12 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 _MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
 _MAX_KEY_BYTES = 65535  # the format's limit
 _MAX_NESTING = 4  # of arrays in arrays; the format sets no limit, no known file goes beyond 1
-_MIN_METADATA_BYTES = 13  # length of an empty key, type, one byte of value
+_MIN_METADATA_BYTES = 13  # length of an empty key, type, one byte of the value
 _MIN_TENSOR_BYTES = 32  # length of an empty name, one dimension, type, offset
 
 
 class HeaderError(Exception):
-    """The header is damaged; the message says how, without the file's name."""
+    """A damaged header; the message says how it is damaged, without the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Header:
 
 
 def parse_header(buffer: mmap.mmap) -> Header:
-    """Parse and check the header. No allocation exceeds the size of the file.
+    """Parses and checks the header. No allocation exceeds the size of the file.
 
     Raises:
         HeaderError: the file is not GGUF, is cut short or is inconsistent.
@@ -79,7 +79,7 @@ def parse_header(buffer: mmap.mmap) -> Header:
 
 
 def _place(directory: list[TensorInfo], end: int, metadata: dict[str, Any], size: int) -> dict[str, TensorInfo]:
-    """Turn offsets that count from the data section into file offsets, and check that every tensor lies in the file."""
+    """Turns offsets that count from the data section into file offsets, and checks that every tensor lies in the file."""
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
         raise HeaderError(f"general.alignment={alignment!r}, expected a power of two")
@@ -111,7 +111,7 @@ class _Cursor:
         self.buffer, self.position, self.end = buffer, 0, len(buffer)
 
     def _require(self, nbytes: int) -> int:
-        """Check that `nbytes` more bytes exist, move past them, return where they start."""
+        """Checks that `nbytes` more bytes exist, moves past them, and returns where they start."""
         start = self.position
         if nbytes > self.end - start:
             raise HeaderError(
@@ -129,7 +129,7 @@ class _Cursor:
         return struct.unpack_from(format, self.buffer, self._require(struct.calcsize(format)))[0]
 
     def count(self, format: str, item_bytes: int, what: str) -> int:
-        """A count, refused at once when so many items of at least `item_bytes` cannot be in the rest of the file."""
+        """Reads a count; refuses it at once if that many items of at least `item_bytes` cannot be in the rest of the file."""
         number = self.scalar(format)
         if number * item_bytes > self.end - self.position:
             raise HeaderError(f"it announces {number} {what}, more than a file of {self.end} bytes can hold")
@@ -160,7 +160,7 @@ class _Cursor:
             dtype = np.dtype(_NUMPY[item_type])
             count = self.count("<Q", dtype.itemsize, "numbers")
             start = self._require(count * dtype.itemsize)
-            # A copy: views would keep the file mapped for as long as the metadata lives.
+            # Numbers are copied: views would keep the file mapped for as long as the metadata lives.
             numbers = np.frombuffer(self.buffer, np.uint8 if item_type == _BOOL else dtype, count, start)
             return numbers != 0 if item_type == _BOOL else numbers.copy()
         if item_type != _ARRAY:
@@ -168,7 +168,7 @@ class _Cursor:
         return [self.value(_ARRAY, depth + 1) for _ in range(self.count("<Q", 12, "arrays"))]
 
     def strings(self, count: int) -> list[str]:
-        """An array of strings. A vocabulary has 10⁵ of them, so this loop is written for speed."""
+        """Reads an array of strings. A vocabulary has 10⁵ of them, so this loop is written for speed."""
         buffer, position, end = self.buffer, self.position, self.end
         length_at = struct.Struct("<Q").unpack_from
         items: list[bytes] = []
@@ -179,7 +179,7 @@ class _Cursor:
                 if position > end:
                     break
                 items.append(buffer[start:position])
-        except struct.error:  # not even the eight bytes of the length are left
+        except struct.error:  # fewer than the eight bytes of the length are left
             pass
         if len(items) != count:
             raise HeaderError(
@@ -193,7 +193,7 @@ class _Cursor:
             raise HeaderError(f"a string in the array before byte {position} is not UTF-8") from None
 
     def tensor(self) -> TensorInfo:
-        """A directory entry; its offset still counts from the data section."""
+        """Reads a directory entry; its offset still counts from the data section."""
         name = self.string(_MAX_KEY_BYTES)
         dimensions = self.scalar("<I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:

@@ -1,4 +1,4 @@
-"""Scaling of rotary frequencies as GGUF stores it, turned into Hugging Face's `rope_scaling`."""
+"""Turns the scaling of rotary frequencies, as GGUF stores it, into Hugging Face's `rope_scaling`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 def rope_scaling(
     file: GGUFFile, prefix: str, theta: float, head_dim: int, factors: GGUFTensor | None
 ) -> dict[str, Any] | None:
-    """The `rope_scaling` entry of the config, or None when frequencies are not scaled.
+    """Returns the `rope_scaling` entry of the config, or None when frequencies are not scaled.
 
     Args:
         prefix: "llama." or the like.
@@ -23,7 +23,7 @@ def rope_scaling(
         factors: float [D/2] divisors of the frequencies, if the file has them (Llama 3.1 and later).
 
     Raises:
-        ModelError: a kind of scaling that has no name in Hugging Face's config.
+        ModelError: the kind of scaling has no name in Hugging Face's config.
     """
     kind_key = prefix + "rope.scaling.type"
     kind = file.require(kind_key, str) if kind_key in file.metadata else "none"
@@ -43,7 +43,7 @@ def rope_scaling(
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
-    """Divisors of the rotary frequencies, float64 [D/2], of Llama 3.1's scaling.
+    """Returns the divisors of the rotary frequencies, float64 [D/2], of Llama 3.1's scaling.
 
     Wavelengths up to original/high stay, those from original/low on are divided by `factor`, and between them the two
     are blended linearly in 1/wavelength (Llama 3.1 reference code, `apply_scaling`).
@@ -58,7 +58,7 @@ def _wavelengths(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _llama3(file: GGUFFile, tensor: GGUFTensor, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Recover the four parameters from the divisors.
+    """Recovers the four parameters from the divisors.
 
     The file stores only the divisors. Blended ones obey blend = original/(wavelength·(high-low)) - low/(high-low): a
     line in 1/wavelength. Its two coefficients give three unknowns once low_freq_factor is 1, as in every Llama 3

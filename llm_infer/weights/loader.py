@@ -34,7 +34,7 @@ def load_parameters(
     stored: str | None = None,
     cuts: Callable[[str], int] | None = None,
 ) -> dict[str, jax.Array | StoredWeights]:
-    """Read all parameters of a model.
+    """Reads all parameters of a model.
 
     Peak host memory beside the parameters already placed is one parameter and a few MB; on the CPU the parameter
     becomes the JAX array itself.
@@ -49,25 +49,27 @@ def load_parameters(
         place: moves a filled host array to its devices; `jax.device_put` to the default device when None.
         stored: keep matrices as the file stores them, to be multiplied in this precision (see `StoredWeights`); None
             reads all values into the type of their spec.
-        cuts: over how many devices `place` cuts the rows of a parameter's matrices; None is one.
+        cuts: number of devices over which `place` cuts the rows of a parameter's matrices; None is one.
 
     Returns:
         The parameters by name, in the order of `rules`.
 
     Raises:
-        ModelError: tensors are missing, surplus, of the wrong shape or no floats. Found before anything is read, and
+        ModelError: tensors are missing, surplus, of the wrong shape or no floats. They are found before anything is read, and
             all listed in one message.
     """
     by_param = {rule.param: rule for rule in rules}
     unruled = sorted(set(specs) - set(by_param))
     unknown = sorted(rule.param for rule in rules if rule.param not in specs and not rule.optional)
     if unruled or unknown or len(by_param) != len(rules):
-        raise ValueError(f"rules and parameters differ: without a rule {unruled}, rules for nothing {unknown}")
+        raise ValueError(
+            f"rules and parameters differ: parameters without a rule {unruled}, rules without a parameter {unknown}"
+        )
 
     names = set(source.names)
-    if num_layers > len(names):  # before any list as long as the config claims is made
+    if num_layers > len(names):  # before any list is made that is as long as the config claims
         raise ModelError(f"{source.description}: the config says {num_layers} layers, there are {len(names)} tensors")
-    # An optional parameter of which the file holds no tensor at all is left out.
+    # An optional parameter is left out if the file holds none of its tensors.
     wanted = [
         rule
         for rule in rules
@@ -105,7 +107,7 @@ def load_parameters(
 
 
 def _fill(source: TensorSource, rule: Rule, array: np.ndarray, num_layers: int, task: Task) -> None:
-    """Read the tensors of all layers into `array`."""
+    """Reads the tensors of all layers into `array`."""
     slices = array if rule.stacked else array[None]
     for out, group in zip(slices, rule.tensor_names(num_layers), strict=True):
         if rule.arrange is None:
@@ -127,7 +129,7 @@ def _check(
     num_layers: int,
     ignore: Sequence[str],
 ) -> None:
-    """Compare names, shapes and types of all tensors with what the parameters need."""
+    """Compares names, shapes and types of all tensors with what the parameters need."""
     missing: list[str] = []
     misshapen: list[str] = []
     not_float: list[str] = []
@@ -164,16 +166,16 @@ def _check(
 
 
 def _arranged_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[int, ...] | None:
-    """Shape of the parameter made of tensors of these shapes; None if they do not go together."""
+    """Returns the shape of the parameter made of tensors of these shapes; None if they do not go together."""
     if rule.arrange is None:
         return shapes[0]
     try:
         # One byte seen from every index: only the result takes memory, a quarter of one layer's parameter.
         return rule.arrange([np.broadcast_to(np.uint8(0), shape) for shape in shapes]).shape
-    except ValueError:  # numpy's and `fuse_qkv`'s way to say that shapes do not fit
+    except ValueError:  # numpy and `fuse_qkv` raise it where shapes do not fit
         return None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key with layer 2 before layer 10."""
+    """Returns a sort key with layer 2 before layer 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,4 +1,4 @@
-"""What a model's name can mean, told from the name and the disk alone: no JAX, no network, no file is opened."""
+"""Tells from a model's name and the disk alone what it can mean, without JAX or network, and without opening a file."""
 
 from __future__ import annotations
 

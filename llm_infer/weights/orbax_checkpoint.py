@@ -27,7 +27,7 @@ from llm_infer.weights.default_model import directory_bytes
 from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.zarr_arrays import DAMAGED, StoredArray, check_size, read_header, touch_pages
 
-if TYPE_CHECKING:  # JAX and Orbax take seconds to import; the kind of a directory is known without them
+if TYPE_CHECKING:  # JAX and Orbax take seconds to import, and telling a directory's kind needs neither
     import jax
 
     from llm_infer.weights.rules import HasShape
@@ -35,18 +35,18 @@ if TYPE_CHECKING:  # JAX and Orbax take seconds to import; the kind of a directo
 MANIFEST = "llm_infer.json"
 FORMAT_VERSION = 1
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-"""Types that parameters are stored in."""
+"""Types in which parameters are stored."""
 
 PARAMS, TOKENIZER = "params", "tokenizer"
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory is a finished checkpoint, by its manifest."""
+    """Checks by its manifest whether a directory is a finished checkpoint."""
     return (directory / MANIFEST).is_file()
 
 
 def why_no_checkpoint(directory: Path) -> str | None:
-    """What is wrong with a directory that looks like a checkpoint and has no manifest; None for any other directory."""
+    """Says what is wrong with a directory that looks like a checkpoint and has no manifest; None for any other directory."""
     if (directory / PARAMS).is_dir() and (directory / TOKENIZER).is_dir():
         return f"{directory} is what an interrupted `llm-infer convert` left: remove it and convert again"
     if any((directory / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA")):
@@ -64,10 +64,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the manifest.
+        """Reads the manifest.
 
         Raises:
-            ModelError: this is no checkpoint, a newer one, or a damaged one.
+            ModelError: the directory is no checkpoint, or a newer or a damaged one.
         """
         self.path = path
         manifest = read_header(path / MANIFEST)
@@ -87,7 +87,7 @@ class Checkpoint:
             raise ModelError(f"{path / MANIFEST}: no valid entry for {str(error)[:60]}; {DAMAGED}") from None
         self.tokenizer_directory = path / TOKENIZER
         for name, size in files.items():
-            # Only files below the directory: a manifest must not make us look elsewhere.
+            # Only files below the directory are allowed: a manifest must not make us look elsewhere.
             if (
                 not name
                 or "\0" in name
@@ -114,31 +114,31 @@ class Checkpoint:
         return str(self.path)
 
     def array(self, name: str) -> StoredArray:
-        """A parameter as it is stored, its files checked."""
+        """Returns a parameter as it is stored; its files are checked."""
         if name not in self._arrays:
             self._arrays[name] = StoredArray.open(self.path / PARAMS / name)
         return self._arrays[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter."""
+        """Returns the shape of a parameter."""
         return self.array(name).shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Type of a parameter."""
+        """Returns the type of a parameter."""
         return self.array(name).dtype
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Read a parameter, converting it to the type of `out`."""
+        """Reads a parameter and converts it to the type of `out`."""
         array = self.array(name)
         file = array.single_file
         out[...] = array.map(file) if file else np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
 
     def stored(self, name: str) -> None:
-        """Plain values only."""
+        """Returns None: a checkpoint holds plain values only."""
         return None
 
     def close(self) -> None:
-        """Nothing stays open; mapped memory goes away with the parameters."""
+        """Does nothing, as no file stays open; mapped memory goes away with the parameters."""
 
     def restore(
         self,
@@ -148,12 +148,12 @@ class Checkpoint:
         place: Callable[[str, np.ndarray], jax.Array] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, jax.Array]:
-        """All parameters of a model.
+        """Restores all parameters of a model.
 
-        On one CPU, parameters of the stored type are the mapped files: they take page cache and no memory of their own.
+        On one CPU, parameters of the stored type are the mapped files, which take page cache but no memory of their own.
 
         Args:
-            specs: parameter name → shape and type; another type than the stored one is converted to.
+            specs: parameter name → shape and type; the stored type is converted where this one differs.
             shardings: where each parameter goes, whatever mesh it was written from; None is the default device.
             place: moves the (mapped) values of a parameter to its devices, in place of `shardings`.
             progress: reports bytes of the checkpoint; None is silent.
@@ -232,14 +232,14 @@ class Checkpoint:
 def _restore_with_orbax(
     folder: Path, name: str, array: StoredArray, sharding: jax.sharding.Sharding | None
 ) -> jax.Array:
-    """One parameter, from as many files as it has."""
+    """Restores one parameter from its files, however many it has."""
     import jax
     import orbax.checkpoint as ocp
 
     place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
-    place.shard_shape(array.shape)  # a ValueError here is the caller's, what comes later is the checkpoint's
+    place.shard_shape(array.shape)  # a ValueError here is the caller's fault, later errors are the checkpoint's
     arguments = ocp.ArrayRestoreArgs(sharding=place, global_shape=array.shape)
-    # One at a time: all at once, Orbax holds 1.6 times the parameters.
+    # Parameters are restored one at a time: for all at once, Orbax takes 1.6 times their memory.
     request = ocp.args.PyTreeRestore({name: 0}, restore_args={name: arguments}, partial_restore=True)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
         try:
@@ -249,7 +249,7 @@ def _restore_with_orbax(
 
 
 def write_parameters(folder: Path, parameters: Mapping[str, jax.Array], task: Task) -> None:
-    """One uncompressed array per parameter; a compressed one could not be mapped."""
+    """Writes one uncompressed array per parameter; a compressed one could not be mapped."""
     import orbax.checkpoint as ocp
 
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
@@ -259,7 +259,7 @@ def write_parameters(folder: Path, parameters: Mapping[str, jax.Array], task: Ta
 
 @contextmanager
 def _watched(folder: Path, task: Task) -> Iterator[None]:
-    """Report the bytes that arrive in a folder while the block runs: Orbax has no progress of its own."""
+    """Reports the bytes that arrive in a folder while the block runs: Orbax has no progress of its own."""
     stop = threading.Event()
 
     def watch() -> None:
@@ -277,7 +277,7 @@ def _watched(folder: Path, task: Task) -> Iterator[None]:
 
 @contextmanager
 def _quiet(logger: logging.Logger) -> Iterator[None]:
-    """Errors only: Orbax warns of a step that its plain format does not need."""
+    """Keeps all but errors out: Orbax warns of a step that its plain format does not need."""
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

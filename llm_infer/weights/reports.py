@@ -1,15 +1,15 @@
-"""One line about tensors that are not those a model needs."""
+"""Reports in one line tensors that are not those a model needs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-_LISTED = 10  # names shown of each kind of problem, as far as they fit
-_CHARACTERS = 680  # ten names of one kind and a few of every other
+_LISTED = 10  # names shown for each kind of problem, as far as they fit
+_CHARACTERS = 680  # ten names of one kind and a few of each other kind
 
 
 def tensor_report(problems: Mapping[str, Sequence[str]]) -> str:
-    """Kinds of problems with their counts and first tensors, joined by semicolons; kinds without any are left out."""
+    """Returns the kinds of problems with their counts and first tensors, joined by semicolons; kinds without any are left out."""
     found = {kind: tensors for kind, tensors in problems.items() if tensors}
     listed = {kind: " ".join(", ".join(tensors[:_LISTED]).split()) for kind, tensors in found.items()}
     room = _CHARACTERS

@@ -52,14 +52,14 @@ class Rule:
         return "{layer}" in self.sources[0]
 
     def tensor_names(self, num_layers: int) -> list[tuple[str, ...]]:
-        """Names of the tensors, one tuple per layer; one tuple in all for a parameter that is not stacked."""
+        """Returns the names of the tensors, one tuple per layer; one tuple in all for a parameter that is not stacked."""
         if not self.stacked:
             return [self.sources]
         return [tuple(s.replace("{layer}", str(layer)) for s in self.sources) for layer in range(num_layers)]
 
 
 def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:
-    """Arrange q [Hq·D, …], k [Hkv·D, …], v [Hkv·D, …] as [(Hq+2·Hkv)·D, …], rows grouped per KV head [q…q|k|v].
+    """Arranges q [Hq·D, …], k [Hkv·D, …], v [Hkv·D, …] as [(Hq+2·Hkv)·D, …], rows grouped per KV head [q…q|k|v].
 
     The order lets a tensor-parallel mesh cut the fused matrix between KV heads. Works for matrices and biases.
 

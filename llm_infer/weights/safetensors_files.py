@@ -74,7 +74,7 @@ class SafetensorsFile:
         try:
             with open(self.path, "rb") as file:
                 self._buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError:  # mmap of nothing
+        except ValueError:  # mmap refuses an empty file
             raise self._bad("the file is empty") from None
         except OSError as error:
             raise self._bad(f"it cannot be read ({error.strerror})") from None
@@ -92,7 +92,7 @@ class SafetensorsFile:
             )
         try:
             header = json.loads(self._buffer[8 : 8 + length].decode("utf-8"), object_pairs_hook=_no_duplicates)
-        except (ValueError, RecursionError) as error:  # JSON, UTF-8, duplicates
+        except (ValueError, RecursionError) as error:  # from JSON, UTF-8 or duplicates
             raise self._bad(f"its header is not valid JSON ({str(error)[:100]})") from None
         if not isinstance(header, dict):
             raise self._bad("its header is not a JSON object")
@@ -126,7 +126,7 @@ class SafetensorsFile:
         return _Entry(tuple(shape), _DTYPES[dtype], data_start + start, nbytes)
 
     def array(self, name: str) -> np.ndarray:
-        """A read-only view of the file; it may be unaligned."""
+        """Returns a read-only view of the file; it may be unaligned."""
         entry = self.entries[name]
         return np.frombuffer(self._buffer, entry.dtype, math.prod(entry.shape), entry.start).reshape(entry.shape)
 
@@ -135,12 +135,12 @@ class SafetensorsSource:
     """The tensors of one or several safetensors files (a `TensorSource`).
 
     Args:
-        files: the files; a name must not be in two of them.
+        files: the files; no name may be in two of them.
         directory: for messages.
         weight_map: tensor name → file name of a sharded model's index; must agree with the files.
 
     Raises:
-        ModelError: see `SafetensorsFile`; or the index and the files disagree.
+        ModelError: a file is not usable, see `SafetensorsFile`, or the index and the files disagree.
     """
 
     def __init__(
@@ -157,15 +157,15 @@ class SafetensorsSource:
         for name, filename in (weight_map or {}).items():
             if name not in self._files or self._files[name].path.name != filename:
                 raise ModelError(
-                    f"{self.description}: {INDEX_NAME} places tensor {name!r:.100} in {filename}, it is not there"
+                    f"{self.description}: {INDEX_NAME} places tensor {name!r:.100} in {filename}, but it is not there"
                 )
 
     @classmethod
     def from_directory(cls, directory: str | Path) -> SafetensorsSource:
-        """Open the weights of a Hugging Face directory.
+        """Opens the weights of a Hugging Face directory.
 
-        Those are model.safetensors, else the files of the index, else the only safetensors file that is neither an adapter
-        nor a second copy of the weights in another format; the order is that of transformers.
+        They are model.safetensors, else the files of the index, else the only safetensors file that is neither an adapter
+        nor a second copy of the weights in another format; this order is that of transformers.
         """
         directory = Path(directory)
         whole = directory / "model.safetensors"
@@ -201,23 +201,23 @@ class SafetensorsSource:
         return self._description
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Returns the shape of a tensor."""
         return self._files[name].entries[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Type of a tensor as stored."""
+        """Returns the type of a tensor as stored."""
         return self._files[name].entries[name].dtype
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Read all values into `out`, which has the tensor's shape, converting to its type."""
+        """Reads all values into `out`, which has the tensor's shape, and converts them to its type."""
         values = self._files[name].array(name)
         if out.shape != values.shape:
             raise ValueError(f"{name}: out has shape {out.shape}, expected {values.shape}")
-        # numpy converts through a small buffer of its own, so this makes no temporary of the tensor's size.
+        # numpy converts through a small buffer of its own, so no temporary of the tensor's size is made.
         np.copyto(out, values, casting="unsafe")
 
     def same_values(self, name: str, other: str) -> bool:
-        """Whether two tensors have the same shape and values; compared in parts of a few MB."""
+        """Checks whether two tensors have the same shape and values, in parts of a few MB."""
         one, two = self._files[name].array(name), self._files[other].array(other)
         if one.shape != two.shape:
             return False
@@ -226,11 +226,11 @@ class SafetensorsSource:
         return all(np.array_equal(one[part].astype(np.float32), two[part].astype(np.float32)) for part in parts)
 
     def stored(self, name: str) -> None:
-        """Plain values only."""
+        """Returns None: safetensors files hold plain values only."""
         return None
 
     def close(self) -> None:
-        """Let go of the files. Mapped memory goes away with the last view of it."""
+        """Lets go of the files. Mapped memory goes away with the last view of it."""
         self._files = {}
 
 
@@ -243,7 +243,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path}: expected an object 'weight_map' from tensor names to file names")
     for filename in weight_map.values():
-        # Only plain names: an index must not make us read files elsewhere.
+        # Only plain names are allowed: an index must not make us read files elsewhere.
         if not isinstance(filename, str) or Path(filename).name != filename or not filename.endswith(".safetensors"):
             raise ModelError(f"{path}: weight_map names {str(filename)[:80]!r}, expected a safetensors file beside it")
         if not (path.parent / filename).is_file():

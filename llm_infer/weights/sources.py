@@ -1,4 +1,4 @@
-"""From the model name a user gives to files on this machine, and from there to a config and tensors."""
+"""Goes from the model name that a user gives to files on this machine, and from there to a config and tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsSource
 from llm_infer.weights.tensor_source import TensorSource
 
 GGUF_TOKENIZER = "gguf_tokenizer.json"
-"""File of a checkpoint made of a GGUF file: that file's metadata on its tokenizer."""
+"""File, in a checkpoint made from a GGUF file, that holds that file's metadata on its tokenizer."""
 
 _HF_TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"),
@@ -49,8 +49,8 @@ class OpenModel:
 
     Attributes:
         source: where it is.
-        config: as in Hugging Face's config.json; of a checkpoint, `architectures` and the fields of `ModelConfig`.
-        tensors: the weights under Hugging Face names; of a checkpoint, the stacked parameters.
+        config: as in Hugging Face's config.json; for a checkpoint, `architectures` and the fields of `ModelConfig`.
+        tensors: the weights under Hugging Face names; for a checkpoint, the stacked parameters.
         gguf: the GGUF file (its metadata hold tokenizer and chat template), or None for a directory.
         checkpoint: the checkpoint, or None for other kinds.
     """
@@ -63,7 +63,7 @@ class OpenModel:
 
     @property
     def tokenizer_metadata(self) -> Mapping[str, Any] | None:
-        """GGUF metadata that the tokenizer is built from, of this file or of the one a checkpoint was made of."""
+        """GGUF metadata from which the tokenizer is built: of this file, or of the one from which a checkpoint was made."""
         if self.gguf is not None:
             return self.gguf.metadata
         stored = None if self.checkpoint is None else self.checkpoint.tokenizer_directory / GGUF_TOKENIZER
@@ -71,12 +71,12 @@ class OpenModel:
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer's files are, for models without GGUF metadata."""
+        """The directory of the tokenizer's files, for models without GGUF metadata."""
         return self.source.path if self.checkpoint is None else self.checkpoint.tokenizer_directory
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
-    """Find a model, fetching it when it is not on this machine.
+    """Finds a model, and fetches it when it is not on this machine.
 
     Args:
         name: the default model's name, a GGUF file, a Hugging Face directory (config.json and *.safetensors), or a
@@ -108,7 +108,7 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
 
 
 def open_model(source: ModelSource) -> OpenModel:
-    """Open the files of a model and read its config.
+    """Opens the files of a model and reads its config.
 
     Raises:
         ModelError: a file is damaged, or the architecture is not supported.
@@ -126,7 +126,7 @@ def open_model(source: ModelSource) -> OpenModel:
 
 
 def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
-    """What a checkpoint needs to build the same tokenizer and chat template: relative path → content.
+    """Returns what a checkpoint needs to build the same tokenizer and chat template: relative path → content.
 
     GGUF metadata is kept as it is: a tokenizer.json cannot say which ids stand in for missing byte tokens, which
     tokens end an answer, or that the vocabulary ends before those stand-ins.
@@ -144,7 +144,7 @@ def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         ModelError: the file cannot be read or holds no JSON object.
@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _checked_directory(directory: Path) -> Path:
-    """The directory, if it has a config and safetensors weights."""
+    """Returns the directory, if it has a config and safetensors weights."""
     has_weights = (directory / INDEX_NAME).is_file() or any(directory.glob("*.safetensors"))
     if (directory / "config.json").is_file() and has_weights:
         return directory

@@ -1,4 +1,4 @@
-"""Reads matrices in the form their file stores them: which kinds a parameter has, and its stacks of blocks."""
+"""Reads matrices in the form in which their file stores them: which kinds a parameter has, and its stacks of blocks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 
 _DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_TABLES = ("embed.weight", "head.weight")  # rows of these are looked up or multiplied with, like any matrix
+_TABLES = ("embed.weight", "head.weight")  # their rows are looked up, or multiplied with as in any matrix
 
 Kinds = tuple[str, ...]
-"""Kind of each layer's matrix; keys of FORMATS."""
+"""The kind of each layer's matrix, a key of FORMATS."""
 
 
 def stored_kinds(source: TensorSource, rule: Rule, num_layers: int, cuts: int = 1) -> Kinds | None:
-    """The kinds of a parameter's matrices, or None for a parameter that is no matrix or that no kernel takes.
+    """Returns the kinds of a parameter's matrices, or None for a parameter that is no matrix or that no kernel takes.
 
     Tensors of different kinds that make up one matrix are read as float32.
 
     Raises:
-        UserError: a row of blocks is cut into `cuts` parts for as many devices, and that would cut blocks.
+        UserError: cutting a row into `cuts` parts, for as many devices, would cut blocks.
     """
     if not (rule.param.endswith(".weight") and (rule.stacked or rule.param in _TABLES)):
         return None
@@ -55,7 +55,7 @@ def stored_kinds(source: TensorSource, rule: Rule, num_layers: int, cuts: int = 
 
 
 def stored_bytes(kinds: Kinds | None, spec: HasShape) -> int:
-    """Bytes that a parameter takes."""
+    """Returns the number of bytes that a parameter takes."""
     if kinds is None:
         return math.prod(spec.shape) * np.dtype(spec.dtype).itemsize
     rows, width = spec.shape[-2:]
@@ -65,7 +65,7 @@ def stored_bytes(kinds: Kinds | None, spec: HasShape) -> int:
 def read_stored(
     source: TensorSource, rule: Rule, num_layers: int, kinds: Kinds, shape: Sequence[int], task: Task
 ) -> tuple[dict[str, np.ndarray], tuple[tuple[int, int], ...]]:
-    """A stack [layers of the kind, N, R] for each kind that occurs, and each layer's stack and index in it."""
+    """Reads a stack [layers of the kind, N, R] for each kind that occurs, and each layer's stack and index in it."""
     rows, width = shape[-2:]
     stacks = {
         kind: aligned_empty((count, rows, FORMATS[kind].row_items(width)), _dtype(FORMATS[kind].dtype))
@@ -76,7 +76,7 @@ def read_stored(
     for kind, group in zip(kinds, rule.tensor_names(num_layers), strict=True):
         out = stacks[kind][filled[kind]]
         parts = [_rows(source, name, kind) for name in group]
-        # Arrangements move whole rows, so they do to blocks what they do to values.
+        # An arrangement moves whole rows, so it serves blocks as it serves values.
         out[...] = parts[0] if rule.arrange is None else rule.arrange(parts)
         places.append((list(stacks).index(kind), filled[kind]))
         filled[kind] += 1

@@ -1,4 +1,4 @@
-"""What every file format of weights offers to the loader."""
+"""The interface that every file format of weights offers to the loader."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class TensorSource(Protocol):
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
+        """Returns the shape of a tensor."""
         ...
 
     def dtype(self, name: str) -> np.dtype:
-        """Type of the values as read; block-quantised tensors are float32."""
+        """Returns the type of the values as read; block-quantised tensors are float32."""
         ...
 
     def read_into(self, name: str, out: np.ndarray) -> None:
-        """Read all values into `out`, which has the tensor's shape, converting to its type.
+        """Reads all values into `out`, which has the tensor's shape, and converts them to its type.
 
         Temporaries stay below a few MB whatever the size of the tensor.
 
@@ -43,12 +43,12 @@ class TensorSource(Protocol):
         ...
 
     def stored(self, name: str) -> tuple[str, np.ndarray] | None:
-        """A matrix as the file stores it: its kind (see `pallas_kernels.quant_matmul`) and its rows [N, R] in blocks.
+        """Returns a matrix as the file stores it: its kind (see `pallas_kernels.quant_matmul`) and its rows [N, R] in blocks.
 
-        None where the file holds plain values, or blocks that no kernel multiplies with: then read the values.
+        It is None where the file holds plain values, or blocks that no kernel multiplies with: then read the values.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the files. Mapped memory goes away with the last view of it."""
+        """Lets go of the files. Mapped memory goes away with the last view of it."""
         ...

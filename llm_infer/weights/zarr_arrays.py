@@ -34,7 +34,7 @@ class StoredArray:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all values."""
+        """The number of bytes of all values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
@@ -44,9 +44,9 @@ class StoredArray:
 
     @classmethod
     def open(cls, folder: Path) -> StoredArray:
-        """Read the header and check that all files are there and have their size.
+        """Reads the header and checks that all files are there and have their size.
 
-        Zarr takes a missing file for a run of fill values, so this cannot be left to the reader.
+        Zarr takes a missing file for a run of fill values, so the check cannot be left to the reader.
 
         Raises:
             ModelError: a file is missing or damaged.
@@ -72,7 +72,8 @@ class StoredArray:
         return cls(folder, shape, chunks, dtype)
 
     def map(self, file: Path) -> np.ndarray:
-        """All values, read from the file when they are touched. The file must not change while they are in use."""
+        """Returns all values; they are read from the file when they are touched. The file must not change while they are in
+        use."""
         with file.open("rb") as handle:
             mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_WILLNEED"):
@@ -81,7 +82,7 @@ class StoredArray:
 
 
 def touch_pages(values: np.ndarray) -> Iterator[int]:
-    """Have every page of a mapped array in memory before it is first used; yields bytes as they arrive."""
+    """Brings every page of a mapped array into memory before it is first used; yields bytes as they arrive."""
     data = values.reshape(-1).view(np.uint8)
     for start in range(0, data.size, _TOUCHED):
         part = data[start : start + _TOUCHED]
@@ -90,7 +91,7 @@ def touch_pages(values: np.ndarray) -> Iterator[int]:
 
 
 def check_size(file: Path, expected: int) -> None:
-    """Raise `ModelError` unless there is a file of exactly so many bytes."""
+    """Raises `ModelError` unless there is a file of exactly this many bytes."""
     if not file.is_file():
         raise ModelError(f"{file} is missing; {DAMAGED}")
     found = file.stat().st_size
@@ -99,7 +100,7 @@ def check_size(file: Path, expected: int) -> None:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
         ModelError: the file is missing, cannot be read or holds no JSON object.

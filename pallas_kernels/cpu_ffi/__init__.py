@@ -1,6 +1,6 @@
 """Native CPU kernels for XLA in pure Python: IR written with `emit`, compiled and cached by `compile`, called by `bridge`.
 
-Import the submodules where a kernel is built: this file itself needs neither llvmlite nor jax.
+Import the submodules where a kernel is built: this file needs neither llvmlite nor jax.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 
 @cache
 def why_not() -> str | None:
-    """None where native kernels can run in this process, else the reason why not."""
+    """Says why native kernels cannot run in this process; None where they can."""
     if importlib.util.find_spec("llvmlite") is None:
         return "needs the package llvmlite, which is not installed"
     if sys.platform not in ("linux", "darwin"):

@@ -1,6 +1,6 @@
 """Native CPU kernels as XLA custom calls: declare the buffers, write the body, get a JAX function.
 
-The handler written for a kernel answers the metadata query, acts at the EXECUTE stage only, checks count, dtype, rank and
+A kernel's handler answers the metadata query, acts at the EXECUTE stage only, checks count, dtype, rank and
 sizes of every buffer (a symbolic dimension must agree everywhere) and returns an `XLA_FFI_Error` that names kernel and
 argument; only then does a body see a pointer.
 
@@ -41,7 +41,7 @@ from pallas_kernels.cpu_ffi.threads import thread_pool
 
 
 class Frame:
-    """What a body sees: each buffer as a `Ptr` attribute, each symbolic dimension as an int64 `Value` attribute."""
+    """A body's view of the call: each buffer as a `Ptr` attribute, each symbolic dimension as an int64 `Value` attribute."""
 
     def __init__(self, kernel: Kernel, k: Emitter, slots: Ptr, names: list[str]) -> None:
         self._kernel, self._k, self._slots, self._names = kernel, k, slots, names
@@ -55,15 +55,15 @@ class Frame:
         raise AttributeError(f"kernel {self._kernel.name} has no buffer or dimension {name!r}")
 
     def require(self, condition: Value, message: str) -> None:
-        """Return the error `message` (InvalidArgument) to XLA unless the condition holds. Only before any output."""
+        """Returns the error `message` (InvalidArgument) to XLA unless the condition holds; only before any output is written."""
         return_error(self._k, condition ^ 1, f"{self._kernel.name}: {message}")
 
     def num_threads(self) -> Value:
-        """Threads of the pool: for the size of tasks; a result must not depend on it."""
+        """Returns the number of the pool's threads, for the size of tasks; a result must not depend on it."""
         return Value(self._k, self._k.intrinsic("num_threads", I64, []))
 
     def parallel(self, count: Value, body: Callable[[Emitter, Frame, Value], None], **extra: Value) -> None:
-        """Call body(k, frame, i) for i < count on the thread pool; `extra` int64 values become frame attributes.
+        """Calls body(k, frame, i) for i < count on the thread pool; `extra` int64 values become frame attributes.
 
         A body is a function of its own: it can reach its frame and nothing else of the caller's run-time values.
         """
@@ -92,7 +92,7 @@ class Kernel:
     """A native kernel.
 
     Args:
-        name: unique, with every static parameter of the body in it; the XLA target is "llm_infer." + name.
+        name: unique name, with every static parameter of the body in it; the XLA target is "llm_infer." + name.
         args: buffers in call order; results likewise. A result that `aliases` names is the same memory as that argument.
         body: body(k, frame) runs in the handler and starts the parallel parts. It must write every result.
         sources: the files besides `cpu_ffi` that the machine code depends on.
@@ -108,7 +108,7 @@ class Kernel:
     slots = 64
 
     def build(self, target: Target | None = None) -> ir.Module:
-        """The LLVM module: `handler` and one function per parallel part, for this host or another target."""
+        """Builds the LLVM module: `handler` and one function per parallel part, for this host or another target."""
         target = target or host_target()
         module = ir.Module(self.name)
         module.triple = target.triple
@@ -126,11 +126,11 @@ class Kernel:
         return module
 
     def register(self) -> str:
-        """Compile (or fetch from the cache) and tell XLA about it, once; returns the target's name."""
+        """Compiles the kernel (or fetches it from the cache) and registers it with XLA, once; returns the target's name."""
         return _register(self.name, _KernelByName(self))
 
     def __call__(self, *args: Any, dims: Mapping[str, int] | None = None) -> tuple[Any, ...]:
-        """Call under JAX; returns the results. `dims` gives sizes of symbols that no argument has."""
+        """Calls the kernel under JAX and returns the results. `dims` gives the sizes of symbols that no argument has."""
         sizes = dict(dims or {})
         for value, buffer in zip(args, self.args.values(), strict=True):
             sizes.update({n: int(s) for n, s in zip(buffer.shape, value.shape, strict=False) if not n.isdigit()})
@@ -146,7 +146,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class _KernelByName:
-    """Compares equal whatever the kernel, so that the registration cache is keyed by name alone."""
+    """A kernel that equals all others, so that the registration cache is keyed by name alone."""
 
     kernel: Kernel = field(compare=False)
 

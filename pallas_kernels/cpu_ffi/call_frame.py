@@ -1,4 +1,4 @@
-"""Reading an `XLA_FFI_CallFrame`: the metadata query, the stage, checks of every buffer, errors. Written into each handler.
+"""Emits, into each handler, code that reads an `XLA_FFI_CallFrame`: metadata query, stage, checks of every buffer, errors.
 
 Offsets are those of `xla/ffi/api/c_api.h` (see `jax.ffi.include_dir()`), the same in jaxlib 0.10 to 0.12.
 """
@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.emit import F32, I8, I16, I32, I64, POINTER, Emitter, Ptr, Value
 
-API_MINOR = 3  # of c_api.h 0.3: everything used here
+API_MINOR = 3  # of c_api.h 0.3, which has everything used here
 EXECUTE_STAGE, BUFFER_KIND, METADATA_EXTENSION, INVALID_ARGUMENT = 3, 1, 1, 3
 MESSAGE_BYTES = 256
 # dtype name → (XLA_FFI_DataType, element in memory)
@@ -25,7 +25,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Buffer:
-    """One argument or result: dtype name and dimensions, "M K 32": names are symbols, numbers are exact, "" a scalar."""
+    """One argument or result: dtype name and dimensions, "M K 32": names are symbols, numbers are exact, "" is a scalar."""
 
     dtype: str
     dims: str
@@ -36,7 +36,7 @@ class Buffer:
 
 
 def answer_metadata(k: Emitter, call: Ptr) -> None:
-    """XLA asks for the API version through an extension of the call frame, with nothing else filled in."""
+    """Answers XLA's query for the API version: it comes in an extension of the call frame, with nothing else filled in."""
     extension = call.pointer_at(1, I64)
     is_there = Value(k, k.builder.icmp_unsigned("!=", extension.ssa, ir.Constant(POINTER, None)))
     with k.when(is_there), k.when(extension.as_(I32)[2].eq(METADATA_EXTENSION)):
@@ -49,7 +49,7 @@ def answer_metadata(k: Emitter, call: Ptr) -> None:
 
 
 def return_error(k: Emitter, failed: Value, text: str, *found: Value) -> None:
-    """Return an InvalidArgument error if `failed`; `text` is a printf format for the int64 values `found`."""
+    """Returns an InvalidArgument error if `failed`; `text` is a printf format for the int64 values `found`."""
     with k.when(failed, likely=False):
         data = bytearray(text.encode() + b"\0")
         kind = ir.ArrayType(I8, len(data))
@@ -75,7 +75,7 @@ def return_error(k: Emitter, failed: Value, text: str, *found: Value) -> None:
 
 
 def return_unless_execute(k: Emitter, call: Ptr) -> None:
-    """The stages before EXECUTE have nothing to do."""
+    """Returns at once in the stages before EXECUTE, which have nothing to do."""
     with k.when(call.as_(I32)[8].ne(EXECUTE_STAGE)):
         k.builder.ret(ir.Constant(POINTER, None))
 
@@ -92,7 +92,7 @@ class Checker:
         self._sizes: dict[str, tuple[Value, str]] = {}
 
     def run(self, args: Mapping[str, Buffer], results: Mapping[str, Buffer], aliases: Mapping[str, str]) -> None:
-        """Return an error from the handler unless all is as declared."""
+        """Returns an error from the handler unless everything is as declared."""
         self._group("argument", args, 5)
         self._group("result", results, 10)
         for argument, result in aliases.items():
@@ -108,7 +108,7 @@ class Checker:
         self.names.append(name)
 
     def _group(self, what: str, buffers: Mapping[str, Buffer], word: int) -> None:
-        """Check XLA_FFI_Args or XLA_FFI_Rets, which begins at `word` of the call frame."""
+        """Checks XLA_FFI_Args or XLA_FFI_Rets, which begins at `word` of the call frame."""
         k, title = self.k, self.title
         count = self.call[word + 2]
         return_error(k, count.ne(len(buffers)), f"{title}: expected {len(buffers)} {what}s, found %lld", count)

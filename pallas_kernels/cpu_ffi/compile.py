@@ -1,4 +1,4 @@
-"""LLVM IR → machine code for this host, kept on disk, loaded into the process (llvmlite; no C toolchain).
+"""Compiles LLVM IR for this host, keeps the machine code on disk and loads it into the process (llvmlite; no C toolchain).
 
 A compiled kernel is an object file under the cache directory. Its key is a hash of the sources that wrote the IR, the
 kernel's parameters, the CPU's features and the llvmlite version, so a warm start neither builds IR nor runs LLVM.
@@ -26,9 +26,9 @@ SPLIT_AVX_CPUS = ("znver1", "bdver1", "bdver2", "bdver3", "bdver4", "btver2")  #
 
 @dataclass(frozen=True)
 class Target:
-    """The CPU that code is made for.
+    """A CPU for which code is made.
 
-    `lanes`: float32 per vector register, `registers`: how many of those there are, `unit_lanes`: float32 that one
+    `lanes`: float32 per vector register, `registers`: how many registers there are, `unit_lanes`: float32 that one
     execution unit takes at a time (Zen 1 splits its 256-bit instructions in two). They only steer speed.
     """
 
@@ -44,13 +44,13 @@ class Target:
 
     @property
     def register_bytes(self) -> int:
-        """Size of the widest vector register, whatever `lanes` is."""
+        """The size of the widest vector register, whatever `lanes` is."""
         return 64 if self.has("avx512f") else 32 if self.has("avx2") else 16
 
 
 @once
 def host_target() -> Target:
-    """The machine this process runs on. AVX-512 is used where the CPU has it (BW, VL and DQ included)."""
+    """Returns the machine on which this process runs. AVX-512 is used where the CPU has it (BW, VL and DQ included)."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     flags = llvm.get_host_cpu_features()
@@ -67,8 +67,8 @@ def host_target() -> Target:
 
 @once
 def _target_machine(target: Target) -> llvm.TargetMachine:
-    # Code and constants are loaded wherever the process has room. On x86 nothing keeps them within the 2 GB that the small
-    # model reaches, and LLVM ends the process where they are not; on other CPUs llvmlite reserves one piece for both.
+    # Code and constants are loaded wherever the process has room. On x86 nothing keeps them within the 2 GB of the small
+    # model, and LLVM ends the process where they lie outside; on other CPUs llvmlite reserves one piece for both.
     reloc, codemodel = ("static", "large") if target.triple.startswith("x86_64") else ("pic", "small")
     machine = llvm.Target.from_triple(target.triple).create_target_machine(
         cpu=target.cpu, features=target.features, opt=3, reloc=reloc, codemodel=codemodel, jit=True
@@ -78,7 +78,7 @@ def _target_machine(target: Target) -> llvm.TargetMachine:
 
 
 def optimise(module: ir.Module, target: Target) -> llvm.ModuleRef:
-    """Verify and run LLVM's O2 pipeline without its own vectorisers: the vectors are already explicit."""
+    """Verifies the module and runs LLVM's O2 pipeline without its vectorisers: the vectors are explicit already."""
     module.triple = target.triple
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
@@ -94,12 +94,12 @@ def emit_object(module: ir.Module, target: Target) -> bytes:
 
 
 def emit_assembly(module: ir.Module, target: Target) -> str:
-    """The machine code as text, to read what a kernel became."""
+    """Returns the machine code as text, for reading what a kernel became."""
     return _target_machine(target).emit_assembly(optimise(module, target))
 
 
 def cache_directory() -> Path:
-    """Where object files are kept: $LLM_INFER_CPU_CACHE_DIR, else cpu_kernels in the user's cache folder."""
+    """Returns the folder of object files: $LLM_INFER_CPU_CACHE_DIR, else cpu_kernels in the user's cache folder."""
     chosen = os.environ.get(CACHE_VARIABLE)
     return Path(chosen) if chosen else cache_folder() / "cpu_kernels"
 
@@ -113,7 +113,7 @@ def _source_hash(paths: tuple[str, ...]) -> str:
 
 
 def _cached_object(name: str, sources: tuple[str, ...], target: Target, build: Callable[[], ir.Module]) -> bytes:
-    """The object file of a kernel from the cache, or built and put there. A damaged file is built again."""
+    """Returns a kernel's object file from the cache, or builds it and puts it there. A damaged file is built again."""
     own = sorted(str(p) for p in Path(__file__).parent.glob("*.py"))
     parts = (name, _source_hash((*own, *sources)), target.triple, target.cpu, target.features, llvmlite.__version__)
     path = cache_directory() / f"{name}-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:24]}.o"
@@ -137,16 +137,16 @@ def load(
     exports: Sequence[str],
     symbols: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Compile (or fetch) and load a module; returns the addresses of the functions in `exports`.
+    """Compiles (or fetches) and loads a module; returns the addresses of the functions in `exports`.
 
-    The code is never unloaded: XLA and sleeping threads hold addresses in it to the very end of the process.
+    The code is never unloaded: XLA and sleeping threads hold addresses in it until the very end of the process.
 
     Args:
         name: file-name-safe name that includes every parameter of the kernel.
         sources: files, besides this package's own, that determine the IR.
         build: writes the module; only called when the cache has nothing.
         exports: names of functions that the module defines.
-        symbols: addresses of the functions that the module declares and does not define (C library ones are found).
+        symbols: addresses of the functions that the module declares and does not define (those of the C library are found).
     """
     target = host_target()
     code = _cached_object(name, sources, target, build)

@@ -2,8 +2,8 @@
 
 A kernel body is ordinary Python over `Value` (an SSA scalar or vector), `Ptr` (typed memory) and `Var` (a mutable local).
 Python loops unroll, `with k.range(...)` makes a loop at run time. Nothing is reassociated or contracted: a sum has the
-order written, which is what makes row results independent of the batch. LLVM splits vectors wider than the machine's, so
-the same source is right on every CPU; only the choice of width is a matter of speed.
+order in which it is written, which makes a row's result independent of the batch. LLVM splits vectors wider than the machine's,
+so the same source is right on every CPU; the choice of width only affects speed.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ class Emitter:
         self.builder: Any = ir.IRBuilder(function.append_basic_block("body"))
 
     def finish(self) -> None:
-        """Close the function: the entry block, which holds the stack slots, falls through to the body."""
+        """Closes the function: the entry block, which holds the stack slots, falls through to the body."""
         if not self.builder.block.is_terminated:
             self.builder.ret_void()
         ir.IRBuilder(self.entry).branch(self.function.basic_blocks[1])
 
     # constants and conversions
     def const(self, type_: Any, value: float | Sequence[float]) -> Value:
-        """A constant; one number makes a splat of a vector type, a sequence gives every lane."""
+        """Returns a constant; one number makes a splat of a vector type, a sequence gives every lane."""
         if isinstance(type_, ir.VectorType) and not isinstance(value, Sequence):
             value = [value] * type_.count
         return Value(self, ir.Constant(type_, list(value) if isinstance(value, Sequence) else value))
@@ -89,7 +89,7 @@ class Emitter:
         return Value(self, self.builder.insert_element(first, value.ssa, I32(0))).shuffle([0] * count)
 
     def match(self, a: Value, b: Value | float) -> tuple[Value, Value]:
-        """Bring two operands to one type: numbers become constants, a scalar is splat to a vector, ints widen."""
+        """Brings two operands to one type: numbers become constants, a scalar is splat to a vector, ints widen."""
         if not isinstance(b, Value):
             return a, self.like(a, b)
         if isinstance(a.type, ir.VectorType) and not isinstance(b.type, ir.VectorType):
@@ -107,7 +107,7 @@ class Emitter:
     # control flow
     @contextmanager
     def range(self, start: Value | int, stop: Value | int, step: Value | int = 1) -> Iterator[Value]:
-        """A counted loop at run time; yields the int64 counter."""
+        """Opens a counted loop at run time; yields the int64 counter."""
         counter = Var(self, Value(self, self.index(start)))
         end, by = self.index(stop), self.index(step)
         head, body, tail = (self.function.append_basic_block(name) for name in ("loop", "loop_body", "loop_end"))
@@ -123,7 +123,7 @@ class Emitter:
 
     @contextmanager
     def loop_while(self) -> Iterator[Any]:
-        """A loop that runs until the callable it yields is given a false condition: `with ... as go_on: go_on(c); ...`."""
+        """Opens a loop that ends when the callable it yields is given a false condition: `with ... as go_on: go_on(c); ...`."""
         head, tail = self.function.append_basic_block("while"), self.function.append_basic_block("while_end")
         self.builder.branch(head)
         self.builder.position_at_end(head)
@@ -144,7 +144,7 @@ class Emitter:
 
     @contextmanager
     def when_else(self, condition: Value) -> Iterator[tuple[Any, Any]]:
-        """`with k.when_else(c) as (yes, no):`, then `with yes: ...` and `with no: ...`."""
+        """Opens a branch with two ways: `with k.when_else(c) as (yes, no):`, then `with yes: ...` and `with no: ...`."""
         with self.builder.if_else(condition.ssa) as branches:
             yield branches
 
@@ -161,7 +161,8 @@ class Emitter:
         return slot
 
     def scratch(self, element: Any, count: int) -> Ptr:
-        """Uninitialised stack memory of this call, aligned to a cache line. Keep it far under a thread's stack (1 MiB)."""
+        """Reserves uninitialised stack memory for this call, aligned to a cache line. Keep it far below a thread's stack (1
+        MiB)."""
         return Ptr(self, self.entry_alloca(ir.ArrayType(element, count), align=64), element)
 
     def var(self, initial: Value) -> Var:
@@ -169,7 +170,7 @@ class Emitter:
 
     # arithmetic
     def intrinsic(self, name: str, result: Any, args: Sequence[Any]) -> Any:
-        """Call a function by name, declaring it on first use (LLVM intrinsics and C library functions)."""
+        """Calls a function by name, and declares it on first use (LLVM intrinsics and C library functions)."""
         function = self.module.globals.get(name)
         if function is None:
             function = ir.Function(self.module, ir.FunctionType(result, [a.type for a in args]), name)
@@ -183,7 +184,7 @@ class Emitter:
         return Value(self, self.intrinsic(f"llvm.{name}.{suffix}", type_, [a.ssa for a in args]))
 
     def fma(self, a: Value, b: Value, c: Value) -> Value:
-        """a * b + c, rounded once. Scalars among vectors are splat."""
+        """Returns a * b + c, rounded once. Scalars among vectors are splat."""
         count = next((v.type.count for v in (a, b, c) if isinstance(v.type, ir.VectorType)), None)
         args = [v if count is None or isinstance(v.type, ir.VectorType) else self.splat(v, count) for v in (a, b, c)]
         return self._math("fma", *args)
@@ -200,7 +201,7 @@ class Emitter:
         return self._math("fabs", a)
 
     def round_even(self, a: Value) -> Value:
-        """Nearest integer, ties to even, as a float."""
+        """Returns the nearest integer, ties to even, as a float."""
         return self._math("rint", a)
 
     def sqrt(self, a: Value) -> Value:
@@ -213,11 +214,11 @@ class Emitter:
         return vector.lane(0)
 
     def sum_lanes(self, vector: Value) -> Value:
-        """Sum of all lanes in a fixed tree: upper half onto lower half, again and again."""
+        """Returns the sum of all lanes by a fixed tree: upper half onto lower half, again and again."""
         return self._fold(vector, lambda a, b: a + b)
 
     def sum4(self, vectors: Sequence[Value]) -> Value:
-        """The sums of four vectors as one vector of four, each by the same tree as `sum_lanes`."""
+        """Returns the sums of four vectors as one vector of four, each by the same tree as `sum_lanes`."""
         vectors = list(vectors)
         while vectors[0].type.count > 4:
             half = vectors[0].type.count // 2
@@ -229,7 +230,7 @@ class Emitter:
         return self._fold(vector, self.max)
 
     def concat(self, parts: Sequence[Value]) -> Value:
-        """Join vectors of one length (a power of two of them) end to end."""
+        """Joins vectors of one length (a power of two of them) end to end."""
         while len(parts) > 1:
             n = parts[0].type.count
             parts = [a.shuffle(range(2 * n), b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
@@ -240,7 +241,7 @@ class Emitter:
         return wide.bits(ir.VectorType(F32, bits.type.count) if isinstance(bits.type, ir.VectorType) else F32)
 
     def f32_to_bf16(self, value: Value) -> Value:
-        """Round to nearest even (finite values; NaN stays NaN)."""
+        """Rounds to nearest, ties to even (finite values; NaN stays NaN)."""
         wide = value.bits(ir.VectorType(I32, value.type.count) if isinstance(value.type, ir.VectorType) else I32)
         rounded = (wide + 0x7FFF + ((wide >> 16) & 1)) >> 16
         quiet = (wide >> 16) | 0x40
@@ -248,9 +249,9 @@ class Emitter:
         return self.select(is_nan, quiet, rounded).to(I16)
 
     def exp(self, x: Value) -> Value:
-        """e**x for finite float32 x (relative error under 2e-7); below -87.3 it is 0, above 88 about 1.65e38.
+        """Returns e**x for finite float32 x (relative error under 2e-7); below -87.3 it is 0, above 88 about 1.65e38.
 
-        Cephes' expf scheme: x = n ln 2 + r with |r| <= ln(2)/2, a degree-6 polynomial in r, then 2**n by exponent bits.
+        It follows Cephes' expf: x = n ln 2 + r with |r| <= ln(2)/2, a degree-6 polynomial in r, then 2**n by exponent bits.
         """
         x = self.max(self.min(x, 88.0), -104.0)
         n = self.round_even(x * 1.4426950408889634)

@@ -1,4 +1,4 @@
-"""A cache for what must be made once in a process, also when several threads ask for it at the same time."""
+"""A cache for what must be made once per process, even when several threads ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def once(make: Callable[..., T]) -> Callable[..., T]:
-    """Like `functools.cache`, but a second thread that asks for a value while it is made waits for it.
+    """Caches like `functools.cache`, but a second thread that asks for a value while it is being made waits for it.
 
     XLA refuses a second handler of the same name, and programs are compiled side by side.
     """

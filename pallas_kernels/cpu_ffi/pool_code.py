@@ -1,4 +1,4 @@
-"""The thread pool's machine code: `parallel_run(task, frame, n)`, the life of a helper thread, and the state they share."""
+"""The thread pool's machine code: `parallel_run(task, frame, n)`, the life of a helper thread, and their shared state."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Pool:
 
     def at(self, offset: int, type_: ir.IntType = I8) -> Any:
         address: Any = (self.base + offset).ssa
-        address.type = ir.PointerType(type_)  # llvmlite's atomics still want a typed pointer
+        address.type = ir.PointerType(type_)  # llvmlite's atomics still need a typed pointer
         return address
 
     def load(self, offset: int, type_: ir.IntType) -> Value:
@@ -41,11 +41,11 @@ class _Pool:
         self.b.store_atomic(value.ssa, self.at(offset, value.type), "seq_cst", value.type.width // 8)
 
     def add(self, offset: int, amount: Value) -> Value:
-        """Add atomically; returns the value before."""
+        """Adds atomically and returns the value before."""
         return Value(self.k, self.b.atomic_rmw("add", self.at(offset, amount.type), amount.ssa, "seq_cst"))
 
     def swap_if(self, offset: int, expected: Value, new: Value) -> Value:
-        """Store `new` if the word still is `expected`; returns whether it was."""
+        """Stores `new` if the word still is `expected`; returns whether it was."""
         pair = self.b.cmpxchg(self.at(offset, new.type), expected.ssa, new.ssa, "seq_cst")
         return Value(self.k, self.b.extract_value(pair, 1))
 
@@ -56,14 +56,14 @@ class _Pool:
             self.k.intrinsic("llvm.x86.sse2.pause", ir.VoidType(), [])
 
     def keep_float_mode(self) -> None:
-        """Note how this thread rounds and whether it takes denormal floats as 0, as XLA's threads do."""
+        """Notes how this thread rounds and whether it takes denormal floats as 0, as XLA's threads do."""
         if self.is_arm:
             self.base.as_(I64)[FLOATS // 8] = Value(self.k, self.k.intrinsic("llvm.aarch64.get.fpcr", I64, []))
         elif self.is_x86:
             self.k.intrinsic("llvm.x86.sse.stmxcsr", ir.VoidType(), [(self.base + FLOATS).ssa])
 
     def take_float_mode(self) -> None:
-        """Compute as the thread that noted it: a result must not depend on which one a task runs on."""
+        """Takes the noted mode for this thread: a result must not depend on the thread on which a task runs."""
         if self.is_arm:
             self.k.intrinsic("llvm.aarch64.set.fpcr", ir.VoidType(), [self.base.as_(I64)[FLOATS // 8].ssa])
         elif self.is_x86:
@@ -73,7 +73,7 @@ class _Pool:
         self.k.intrinsic(name, I32, [self.at(offset) for offset in offsets])
 
     def run_tasks(self) -> None:
-        """Take task numbers until none is left."""
+        """Takes task numbers until none is left."""
         k = self.k
         task, frame = self.base.function_at(TASK // 8, TASK_KIND), self.base.pointer_at(FRAME // 8, I8)
         count = self.base.as_(I64)[COUNT // 8]
@@ -124,7 +124,7 @@ def _emit_run(module: ir.Module) -> None:
 
 
 def _emit_helper(module: ir.Module) -> ir.Function:
-    """A helper thread's life; its argument is its number, 1 … limit-1."""
+    """Emits a helper thread's life; its argument is its number, 1 … limit-1."""
     function = ir.Function(module, ir.FunctionType(POINTER, [POINTER]), "helper")
     k = Emitter(function, host_target())
     pool = _Pool(k)
@@ -147,7 +147,8 @@ def _emit_helper(module: ir.Module) -> ir.Function:
             spins.v = spins.v - 1
         _, ready = work_waits()
         with k.when(ready ^ 1):
-            # Sleep until a call begins. It may be over before this thread runs: then it spins, awake for the next one.
+            # The thread sleeps until a call begins. The call may be over before the thread runs: then it spins, awake for the
+            # next one.
             pool.c_call("pthread_mutex_lock", MUTEX)
             pool.add(SLEEPERS, k.const(I32, 1))
             generation = pool.load(TICKET, I64) & ~(ONE_GENERATION - 1)
@@ -169,7 +170,7 @@ def _emit_helper(module: ir.Module) -> ir.Function:
 
 
 def build_pool() -> ir.Module:
-    """The module with the pool's state, `parallel_run`, `num_threads`, `start_helper(number)` and `spin(n)`."""
+    """Builds the module with the pool's state, `parallel_run`, `num_threads`, `start_helper(number)` and `spin(n)`."""
     module = ir.Module("cpu_pool")
     module.triple = host_target().triple
     state: Any = ir.GlobalVariable(module, ir.ArrayType(I8, STATE_BYTES), "pool_state")

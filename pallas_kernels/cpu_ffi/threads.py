@@ -1,7 +1,7 @@
 """The thread pool of the native CPU kernels: `parallel_run(task, frame, n)` calls task(frame, 0 … n-1) on a few threads.
 
-Built for many short calls (a decode step makes hundreds of 20-500 µs each): helpers spin for a few tens of µs before they
-sleep, the caller works too, and it never waits for a helper that has not begun. One call has the helpers at a time: a
+It is built for many short calls (a decode step makes hundreds of 20-500 µs each): helpers spin for a few tens of µs before they
+sleep, the caller works too, and it never waits for a helper that has not begun. One call at a time has the helpers: a
 second device that calls meanwhile runs its own tasks on its own thread, so there is neither oversubscription nor an abort
 (Numba's workqueue layer aborts there; XLA's own pool may be full of callers).
 """
@@ -19,11 +19,11 @@ from pallas_kernels.cpu_ffi.once import once
 from pallas_kernels.cpu_ffi.pool_code import LIMIT, SPIN, build_pool
 
 THREADS_VARIABLE = "LLM_INFER_NUM_THREADS"
-SPIN_MICROSECONDS = 60  # longer than the gap between two kernels of a decode step, short against a scheduler tick
+SPIN_MICROSECONDS = 60  # longer than the gap between two kernels of a decode step, short compared with a scheduler tick
 
 
 def default_threads() -> int:
-    """$LLM_INFER_NUM_THREADS, else the CPUs this process may run on (affinity and the container's quota).
+    """Returns $LLM_INFER_NUM_THREADS, else the number of CPUs this process may use (by affinity and the container's quota).
 
     Raises:
         ValueError: the variable is not a positive integer.
@@ -38,7 +38,7 @@ def default_threads() -> int:
 
 
 def _quota() -> int:
-    """CPUs that the control group (version 2) allows, rounded up; very many where there is no limit."""
+    """Returns how many CPUs the control group (version 2) allows, rounded up; very many where there is no limit."""
     limit = Path("/sys/fs/cgroup/cpu.max")
     quota, period = (limit.read_text().split() if limit.is_file() else ["max", "1"])[:2]
     return 10_000 if quota == "max" else -(-int(quota) // int(period))
@@ -70,10 +70,10 @@ class ThreadPool:
         return ctypes.c_int32.from_address(self._state + LIMIT).value
 
     def set_threads(self, threads: int) -> None:
-        """Use that many threads from the next kernel call on.
+        """Sets the number of threads from the next kernel call on.
 
         Raises:
-            ValueError: fewer than one.
+            ValueError: there would be fewer than one.
             OSError: the system gives no more threads.
         """
         if threads < 1:
@@ -87,7 +87,7 @@ class ThreadPool:
 
 @once
 def thread_pool() -> ThreadPool:
-    """The pool, made on first use with `default_threads()`."""
+    """Returns the pool, which is made on first use with `default_threads()`."""
     if sys.platform == "win32":
         raise OSError("the native CPU kernels need POSIX threads; use the XLA implementation on Windows")
     pool = ThreadPool()

@@ -19,12 +19,12 @@ FLOAT_TYPES = (ir.HalfType, ir.FloatType, ir.DoubleType)
 
 
 def element_type(type_: Any) -> Any:
-    """The scalar type of a scalar or vector type."""
+    """Returns the scalar type of a scalar or vector type."""
     return type_.element if isinstance(type_, ir.VectorType) else type_
 
 
 def element_bytes(type_: Any) -> int:
-    """Size in memory of a scalar or vector type."""
+    """Returns the size in memory of a scalar or vector type."""
     if isinstance(type_, ir.VectorType):
         return type_.count * element_bytes(type_.element)
     if isinstance(type_, ir.IntType):
@@ -71,11 +71,11 @@ class Value:
         return self._binary(other, "sdiv", "fdiv")
 
     def __floordiv__(self, other: Value | int) -> Value:
-        """Integer quotient of non-negative values."""
+        """Returns the integer quotient of non-negative values."""
         return self._binary(other, "udiv", None)
 
     def __mod__(self, other: Value | int) -> Value:
-        """Integer remainder of non-negative values."""
+        """Returns the integer remainder of non-negative values."""
         return self._binary(other, "urem", None)
 
     def __and__(self, other: Value | int) -> Value:
@@ -91,7 +91,7 @@ class Value:
         return self._binary(other, "shl", None)
 
     def __rshift__(self, other: Value | int) -> Value:
-        """Logical shift right (zeros come in)."""
+        """Returns the logical shift right (zeros come in)."""
         return self._binary(other, "lshr", None)
 
     def _compare(self, op: str, other: Value | float) -> Value:
@@ -118,7 +118,7 @@ class Value:
         return self._compare("!=", other)
 
     def to(self, element: Any, signed: bool = True) -> Value:
-        """Convert every element: widen, truncate, int <-> float (toward zero), float <-> float."""
+        """Converts every element: widen, truncate, int <-> float (toward zero), float <-> float."""
         source = element_type(self.type)
         target = ir.VectorType(element, self.type.count) if isinstance(self.type, ir.VectorType) else element
         if source == element:
@@ -135,7 +135,7 @@ class Value:
         return Value(self.k, op(self.ssa, target))
 
     def bits(self, type_: Any) -> Value:
-        """The same bits as another type of the same size."""
+        """Returns the same bits as another type of the same size."""
         return Value(self.k, self.k.builder.bitcast(self.ssa, type_))
 
     def lane(self, i: int | Value) -> Value:
@@ -146,7 +146,7 @@ class Value:
         return Value(self.k, self.k.builder.insert_element(self.ssa, value.ssa, I32(i)))
 
     def shuffle(self, lanes: Sequence[int], other: Value | None = None) -> Value:
-        """Pick lanes by constant index; indices past the first vector's count go into `other`."""
+        """Picks lanes by constant index; indices past the first vector's count go into `other`."""
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
         second = other.ssa if other is not None else ir.Constant(self.type, ir.Undefined)
         return Value(self.k, self.k.builder.shuffle_vector(self.ssa, second, mask))
@@ -163,7 +163,7 @@ class Ptr:
         return Ptr(self.k, address, self.element)
 
     def load(self, index: Value | int = 0, count: int | None = None) -> Value:
-        """One element, or `count` neighbouring ones as a vector."""
+        """Loads one element, or `count` neighbouring ones as a vector."""
         type_ = self.element if count is None else ir.VectorType(self.element, count)
         at = (self + index).ssa
         return Value(self.k, self.k.builder.load(at, align=element_bytes(self.element), typ=type_))
@@ -178,23 +178,23 @@ class Ptr:
         self.store(index, value if isinstance(value, Value) else self.k.const(self.element, value))
 
     def as_(self, element: Any) -> Ptr:
-        """The same address, read as another element type."""
+        """Returns the same address, read as another element type."""
         return Ptr(self.k, self.ssa, element)
 
     def pointer_at(self, index: Value | int, element: Any) -> Ptr:
-        """The pointer stored at `index` of an array of pointers."""
+        """Loads the pointer stored at `index` of an array of pointers."""
         return Ptr(self.k, self.as_(POINTER).load(index).ssa, element)
 
     def function_at(self, index: Value | int, kind: ir.FunctionType) -> Any:
-        """The function stored at `index` of an array of pointers, to be given to `Emitter.builder.call`."""
+        """Loads the function stored at `index` of an array of pointers, to be given to `Emitter.builder.call`."""
         at = (self.as_(POINTER) + index).ssa
-        return self.k.builder.load(at, typ=ir.PointerType(kind))  # llvmlite wants the function's type on the pointer
+        return self.k.builder.load(at, typ=ir.PointerType(kind))  # llvmlite needs the function's type on the pointer
 
     def after(self, *values: Value) -> Ptr:
-        """The same address, but LLVM does not know that, and places what is loaded through it behind the vectors `values`.
+        """Returns the same address, hidden from LLVM, so that it places loads through it behind the vectors `values`.
 
-        It keeps LLVM from merging equal loads and from hoisting all loads of an unrolled body to its top, where the
-        registers run out. The machine itself does not wait: no instruction is emitted.
+        It keeps LLVM from merging equal loads and from hoisting all loads of an unrolled body to its top, where
+        registers would run out. The machine itself does not wait: no instruction is emitted.
         """
         target = self.k.target
         register = {"x86_64": "v" if target.has("avx512f") else "x", "aarch64": "w", "arm64": "w"}
@@ -207,7 +207,7 @@ class Ptr:
         return Ptr(self.k, self.k.builder.asm(kind, "", constraints, args, False), self.element)
 
     def prefetch(self, index: Value | int) -> None:
-        """Ask for the cache line of an element, which need not be inside the buffer."""
+        """Asks for the cache line of an element, which need not be inside the buffer."""
         args = [(self + index).ssa, I32(0), I32(3), I32(1)]
         self.k.intrinsic("llvm.prefetch.p0", ir.VoidType(), args)
 

@@ -1,4 +1,4 @@
-"""One token for each row of logits, drawn within the row's limits by one uniform number. Contract and entry.
+"""Draws one token for each row of logits, within the row's limits, by one uniform number. Contract and entry.
 
 Axis letters: S rows, V tokens of the vocabulary.
 """
@@ -18,13 +18,13 @@ __all__ = ["Limits", "draw_tokens"]
 def draw_tokens(
     logits: jax.Array, limits: Limits, uniform: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """The next token of each row.
+    """Returns the next token of each row.
 
-    With temperature 0, or where it is inf, it is the first of the largest logits. Otherwise the logits less their largest
+    With temperature 0, or where the largest logit is inf, it is the first of the largest. Otherwise the logits less their largest
     are divided by the temperature; top-k, then top-p, min-p and typical-p of what is left keep some tokens (ties with
-    the last one are kept), and the uniform number says where in their cumulative distribution the token lies. That runs
-    over the kept tokens in descending order where they are fewer than `limits.CANDIDATES`, else in the order of the
-    vocabulary. What a row does depends on nothing but the row itself.
+    the last one are kept), and the uniform number says where in their cumulative distribution the token lies. The distribution
+    runs over the kept tokens in descending order where they are fewer than `limits.CANDIDATES`, else in the order of the
+    vocabulary. A row's token depends on nothing but the row itself.
 
     Args:
         logits: Float[Array, "S V"]; -inf for a token that must not be drawn.
@@ -44,7 +44,7 @@ def draw_tokens(
         kind = jnp.integer if name == "top_k" else jnp.floating
         fits = array.shape == (rows,) and jnp.issubdtype(array.dtype, kind)
         expect(fits, name, f"{'integers' if name == 'top_k' else 'floats'} of shape [S={rows}]", array)
-    kinds = Limits(*(jnp.int32 if name == "top_k" else jnp.float32 for name in Limits._fields))
-    limits = jax.tree.map(lambda array, kind: array.astype(kind), limits, kinds)
+    kinds = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in Limits._fields}
+    limits = Limits(**{name: array.astype(kinds[name]) for name, array in limits._asdict().items()})
     case = case_of({"logits": logits})
     return dispatch.pick("draw_tokens", case, implementation)(logits, limits, uniform.astype(jnp.float32))

@@ -17,12 +17,12 @@ _SOURCES = tuple(str(Path(__file__).with_name(name)) for name in ("cpu_kernel.py
 
 
 def why_not(case: Case) -> str | None:
-    """Needs llvmlite and a CPU its code can be made for."""
+    """Refuses a process without llvmlite, or on a CPU for which no code can be made."""
     return cpu_ffi.why_not()
 
 
 def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array) -> jax.Array:
-    """See `pallas_kernels.draw_tokens.draw_tokens`."""
+    """Draws natively, see `pallas_kernels.draw_tokens.draw_tokens`."""
     from pallas_kernels.draw_tokens.cpu_kernel import BLOCK
 
     blocks = -(-logits.shape[1] // BLOCK)

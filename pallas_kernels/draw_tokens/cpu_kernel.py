@@ -1,4 +1,4 @@
-"""The draw of one row as native code: thresholds by bisection, in which blocks of tokens that are too unlikely are skipped.
+"""The draw of one row as native code: bisections find thresholds and skip blocks of tokens that are too unlikely.
 
 A token's cost is how far its logit, divided by the temperature, is below the largest: cost >= 0, and its mass is exp(-cost).
 The bits of non-negative floats are ordered like the floats, so a threshold is an int32 that some thirty comparisons find. Top-k,
@@ -19,7 +19,7 @@ BLOCK = 128
 
 
 def body(k: Emitter, a: Frame) -> None:
-    """The kernel: `ids` [S]; `lowest` [S, B], the lowest cost in each block, and `masses` [S, B] are for its own use."""
+    """Emits the kernel: `ids` [S]; `lowest` [S, B], the lowest cost in each block, and `masses` [S, B] are for its own use."""
     a.parallel(a.S, lambda k, a, row: Row(k, a, row).draw())
 
 
@@ -34,7 +34,7 @@ class Row:
         self.temperature, self.id = a.temperature[row], k.var(k.const(I32, 0))
 
     def draw(self) -> None:
-        """The row's id. A logit that is NaN, or all of them -inf, give some id of the vocabulary; inf is drawn as if greedy."""
+        """Draws the row's id. If a logit is NaN, or all are -inf, it is some id of the vocabulary; inf is drawn as if greedy."""
         k, a = self.k, self.a
         largest = self._largest()
         self.id.v = self._first_equal(largest)
@@ -47,7 +47,7 @@ class Row:
         a.ids[self.row] = self.id.v
 
     def _block(self, b: Value, visit: Callable[[Value, Value], None]) -> None:
-        """`visit(place, x)` for vectors of a block's logits, then for what does not fill a vector one by one."""
+        """Calls `visit(place, x)` for vectors of a block's logits, then one by one for those that do not fill a vector."""
         k, lanes = self.k, self.k.lanes
         begin, end = b * BLOCK, k.min((b + 1) * BLOCK, self.a.V)
         whole = begin + (end - begin) // lanes * lanes
@@ -57,7 +57,7 @@ class Row:
             visit(i, self.logits[i])
 
     def _sum(self, b: Value, of: Callable[[Value], Value]) -> Value:
-        """Sum over a block of a function of the cost, float64."""
+        """Returns the sum over a block of a function of the cost, float64."""
         k, lanes = self.k, self.k.lanes
         vector, rest = k.var(k.zeros(F32, lanes)), k.var(k.const(F32, 0.0))
 
@@ -69,12 +69,12 @@ class Row:
         return (k.sum_lanes(vector.v) + rest.v).to(F64)
 
     def cost(self, x: Value) -> Value:
-        """Of logits."""
+        """Returns the cost of logits."""
         largest, temperature = self.k.match(x, self.largest)[1], self.k.match(x, self.temperature)[1]
         return (largest - x) / temperature
 
     def _largest(self) -> Value:
-        """The largest logit; `lowest` then has that of each block."""
+        """Returns the largest logit; `lowest` then has that of each block."""
         k, lanes = self.k, self.k.lanes
         largest = k.var(k.const(F32, float("-inf")))
         with k.range(0, self.blocks) as b:
@@ -90,7 +90,7 @@ class Row:
         return largest.v
 
     def _first_equal(self, largest: Value) -> Value:
-        """The first token with this logit; 0 where none has it."""
+        """Returns the first token with this logit; 0 where none has it."""
         k = self.k
         b, i, found = k.var(k.i64(0)), k.var(k.i64(0)), k.var(k.const(I32, 0))
         with k.loop_while() as go_on:
@@ -107,7 +107,7 @@ class Row:
 
     # thresholds
     def _bits(self, x: Value) -> Value:
-        """Of non-negative floats, as int32: in their order."""
+        """Returns the bits of non-negative floats as int32, which have the same order."""
         return x.bits(ir.VectorType(I32, x.type.count) if isinstance(x.type, ir.VectorType) else I32)
 
     def _mass(self, cost: Value) -> Value:
@@ -117,7 +117,8 @@ class Row:
         return self.k.select(condition, value, self.k.like(value, 0.0))
 
     def _total(self, limit: Value, of: Callable[[Value], Value], enough: Value | None = None) -> Value:
-        """Sum of a function of the cost over blocks that have a token up to `limit`, float64; may end when it is `enough`."""
+        """Returns the float64 sum of a function of the cost over blocks with a token up to `limit`; may end once it is
+        `enough`."""
         k = self.k
         total, b = k.var(k.const(F64, 0.0)), k.var(k.i64(0))
         with k.loop_while() as go_on:
@@ -130,7 +131,7 @@ class Row:
         return total.v
 
     def _smallest(self, most: Value, reached: Callable[[Value], Value]) -> Value:
-        """The smallest int32 from 0 on at which `reached` is true; it is at `most`, and stays so once it is."""
+        """Returns the smallest int32 from 0 on at which `reached` is true; it is at `most`, and stays so once it is."""
         k = self.k
         low, high = k.var(k.const(I32, 0)), k.var(most)
         with k.loop_while() as go_on:
@@ -144,7 +145,7 @@ class Row:
         return high.v
 
     def _limit(self) -> tuple[Value, Value, Value, Value]:
-        """Bits of the highest cost that is kept, whether so few are, and with typical-p a cost and the distance from it."""
+        """Returns the bits of the highest kept cost, whether few are kept, and with typical-p a cost and the distance from it."""
         k, a = self.k, self.a
         top_k, top_p, typical_p = a.top_k[self.row], a.top_p[self.row], a.typical_p[self.row]
         limit = k.var(k.const(I32, FINITE))
@@ -168,7 +169,7 @@ class Row:
 
         mean, distance = k.var(k.const(F32, 0.0)), k.var(k.const(I32, ALL_BITS))
         with k.when(typical_p < 1.0):
-            # The information of a token is its cost and the same number for all, so it is as far from the entropy as
+            # A token's information is its cost plus a number that is the same for all, so it is as far from the entropy as
             # its cost is from the mean cost (locally typical sampling, Meister et al., 2023).
             whole = mass_to(limit.v)
             total = self._total(limit.v, whole)
@@ -184,7 +185,7 @@ class Row:
                 def near(cost: Value) -> Value:
                     return self._where(self._bits(k.abs(cost - mean.v)) <= bound, whole(cost))
 
-                furthest = (mean.v + bound.bits(F32)) * 1.00001  # with what rounding may add
+                furthest = (mean.v + bound.bits(F32)) * 1.00001  # plus what rounding may add
                 return self._total(k.min(limit.v, self._bits(furthest)), near, share) >= share
 
             distance.v = self._smallest(k.const(I32, WEIGHTLESS), reached)
@@ -205,7 +206,7 @@ class Row:
                 self._draw_in_order(limit, kept)
 
     def _draw_among_few(self, limit: Value, kept: Callable[[Value], Value]) -> None:
-        """In the order of their cost, which an insertion sort makes."""
+        """Draws in the order of the tokens' cost, which an insertion sort makes."""
         k = self.k
         costs, ids, count = k.scratch(F32, CANDIDATES), k.scratch(I32, CANDIDATES), k.var(k.i64(0))
         with k.range(0, self.blocks) as b, k.when(self._bits(self.lowest[b]) <= limit):
@@ -229,7 +230,7 @@ class Row:
             self.id.v = ids[place]
 
     def _draw_in_order(self, limit: Value, kept: Callable[[Value], Value]) -> None:
-        """In the order of the vocabulary: first the block, then the token in it."""
+        """Draws in the order of the vocabulary: first the block, then the token in it."""
         k = self.k
         total = k.var(k.const(F64, 0.0))
 
@@ -250,7 +251,7 @@ class Row:
             self.id.v = (begin + place).to(I32)
 
     def _pass(self, count: Value, target: Value, mass: Callable[[Value], Value]) -> tuple[Value, Value]:
-        """The first of `count` entries at which the sum of the masses exceeds the target, or the last that has a mass (the
+        """Returns the first of `count` entries at which the sum of masses exceeds the target, or the last that has a mass (the
         target may lie at the very end), and the sum before it."""
         k = self.k
         i, place = k.var(k.i64(0)), k.var(k.i64(0))

@@ -1,4 +1,4 @@
-"""draw_tokens on a GPU through Pallas' Triton lowering: a thread block draws for a row. XLA's loops have the host wait.
+"""draw_tokens on a GPU through Pallas' Triton lowering: a thread block draws for a row. The host would wait for XLA's loops.
 
 As on CPUs (`cpu_kernel`): a token's cost is how far its logit, divided by the temperature, is below the largest, and thresholds
 of the cost are found by bisection over the bits of floats, which skips blocks of tokens that cost too much.
@@ -19,17 +19,17 @@ from pallas_kernels.draw_tokens.limits import ALL_BITS, CANDIDATES, FINITE, SMAL
 from pallas_kernels.gpu_devices import why_not_capability
 
 BLOCK = 4096
-"""Tokens that a thread block looks at together."""
+"""Tokens at which a thread block looks together."""
 Of = Callable[[jax.Array], jax.Array]
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on NVIDIA GPUs from Ampere on."""
+    """Refuses all but NVIDIA GPUs from Ampere on."""
     return why_not_capability(case.device_kind, (8, 0), "for Triton")
 
 
 def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """See `pallas_kernels.draw_tokens.draw_tokens`. `interpret` runs the kernel in Pallas' interpreter."""
+    """Draws on a GPU, see `pallas_kernels.draw_tokens.draw_tokens`; `interpret` runs the kernel in Pallas' interpreter."""
     arguments = (limits.temperature, limits.top_p, limits.highest_cost(), limits.typical_p, uniform)
     return pl.pallas_call(
         _kernel,
@@ -51,7 +51,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
     f32, none = jnp.float32, jnp.float32(0.0)
 
     def load(b: jax.Array) -> jax.Array:
-        """Logits of a block; -inf behind the vocabulary, and for NaN."""
+        """Loads the logits of a block; -inf behind the vocabulary, and for NaN."""
         at = b * BLOCK + place
         x = plgpu.load(logits_ref.at[row, at], mask=at < vocab, other=-jnp.inf)
         return jnp.where(x == x, x, -jnp.inf)
@@ -70,13 +70,13 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
         coldness = 1.0 / temperature
 
         def cost(x: jax.Array) -> jax.Array:
-            # The same bits wherever it is computed: a difference of quotients could be contracted into one operation.
+            # Its bits are the same wherever it is computed: a difference of quotients could be contracted into one operation.
             return jnp.abs((largest - x) * coldness)  # -0 has other bits than 0
 
         lowest = _bits(cost(largest_of_block))
 
         def total(within: jax.Array, of: Of, enough: jax.Array | float = jnp.inf) -> jax.Array:
-            """Sum of a function of the cost over blocks with a token up to `within`; may end when it is enough."""
+            """Returns the sum of a function of the cost over blocks with a token up to `within`; may end when it is enough."""
 
             def more(state: tuple[jax.Array, jax.Array]) -> jax.Array:
                 return (state[0] < num_blocks) & (state[1] < enough)
@@ -94,7 +94,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
         def mass_to(bound: jax.Array) -> Of:
             return lambda c: jnp.where(_bits(c) <= bound, jnp.exp(-c), 0.0)
 
-        # A search from `low` to `low` takes no step: that is how a limit is left out.
+        # A search from `low` to `low` takes no step: thus a limit is left out.
         limit, zero = jnp.int32(FINITE), jnp.int32(0)
         limited, wanted = (top_k > 0) & (top_k < vocab), top_k.astype(f32)
         limit = _smallest(
@@ -110,7 +110,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
         few = jnp.float32(min(vocab, CANDIDATES))
         is_few = total(limit, count_to(limit), few) < few
 
-        # The information of a token is its cost and the same number for all: it is as far from the entropy as its cost is
+        # A token's information is its cost plus a number that is the same for all: it is as far from the entropy as its cost is
         # from the mean cost (locally typical sampling, Meister et al., 2023).
         typical, kept_mass = typical_p < 1.0, mass_to(limit)
 
@@ -122,7 +122,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
         mean = jnp.where(typical, total(within, weighted) / whole, 0.0)
 
         def near(bound: jax.Array) -> jax.Array:
-            furthest = _bits((mean + lax.bitcast_convert_type(bound, f32)) * 1.00001)  # with what rounding may add
+            furthest = _bits((mean + lax.bitcast_convert_type(bound, f32)) * 1.00001)  # plus what rounding may add
             mass = total(
                 jnp.minimum(limit, furthest),
                 lambda c: jnp.where(_bits(jnp.abs(c - mean)) <= bound, kept_mass(c), 0.0),
@@ -139,7 +139,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
         target = uniform * total(limit, mass_of)
 
         def in_descending_order() -> jax.Array:
-            """The cost at which the sum passes the target; of the tokens that have it, the one at which it does."""
+            """Finds the cost at which the sum passes the target, and among the tokens that have it, the one at which it does."""
 
             def up_to(bound: jax.Array) -> Of:
                 return lambda c: jnp.where(_bits(c) <= bound, mass_of(c), 0.0)
@@ -150,7 +150,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
             passed = jnp.maximum((target - before) / each, 0.0).astype(jnp.int32)
 
             def following(_: jax.Array, token: jax.Array) -> jax.Array:
-                """The next token of this cost; the same one if there is none."""
+                """Returns the next token of this cost; the same one if there is none."""
 
                 def look(b: jax.Array, found: jax.Array) -> jax.Array:
                     ids = b * BLOCK + place
@@ -163,7 +163,7 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
             return lax.fori_loop(0, jnp.minimum(passed, CANDIDATES) + 1, following, jnp.int32(-1))
 
         def in_order_of_vocabulary() -> jax.Array:
-            """First the block in which the sum passes the target, then the token; or the last one that has a mass."""
+            """Finds the block in which the sum passes the target, then the token; or the last one that has a mass."""
 
             def look(b: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
                 sum_, block, before = state
@@ -182,23 +182,23 @@ def _kernel(logits_ref, limits_ref, top_k_ref, out_ref) -> None:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Of non-negative floats, as int32: in their order."""
+    """Returns the bits of non-negative floats as int32, which have the same order."""
     return lax.bitcast_convert_type(x, jnp.int32)
 
 
 def _at(numbers: jax.Array, values: jax.Array, index: jax.Array) -> jax.Array:
-    """The value at an index; `numbers` count from 0."""
+    """Returns the value at an index; `numbers` count from 0."""
     return jnp.sum(jnp.where(numbers == index, values, 0))
 
 
 def _first(numbers: jax.Array, holds: jax.Array) -> jax.Array:
-    """The first number at which something holds; 0 if it never does."""
+    """Returns the first number at which something holds; 0 if it never does."""
     found = jnp.min(jnp.where(holds, numbers, numbers.shape[0]))
     return jnp.where(found < numbers.shape[0], found, 0)
 
 
 def _smallest(low: jax.Array, most: jax.Array, reached: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The smallest int32 from `low` on at which `reached` is true; it is at `most`, and stays so once it is."""
+    """Returns the smallest int32 from `low` on at which `reached` is true; it is at `most`, and stays so once it is."""
 
     def halve(bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds

@@ -1,4 +1,4 @@
-"""What each row of a draw is limited to."""
+"""Limits of each row of a draw."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 CANDIDATES = 64
-"""Rows of which fewer tokens are kept than this draw among them in descending order, others in the order of the vocabulary."""
+"""Rows that keep fewer tokens than this draw among them in descending order, others in the order of the vocabulary."""
 
-# Of kernels that search by cost: how far a logit, divided by the temperature, is below the largest. Bits as int32.
+# For kernels that search by cost: how far a logit, divided by the temperature, lies below the largest. Bits are int32.
 SMALLEST = 2.0**-126
-"""Lowest temperature that is none of 0: the smallest normal float. XLA takes smaller ones as 0."""
+"""Lowest temperature that does not count as 0: the smallest normal float. XLA takes smaller ones as 0."""
 FINITE = 0x7F7FFFFF
-"""Bits of the largest float: all costs but that of a token with logit -inf."""
+"""Bits of the largest float, which bounds all costs but that of a token with logit -inf."""
 WEIGHTLESS = 0x42B00000
 """Bits of 88: exp(-88) is taken as 0."""
 ALL_BITS = 0x7FFFFFFF
@@ -33,5 +33,5 @@ class Limits(NamedTuple):
     typical_p: Float[Array, " S"]
 
     def highest_cost(self) -> Float[Array, " S"]:
-        """Of a token that min-p keeps: -log(min_p), without the sign that -0 would have."""
+        """Returns the highest cost of a token that min-p keeps: -log(min_p), without the sign that -0 would have."""
         return jnp.abs(jnp.log(self.min_p))

@@ -1,4 +1,4 @@
-"""The most likely tokens of each row without sorting the vocabulary."""
+"""Finds the most likely tokens of each row without sorting the vocabulary."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 BLOCK = 64
-"""Tokens of a block; only the blocks with the largest maxima are looked into."""
+"""Tokens of a block; only blocks with the largest maxima are searched."""
 
 WIDE_BLOCK = 256
-"""Tokens of a block where one token is looked for."""
+"""Tokens of a block in the search for one token."""
 
 
 def unsigned_zeros(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The same numbers without -0.0, which `top_k` and the bits put below 0.0."""
+    """Returns the same numbers without -0.0, which `top_k` and the bits put below 0.0."""
     return jnp.where(x == 0, 0, x)
 
 
 def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S N"], Int[Array, "S N"]]:
-    """The `count` largest logits of each row in descending order, and their token ids (any, for logits of -inf).
+    """Returns the `count` largest logits of each row in descending order, and their token ids (any, for logits of -inf).
 
     The k largest values lie in the k blocks with the largest maxima, so one pass over the vocabulary finds the blocks and
     the selection runs over k × BLOCK values.
@@ -30,7 +30,7 @@ def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S
         values, ids = lax.top_k(unsigned_zeros(logits), count)
         return values, ids.astype(jnp.int32)
     blocks = jnp.pad(logits, ((0, 0), (0, -vocab % BLOCK)), constant_values=-jnp.inf).reshape(rows, num_blocks, BLOCK)
-    # A selection from a power of two compiles six times faster on TPUs. Real blocks come before those that fill up.
+    # A selection from a power of two compiles six times faster on TPUs. Real blocks come before those that pad.
     maxima = unsigned_zeros(jnp.maximum(jnp.max(blocks, axis=-1), jnp.finfo(logits.dtype).min))
     filling = (1 << (num_blocks - 1).bit_length()) - num_blocks
     _, chosen = lax.top_k(jnp.pad(maxima, ((0, 0), (0, filling)), constant_values=-jnp.inf), count)
@@ -41,9 +41,9 @@ def top_tokens(logits: Float[Array, "S V"], count: int) -> tuple[Float[Array, "S
 
 
 def top_token(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
-    """The first of the largest logits of each row, as `argmax`.
+    """Returns the first of the largest logits of each row, as `argmax`.
 
-    XLA on the CPU takes 7 ms for the argmax of 32 × 49152 logits and 0.2 ms for this: maxima of blocks are vectorised, a
+    XLA on the CPU takes 7 ms for the argmax of 32 × 49152 logits and 0.2 ms for this: the maxima of blocks are vectorised, a
     search that carries indices is not.
     """
     rows, vocab = logits.shape

@@ -1,9 +1,9 @@
 """draw_tokens in XLA, on any device: one function that serves a batch in which every row has its own limits.
 
-No sort of the vocabulary and no random number per token. A row first looks at its most likely tokens only; where these
+It sorts no vocabulary and draws no random number per token. A row first looks at its most likely tokens only; where these
 provably hold all that its limits keep, it draws among them. Other rows find their thresholds over the whole vocabulary by
-bisection over the bits of the logits. The draw inverts the cumulative distribution with one uniform number per row. What a
-row does depends on nothing but the row itself.
+bisection over the bits of the logits. The draw inverts the cumulative distribution with one uniform number per row. A
+row's token depends on nothing but the row itself.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ BLOCK = 128
 """Tokens per block of the two-level cumulative sum."""
 
 ROWS_AT_ONCE = 8
-"""Rows of the whole vocabulary that are looked at together on CPUs."""
+"""Rows of the whole vocabulary that are searched together on CPUs."""
 
 
 def why_not(case: Case) -> str | None:
-    """Always possible."""
+    """Refuses nothing."""
     return None
 
 
 def ordered_bits(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
-    """Unsigned integers in the order of the floats; both zeros are one."""
+    """Returns unsigned integers in the order of the floats; both zeros are one."""
     bits = lax.bitcast_convert_type(unsigned_zeros(x), jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
@@ -38,7 +38,7 @@ def ordered_bits(x: Float[Array, "S V"]) -> UInt32[Array, "S V"]:
 def largest_threshold(
     keys: UInt32[Array, "S V"], weights: Float[Array, "S V"], target: Float[Array, " S"]
 ) -> UInt32[Array, " S"]:
-    """Per row the largest threshold `t` with `sum(weights[keys >= t]) >= target`, by bisection over its bits."""
+    """Returns per row the largest threshold `t` with `sum(weights[keys >= t]) >= target`, by bisection over its bits."""
 
     def bit(i: Array, threshold: Array) -> Array:
         trial = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
@@ -49,9 +49,9 @@ def largest_threshold(
 
 
 def surprise(scaled: Float[Array, "S V"], kept: Bool[Array, "S V"]) -> tuple[Float[Array, "S V"], Float[Array, "S V"]]:
-    """How far the information of each token is from the mean over the kept ones (the entropy), and its probability.
+    """Returns how far each token's information is from the mean over the kept ones (the entropy), and its probability.
 
-    It is as far as `-scaled`, which is the information and the same number for all, is from its mean. The distance is
+    That is how far `-scaled`, the information plus a number that is the same for all, is from its mean. The distance is
     infinite for tokens that are not kept (locally typical sampling, Meister et al., 2023). `scaled` has maximum 0.
     """
     mass = jnp.where(kept, jnp.exp(scaled), 0.0)
@@ -61,7 +61,7 @@ def surprise(scaled: Float[Array, "S V"], kept: Bool[Array, "S V"]) -> tuple[Flo
 
 
 def most_likely(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V"]:
-    """Tokens that top-k keeps."""
+    """Returns the tokens that top-k keeps."""
     vocab = scaled.shape[-1]
     limited = (limits.top_k > 0) & (limits.top_k < vocab)
     counts = jnp.where(limited, limits.top_k, vocab).astype(jnp.float32)
@@ -74,7 +74,7 @@ def most_likely(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
 
 
 def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V"]:
-    """Tokens that top-k, then top-p, min-p and typical-p over what is left keep. Ties with the last one are kept.
+    """Returns the tokens that top-k, then top-p, min-p and typical-p over the rest keep. Ties with the last one are kept.
 
     `scaled` has been divided by the temperature and has maximum 0.
     """
@@ -83,7 +83,7 @@ def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
         mass = jnp.where(kept, jax.nn.softmax(scaled, axis=-1), 0.0)
         keys = ordered_bits(scaled)
         threshold = largest_threshold(keys, mass, limits.top_p * jnp.sum(mass, axis=-1))
-        # top_p = 1 keeps all, also what rounding of the mass would lose.
+        # top_p = 1 keeps all, even what rounding of the mass would lose.
         return kept & ((keys >= threshold[:, None]) | (limits.top_p >= 1.0)[:, None])
 
     def by_surprise(kept: Array) -> Array:
@@ -98,7 +98,8 @@ def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
 
 
 def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """Per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass, 0 if none has any."""
+    """Returns per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass, 0 if none has
+    any."""
     vocab = mass.shape[-1]
     blocks = jnp.pad(mass, ((0, 0), (0, -vocab % BLOCK))).reshape(mass.shape[0], -1, BLOCK)
     sums = jnp.sum(blocks, axis=-1)
@@ -106,7 +107,7 @@ def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Ar
     target = uniform * ends[:, -1]
 
     def pick(ends: Array, mass: Array, target: Array) -> Array:
-        # Sums in a tree may rise, or fall, by rounding where nothing was added, and the target may lie at the very end.
+        # By rounding, sums in a tree may rise or fall where nothing was added, and the target may lie at the very end.
         place, drawable = lax.broadcasted_iota(jnp.int32, mass.shape, 1), mass > 0
         passed = jnp.where(drawable & (ends > target[:, None]), place, mass.shape[-1])
         last = jnp.max(jnp.where(drawable, place, 0), axis=-1)
@@ -120,7 +121,7 @@ def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Ar
 
 
 def scale(logits: Float[Array, "S V"], limits: Limits) -> Float[Array, "S V"]:
-    """Logits less their maximum, divided by the temperature."""
+    """Returns the logits less their maximum, divided by the temperature."""
     temperature = jnp.where(limits.temperature <= 0.0, 1.0, limits.temperature)
     logits = logits.astype(jnp.float32)
     return (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]
@@ -129,9 +130,10 @@ def scale(logits: Float[Array, "S V"], limits: Limits) -> Float[Array, "S V"]:
 def kept_candidates(
     scaled: Float[Array, "S N"], whole: Float[Array, " S"], limits: Limits
 ) -> tuple[Bool[Array, "S N"], Bool[Array, " S"]]:
-    """As `kept_tokens`, among the most likely tokens in descending order; and the rows for which these are enough.
+    """Returns what `kept_tokens` would, among the most likely tokens in descending order, and the rows for which these are
+    enough.
 
-    They are where the last candidate is not kept: nothing below it is then either. `whole` is the sum of `exp(scaled)`
+    They are enough where the last candidate is not kept: then nothing below it is either. `whole` is the sum of `exp(scaled)`
     over what top-k keeps of the vocabulary; only rows with top-p that keep more than the candidates need it.
     """
     size = scaled.shape[-1]
@@ -141,7 +143,7 @@ def kept_candidates(
     mass = jnp.where(kept, jnp.exp(scaled), 0.0)
     total = jnp.where(limited & (limits.top_k <= size), jnp.sum(mass, axis=-1), whole)
     reached = jnp.cumsum(mass, axis=-1) >= (limits.top_p * total)[:, None]
-    # Everything up to the first candidate with which the mass is reached, and what equals it.
+    # Kept is everything up to the first candidate that reaches the mass, and what equals it.
     last = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), size - 1)
     threshold = jnp.take_along_axis(scaled, last[:, None], axis=1)
     kept &= (scaled >= threshold) | (limits.top_p >= 1.0)[:, None]
@@ -159,20 +161,20 @@ def kept_candidates(
 
 
 def without_limits(limits: Limits, which: Bool[Array, " S"]) -> Limits:
-    """The limits without those of some rows: what nobody reads must not cost the batch a search for thresholds."""
+    """Returns the limits without those of some rows: what nobody reads must not cost the batch a search for thresholds."""
     neutral = {"top_k": -1, "top_p": 1.0, "typical_p": 1.0}
     changed = {name: jnp.where(which, value, getattr(limits, name)) for name, value in neutral.items()}
     return limits._replace(**changed)
 
 
 def draw_from_all(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """A random token of each row among all that its limits keep."""
+    """Draws a random token of each row among all that its limits keep."""
     scaled = scale(logits, limits)
     return invert_cdf(jnp.where(kept_tokens(scaled, limits), jnp.exp(scaled), 0.0), uniform)
 
 
 def in_row_blocks(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """As `draw_from_all`, a few rows at a time: what a search for thresholds reads again and again stays in the cache.
+    """Draws like `draw_from_all`, a few rows at a time: what a search for thresholds reads repeatedly stays in the cache.
 
     Temporaries of the whole batch would come from the system anew in every step (glibc gives back what is above 32 MB),
     and touching them took longer than the draw.
@@ -184,7 +186,8 @@ def in_row_blocks(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Ar
 
 
 def draw(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """A random token of each row with a temperature above 0 and a finite largest logit; of the others, the most likely one."""
+    """Draws a random token for rows with a temperature above 0 and a finite largest logit; for others, takes the most likely
+    one."""
     values, ids = top_tokens(logits, min(CANDIDATES, logits.shape[-1]))
     drawn = (limits.temperature > 0.0) & jnp.isfinite(values[:, 0])
     limits = without_limits(limits, ~drawn)
@@ -210,6 +213,7 @@ def draw(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"
 
 
 def draw_tokens(logits: Float[Array, "S V"], limits: Limits, uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """See `pallas_kernels.draw_tokens.draw_tokens`. A batch of greedy rows only takes the argmax and nothing else."""
+    """Draws in XLA, see `pallas_kernels.draw_tokens.draw_tokens`. A batch with only greedy rows takes the argmax, nothing
+    else."""
     greedy = jnp.all(limits.temperature <= 0.0)
     return lax.cond(greedy, lambda: top_token(logits), lambda: draw(logits, limits, uniform))

@@ -22,7 +22,7 @@ def grouped_matmul(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """out[i] = x[i] times the transposed matrix of row i's expert, for rows that are sorted by expert.
+    """Multiplies each x[i] with the transposed matrix of row i's expert, for rows that are sorted by expert.
 
     Sums are float32 whatever the dtypes.
 
@@ -30,8 +30,8 @@ def grouped_matmul(
         x: Float[Array, "M K"]. The first group_sizes[0] rows belong to expert 0, the next group_sizes[1] to expert 1, and so
             on. Rows past their sum belong to nobody and may hold anything.
         weights: Float[Array, "L X*N K"], float32 or bfloat16: the experts' matrices [N, K] below each other, all layers.
-        group_sizes: Int32[Array, " X"], dynamic, each at least 0, M at most in all.
-        layer: Int32 scalar, may be traced: which layer of the weights.
+        group_sizes: Int32[Array, " X"], dynamic, each at least 0, together at most M.
+        layer: Int32 scalar, may be traced; selects the layer of the weights.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
     Returns:

@@ -41,7 +41,7 @@ BENCHMARKS: dict[str, GroupedCase] = {
 
 
 def build(case: GroupedCase, seed: int = 0, layers: int = LAYERS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x [M, K], weights [L, X*N, K] and group sizes [X]."""
+    """Makes x [M, K], weights [L, X*N, K] and group sizes [X]."""
     import ml_dtypes  # a dependency of jax; gives numpy bfloat16
 
     dtype = np.dtype(getattr(ml_dtypes, case.dtype, case.dtype))

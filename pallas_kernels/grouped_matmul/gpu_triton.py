@@ -18,18 +18,19 @@ from pallas_kernels.gpu_devices import why_not_capability
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on NVIDIA GPUs from Ampere on."""
+    """Refuses all but NVIDIA GPUs from Ampere on."""
     return why_not_capability(case.device_kind, (8, 0), "for Triton")
 
 
 def grouped_matmul(
     x: jax.Array, weights: jax.Array, group_sizes: jax.Array, layer: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """See `pallas_kernels.grouped_matmul.grouped_matmul`. `interpret` runs the kernel in Pallas' interpreter."""
+    """Multiplies on a GPU, see `pallas_kernels.grouped_matmul.grouped_matmul`; `interpret` runs the kernel in Pallas'
+    interpreter."""
     rows, num_experts = x.shape[0], group_sizes.shape[0]
     features = weights.shape[1] // num_experts
     exact = jnp.promote_types(x.dtype, weights.dtype) == jnp.float32
-    # Rows of an expert, were they even: a tile holds them all, between what a matrix unit takes and what registers hold.
+    # Were the rows even, a tile would hold all of an expert's, between what a matrix unit takes and what registers hold.
     per_expert = pl.cdiv(rows, num_experts)
     tile = min(64 if exact else 128, max(16, 1 << (per_expert - 1).bit_length()))
     tiles = _tiles(group_sizes, rows, tile)
@@ -45,7 +46,8 @@ def grouped_matmul(
 
 
 def _tiles(group_sizes: jax.Array, rows: int, tile: int) -> jax.Array:
-    """Int32 [X + 1 + M // tile, 3]: expert, first row and end of its rows; expert X stands for the rows of nobody."""
+    """Returns the tiles, Int32 [X + 1 + M // tile, 3]: expert, first row and end of its rows; expert X stands for the rows of
+    nobody."""
     nobody = rows - jnp.sum(group_sizes, keepdims=True)
     sizes = jnp.concatenate([group_sizes, nobody])
     row_ends = jnp.cumsum(sizes, dtype=jnp.int32)

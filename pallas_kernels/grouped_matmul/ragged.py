@@ -1,6 +1,6 @@
 """Grouped matmul through `lax.ragged_dot`, which XLA turns into a grouped kernel on TPU and into masked dots elsewhere.
 
-Known limit: on TPU the layer's matrices are first copied out of the stack (seen in a program compiled for v6e), which doubles
+Known limit: on TPU, XLA first copies the layer's matrices out of the stack (seen in a program compiled for v6e), which doubles
 the memory traffic of a step with few tokens.
 """
 
@@ -14,13 +14,13 @@ from pallas_kernels.dispatch import Case
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere."""
+    """Refuses nothing: it runs everywhere."""
     del case
     return None
 
 
 def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, layer: jax.Array) -> jax.Array:
-    """See `pallas_kernels.grouped_matmul.grouped_matmul`."""
+    """Multiplies by `lax.ragged_dot`, see `pallas_kernels.grouped_matmul.grouped_matmul`."""
     matrices = lax.dynamic_index_in_dim(weights, layer, keepdims=False).reshape(group_sizes.shape[0], -1, x.shape[1])
     is_used = (jnp.arange(x.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes))[:, None]
     dtype = jnp.promote_types(x.dtype, matrices.dtype)

@@ -1,4 +1,4 @@
-"""Grouped matmul the obvious way, the oracle of the others: every row with every expert, and one of the results taken."""
+"""Grouped matmul the obvious way, the oracle of the others: it multiplies every row with every expert and takes one result."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pallas_kernels.dispatch import Case
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere; it multiplies X times too much, so it is for tests."""
+    """Refuses nothing: it runs everywhere, but multiplies X times too much, so it is for tests."""
     del case
     return None
 
 
 def grouped_matmul(x: jax.Array, weights: jax.Array, group_sizes: jax.Array, layer: jax.Array) -> jax.Array:
-    """See `pallas_kernels.grouped_matmul.grouped_matmul`."""
+    """Multiplies every row with every expert, see `pallas_kernels.grouped_matmul.grouped_matmul`."""
     num_experts = group_sizes.shape[0]
     matrices = lax.dynamic_index_in_dim(weights, layer, keepdims=False).reshape(num_experts, -1, x.shape[1])
     row = jnp.arange(x.shape[0], dtype=jnp.int32)

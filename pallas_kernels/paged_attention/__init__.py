@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     KV_HEADS_AXIS,
     POOL_DTYPES,
@@ -25,6 +26,7 @@ from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, check_
 
 __all__ = [
     "KV_HEADS_AXIS",
+    "AttentionOptions",
     "AttentionPlan",
     "PlanShape",
     "copy_pages",
@@ -54,15 +56,15 @@ def paged_attention(
     v_scale: jax.Array | float | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Write a step's K and V into the pages of one layer and attend, for a ragged batch of any mix of phases.
+    """Writes a step's K and V into the pages of one layer and attends, for a ragged batch of any mix of phases.
 
     Row t of sequence s at position p sees the keys at positions 0 … p of s (with `window`: p - window + 1 … p), those
-    written by this call included. Scores and sums are float32 whatever the dtypes. To be called under jit with `pages`
+    written by this call included. Scores and sums are float32 whatever the dtypes. Call it under jit with `pages`
     donated: they are updated in place.
 
     No sequence may read a slot that another writes in the same call: kernels write a sequence's new K and V while they
-    read others', in an order of their own. Two sequences may share pages (a common prefix) as long as neither writes to
-    them. The caller guarantees it; nothing here checks it.
+    read others', in any order. Two sequences may share pages (a common prefix) as long as neither writes to
+    them. The caller guarantees this; nothing here checks it.
 
     Args:
         q: Float[Array, "T Hq D"]. Query head h reads KV head h // (Hq / Hkv). Rows past the last token may hold
@@ -72,14 +74,14 @@ def paged_attention(
         pages: the whole pool, all layers, of shape `kv_pool_shape(...)` and dtype `kv_pool_dtype(...)`. Page 0 is the
             null page: it, unused pages and slots past a sequence's last token may hold anything, NaN included.
         plan: the step's AttentionPlan, from `fill_plan`.
-        layer: Int32 scalar, may be traced: which layer of the pool.
+        layer: Int32 scalar, may be traced; selects the layer of the pool.
         scale: factor of the scores, usually D ** -0.5.
         window: tokens that a row sees, itself included; None for all. May be a traced int32 scalar (layers that differ
             under `lax.scan`), where a value of at least the context length means all.
         softcap: scores become softcap * tanh(scores / softcap) before the mask; None for no cap.
         sinks: Float[Array, " Hq"], one more score per head that takes part in the softmax but has no value (as in
             gpt-oss).
-        k_scale: Float scalar; K is stored divided by it and multiplied by it when read. None is 1.
+        k_scale: Float scalar; K is divided by it when stored and multiplied by it when read. None is 1.
         v_scale: the same for V.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
@@ -88,11 +90,12 @@ def paged_attention(
 
     Raises:
         ValueError: at trace time, for shapes, dtypes or values that do not fit together (the message names the
-            argument), or when no implementation, or not the one asked for, can run the case.
+            argument), or no implementation, or not the one asked for, can run the case.
         jax.errors.JaxRuntimeError: when the program runs, if LLM_INFER_CHECKED=1 was set when it was traced and the plan
             points outside the pool or contradicts itself (the message names the array of the plan, see `check_plan`).
     """
-    _check(q, k_new, v_new, pages, plan, layer, window, softcap, sinks, k_scale, v_scale)
+    options = AttentionOptions(layer, scale, window, softcap, sinks, k_scale, v_scale)
+    _check(q, k_new, v_new, pages, plan, options)
     if os.environ.get(CHECKED_VARIABLE) == "1":
         on_tpu = is_tpu_layout(pages.shape, k_new.shape[1], k_new.shape[2], pages.dtype.itemsize)
         page_size = pages.shape[2 if on_tpu else 4]
@@ -105,26 +108,13 @@ def paged_attention(
         sinks=sinks is not None,
         kv_scales=k_scale is not None or v_scale is not None,
     )
-    return dispatch.pick("paged_attention", case, implementation)(
-        q,
-        k_new,
-        v_new,
-        pages,
-        plan,
-        layer=layer,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        k_scale=k_scale,
-        v_scale=v_scale,
-    )
+    return dispatch.pick("paged_attention", case, implementation)(q, k_new, v_new, pages, plan, options)
 
 
 def copy_pages(
     pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-    """Copy pages in all layers (copy-on-write), in place where the caller's jit donates the pool.
+    """Copies pages in all layers (copy-on-write), in place where the caller's jit donates the pool.
 
     Args:
         pages: the whole pool, of shape `kv_pool_shape(...)`.
@@ -152,14 +142,9 @@ def _check(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    layer: jax.Array | int,
-    window: jax.Array | int | None,
-    softcap: float | None,
-    sinks: jax.Array | None,
-    k_scale: jax.Array | float | None,
-    v_scale: jax.Array | float | None,
+    options: AttentionOptions,
 ) -> None:
-    """Raise ValueError for the first argument that does not fit the others."""
+    """Raises ValueError for the first argument that does not fit the others."""
     for name, array in (("q", q), ("k_new", k_new), ("v_new", v_new)):
         expect(array.ndim == 3, name, "rank 3 [T, heads, D]", array)
         expect(jnp.issubdtype(array.dtype, jnp.floating), name, "a floating dtype", array)
@@ -180,6 +165,7 @@ def _check(
     fits = plan.items.ndim == 2 and plan.items.shape[0] > sequences and plan.items.shape[1] == 5
     expect(fits, "plan.items", f"[N, 5] with N > S={sequences}", plan.items)
     expect(plan.counts.shape == (2,), "plan.counts", "[2]", plan.counts)
+    layer, _, window, softcap, sinks, k_scale, v_scale = options
     layer_index(layer, pages.shape[0])
     if sinks is not None:
         floats = jnp.issubdtype(sinks.dtype, jnp.floating)

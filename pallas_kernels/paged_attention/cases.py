@@ -14,13 +14,13 @@ import numpy as np
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 
 NUM_LAYERS = 2
-LAYER = 1  # the layer the case is run on; layer 0 must come out untouched
+LAYER = 1  # the layer on which the case runs; layer 0 must stay untouched
 POOL_MARGIN = 4  # pages that belong to nobody
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Everything that decides array shapes: cases with equal sizes and options can share one compiled program."""
+    """Sizes that decide all array shapes: cases with equal sizes and options can share one compiled program."""
 
     num_heads: int
     num_kv_heads: int
@@ -46,13 +46,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One case: sizes, the (rows in this step, tokens in all) of each sequence, and the op's options.
+    """One case: sizes, (rows in this step, tokens in all) of each sequence, and the op's options.
 
     Attributes:
         sizes: array shapes.
         batch: (q_len, kv_len) of each sequence.
         options: static keyword arguments of the op (window, softcap).
-        sinks: give the heads sinks.
+        sinks: whether the heads have sinks.
         kv_scales: (k_scale, v_scale) or None.
         plan_window: window known to the plan (page runs are cut); None plans whole runs.
         shared_pages: leading pages that sequence 1 shares with sequence 0 (prefix cache).
@@ -74,9 +74,9 @@ class Inputs:
     Attributes:
         q, k_new, v_new, pages, plan: the positional arguments, `pages` in the plain layout.
         options: the static keyword arguments (window, softcap).
-        arrays: the array keyword arguments (layer, sinks, k_scale, v_scale), only those the case has.
-        scale: of the scores.
-        history: per sequence, K and V [2, tokens, Hkv, D] of all its tokens, this step's included, as numbers after
+        arrays: the array keyword arguments (layer, sinks, k_scale, v_scale), only those that the case has.
+        scale: factor of the scores.
+        history: for each sequence, K and V [2, tokens, Hkv, D] of all its tokens, this step's included, as numbers after
             the division by the scales and the cast to the page dtype, in float64: for an independent check.
     """
 
@@ -91,14 +91,14 @@ class Inputs:
     history: list[np.ndarray]
 
 
-# Equal sizes on purpose: a test compiles one program per implementation for all of them.
+# Sizes are equal on purpose: a test compiles one program per implementation for all of them.
 GQA3 = Sizes(
     num_heads=6, num_kv_heads=2, head_dim=64, page_size=16, tokens=32, sequences=8, pages_per_seq=20, q_block=8
 )
 TINY_BUCKET = Sizes(6, 2, 64, 16, tokens=2, sequences=2, pages_per_seq=20, q_block=8)
 MHA = Sizes(4, 4, 80, 32, tokens=24, sequences=4, pages_per_seq=5, q_block=16)  # q_block does not divide T
 GQA4 = Sizes(8, 2, 128, 64, tokens=16, sequences=4, pages_per_seq=3, q_block=4, page_dtype="bfloat16")
-HOPPER = replace(GQA4, dtype="bfloat16")  # what the Mosaic GPU kernel takes
+HOPPER = replace(GQA4, dtype="bfloat16")  # as the Mosaic GPU kernel needs them
 GQA8 = Sizes(8, 1, 64, 16, tokens=16, sequences=4, pages_per_seq=10, q_block=16)
 FLOAT8 = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="float8_e4m3fn", dtype="bfloat16")
 INT8 = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="int8")
@@ -176,14 +176,14 @@ PRODUCTION: dict[str, AttentionCase] = {
 def build(
     case: AttentionCase, seed: int = 0, num_layers: int = NUM_LAYERS, layer: int = LAYER, num_pages: int | None = None
 ) -> Inputs:
-    """Make the inputs of a case. Each sequence's numbers depend on (seed, its place in the batch) alone.
+    """Makes the inputs of a case. Each sequence's numbers depend on (seed, its place in the batch) alone.
 
     Args:
-        case: what to build.
-        seed: of the random numbers.
-        num_layers: L of the pool.
+        case: the case to build.
+        seed: seed of the random numbers.
+        num_layers: L, layers of the pool.
         layer: the layer that holds the history; the others are NaN.
-        num_pages: P; default: enough for S full block tables.
+        num_pages: P; None is enough for S full block tables.
     """
     sizes, shape = case.sizes, case.sizes.plan
     dtype = _dtype(sizes.dtype)

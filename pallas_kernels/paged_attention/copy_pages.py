@@ -1,4 +1,4 @@
-"""copy_pages in XLA: one page after the other, in place. (A gather and scatter would allocate a second pool on TPU.)"""
+"""copy_pages in XLA, one page after the other, in place. (A gather and scatter would allocate a second pool on TPU.)"""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pallas_kernels.dispatch import Case
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere: all layouts have their pages on axis 1."""
+    """Refuses nothing: all layouts have their pages on axis 1."""
     del case
     return None
 
 
 def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array) -> jax.Array:
-    """See `pallas_kernels.paged_attention.copy_pages`."""
+    """Copies page by page, see `pallas_kernels.paged_attention.copy_pages`."""
 
     def copy_one(pair: jax.Array, pages: jax.Array) -> jax.Array:
         page = lax.dynamic_index_in_dim(pages, src[pair], axis=1)

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 PAGE_DTYPES = ("float32", "bfloat16", "uint16", "float16", "int8")
-MOST_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
+MAX_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
 _SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py"))
 EVERYTHING = 2**30  # a window that hides nothing
 
 
 def why_not(case: Case) -> str | None:
-    """Needs llvmlite, a CPU its code can be made for, and the plain page layout with 16 … 256 tokens a page."""
+    """Refuses a process without native kernels, and other pages than those of the plain layout with 16 … 256 tokens each."""
     if reason := cpu_ffi.why_not():
         return reason
     if "src" in case.shapes:  # copy_pages: any layout, any dtype
@@ -45,16 +46,10 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    """Attends natively, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     num_heads, num_kv_heads, head_dim = q.shape[1], k_new.shape[1], q.shape[2]
     scaled = k_scale is not None or v_scale is not None
     kernel = attention_kernel(head_dim, pages.dtype.name, softcap is not None, sinks is not None, scaled)
@@ -67,7 +62,7 @@ def paged_attention(
     extra = [] if sinks is None else [sinks.astype(f32)]
     item_slots = plan.items.shape[0] * num_kv_heads
     splits = -(-plan.block_tables.shape[1] * pages.shape[4] // 256)
-    dims = {"slots": min(MOST_SLOTS, item_slots * splits), "width": num_heads // num_kv_heads * (head_dim + 2)}
+    dims = {"slots": min(MAX_SLOTS, item_slots * splits), "width": num_heads // num_kv_heads * (head_dim + 2)}
     rows = (x.astype(f32) for x in (q, k_new, v_new))
     out, pages, _ = kernel(*rows, pages, *plan, *scalars, *extra, dims=dims)
     return out.astype(q.dtype), pages
@@ -75,7 +70,7 @@ def paged_attention(
 
 @cache
 def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool, scales: bool) -> Any:
-    """The kernel for one set of static properties."""
+    """Makes the kernel for one set of static properties."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.paged_attention import cpu_kernel, cpu_softmax
@@ -107,14 +102,14 @@ def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool,
 
 
 def copy_pages(pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array) -> jax.Array:
-    """See `pallas_kernels.paged_attention.copy_pages`."""
+    """Copies natively, see `pallas_kernels.paged_attention.copy_pages`."""
     kernel = copy_kernel(pages.dtype.name, pages.ndim, pages.dtype.itemsize)
     return kernel(pages, src, dst, count)[0]
 
 
 @cache
 def copy_kernel(dtype: str, rank: int, itemsize: int) -> Any:
-    """The kernel that copies pages of a pool [L, P, ...] of one dtype and rank."""
+    """Makes the kernel that copies pages of a pool [L, P, ...] of one dtype and rank."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.paged_attention import cpu_kernel

@@ -1,6 +1,6 @@
 """The body of the native CPU paged attention: K/V written in place, then the work list walked by a few threads.
 
-The arithmetic of a row is in `cpu_softmax`; here is who does what. Also here: the copy of pages.
+The arithmetic of a row is in `cpu_softmax`; here is who does what, and the copy of pages.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pallas_kernels.paged_attention.cpu_softmax import (
 )
 
 WRITE_ROWS = 16  # token rows per task of the write
-SPLIT_TASKS = 32  # with fewer (item, head) pairs than this, decode items are shared out split by split
+SPLIT_TASKS = 32  # with fewer (item, head) pairs than this, threads share decode items split by split
 COPY_BYTES = 64  # bytes per step of a page copy
 
 
 def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
-    """Store the new K and V of WRITE_ROWS token rows; zero the output of padding rows."""
+    """Stores the new K and V of WRITE_ROWS token rows; zeroes the output of padding rows."""
     d, lanes = variant.head_dim, k.lanes
     used = k.min(a.q_start[a.S].to(I64), a.T)
     with k.range(number * WRITE_ROWS, k.min(number * WRITE_ROWS + WRITE_ROWS, a.T)) as row:
@@ -51,7 +51,7 @@ def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
 
 
 def write_out(k: Emitter, a: Frame, variant: Variant, item: Item, state: State, first: Value, count: Value) -> None:
-    """out = weighted sum / sum for `count` rows from `first` of each head."""
+    """Writes weighted sum / sum to `out` for `count` rows from `first` of each head."""
     with k.range(0, item.heads) as head, k.range(0, count) as i:
         row, here = first + i, head * item.group + i
         column = (item.head + head) * item.group + row % item.group
@@ -63,10 +63,10 @@ def write_out(k: Emitter, a: Frame, variant: Variant, item: Item, state: State, 
 
 
 def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
-    """Heads of one item, or one split of them: one head of an item of several rows, `heads` of one with one row.
+    """Attends for heads of one item, or one split of them: one head of an item of several rows, `heads` of an item of one row.
 
-    With `max_splits` = 0 the task does all splits and writes the result; items of several rows first, and of these the
-    later ones, which are longer in a prefill. Else all items have one row, task number = (item, heads, split), and the
+    With `max_splits` = 0 the task does all splits and writes the result; items of several rows come first, of these the
+    later ones, which are longer in a prefill. Otherwise all items have one row, task number = (item, heads, split), and the
     split's state goes to `partial`, as if it were the only one.
     """
     shared = a.max_splits > 0
@@ -99,7 +99,7 @@ def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
 
 
 def merge_splits(k: Emitter, a: Frame, pair: Value, variant: Variant) -> None:
-    """Merge the splits of one (item, head) in order and write the result."""
+    """Merges the splits of one (item, head) in order and writes the result."""
     item = Item(k, a, pair // a.Hkv, pair % a.Hkv)
     state, zero, d = State(k, variant.head_dim), k.i64(0), variant.head_dim
     state.clear(k, a, variant, item, zero, item.rows, k.const(I1, 0))
@@ -113,7 +113,7 @@ def merge_splits(k: Emitter, a: Frame, pair: Value, variant: Variant) -> None:
 
 
 def body(k: Emitter, a: Frame, variant: Variant) -> None:
-    """Check what the buffers' sizes do not say, write the rows, attend."""
+    """Checks what the buffers' sizes do not say, writes the rows and attends."""
     a.require((a.Hq % a.Hkv).eq(0), "argument q: its heads are not a multiple of the KV heads")
     a.require((a.C % 16).eq(0) & (a.C <= SPLIT_KEYS), f"argument pages: page size is not 16, 32 … {SPLIT_KEYS}")
     a.require(a.S1.eq(a.S + 1), "argument q_start: expected one entry more than kv_len")
@@ -121,7 +121,7 @@ def body(k: Emitter, a: Frame, variant: Variant) -> None:
     a.require((layer >= 0) & (layer < a.L), "argument layer is out of range")
     good = (num_single >= 0) & (num_single <= num_items) & (num_items <= a.N)
     a.require(good, "argument counts does not fit items")
-    valid, most_splits = k.var(k.const(I1, 1)), k.var(k.i64(1))
+    valid, max_splits = k.var(k.const(I1, 1)), k.var(k.i64(1))
     with k.range(0, num_items) as i:
         seq, first, rows = (a.items[i * 5 + column].to(I64) for column in range(3))
         inside = (seq >= 0) & (seq < a.S) & (first >= 0) & (rows >= 0) & (first + rows <= a.T)
@@ -129,17 +129,17 @@ def body(k: Emitter, a: Frame, variant: Variant) -> None:
         valid.v = valid.v & inside & (page >= 0) & (pages >= 0) & (page + pages <= a.B)
         with k.when(valid.v):
             item = Item(k, a, i, k.i64(0))
-            most_splits.v = k.max(most_splits.v, item.end_split - item.first_split)
+            max_splits.v = k.max(max_splits.v, item.end_split - item.first_split)
     a.require(valid.v, "argument items names rows, a sequence or pages that are not there")
 
     a.parallel((a.T + (WRITE_ROWS - 1)) // WRITE_ROWS, lambda k, a, i: write_rows(k, a, i, variant))
-    pairs, splits, group = num_items * a.Hkv, most_splits.v, a.Hq // a.Hkv
+    pairs, splits, group = num_items * a.Hkv, max_splits.v, a.Hq // a.Hkv
     share = num_single.eq(num_items) & (pairs < SPLIT_TASKS) & (splits > 1) & (pairs * splits <= a.slots)
     share = share & (group <= GROUP_ROWS) & (group * (variant.head_dim + 2) <= a.width)
-    # A page's heads lie side by side, and a long run of memory comes faster: as many heads a task as leave all threads some.
+    # A page's heads lie side by side, and a long run of memory comes faster: a task has as many heads as leave work for all.
     splits = k.select(share, splits, k.i64(1))
-    most_heads = k.min(k.i64(GROUP_ROWS) // group, a.Hkv)
-    heads = k.max(k.min(pairs * splits * 2 // a.num_threads(), most_heads), 1)
+    max_heads = k.min(k.i64(GROUP_ROWS) // group, a.Hkv)
+    heads = k.max(k.min(pairs * splits * 2 // a.num_threads(), max_heads), 1)
     extra = {"num_items": num_items, "num_single": num_single, "heads": heads}
     extra["max_splits"] = k.select(share, splits, k.i64(0))
     tasks = (num_items - num_single) * a.Hkv + num_single * ((a.Hkv + heads - 1) // heads) * splits
@@ -149,7 +149,7 @@ def body(k: Emitter, a: Frame, variant: Variant) -> None:
 
 
 def copy_pages_body(k: Emitter, a: Frame, inner: Sequence[str], itemsize: int) -> None:
-    """One task copies one page of one layer, for the first `count` of the pairs; `inner` names a page's dimensions."""
+    """Copies the first `count` pairs, one page of one layer per task; `inner` names a page's dimensions."""
     a.require((a.count[0] >= 0) & (a.count[0].to(I64) <= a.N), "argument count is more than the pairs, or negative")
     size = k.i64(itemsize)
     for name in inner:

@@ -1,8 +1,8 @@
-"""One split of the keys for a few rows: scores, softmax, weighted sum of V, merged into the rows' state.
+"""Attends from a few rows to one split of the keys: scores, softmax, weighted sum of V, merged into the rows' state.
 
-A row's softmax is taken split by split, SPLIT_KEYS keys at absolute positions, each with a maximum, a sum and a weighted sum
-of its own that grow page by page; splits are merged in order. That is what lets threads share a long context, and it fixes
-the order of every sum, so a row's result is the same bits in any batch, any chunk of a prefill, on any number of threads.
+A row's softmax is computed split by split, SPLIT_KEYS keys at absolute positions, each with its own maximum, sum and weighted
+sum that grow page by page; splits are merged in order. So threads can share a long context, and the order of
+every sum is fixed: a row's result has the same bits in any batch, any chunk of a prefill, on any number of threads.
 (Online softmax: Milakov & Gimelshein 2018; splits over keys: flash-decoding, Dao et al. 2023.)
 """
 
@@ -15,15 +15,15 @@ from llvmlite import ir
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value
 
-SPLIT_KEYS = 256  # 128 KiB of K and V a head at D = 64: stays in L2 while the rows of an item pass
+SPLIT_KEYS = 256  # 128 KiB of K and V per head at D = 64: stays in L2 while the rows of an item pass
 GROUP_ROWS = 48  # (token, head) rows that are worked on together
-BLOCK_ROWS = 6  # of them in registers, with two sums of a vector of keys each, or with 4 vectors of V
+BLOCK_ROWS = 6  # of them in registers, each with two sums of a vector of keys, or with 4 vectors of V
 FIRST_MAXIMUM = -1e30  # finite, so that two empty maxima compare as exp(0)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What is compiled in."""
+    """Properties that are compiled in."""
 
     head_dim: int
     page_dtype: str
@@ -38,12 +38,12 @@ class Variant:
 
 
 def split_pages(k: Emitter, a: Frame) -> Value:
-    """Pages per split: as many as make SPLIT_KEYS keys, at least one."""
+    """Returns the pages per split: as many as make SPLIT_KEYS keys, at least one."""
     return k.max(k.i64(SPLIT_KEYS) // a.C, 1)
 
 
 def load_page(k: Emitter, pages: Ptr, index: Value | int, dtype: str, count: int) -> Value:
-    """`count` page elements as float32, before the multiplication by a scale."""
+    """Loads `count` page elements as float32, before the multiplication by a scale."""
     raw = pages.load(index, count)
     if dtype == "float32":
         return raw
@@ -55,7 +55,7 @@ def load_page(k: Emitter, pages: Ptr, index: Value | int, dtype: str, count: int
 
 
 def page_values(k: Emitter, x: Value, dtype: str) -> Value:
-    """float32 as `pages.to_page_dtype` stores it: nearest even; int8 clipped to ±127."""
+    """Rounds float32 as `pages.to_page_dtype` stores it: to nearest, ties to even; int8 clipped to ±127."""
     if dtype == "int8":
         return k.max(k.min(k.round_even(x), 127.0), -127.0).to(I8)
     if dtype == "float16":
@@ -64,13 +64,14 @@ def page_values(k: Emitter, x: Value, dtype: str) -> Value:
 
 
 def page_block(k: Emitter, a: Frame, page: Value, which: int, head: Value, d: int) -> Ptr:
-    """K (which = 0), [D, C], or V (1), [C, D], of one head of one page. A page id outside the pool means the null page."""
+    """Returns K (which = 0), [D, C], or V (1), [C, D], of one head of one page. A page id outside the pool means the null
+    page."""
     page = k.select((page >= 0) & (page < a.P), page, k.i64(0))
     return a.pages_out + (((a.layer[0].to(I64) * a.P + page) * 2 + which) * a.Hkv + head) * a.C * d
 
 
 class Item:
-    """One work item and `heads` KV heads from `head` on: where its rows and keys are. `rows` are those of one KV head."""
+    """One work item for `heads` KV heads from `head` on: where its rows and keys are. `rows` are those of one KV head."""
 
     def __init__(self, k: Emitter, a: Frame, item: Value, head: Value, heads: Value | None = None) -> None:
         columns = [a.items[item * 5 + i].to(I64) for i in range(5)]
@@ -90,7 +91,7 @@ class Item:
 class State:
     """Running maximum, sum and weighted sum of up to GROUP_ROWS rows, on the stack (or read from partial results).
 
-    Of several heads those of the first come first, `item.group` rows each.
+    The rows of the first head come first, `item.group` for each head.
     """
 
     def __init__(self, k: Emitter, d: int) -> None:
@@ -100,7 +101,7 @@ class State:
     def clear(
         self, k: Emitter, a: Frame, variant: Variant, item: Item, first: Value, count: Value, partial: Value
     ) -> None:
-        """No key yet; with sinks (and the state not one that is merged later), one key of score `sink` without value."""
+        """Starts without a key; with sinks (unless the state is merged later), with one key of score `sink` without value."""
         with k.range(0, item.heads) as head, k.range(0, count) as i:
             at = head * item.group + i
             self.maximum[at], self.total[at] = FIRST_MAXIMUM, 0.0
@@ -112,7 +113,7 @@ class State:
                 self.acc.store(at * self.d + v, k.zeros(F32, k.lanes))
 
     def merge_sums(self, k: Emitter, i: Value, maximum: Value, total: Value) -> tuple[Value, Value]:
-        """Take in a split's maximum and sum; returns the factors of the old and of the split's weighted sum."""
+        """Takes in a split's maximum and sum; returns the factors of the old and of the split's weighted sum."""
         new = k.max(self.maximum[i], maximum)
         old_factor, factor = k.exp(self.maximum[i] - new), k.exp(maximum - new)
         self.total[i] = k.fma(total, factor, self.total[i] * old_factor)
@@ -124,17 +125,17 @@ class State:
 
 
 class SplitAttention:
-    """One split for a few (1 … BLOCK_ROWS) rows of each head: a softmax of its own, page by page, merged into the state.
+    """One split for a few (1 … BLOCK_ROWS) rows of each head, with a softmax of its own, page by page, merged into the state.
 
-    Memory is read in the order in which it lies, page by page with the keys and values of all heads: the hardware then
+    It reads memory in the order in which it lies, page by page with the keys and values of all heads: the hardware then
     fetches ahead, and a page comes about twice as fast as head by head.
     """
 
     def __init__(self, k: Emitter, a: Frame, variant: Variant, item: Item, state: State) -> None:
         self.k, self.a, self.variant, self.item, self.state = k, a, variant, item, state
         d = variant.head_dim
-        # By (head, row). Of the split: maximum, sum lane by lane, weighted sum. Of the page: scores, then
-        # exp(score - maximum), and the factor of what the pages before gave.
+        # All are by (head, row). Of the split: maximum, sum lane by lane, weighted sum. Of the page: scores, then
+        # exp(score - maximum), and the factor for the result of the pages before.
         self.maximum, self.total = k.scratch(F32, GROUP_ROWS), k.scratch(F32, GROUP_ROWS * k.lanes)
         self.acc = k.scratch(F32, GROUP_ROWS * d)
         self.weights, self.factors = k.scratch(F32, GROUP_ROWS * SPLIT_KEYS), k.scratch(F32, GROUP_ROWS)
@@ -142,7 +143,7 @@ class SplitAttention:
         self.scale = a.scale[0] * a.k_scale[0] if variant.scales else a.scale[0]
 
     def run(self, split: Value, first: Value, base: Value, count: int) -> None:
-        """Rows first … first + count - 1 of each head of the item; their state is at first - base."""
+        """Attends for rows first … first + count - 1 of each head of the item; their state is at first - base."""
         k, a, item, d, lanes = self.k, self.a, self.item, self.variant.head_dim, self.k.lanes
         pages = split_pages(k, a)
         start = split * pages
@@ -167,19 +168,19 @@ class SplitAttention:
                     self.state.merge_acc(k, there * d + v, self.acc.load(here * d + v, lanes), *factors)
 
     def _page(self, page: Value, rows: list[Value], positions: list[Value]) -> None:
-        """Take one page into the split's sums. A row that sees none of its keys stays as it is, to the bit."""
+        """Takes one page into the split's sums. A row that sees none of its keys stays as it is, to the bit."""
         k, a, item, d = self.k, self.a, self.item, self.variant.head_dim
         number, start = self.table[page].to(I64), page * a.C
         seen = [(k.max(p - item.window + 1, 0) - start, p + 1 - start) for p in positions]  # of the page's keys
         with k.range(0, item.heads) as head:
             self._keys(page_block(k, a, number, 0, item.head + head, d), head, rows, seen)
-        # Keys that a row of these sees, which all have been written; other slots may hold NaN.
+        # One of the rows sees each of these keys, and all have been written; other slots may hold NaN.
         begin, end = k.max(seen[0][0], 0), k.min(seen[-1][1], a.C)
         with k.range(0, item.heads) as head:
             self._values(page_block(k, a, number, 1, item.head + head, d), head * len(rows), len(rows), begin, end)
 
     def _keys(self, keys: Ptr, head: Value, rows: list[Value], seen: list[tuple[Value, Value]]) -> None:
-        """Weights of one head's keys, and what they change of the rows' maxima and sums."""
+        """Computes the weights of one head's keys and updates the rows' maxima and sums."""
         k, a, lanes = self.k, self.a, self.k.lanes
         iota = k.const(ir.VectorType(I32, lanes), list(range(lanes)))
         bounds = [(low.to(I32), high.to(I32)) for low, high in seen]
@@ -199,7 +200,7 @@ class SplitAttention:
         for i, at in enumerate(here):
             before, factor = self.maximum[at], k.var(k.const(F32, 1.0))
             maximum = k.max(before, k.max_lanes(best[i].v))
-            with k.when(maximum > before):  # seldom: an exp of one number costs as much as one of a vector
+            with k.when(maximum > before):  # rare: an exp of one number costs as much as one of a vector
                 factor.v = k.exp(before - maximum)
                 self.maximum[at] = maximum
             self.factors[at] = factor.v
@@ -215,7 +216,8 @@ class SplitAttention:
             self.total.store(at * lanes, total.v)
 
     def _scores(self, keys: Ptr, key: Value, head: Value, rows: list[Value]) -> list[Value]:
-        """Of `lanes` keys with each row. A lane is a key, so no sum crosses lanes; each is over even and odd d."""
+        """Returns the scores of `lanes` keys with each row. A lane is a key, so no sum crosses lanes; each is over even and odd
+        d."""
         k, a, d, lanes, unroll = self.k, self.a, self.variant.head_dim, self.k.lanes, 8
         group, first_row = self.item.group, self.item.first_row
         q = [a.q + ((first_row + row // group) * a.Hq + head * group + row % group) * d for row in rows]
@@ -233,7 +235,7 @@ class SplitAttention:
         return [cap * (k.like(s, 1.0) - k.like(s, 2.0) / (k.exp(s * 2.0 / cap) + 1.0)) for s in scores]
 
     def _values(self, values: Ptr, first: Value, count: int, begin: Value, end: Value) -> None:
-        """Weighted sums of one head's values begin … end - 1, added to the rows' of the pages before."""
+        """Adds the weighted sums of one head's values begin … end - 1 to those of the pages before."""
         k, d, lanes = self.k, self.variant.head_dim, self.k.lanes
         vectors = 8 if k.registers >= 32 else 4
         here = [first + i for i in range(count)]
@@ -251,7 +253,7 @@ class SplitAttention:
                     self.acc.store(at * d + v, sum_.v)
 
     def rows(self, split: Value, first: Value, end: Value, base: Value) -> None:
-        """All rows first … end - 1, BLOCK_ROWS at a time."""
+        """Attends for all rows first … end - 1, BLOCK_ROWS at a time."""
         k = self.k
         whole = first + (end - first) // BLOCK_ROWS * BLOCK_ROWS
         with k.range(first, whole, BLOCK_ROWS) as row:

@@ -1,4 +1,4 @@
-"""The plan of a decode step in which sequences go on from positions that only the device knows (several steps in one)."""
+"""The plan of a decode step whose sequences go on from positions that only the device knows (several steps in one)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 
 def decode_plan(plan: AttentionPlan, position: jax.Array, active: jax.Array, page_size: int) -> AttentionPlan:
-    """As `fill_plan` makes it for one token of each sequence, at other positions.
+    """Makes the plan that `fill_plan` would make for one token of each sequence, at other positions.
 
     Args:
         plan: a plan with as many tokens as sequences, one of each of the first n: their order and pages stay.
-        position: Int32[Array, " S"], of each sequence's token. Its pages are in the block table already.
+        position: Int32[Array, " S"], position of each sequence's token. Its pages are in the block table already.
         active: Bool[Array, " S"], false for sequences that have ended and for padding. The token of one that has ended is
             written to the null page and sees one key of its own, so that it costs nothing and its output is finite.
         page_size: C, tokens.

@@ -1,4 +1,4 @@
-"""Block sizes of the GPU attention kernels: what was measured on this kind of device, else a rule of thumb."""
+"""Block sizes of the GPU attention kernels: those measured on this kind of device, else by a rule of thumb."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pallas_kernels import tuned
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 STREAMING_MULTIPROCESSORS = 132
-"""Of an H100 or H200; a card with fewer has the thread blocks queue."""
+"""Multiprocessors of an H100 or H200; on a card with fewer, thread blocks queue."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the attention kernel is cut up.
+    """Sizes into which the attention kernel is cut.
 
     Attributes:
         tile: queries (row, head of a group) of a thread block, a power of two of at least 16.
         keys: keys of a loop step, a power of two of at least 16.
-        warps, stages: of Triton: warps of a thread block, steps of the loop whose loads overlap.
-        split_keys: keys of a unit at least, where a tile has more of them.
+        warps, stages: Triton's warps of a thread block, and steps of the loop whose loads overlap.
+        split_keys: least keys of a unit, where a tile has more of them.
         max_splits: most units over the keys of a tile.
         programs: thread blocks per KV head; each walks over several units. 0 starts one per unit.
     """
@@ -34,23 +34,23 @@ class Blocks:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
+    """Returns the smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
 
 
 DECODING_TOKENS = 256
-"""Steps of up to so many tokens mostly decode."""
+"""Steps of up to this many tokens mostly decode."""
 
 
 def tuned_key(page_dtype: str, head_dim: int, tokens: int) -> str:
-    """What a case is called in a file of measured block sizes."""
+    """Returns the name of a case in a file of measured block sizes."""
     return f"{page_dtype}-{head_dim}-{'decode' if tokens <= DECODING_TOKENS else 'prefill'}"
 
 
 def choose_blocks(
     plan: AttentionPlan, device_kind: str, page_dtype: str, max_splits: int | None = None, **sizes: int
 ) -> Blocks:
-    """What was measured on this kind of device (see `pallas_kernels.tuned`), over the heuristic for `sizes`.
+    """Returns the sizes measured on this kind of device (see `pallas_kernels.tuned`), else those of the heuristic for `sizes`.
 
     `max_splits` is kept as given.
     """
@@ -58,7 +58,7 @@ def choose_blocks(
     key = tuned_key(page_dtype, sizes["head_dim"], plan.write_slot.shape[0])
     measured = tuned.block_sizes(device_kind, "paged_attention").get(key, {})
     measured = {name: value for name, value in measured.items() if name != "max_splits"}
-    if "tile" in measured:  # fewer queries than that may be all that an item has
+    if "tile" in measured:  # an item may have fewer queries than that
         measured["tile"] = min(measured["tile"], max(16, power_of_two(plan.q_block * sizes["group"])))
     return replace(blocks, **measured, max_splits=max_splits or blocks.max_splits)
 
@@ -66,9 +66,9 @@ def choose_blocks(
 def heuristic(
     plan: AttentionPlan, *, num_kv_heads: int, group: int, head_dim: int, page_size: int, item_bytes: int
 ) -> Blocks:
-    """Blocks for a program's static sizes; `item_bytes` is that of a number in the dots (4 means they are float32).
+    """Returns blocks for a program's static sizes; `item_bytes` are those of a number in the dots (4 means float32).
 
-    A tile of 64 rows is the smallest that Hopper's wgmma multiplies. Up to 256 tokens a step mostly decodes: it wants many
+    A tile of 64 rows is the smallest that Hopper's wgmma multiplies. With up to 256 tokens, a step mostly decodes: it wants many
     loads in flight, and units of a few hundred keys so that a few sequences fill the chip. Larger steps want large tiles.
     """
     tokens, table = plan.write_slot.shape[0], plan.block_tables.shape[1]

@@ -1,4 +1,4 @@
-"""copy_pages on a GPU (Triton), in place. XLA's loop has the host wait for its counter; this kernel reads it itself."""
+"""copy_pages on a GPU (Triton), in place. XLA's loop makes the host wait for its counter; this kernel reads it itself."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHUNK = 4096
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on NVIDIA GPUs; all layouts have their pages on axis 1."""
+    """Refuses all but NVIDIA GPUs; all layouts have their pages on axis 1."""
     return why_not_capability(case.device_kind, (8, 0), "for Triton")
 
 
 def copy_pages(
     pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """See `pallas_kernels.paged_attention.copy_pages`. A thread block takes pairs of (page, layer) in turn."""
+    """Copies on a GPU, see `pallas_kernels.paged_attention.copy_pages`. A thread block takes pairs of (page, layer) in turn."""
     layers, num_pages = pages.shape[:2]
     flat = pages.reshape(layers, num_pages, math.prod(pages.shape[2:]))
     out = pl.pallas_call(

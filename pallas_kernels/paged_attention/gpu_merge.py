@@ -1,4 +1,4 @@
-"""Merging what several units found for one row, by log-sum-exp (Triton)."""
+"""Merges the results of several units for one row by log-sum-exp (Triton)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def merge_splits(
     sinks: jax.Array | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """out [T, Hq, D] with the rows set that have partial results.
+    """Returns `out` [T, Hq, D] with those rows set that have partial results.
 
     Args:
         out: updated in place; other rows stay.
-        partial: Float32[Array, "R·max_splits Hkv G' D"], normalised results of the units; heads of a group from 0 on, G' may
+        partial: Float32[Array, "R·max_splits Hkv G' D"], normalised results of the units; heads of a group from 0 on; G' may
             be more than there are.
         lse: Float32[Array, "R·max_splits Hkv G'"], base-2 logarithm of the sums of their exponentials.
         merge: Int32[Array, "R 2"], see `gpu_units.Units`.

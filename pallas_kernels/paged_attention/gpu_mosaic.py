@@ -1,7 +1,7 @@
 """Ragged paged attention on Hopper: Mosaic GPU for rows of their own (decode), Triton for items of several rows.
 
-Needs jax 0.11 or newer. Four launches a layer: K and V into the pages, items of several rows (none while only decoding), rows
-of their own, and the merge of their partial results.
+It needs jax 0.11 or newer. A layer takes four launches: K and V into the pages, items of several rows (none while only decoding),
+rows of their own, and the merge of their partial results.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention.gpu_merge import merge_splits
 from pallas_kernels.paged_attention.gpu_triton import attend
 from pallas_kernels.paged_attention.gpu_units import make_units
 from pallas_kernels.paged_attention.gpu_write import write_rows
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
@@ -34,7 +35,7 @@ EVERYTHING = 1 << 30
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on compute capability 9.0 for bfloat16 or float16 pages of 64 or 128 tokens, in steps that mostly decode."""
+    """Refuses all but compute capability 9.0 with bfloat16 or float16 pages of 64 or 128 tokens, in steps that mostly decode."""
     pages, dtype = case.shapes["pages"], case.dtypes["pages"]
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     group, page_size = case.shapes["q"][1] // num_kv_heads, pages[4] if len(pages) == 6 else 0
@@ -66,28 +67,23 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
     split_keys: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
+    """Attends on Hopper, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
 
-    `split_keys` is the least number of keys of a unit. `interpret` runs the kernels in interpreters, with the twins that
+    `split_keys` is the least number of keys per unit. `interpret` runs the kernels in interpreters, with the twins that
     `gpu_mosaic_kernel` lists. Scales of K and V are not taken (`why_not`).
     """
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     assert k_scale is None and v_scale is None
     static = dict(scale=scale, softcap=softcap, split_keys=split_keys or SPLIT_KEYS, interpret=interpret)
     return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), window, sinks, **static)
 
 
-# Jitted so that the layers of an unrolled loop share one trace and one lowering.
+# This is jitted so that the layers of an unrolled loop share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "split_keys", "interpret"))
 def _paged_attention(
     q: jax.Array,
@@ -132,12 +128,12 @@ def _paged_attention(
     )
     padded = -(-group // 8) * 8
     rows = jnp.pad(q.reshape(tokens, num_kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
-    # One more thread block than fit at a time would wait for a whole walk of another. Shared memory holds one or two.
+    # A thread block more than fit at a time would wait for another's whole walk. Shared memory holds one or two.
     resident = STREAMING_MULTIPROCESSORS * (1 if head_dim == 128 else 2)
     programs = max(1, min(units.units.shape[0], resident // num_kv_heads))
     partial, lse = attend_one_row(
         units.units,
-        units.count,
+        units.num_units,
         plan.block_tables,
         layer.reshape(1),
         jnp.asarray(EVERYTHING if window is None else window, jnp.int32).reshape(1),

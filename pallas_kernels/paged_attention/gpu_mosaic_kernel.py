@@ -26,7 +26,7 @@ MASKED = -1e30
 
 @dataclass(frozen=True)
 class Static:
-    """What is fixed while compiling. `twins` puts plain products in the place of what cannot be interpreted."""
+    """Values fixed while compiling. `twins` puts plain products in place of what cannot be interpreted."""
 
     stages: int
     programs: int
@@ -48,7 +48,7 @@ def attend_one_row(
     static: Static,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Partial results [slots Hkv G' D] and their base-2 log-sum-exps [slots Hkv G'], both float32.
+    """Returns partial results [slots Hkv G' D] and their base-2 log-sum-exps [slots Hkv G'], both float32.
 
     Args:
         units, count: from `make_units` with part "one".
@@ -57,11 +57,11 @@ def attend_one_row(
         q: Float[Array, "T Hkv G' D"], G' = heads of a group padded to a multiple of 8.
         pages: the pool, in q's dtype.
         slots: rows of partial results.
-        static: see there.
-        interpret: `InterpretGPUParams` to run on the CPU.
+        static: see `Static`.
+        interpret: `InterpretGPUParams` for running on the CPU.
     """
     num_kv_heads, padded, head_dim = q.shape[1:]
-    tiling = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    tiling = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
     ring = plgpu.SMEM((static.stages, TILE, head_dim), q.dtype, transforms=tiling)
     barriers = plgpu.Barrier(num_barriers=static.stages)
     scratch = dict(
@@ -123,7 +123,7 @@ def _body(static: Static, units_ref, count_ref, tables_ref, layer_ref, window_re
     turns = lax.div(count - program + (static.programs - 1), jnp.int32(static.programs))
     unit_of = functools.partial(_unit, units_ref, window_ref, page_size=pages_ref.shape[4])
 
-    def index(turn: jax.Array) -> jax.Array:  # those with the longest runs first
+    def index(turn: jax.Array) -> jax.Array:  # the longest runs come first
         return count - 1 - program - turn * static.programs
 
     @pl.when(lax.axis_index("warpgroup") == 1)
@@ -159,7 +159,7 @@ def _body(static: Static, units_ref, count_ref, tables_ref, layer_ref, window_re
 
 
 def _copy_block(static, tables_ref, layer_ref, pages_ref, kv_head, unit: _Unit, block, step, scratch) -> jax.Array:
-    """Start the copies of a block's K and V once its place in the ring is free."""
+    """Starts the copies of a block's K and V once its place in the ring is free."""
     page_size = pages_ref.shape[4]
     key = unit.first_key + block * TILE
     page = tables_ref[unit.seq, lax.div(key, jnp.int32(page_size))]
@@ -180,7 +180,7 @@ def _copy_block(static, tables_ref, layer_ref, pages_ref, kv_head, unit: _Unit, 
 
 
 def _attend(static: Static, unit: _Unit, window_ref, kv_head, step, refs, scratch) -> jax.Array:
-    """One unit: online softmax over its blocks, result and log-sum-exp into the partial arrays."""
+    """Attends for one unit: online softmax over its blocks, result and log-sum-exp into the partial arrays."""
     partial_ref, lse_ref = refs
     head_dim, padded = partial_ref.shape[3], partial_ref.shape[2]
     k_smem, v_smem = scratch["k_smem"], scratch["v_smem"]
@@ -238,7 +238,7 @@ def _attend(static: Static, unit: _Unit, window_ref, kv_head, step, refs, scratc
 
 
 def _scores(static: Static, q_smem, k_smem) -> jax.Array:
-    """q @ k.T in float32. The twin is a plain product: the interpreter does not transpose a buffer in place."""
+    """Returns q @ k.T in float32. The twin is a plain product: the interpreter does not transpose a buffer in place."""
     if static.twins:
         return lax.dot_general(q_smem[...], k_smem[...], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -250,7 +250,8 @@ def _scores(static: Static, q_smem, k_smem) -> jax.Array:
 
 
 def _add_values(static: Static, acc: jax.Array, weights: jax.Array, v_smem) -> jax.Array:
-    """acc + weights @ v. The twin is a plain product: the interpreter takes no wgmma of registers and starts none at `acc`."""
+    """Returns acc + weights @ v. The twin is a plain product: the interpreter takes no wgmma of registers, nor does it start one
+    at `acc`."""
     if static.twins:
         return acc + lax.dot_general(weights, v_smem[...], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 

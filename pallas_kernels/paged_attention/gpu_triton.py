@@ -1,7 +1,7 @@
 """Ragged paged attention on a GPU through Pallas' Triton lowering: prefill, decode and anything between in one kernel.
 
-Three launches a layer: K and V into the pages (`gpu_write`), attention of every unit (`gpu_units`), and where runs of keys
-were split the merge of their results (`gpu_merge`). A thread block holds a tile of queries, the rows of an item times the
+A layer takes three launches: K and V into the pages (`gpu_write`), attention of every unit (`gpu_units`), and where runs of keys
+were split, the merge of their results (`gpu_merge`). A thread block holds a tile of queries, the rows of an item times the
 query heads of one KV head, and walks over the keys with an online softmax in float32 (Dao, "FlashAttention-2", 2023).
 """
 
@@ -23,29 +23,30 @@ from pallas_kernels.paged_attention.gpu_blocks import Blocks, choose_blocks, pow
 from pallas_kernels.paged_attention.gpu_merge import LOG2_E, merge_splits
 from pallas_kernels.paged_attention.gpu_units import Part, make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import write_rows
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-LARGEST_HEAD = 256
+MAX_HEAD = 256
 MASKED = -1e30  # first running maximum: finite, so that a fully masked block gives exp2(-inf) = 0, never NaN
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on NVIDIA GPUs from Ampere on, on the plain page layout."""
+    """Refuses all but NVIDIA GPUs from Ampere on with the plain page layout."""
     pages, dtype = case.shapes["pages"], case.dtypes["pages"]
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     if reason := why_not_plain(pages, num_kv_heads, head_dim):
         return reason
     if dtype == "uint16":
         return "reads bfloat16 pages as bfloat16: uint16 is for the CPU"
-    if head_dim > LARGEST_HEAD:
-        return f"has blocks for head sizes up to {LARGEST_HEAD}, found {head_dim}"
+    if head_dim > MAX_HEAD:
+        return f"has blocks for head sizes up to {MAX_HEAD}, found {head_dim}"
     float8 = dtype == "float8_e4m3fn"
     return why_not_capability(case.device_kind, (8, 9) if float8 else (8, 0), f"for {dtype} pages")
 
 
 def dot_dtype(q: Any, pages: Any) -> np.dtype:
-    """The type in which queries meet keys: q's where it holds all numbers of the pages, else float32."""
+    """Returns the type in which queries meet keys: q's where it holds all numbers of the pages, else float32."""
     q, pages = np.dtype(q), np.dtype(pages)
     return q if q.itemsize == 2 and (pages == q or pages.itemsize == 1) else np.dtype(np.float32)
 
@@ -56,27 +57,22 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
+    """Attends on a GPU, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
 
     `blocks` are the sizes to use; None takes what `gpu_blocks` says. `interpret` runs the kernels in Pallas' interpreter.
     """
-    options = dict(window=window, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
+    arrays = dict(window=window, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     static = dict(scale=scale, softcap=softcap, blocks=blocks, interpret=interpret)
-    return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), options, **static)
+    return _paged_attention(q, k_new, v_new, pages, plan, jnp.asarray(layer, jnp.int32), arrays, **static)
 
 
-# Jitted so that the layers of an unrolled loop share one trace and one lowering.
+# This is jitted so that the layers of an unrolled loop share one trace and one lowering.
 @functools.partial(jax.jit, static_argnames=("scale", "softcap", "blocks", "interpret"))
 def _paged_attention(
     q: jax.Array,
@@ -114,7 +110,8 @@ def attend(
     interpret: bool,
     part: Part = "all",
 ) -> jax.Array:
-    """`out` with the rows set of all items or of a part of them (see `gpu_units.make_units`); the pages hold their keys."""
+    """Returns `out` with the rows of all items, or of a part of them, set (see `gpu_units.make_units`); the pages hold their
+    keys."""
     num_heads, (num_kv_heads, page_size, head_dim) = q.shape[1], pages.shape[3:]
     group, dtype = num_heads // num_kv_heads, dot_dtype(q.dtype, pages.dtype)
     units = make_units(
@@ -129,7 +126,7 @@ def attend(
     )
     inputs = {
         "units": units.units,
-        "count": units.count,
+        "count": units.num_units,
         "block_tables": plan.block_tables,
         "layer": layer.reshape(1),
         "q": q,
@@ -142,8 +139,8 @@ def attend(
         rows = partial_slots(plan) * blocks.max_splits
         outputs["partial"] = jax.ShapeDtypeStruct((rows, num_kv_heads, group, head_dim), jnp.float32)
         outputs["lse"] = jax.ShapeDtypeStruct((rows, num_kv_heads, group), jnp.float32)
-    most_units = units.units.shape[0]
-    programs = min(most_units, blocks.programs or most_units)
+    max_units = units.units.shape[0]
+    programs = min(max_units, blocks.programs or max_units)
 
     def kernel(*refs: Any) -> None:
         ins = dict(zip(inputs, refs, strict=False))
@@ -178,7 +175,7 @@ def _walk(
     softcap: float | None,
     dtype: np.dtype,
 ) -> None:
-    """All units of this thread block, those with the longest runs first."""
+    """Works through all units of this thread block, the longest runs first."""
     count, first, kv_head = ins["count"][0], pl.program_id(0), pl.program_id(1)
 
     def one(turn: jax.Array, carry: tuple[()]) -> tuple[()]:
@@ -199,7 +196,7 @@ def _attend(
     softcap: float | None,
     dtype: np.dtype,
 ) -> None:
-    """One unit: its tile of queries over its run of pages."""
+    """Attends for one unit: its tile of queries over its run of pages."""
     pages, block_tables, q_ref = ins["pages"], ins["block_tables"], ins["q"]
     num_kv_heads, page_size, head_dim = pages.shape[3:]
     group = q_ref.shape[1] // num_kv_heads
@@ -217,7 +214,7 @@ def _attend(
     at = (first_row + row)[:, None], head[:, None], column
     tile = plgpu.load(q_ref.at[at], mask=mask, other=0.0).astype(dtype)
 
-    # Keys of this unit that a row of the tile sees: from first_key (of which blocks are counted) to before last_key.
+    # Rows of the tile see the unit's keys from first_key, where blocks start to count, to before last_key.
     last_row = jnp.minimum(lax.div(first_query + (blocks.tile - 1), jnp.int32(group)), rows - 1)
     last_key = jnp.minimum(end * page_size, first_position + last_row + 1)
     first_key = begin * page_size

@@ -1,7 +1,7 @@
-"""From the plan's work items to what one thread block of a GPU does: units of (tile of query rows, run of pages).
+"""Cuts the plan's work items into pieces for one thread block of a GPU: units of (tile of query rows, run of pages).
 
 A long run of keys is split over several units, so that a few sequences fill the whole chip (Dao et al., "Flash-Decoding",
-2023); what the units of a row find is merged by log-sum-exp. The split depends on the item alone, never on its neighbours
+2023); the results of a row's units are merged by log-sum-exp. The split depends on the item alone, never on its neighbours
 in the batch. These few XLA operations on small integers read only the plan, so XLA computes them once for all layers.
 """
 
@@ -17,8 +17,8 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 Part = Literal["all", "one", "many"]
 ALL_ROWS_SPLIT = 64
-"""Up to this bucket also items of several rows are split; above, only rows of their own (the partial results of all rows
-would fill the memory, and there are enough units without)."""
+"""Up to this bucket, items of several rows are split too; above, only items of one row (the partial results of all rows
+would fill the memory, and there are enough units without splitting)."""
 
 
 class Units(NamedTuple):
@@ -28,17 +28,17 @@ class Units(NamedTuple):
         units: [U, 8]: sequence, first row of the item, rows of the item, position of the item's first row, first query of
             the tile (of the rows × G of the item), first page index, past the last page index, where the partial result
             goes: split + max_splits × slot, or -1 where the result is final.
-        count: [1], how many units there are; those with the longest runs come last.
+        num_units: [1], number of units; those with the longest runs come last.
         merge: [R, 2] for each slot of partial results: the row it belongs to, and how many splits it has (0: none).
     """
 
     units: jax.Array
-    count: jax.Array
+    num_units: jax.Array
     merge: jax.Array
 
 
 def partial_slots(plan: AttentionPlan) -> int:
-    """R: rows whose partial results can be kept."""
+    """Returns R, the number of rows whose partial results can be kept."""
     tokens, sequences = plan.write_slot.shape[0], plan.kv_len.shape[0]
     return tokens if tokens <= ALL_ROWS_SPLIT else min(tokens, sequences)
 
@@ -54,17 +54,17 @@ def make_units(
     window: jax.Array | int | None,
     part: Part = "all",
 ) -> Units:
-    """Cut the plan's items into units.
+    """Cuts the plan's items into units.
 
     Args:
         plan: the step's plan.
         page_size: C.
         group: G, query heads per KV head.
         tile: queries (row, head of the group) of a unit.
-        split_keys: keys of a unit at least, where there are more of them.
+        split_keys: least keys of a unit, where there are more of them.
         max_splits: most units over the keys of one tile; 1 does not split.
-        window: tokens a row sees; pages before are left out.
-        part: "all" items; only those of "one" row, whose results are then all partial, with the row as the slot; only those
+        window: tokens that a row sees; pages before them are left out.
+        part: "all" items; or only those of "one" row, whose results are then all partial, with the row as the slot; or only those
             of "many" rows.
     """
     tokens, num_items = plan.write_slot.shape[0], plan.items.shape[0]
@@ -87,16 +87,16 @@ def make_units(
     wanted = lax.div(pages + (pages_per_split - 1), jnp.int32(pages_per_split))
     splits = jnp.where(can_split, jnp.clip(wanted, 1, max_splits), 1)
     share = lax.div(pages + splits - 1, splits)  # pages of a split
-    # Rounding up the share can leave nothing for the last ones.
+    # Rounding the share up can leave nothing for the last splits.
     splits = jnp.where(pages > 0, lax.div(pages + share - 1, jnp.maximum(share, 1)), 1)
     tiles = lax.div(rows * group + (tile - 1), jnp.int32(tile))
     of_item = jnp.where(used, tiles * splits, 0)
     ends = jnp.cumsum(of_item, dtype=jnp.int32)
 
-    # One-row items have ceil(G / tile) tiles, all items together at most N + T · G / tile.
-    most_tiles = num_items + tokens * group // tile
-    most_split = most_tiles if rows_split else slots * -(-group // tile)
-    most = most_tiles + most_split * (max_splits - 1)
+    # A one-row item has ceil(G / tile) tiles, all items together have at most N + T · G / tile.
+    max_tiles = num_items + tokens * group // tile
+    max_split = max_tiles if rows_split else slots * -(-group // tile)
+    most = max_tiles + max_split * (max_splits - 1)
     unit = jnp.arange(most, dtype=jnp.int32)
     item = jnp.sum(ends[None, :] <= unit[:, None], axis=1, dtype=jnp.int32)
     item = jnp.minimum(item, num_items - 1)

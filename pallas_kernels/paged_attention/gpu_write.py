@@ -1,4 +1,4 @@
-"""Putting a step's K and V into the pages on a GPU (Triton), in place and in the dtype of the pages."""
+"""Writes a step's K and V into the pages on a GPU (Triton), in place and in the pages' dtype."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS = 16
 
 
 def round_half_even(x: jax.Array) -> jax.Array:
-    """The nearest whole number, ties to the even one; Triton has floor only. Exact below 2^23."""
+    """Returns the nearest whole number, ties to even, exact below 2^23; Triton has only floor."""
     below = jnp.floor(x)
     odd = below - 2.0 * jnp.floor(below * 0.5)
     rest = x - below
@@ -28,7 +28,7 @@ def round_half_even(x: jax.Array) -> jax.Array:
 
 
 def to_page_dtype(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
-    """`pages.to_page_dtype` with the operations that Triton has."""
+    """Computes `pages.to_page_dtype` with the operations that Triton has."""
     x = x.astype(jnp.float32)
     if scale is not None:
         x = x / scale
@@ -52,9 +52,9 @@ def write_rows(
     v_scale: jax.Array | float | None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The pages with the step's K and V in them, and an array for the output whose padding rows are 0.
+    """Returns the pages with the step's K and V in them, and an array for the output whose padding rows are 0.
 
-    Args are those of `paged_attention`; q gives the output its shape and dtype.
+    The arguments are those of `paged_attention`; q gives the output its shape and dtype.
     """
     tokens, num_kv_heads, head_dim = k_new.shape
     scaled = k_scale is not None or v_scale is not None
@@ -75,7 +75,7 @@ def write_rows(
 
 
 def _kernel(group: int, scaled: bool, layer_ref, slot_ref, q_start_ref, *refs) -> None:
-    """One block of rows of one KV head; `group` query heads of the output belong to it."""
+    """Writes one block of rows of one KV head; `group` query heads of the output belong to it."""
     scale_refs, (k_ref, v_ref, _, pages_ref, out_ref) = refs[:-5], refs[-5:]
     tokens, _, head_dim = k_ref.shape
     page_size = pages_ref.shape[4]

@@ -8,8 +8,8 @@ outside `pallas_kernels` indexes into it. There are two:
 - tpu [L, P, C, W, K, Dp]: tokens are outermost and outside the tiled axes, so that a DMA can move any run of tokens and
   write one without reading its neighbours. K = 4 bytes / item size numbers share a 32-bit word of a lane, W words make a
   token, and Dp is D rounded up to 128 lanes. Entry i of a token is number i % K of word i // K. With D > 64 entries 2h
-  and 2h + 1 are K and V of head h; with D <= 64 entry h holds both, K from lane 0 and V from lane 64. What is left over
-  is 0 or, in pages that nobody wrote, anything.
+  and 2h + 1 are K and V of head h; with D <= 64 entry h holds both, K from lane 0 and V from lane 64. The rest
+  is 0 or, in pages that nobody has written, anything.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "flo
 def kv_pool_shape(
     platform: str, *, num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: Any
 ) -> tuple[int, ...]:
-    """Shape of the KV pool on a platform, page 0 (the null page) included.
+    """Returns the shape of the KV pool on a platform, page 0 (the null page) included.
 
     Args:
         platform: cpu or gpu (plain layout), or tpu.
@@ -45,10 +45,10 @@ def kv_pool_shape(
         page_size: C, tokens per page.
         num_kv_heads: Hkv of one shard.
         head_dim: D.
-        dtype: of the pages, one of POOL_DTYPES (allocate with `kv_pool_dtype`).
+        dtype: type of the pages, one of POOL_DTYPES (allocate with `kv_pool_dtype`).
 
     Raises:
-        ValueError: an unknown platform or dtype, or a size under its minimum.
+        ValueError: the platform or dtype is unknown, or a size is under its minimum.
     """
     if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f"platform is {platform!r}, expected cpu, gpu or tpu")
@@ -66,16 +66,16 @@ def kv_pool_shape(
 
 
 def token_shape(num_kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
-    """(W, K, Dp) of one token in the TPU layout, for numbers of `itemsize` bytes."""
+    """Returns (W, K, Dp) of one token in the TPU layout, for numbers of `itemsize` bytes."""
     packing = 4 // itemsize
     entries = num_kv_heads if head_dim <= HALF_LANES else 2 * num_kv_heads
     return -(-entries // packing), packing, -(-head_dim // LANES) * LANES
 
 
 def kv_pool_dtype(platform: str, dtype: Any) -> np.dtype:
-    """Dtype to allocate the pool with, for pages of `dtype` on a platform.
+    """Returns the dtype with which to allocate the pool, for pages of `dtype` on a platform.
 
-    It is `dtype` itself, but for bfloat16 on the CPU: there the pool is an array of uint16 that holds the same bits.
+    It is `dtype` itself, except for bfloat16 on the CPU: there the pool is an array of uint16 that holds the same bits.
     XLA on the CPU widens a whole bfloat16 array to float32 for each update of a few of its rows (seen on jax 0.10.2),
     while it leaves integers alone.
     """
@@ -83,12 +83,12 @@ def kv_pool_dtype(platform: str, dtype: Any) -> np.dtype:
 
 
 def is_tpu_layout(shape: tuple[int, ...], num_kv_heads: int, head_dim: int, itemsize: int) -> bool:
-    """Whether `shape` is a pool of the TPU layout for these heads."""
+    """Checks whether `shape` is a pool of the TPU layout for these heads."""
     return len(shape) == 6 and shape[3:] == token_shape(num_kv_heads, head_dim, itemsize)
 
 
 def turn_keys(pages: np.ndarray, back: bool = False) -> np.ndarray:
-    """A copy of a pool of the plain layout with every K block [C, D] stored as [D, C]; or that undone."""
+    """Returns a copy of a pool of the plain layout with every K block [C, D] stored as [D, C]; `back` undoes that."""
     page_size, head_dim = pages.shape[4:]
     turned, keys = pages.copy(), pages[:, :, 0]
     shape = (*keys.shape[:-2], head_dim, page_size) if back else keys.shape
@@ -97,14 +97,14 @@ def turn_keys(pages: np.ndarray, back: bool = False) -> np.ndarray:
 
 
 def why_not_plain(shape: tuple[int, ...], num_kv_heads: int, head_dim: int) -> str | None:
-    """None where `shape` is a pool of the plain layout for these heads, else what is wrong with it."""
+    """Says why `shape` is no pool of the plain layout for these heads; None where it is."""
     if len(shape) == 6 and shape[2:4] == (2, num_kv_heads) and shape[5] == head_dim:
         return None
     return f"needs pages of shape [L, P, 2, Hkv={num_kv_heads}, C, D={head_dim}], found {list(shape)}"
 
 
 def why_not_any_layout(case: Case) -> str | None:
-    """None where the case's pool has one of the two layouts, else what is wrong with it."""
+    """Says why the case's pool has neither of the two layouts; None where it has one."""
     shape, (num_kv_heads, head_dim) = case.shapes["pages"], case.shapes["k_new"][1:]
     itemsize = itemsize_of(case.dtypes["pages"])
     if is_tpu_layout(shape, num_kv_heads, head_dim, itemsize) or why_not_plain(shape, num_kv_heads, head_dim) is None:
@@ -117,14 +117,14 @@ def why_not_any_layout(case: Case) -> str | None:
 
 
 def itemsize_of(dtype_name: str) -> int:
-    """Bytes of a number of one of POOL_DTYPES, by name."""
+    """Returns the bytes of a number of one of POOL_DTYPES, by name."""
     return {"float32": 4, "bfloat16": 2, "uint16": 2, "float16": 2}.get(dtype_name, 1)
 
 
 def pack_tokens(k: Any, v: Any) -> Any:
-    """K and V [..., Hkv, D] of tokens, in the page dtype, as the TPU layout stores them: [..., W, K, Dp].
+    """Packs K and V [..., Hkv, D] of tokens, in the page dtype, as the TPU layout stores them: [..., W, K, Dp].
 
-    Takes and gives numpy or JAX arrays.
+    It takes and returns numpy or JAX arrays.
     """
     xp = np if isinstance(k, np.ndarray) else jnp
     *lead, num_kv_heads, head_dim = k.shape
@@ -142,7 +142,7 @@ def pack_tokens(k: Any, v: Any) -> Any:
 
 
 def unpack_tokens(stored: Any, num_kv_heads: int, head_dim: int) -> tuple[Any, Any]:
-    """The inverse of `pack_tokens`: K and V [..., Hkv, D]."""
+    """Returns K and V [..., Hkv, D] of packed tokens, the inverse of `pack_tokens`."""
     lead, lanes = stored.shape[:-3], stored.shape[-1]
     entries = stored.reshape(*lead, -1, lanes)
     if head_dim <= HALF_LANES:
@@ -153,20 +153,20 @@ def unpack_tokens(stored: Any, num_kv_heads: int, head_dim: int) -> tuple[Any, A
 
 
 def plain_to_tpu(pages: np.ndarray) -> np.ndarray:
-    """A plain pool [L, P, 2, Hkv, C, D] (or any pages [..., 2, Hkv, C, D]) in the TPU layout."""
+    """Converts a plain pool [L, P, 2, Hkv, C, D] (or any pages [..., 2, Hkv, C, D]) to the TPU layout."""
     k, v = (np.moveaxis(pages[..., i, :, :, :], -3, -2) for i in range(2))
     return pack_tokens(k, v)
 
 
 def tpu_to_plain(pages: Any, num_kv_heads: int, head_dim: int) -> Any:
-    """Pages [..., C, W, K, Dp] of the TPU layout in the plain one: [..., 2, Hkv, C, D]."""
+    """Converts pages [..., C, W, K, Dp] of the TPU layout to the plain one: [..., 2, Hkv, C, D]."""
     xp = np if isinstance(pages, np.ndarray) else jnp
     k, v = unpack_tokens(pages, num_kv_heads, head_dim)
     return xp.stack([xp.moveaxis(x, -3, -2) for x in (k, v)], axis=-4)
 
 
 def to_page_dtype(x: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
-    """x / scale as it is stored in pages: rounded and clipped to ±127 for int8, clipped (not NaN) for float8."""
+    """Returns x / scale as it is stored in pages: rounded and clipped to ±127 for int8, clipped (not NaN) for float8."""
     x = x.astype(jnp.float32)
     if scale is not None:
         x = x / jnp.asarray(scale, jnp.float32)
@@ -181,7 +181,7 @@ def to_page_dtype(x: jax.Array, scale: jax.Array | float | None, dtype: Any) -> 
 
 
 def from_page_dtype(stored: jax.Array) -> jax.Array:
-    """What is stored in pages, in float32, before the multiplication by the scale."""
+    """Returns what is stored in pages, in float32, before the multiplication by the scale."""
     if stored.dtype == jnp.uint16:
         stored = lax.bitcast_convert_type(stored, jnp.bfloat16)
     return stored.astype(jnp.float32)

@@ -17,7 +17,7 @@ ITEM_COLUMNS = 5  # sequence, first row, row count, first page index in the bloc
 
 
 class AttentionPlan(NamedTuple):
-    """The device side of a plan: int32 arrays, one data-parallel shard's view (a pytree; no `dp` axis in here).
+    """The device side of a plan: int32 arrays, one data-parallel shard's view (a pytree, without a `dp` axis).
 
     Shapes:
         block_tables: [S, B] page ids in the order of the tokens; unused entries are 0, the null page.
@@ -42,7 +42,7 @@ class AttentionPlan(NamedTuple):
 
     @property
     def q_block(self) -> int:
-        """Most rows an item may have: static, recovered from the array shapes (see PlanShape.q_rows)."""
+        """The most rows that an item may have: static, recovered from the array shapes (see PlanShape.q_rows)."""
         num_tokens = self.write_slot.shape[0]
         blocks = self.items.shape[0] - self.block_tables.shape[0]
         return -(-num_tokens // blocks)
@@ -50,13 +50,13 @@ class AttentionPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class PlanShape:
-    """Everything static about a plan. Only `tokens` is bucketed, so programs do not multiply.
+    """The static sizes of a plan. Only `tokens` is bucketed, so programs do not multiply.
 
     Args:
         tokens: T, rows of the step (the bucket).
         sequences: S, most sequences in the step.
         pages_per_seq: B, length of a block table.
-        q_block: wanted rows per work item; `q_rows` is what is used.
+        q_block: wanted rows per work item; `q_rows` is the number used.
     """
 
     tokens: int
@@ -71,7 +71,7 @@ class PlanShape:
 
     @property
     def q_rows(self) -> int:
-        """Rows per work item: `q_block`, evened out over T so that T and N alone determine it.
+        """The rows per work item: `q_block`, evened out over T so that T and N alone determine it.
 
         With n = ceil(T / q_block), this is ceil(T / n) <= q_block. Kernels read it as AttentionPlan.q_block.
         """
@@ -80,7 +80,7 @@ class PlanShape:
 
     @property
     def num_items(self) -> int:
-        """N = S + ceil(T / q_block), enough for every batch.
+        """The number of items, N = S + ceil(T / q_block), enough for every batch.
 
         Proof: a sequence with r >= 1 rows has ceil(r / b) <= 1 + (r - 1) / b items (b = q_rows), so all of them have
         at most S + T / b. And T / b <= ceil(T / q_block), because b = ceil(T / n) >= T / n with n = ceil(T / q_block).
@@ -89,7 +89,7 @@ class PlanShape:
 
 
 def plan_fields(shape: PlanShape) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each int32 array of an AttentionPlan, in the order in which they are packed."""
+    """Returns the name and shape of each int32 array of an AttentionPlan, in the order in which they are packed."""
     return {
         "block_tables": (shape.sequences, shape.pages_per_seq),
         "q_start": (shape.sequences + 1,),
@@ -109,22 +109,22 @@ def fill_plan(
     page_size: int,
     window: int | None = None,
 ) -> None:
-    """Write the plan of one step into preallocated arrays; every entry of `out` is set.
+    """Writes the plan of one step into preallocated arrays; every entry of `out` is set.
 
     Args:
         shape: the static sizes.
         out: one int32 array (a view will do) per entry of `plan_fields(shape)`.
         q_len: rows of each of the n <= S sequences in this step; 0 is allowed and makes no item.
         kv_len: tokens of each sequence, this step's included.
-        tables: page ids of each sequence. Lists may have any length up to B. Fastest is the array
+        tables: page ids of each sequence. Lists may have any length up to B. The fastest is the array
             `out["block_tables"]` itself, already filled by the caller (unused entries 0): it is then not touched.
         page_size: C, tokens.
-        window: tokens a row may see, itself included, if *every* layer has this window: page runs then start at the
+        window: tokens that a row may see, itself included, if *every* layer has this window: page runs then start at the
             first visible page. None covers all layers.
 
     Raises:
-        ValueError: more tokens, sequences or pages than `shape` has room for, kv_len < q_len, window < 1, or a row
-            whose page is the null page (its block table entry was not set).
+        ValueError: there are more tokens, sequences or pages than `shape` has room for, kv_len < q_len, window < 1, or a row
+            has the null page as its page (its block table entry was not set).
     """
     q_len, kv_len = np.asarray(q_len, np.int32), np.asarray(kv_len, np.int32)
     n = len(q_len)
@@ -200,10 +200,10 @@ def fill_plan(
 
 
 def check_plan(plan: AttentionPlan, num_pages: int, page_size: int) -> None:
-    """Raise ValueError for the first array of a plan that points outside the pool or contradicts another (host, numpy).
+    """Raises ValueError for the first array of a plan that points outside the pool or contradicts another (host, numpy).
 
     Args:
-        plan: of numpy arrays.
+        plan: the plan, of numpy arrays.
         num_pages: P.
         page_size: C, tokens.
     """
@@ -245,7 +245,7 @@ def check_plan(plan: AttentionPlan, num_pages: int, page_size: int) -> None:
 
 
 def _fill_tables(target: np.ndarray, tables: np.ndarray | Sequence[Sequence[int]], n: int) -> None:
-    """Put the first n block tables into target [S, B], zero elsewhere; nothing to do where they are one memory."""
+    """Puts the first n block tables into target [S, B], zero elsewhere; does nothing where they are the same memory."""
     if isinstance(tables, np.ndarray):
         same_memory = tables.__array_interface__["data"][0] == target.__array_interface__["data"][0]
         if same_memory and tables.strides == target.strides:

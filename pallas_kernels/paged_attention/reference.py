@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     from_page_dtype,
     is_tpu_layout,
@@ -19,7 +20,7 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere; it reads whole block tables, so it is for tests."""
+    """Refuses nothing: it runs everywhere, but reads whole block tables, so it is for tests."""
     return why_not_any_layout(case)
 
 
@@ -29,16 +30,10 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Does not look at the work list. Padding rows give 0."""
+    """Attends without the work list, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     num_heads, (num_kv_heads, head_dim) = q.shape[1], k_new.shape[1:]
     num_sequences = plan.kv_len.shape[0]
     on_tpu = is_tpu_layout(pages.shape, num_kv_heads, head_dim, pages.dtype.itemsize)

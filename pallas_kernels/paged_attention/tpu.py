@@ -1,4 +1,4 @@
-"""Paged attention on TPU (Pallas): what the kernel can run, and its arguments in the form it wants them in."""
+"""Paged attention on TPU (Pallas): what the kernel can run, and its arguments in the form that it needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import Case, target
 from pallas_kernels.paged_attention import tpu_kernel
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     LANES,
     is_tpu_layout,
@@ -28,13 +29,13 @@ from pallas_kernels.paged_attention.tpu_words import pack_words
 
 PAGE_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn", "float8_e5m2")
 CORES = {"TPU v4": 2, "TPU v5": 2, "TPU v5p": 2}
-"""TensorCores of a JAX device by its kind, where it has several: one program runs on both."""
-VMEM_MARGIN = 8 << 20  # for what the compiler adds to the scratch memory
+"""TensorCores of a JAX device by its kind, where it has several: one program runs on all of them."""
+VMEM_MARGIN = 8 << 20  # for the compiler's additions to the scratch memory
 PAGE_SIZES = (8, 512)
 
 
 def why_not(case: Case) -> str | None:
-    """Needs the TPU page layout, and dtypes that a TPU computes with."""
+    """Refuses other layouts than the TPU's, and dtypes with which a TPU does not compute."""
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     shape, dtype = case.shapes["pages"], case.dtypes["pages"]
     if dtype not in PAGE_DTYPES:
@@ -57,25 +58,20 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
+    options: AttentionOptions,
     *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
     blocks: Blocks | None = None,
     cores: int | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
+    """Attends on a TPU, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0.
 
     Args:
-        blocks: block sizes; None takes those that were tuned, else estimated (`tpu_blocks`).
-        cores: that share the work; None takes those that a device has.
-        interpret: of `pallas_call`, for tests without a TPU.
+        blocks: block sizes; None takes tuned ones, else estimated ones (`tpu_blocks`).
+        cores: cores that share the work; None takes those of the device.
+        interpret: that of `pallas_call`, for tests without a TPU.
     """
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     (tokens, num_heads, head_dim), num_kv_heads = q.shape, k_new.shape[1]
     dtype = q.dtype
     packing, lanes = pages.shape[4:]
@@ -107,7 +103,7 @@ def paged_attention(
     block = max(blocks.decode_pages, blocks.mixed_pages if rows > 1 else 0) * pages.shape[2]
 
     def grouped(x: jax.Array) -> jax.Array:
-        """[T, Hq, D] → [T, heads, group, D], filled up with 0."""
+        """Turns [T, Hq, D] into [T, heads, group, D], padded with 0."""
         x = x.reshape(x.shape[0], num_kv_heads, -1, x.shape[2])
         return jnp.pad(x, ((0, 0), (0, heads - num_kv_heads), (0, group - x.shape[2]), (0, 0)))
 
@@ -133,7 +129,8 @@ def paged_attention(
     queries = grouped(q)
 
     def in_hbm(x: jax.Array) -> jax.Array:
-        """Small arrays would else be put into VMEM, where copies of a dynamic size are loops of loads and stores."""
+        """Keeps an array out of VMEM, where XLA would put small ones and copies of a dynamic size are loops of loads and
+        stores."""
         return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
     array = jax.ShapeDtypeStruct if interpret else pltpu.HBM
@@ -185,12 +182,12 @@ def paged_attention(
 
 
 def group_rows(group: int, itemsize: int) -> int:
-    """Query heads per KV head, rounded up to a power of two and to whole words."""
+    """Returns the query heads per KV head, rounded up to a power of two and to whole words."""
     return max(4 // itemsize, 1 << (group - 1).bit_length())
 
 
 def vmem_bytes(scratch: dict[str, Any]) -> int:
-    """VMEM that scratch arrays take; the last axis takes whole registers of 128 lanes."""
+    """Returns the bytes of VMEM that scratch arrays take; the last axis takes whole registers of 128 lanes."""
     total = 0
     for ref in scratch.values():
         if getattr(ref, "memory_space", None) == pltpu.VMEM:

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernel: explicit, else tuned for the device, else what did best in compiled schedules.
+"""Block sizes of the TPU kernel: explicit, else tuned for the device, else those that did best in compiled schedules.
 
 The estimate is from the bundles of v5e and v6e (`llm-infer bench kernels`): longer decode blocks and larger tiles spill
 registers, shorter ones leave the matrix units waiting.
@@ -26,17 +26,17 @@ class Blocks:
 
 
 def choose_blocks(device_kind: str, pages: Any, head_dim: int, group: int, q_block: int) -> Blocks:
-    """Block sizes for a pool [L, P, C, W, K, Dp], `group` rows of q per KV head and items of up to `q_block` rows.
+    """Chooses block sizes for a pool [L, P, C, W, K, Dp], `group` rows of q per KV head and items of up to `q_block` rows.
 
     Raises:
-        ValueError: a tuned block size that a block of tokens cannot have (see `check_blocks`).
+        ValueError: a tuned block size is one that a block of tokens cannot have (see `check_blocks`).
     """
     page_size, token_bytes = pages.shape[2], pages.dtype.itemsize
     for n in pages.shape[3:]:
         token_bytes *= n
 
     def fit(tokens: int) -> int:
-        """Pages of about this many tokens: whole registers of 128 scores, and as many as a buffer takes."""
+        """Returns pages of about this many tokens: whole registers of 128 scores, and no more than a buffer takes."""
         while tokens > 128 and tokens * token_bytes > BLOCK_BYTES:
             tokens //= 2
         return max(1, max(tokens, 128) // page_size)
@@ -51,12 +51,12 @@ def choose_blocks(device_kind: str, pages: Any, head_dim: int, group: int, q_blo
 
 
 def check_blocks(blocks: Blocks, page_size: int, group: int) -> None:
-    """Raise ValueError for sizes that the kernel cannot take."""
+    """Raises ValueError for sizes that the kernel cannot take."""
     for name in ("decode_pages", "mixed_pages"):
         pages = getattr(blocks, name)
         if pages < 1 or pages * page_size % 128:
             raise ValueError(
-                f"blocks.{name} is {pages}, expected a block of whole 128 tokens: pages of {page_size} in multiples of "
+                f"blocks.{name} is {pages}, expected blocks of multiples of 128 tokens: pages of {page_size} in multiples of "
                 f"{max(1, 128 // page_size)}"
             )
     if blocks.tile_rows < 1 or blocks.tile_rows * group % 16:

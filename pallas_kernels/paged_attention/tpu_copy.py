@@ -1,4 +1,4 @@
-"""copy_pages on TPU: one DMA from HBM to HBM per pair of pages, through all layers, all in flight together."""
+"""copy_pages on TPU: one DMA from HBM to HBM per pair of pages, through all layers; all are in flight together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pallas_kernels.dispatch import Case
 
 
 def why_not(case: Case) -> str | None:
-    """Any layout will do, for a DMA moves whole pages; but their last two axes must not be the pages themselves."""
+    """Refuses pools whose last two axes are the pages themselves; else any layout will do, as a DMA moves whole pages."""
     if len(case.shapes["pages"]) >= 4:
         return None
     return f"needs pages of at least 4 axes [L, P, …], found {list(case.shapes['pages'])}"
@@ -23,7 +23,7 @@ def why_not(case: Case) -> str | None:
 def copy_pages(
     pages: jax.Array, src: jax.Array, dst: jax.Array, count: jax.Array, *, interpret: Any = False
 ) -> jax.Array:
-    """See `pallas_kernels.paged_attention.copy_pages`; `interpret` is pallas_call's, for tests without a TPU."""
+    """Copies on a TPU, see `pallas_kernels.paged_attention.copy_pages`; `interpret` is pallas_call's, for tests without a TPU."""
     hbm, smem = pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pltpu.SMEM)
     return pl.pallas_call(
         _kernel,

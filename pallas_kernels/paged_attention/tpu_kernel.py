@@ -1,15 +1,15 @@
 """The TPU attention kernel's walk over the work list: which DMA starts and ends when (tpu_one_row and tpu_many_rows compute).
 
 Two phases share the scratch memory: items of one row, then items of many. A phase goes through its items, and through
-each item's pages in blocks. While a block is computed, the next one is on its way, of the same item or the next:
+each item's pages in blocks. While one block is computed, the next, of the same item or the next one, is on its way:
 
     block tables   HBM → SMEM, one row per item, two items ahead
     q              HBM → VMEM, one item ahead
     K and V        HBM → VMEM, one block ahead: tokens from before this step out of pages, this step's out of `kv_new`
-    new K and V    HBM → HBM, `kv_new` into pages, at any time during the item that has the rows
+    new K and V    HBM → HBM, `kv_new` into pages, at any time while the item with the rows is at work
     out            VMEM → HBM, awaited when the buffer is used again
 
-Old and new tokens come from different places, so nothing that is read is written in the same call, and no DMA has to wait
+Old and new tokens come from different places, so nothing that a call reads is written in it, and no DMA has to wait
 for another. Only tokens that exist are fetched; the rest of a block holds finite numbers from before, and is masked.
 
 Where a device has two cores that share its memory (v4, v5p), each is a step of the grid and takes every other item.
@@ -30,12 +30,12 @@ from pallas_kernels.paged_attention import tpu_many_rows, tpu_one_row
 from pallas_kernels.paged_attention.plan import ITEM_COLUMNS
 from pallas_kernels.paged_attention.tpu_words import as_words, fill_with_zero
 
-TABLES = 4  # block tables in SMEM: of the item at work, of two on their way, one spare
+TABLES = 4  # block tables in SMEM: one of the item at work, two on their way, one spare
 
 
 @dataclass(frozen=True)
 class Static:
-    """What is known while compiling.
+    """Values known while compiling.
 
     Attributes:
         num_kv_heads: Hkv.
@@ -45,11 +45,11 @@ class Static:
         rows: most rows of an item.
         tile_rows: rows of an item that are multiplied at once, where it has several.
         decode_pages, mixed_pages: pages of a block in each phase.
-        softcap: in units of the scores, or None.
-        sinks, window: whether there are any.
-        dtype: of q, K and V in products: bfloat16 or float32.
-        page_dtype: of K and V in pages.
-        cores: that share the work.
+        softcap: cap of the scores, in their units, or None.
+        sinks, window: whether there are sinks, or a window.
+        dtype: type of q, K and V in products: bfloat16 or float32.
+        page_dtype: type of K and V in pages.
+        cores: cores that share the work.
         interpret: whether the body runs in the interpreter, with twins for what that lacks.
     """
 
@@ -83,14 +83,14 @@ class Item(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The items of a phase that a core works through, in turns 0 … count - 1."""
+    """The items of a phase that a core works through, in turns 0 … num_items - 1."""
 
     begin: jax.Array
     stride: int
-    count: jax.Array
+    num_items: jax.Array
 
     def item(self, turn: jax.Array) -> jax.Array:
-        """Index of the item whose turn it is."""
+        """Returns the index of the item whose turn it is."""
         return self.begin + turn * self.stride
 
 
@@ -134,7 +134,7 @@ class Refs(NamedTuple):
 
 
 def kernel(*args: Any, static: Static) -> None:
-    """The body of the pallas_call; its grid has a step for each core."""
+    """Runs as the body of the pallas_call; its grid has a step for each core."""
     refs = Refs(*args)
     refs = refs._replace(**{name: as_words(getattr(refs, name), static.interpret) for name in ("pages_in", "pages")})
     fill_with_zero(refs.kv, static.interpret)
@@ -149,7 +149,7 @@ def kernel(*args: Any, static: Static) -> None:
 
 
 def _zero_padding(refs: Refs) -> None:
-    """Rows past the last token give 0."""
+    """Sets the output of rows past the last token to 0."""
     refs.zeros[...] = jnp.zeros(refs.zeros.shape, refs.zeros.dtype)
     first, rows = refs.q_start[refs.q_start.shape[0] - 1], refs.zeros.shape[0]
     left = refs.out.shape[0] - first
@@ -172,7 +172,7 @@ def _zero_padding(refs: Refs) -> None:
 
 
 def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: bool) -> None:
-    """Work through this core's of the items begin … end - 1, all of one row or all of many."""
+    """Works through this core's share of the items begin … end - 1, all of one row or all of many."""
     block = (static.mixed_pages if many else static.decode_pages) * static.page_size
     attention = tpu_many_rows if many else tpu_one_row
     walk, first = Walk(begin, 1, end - begin), jnp.int32(0)
@@ -180,11 +180,11 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         begin = begin + pl.program_id(0)
         walk = Walk(begin, static.cores, lax.div(end - begin + static.cores - 1, jnp.int32(static.cores)))
 
-    @pl.when(walk.count > 0)
+    @pl.when(walk.num_items > 0)
     def _prologue() -> None:
         _table_copy(refs, walk, first).start()
 
-        @pl.when(walk.count > 1)
+        @pl.when(walk.num_items > 1)
         def _second() -> None:
             _table_copy(refs, walk, first + 1).start()
 
@@ -196,14 +196,14 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         item = _read_item(refs, static, walk.item(turn))
         q_slot = lax.rem(turn, jnp.int32(2))
 
-        @pl.when(turn + 2 < walk.count)
+        @pl.when(turn + 2 < walk.num_items)
         def _next_table() -> None:
             _table_copy(refs, walk, turn + 2).start()
 
         _write_new(refs, static, turn, item, wait=False)
         _wait_q(refs, item, q_slot, many)
 
-        @pl.when(turn + 1 < walk.count)
+        @pl.when(turn + 1 < walk.num_items)
         def _next_q() -> None:
             _start_q(refs, walk, turn + 1, many)
 
@@ -213,11 +213,11 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         def block_body(number: jax.Array, slot: jax.Array) -> jax.Array:
             last = number + 1 == num_blocks
 
-            @pl.when(jnp.logical_and(last, turn + 1 < walk.count))
+            @pl.when(jnp.logical_and(last, turn + 1 < walk.num_items))
             def _next_table_is_here() -> None:
                 _table_copy(refs, walk, turn + 1).wait()
 
-            @pl.when(jnp.logical_or(jnp.logical_not(last), turn + 1 < walk.count))
+            @pl.when(jnp.logical_or(jnp.logical_not(last), turn + 1 < walk.num_items))
             def _next_block() -> None:
                 next_turn, next_number = jnp.where(last, turn + 1, turn), jnp.where(last, 0, number + 1)
                 _start_block(refs, static, walk, next_turn, next_number, 1 - slot, block)
@@ -238,12 +238,12 @@ def _phase(refs: Refs, static: Static, begin: jax.Array, end: jax.Array, many: b
         _write_new(refs, static, turn, item, wait=True)
         return slot
 
-    lax.fori_loop(first, walk.count, item_body, jnp.int32(0))
+    lax.fori_loop(first, walk.num_items, item_body, jnp.int32(0))
 
     for back in (2, 1):
 
-        @pl.when(walk.count >= back)
-        def _last_out(turn: jax.Array = walk.count - back) -> None:
+        @pl.when(walk.num_items >= back)
+        def _last_out(turn: jax.Array = walk.num_items - back) -> None:
             item = _read_item(refs, static, walk.item(turn))
             _copy_out(refs, item, lax.rem(turn, jnp.int32(2)), many, wait=True)
 
@@ -253,7 +253,7 @@ def _read_item(refs: Refs, static: Static, index: jax.Array) -> Item:
     kv_len, start, stop = refs.kv_len[seq], refs.q_start[seq], refs.q_start[seq + 1]
     context = kv_len - (stop - start)
     first_position = context + first_row - start
-    if static.window:  # the plan's run covers every layer; this layer may need less of it
+    if static.window:  # the plan's run covers every layer, but this layer may need less of it
         oldest = jnp.maximum(first_position - refs.integers[1] + 1, 0)
         first_page = jnp.maximum(first_page, lax.div(oldest, jnp.int32(static.page_size)))
     return Item(seq, first_row, num_rows, context, first_position, first_page, first_position + num_rows)
@@ -268,7 +268,7 @@ def _table_copy(refs: Refs, walk: Walk, turn: jax.Array) -> Any:
 def _start_block(
     refs: Refs, static: Static, walk: Walk, turn: jax.Array, number: jax.Array, slot: jax.Array, block: int
 ) -> None:
-    """Fetch block `number` of an item's tokens; together they are min(block, what is left) tokens."""
+    """Fetches block `number` of an item's tokens, min(block, tokens left) in all."""
     item = _read_item(refs, static, walk.item(turn))
     page_size, layer, table = static.page_size, refs.integers[0], lax.rem(turn, jnp.int32(TABLES))
     page = item.first_page + number * (block // page_size)
@@ -299,7 +299,7 @@ def _start_block(
 
 
 def _wait_tokens(refs: Refs, count: jax.Array, slot: jax.Array) -> None:
-    """Wait for `count` tokens, however many copies brought them: a DMA semaphore counts bytes."""
+    """Waits for `count` tokens, however many copies brought them: a DMA semaphore counts bytes."""
     tokens = refs.kv.at[slot, pl.ds(0, count)]
     pltpu.make_async_copy(tokens, tokens, refs.kv_sem.at[slot]).wait()
 
@@ -310,7 +310,7 @@ def _start_q(refs: Refs, walk: Walk, turn: jax.Array, many: bool) -> None:
     if not many:
         pltpu.make_async_copy(refs.q.at[row], refs.q_one.at[slot], refs.q_sem.at[slot]).start()
         return
-    for head in range(refs.q.shape[1]):  # strided: the buffer has the rows of a head together
+    for head in range(refs.q.shape[1]):  # strided, as the buffer has the rows of a head together
         pltpu.make_async_copy(
             refs.q.at[pl.ds(row, count), head],
             refs.q_many.at[slot, head, pl.ds(0, count)],
@@ -328,7 +328,7 @@ def _wait_q(refs: Refs, item: Item, slot: jax.Array, many: bool) -> None:
 
 
 def _copy_out(refs: Refs, item: Item, slot: jax.Array, many: bool, wait: bool) -> None:
-    """Start, or wait for, the copy of an item's results to its rows of `out`."""
+    """Starts, or waits for, the copy of an item's results to its rows of `out`."""
     if many:
         copies = [
             pltpu.make_async_copy(
@@ -348,7 +348,7 @@ def _copy_out(refs: Refs, item: Item, slot: jax.Array, many: bool, wait: bool) -
 
 
 def _write_new(refs: Refs, static: Static, turn: jax.Array, item: Item, wait: bool) -> None:
-    """Start, or wait for, the copies of the item's new K and V into its pages, one per page."""
+    """Starts, or waits for, the copies of the item's new K and V into its pages, one per page."""
     page_size, layer = static.page_size, refs.integers[0]
     table = lax.rem(turn, jnp.int32(TABLES))
     first = lax.div(item.first_position, jnp.int32(page_size))

@@ -1,7 +1,7 @@
 """Prefill chunks and speculated tokens on TPU: attention of several rows of a sequence to one block of tokens.
 
-The queries of a KV head are a matrix of [rows, group] folded into rows; it is cut into tiles. Heads are walked in a loop,
-those that share a word of the pages together. State: `many_*` [heads, rows * group, lanes].
+The queries of a KV head are a matrix, [rows, group] folded into rows, and cut into tiles. A loop goes over the heads,
+and takes those that share a word of the pages together. State: `many_*` [heads, rows * group, lanes].
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.tpu_words import load_entry, load_rows, stor
 
 
 def begin(refs: Any, static: Any, slot: jax.Array) -> None:
-    """Set the state before an item's first block."""
+    """Sets the state before an item's first block."""
     del slot
     for head in range(refs.many_max.shape[0]):
         if static.sinks:
@@ -32,7 +32,7 @@ def begin(refs: Any, static: Any, slot: jax.Array) -> None:
 
 
 def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, slot: jax.Array) -> None:
-    """Attend to `tokens` [N, W, K, Dp], the first of which is at `position`; queries are in q buffer `slot`."""
+    """Attends to `tokens` [N, W, K, Dp], the first of which is at `position`; queries are in q buffer `slot`."""
     block, packing = tokens.shape[0], 4 // static.page_dtype.itemsize
     entries_per_head = 1 if static.head_dim <= HALF_LANES else 2
     heads_per_turn = max(1, packing // entries_per_head)
@@ -66,14 +66,15 @@ def _tile(
     head: jax.Array,
     tile: jax.Array,
 ) -> None:
-    """One tile of one head's rows and the K and V of that head."""
+    """Attends from one tile of one head's rows to that head's K and V."""
     first, rows = tile * static.tile_rows, static.tile_rows * static.group
     of_tile = refs.q_many.at[slot, head, pl.ds(first, static.tile_rows)]
     queries = load_rows(of_tile, refs.many_acc.shape[2], static.interpret)
     part = pl.ds(pl.multiple_of(first * static.group, rows), rows)
     products = softmax.dot(queries.astype(static.dtype), refs.k_block[:block, :], 1)
     scores = softmax.to_scores(products, refs.factors[0], static.softcap)
-    # Rows past the item's last see what they like, nobody reads them. (No mask where all is visible saved no bundles.)
+    # Rows past the item's last may see anything, as nobody reads them. (Leaving out the mask where all is visible saved no
+    # bundles.)
     row = lax.broadcasted_iota(jnp.int32, (rows, block), 0) // static.group
     newest = item.first_position + first - position + row
     key = lax.broadcasted_iota(jnp.int32, (rows, block), 1)
@@ -90,7 +91,7 @@ def _tile(
 
 
 def end(refs: Any, static: Any, slot: jax.Array) -> None:
-    """Put the item's result into out buffer `slot`."""
+    """Puts the item's result into out buffer `slot`."""
 
     def one_head(head: jax.Array, carry: None) -> None:
         result = softmax.normalised(refs.many_acc[head], refs.many_sum[head], refs.factors[1], static.head_dim)

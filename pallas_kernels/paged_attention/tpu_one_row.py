@@ -1,6 +1,6 @@
 """Decode on TPU: attention of one row per sequence to one block of tokens.
 
-With few query heads per KV head, the 8 rows of a register are those of several KV heads (a bundle). Each head's rows are
+With few query heads per KV head, the 8 rows of a register hold those of several KV heads (a bundle). Each head's rows are
 multiplied with its own K (q is 0 in the bundle's other rows, so products add up) and, later, its own V. The state of bundle
 b is in rows 8b … of `one_max`, `one_sum` and `one_acc`.
 """
@@ -17,11 +17,11 @@ from pallas_kernels.paged_attention import tpu_softmax as softmax
 from pallas_kernels.paged_attention.pages import LANES
 from pallas_kernels.paged_attention.tpu_words import load_entry, load_rows, store_rows
 
-AHEAD = 2  # bundles whose products with K are on their way while one is finished: hides latency, yet spills little
+AHEAD = 2  # bundles whose products with K are on their way while one is finished: this hides latency, yet spills little
 
 
 def begin(refs: Any, static: Any, slot: jax.Array) -> None:
-    """Set the state before an item's first block; its query is in q buffer `slot`."""
+    """Sets the state before an item's first block; its query is in q buffer `slot`."""
     rows, fold = bundle_rows(static.group)
     queries = load_rows(refs.q_one.at[slot], refs.one_acc.shape[1], static.interpret).astype(jnp.float32)
     head_of_row = lax.broadcasted_iota(jnp.int32, (rows, queries.shape[1]), 0) // static.group
@@ -39,13 +39,13 @@ def begin(refs: Any, static: Any, slot: jax.Array) -> None:
 
 
 def bundle_rows(group: int) -> tuple[int, int]:
-    """Rows of a bundle, and the KV heads it has."""
+    """Returns the rows of a bundle, and its KV heads."""
     rows = max(softmax.ROWS, group)
     return rows, rows // group
 
 
 def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, slot: jax.Array) -> None:
-    """Attend to `tokens` [N, W, K, Dp], the first of which is at `position`."""
+    """Attends to `tokens` [N, W, K, Dp], the first of which is at `position`."""
     del slot
     (block, _, _, lanes), packing = tokens.shape, 4 // static.page_dtype.itemsize
     rows, fold = bundle_rows(static.group)
@@ -86,7 +86,7 @@ def step(refs: Any, static: Any, item: Any, position: jax.Array, tokens: Any, sl
 
 
 def sum_of(parts: list[jax.Array]) -> jax.Array:
-    """The sum of arrays of one shape."""
+    """Returns the sum of arrays of one shape."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -94,6 +94,6 @@ def sum_of(parts: list[jax.Array]) -> jax.Array:
 
 
 def end(refs: Any, static: Any, slot: jax.Array) -> None:
-    """Put the item's result into out buffer `slot`."""
+    """Puts the item's result into out buffer `slot`."""
     result = softmax.normalised(refs.one_acc[...], refs.one_sum[...], refs.factors[1], static.head_dim)
     store_rows(refs.out_one.at[slot], result, static.interpret)

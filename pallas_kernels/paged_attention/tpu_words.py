@@ -1,7 +1,8 @@
-"""Views of VMEM that the TPU kernel needs and the interpreter lacks, each beside the twin that stands in for it there.
+"""Views of VMEM that the TPU kernel needs and the interpreter lacks, each beside the twin that replaces it there.
 
 The TPU keeps numbers under 32 bits packed in words along the second-last axis. Reading a head's K out of tokens that lie
-[W words, K numbers] is a load of every W-th word and a shift; folding [rows, G] into rows is no move at all if seen as words.
+[W words, K numbers] is a load of every W-th word and a shift; folding [rows, G] into rows moves nothing if they are seen as
+words.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pallas_kernels.paged_attention.pages import HALF_LANES, LANES, pack_tokens,
 
 
 def number_of_word(word: jax.Array, index: int, dtype: Any) -> jax.Array:
-    """Number `index` of the packed numbers of each 32-bit word, lowest bits first: uint32 [...] → float32 [...].
+    """Returns number `index` of the packed numbers of each 32-bit word, lowest bits first: uint32 [...] → float32 [...].
 
     Exact for bfloat16 and int8; for others see `_converted`.
     """
@@ -32,14 +33,14 @@ def number_of_word(word: jax.Array, index: int, dtype: Any) -> jax.Array:
 
 
 def load_entry(tokens: Any, entry: Any, page_dtype: Any, compute_dtype: Any, interpret: bool) -> jax.Array:
-    """One entry of all tokens in VMEM: [N, Dp] in the compute dtype.
+    """Loads one entry of all tokens in VMEM: [N, Dp] in the compute dtype.
 
     Args:
         tokens: reference to words [N, W, 1, Dp] (float32 itself, else uint32); in the interpreter to numbers [N, W, K, Dp].
-        entry: (word, number): which word of a token (may be traced) and which number of the word (static).
-        page_dtype: of the numbers.
+        entry: (word, number): the word of a token (may be traced) and the number in the word (static).
+        page_dtype: type of the numbers.
         compute_dtype: bfloat16 or float32.
-        interpret: take the twin.
+        interpret: whether to take the twin.
     """
     (count, words, _, lanes), (word, number) = tokens.shape, entry
     if interpret:
@@ -55,12 +56,12 @@ def load_entry(tokens: Any, entry: Any, page_dtype: Any, compute_dtype: Any, int
 
 
 def as_words(ref: Any, interpret: bool) -> Any:
-    """A reference [..., K, Dp] to numbers, as words [..., 1, Dp]; in the interpreter itself."""
+    """Returns a reference [..., K, Dp] to numbers as one to words [..., 1, Dp]; in the interpreter, as it is."""
     return ref if interpret or ref.dtype.itemsize == 4 else ref.bitcast(jnp.uint32)
 
 
 def pack_words(k: jax.Array, v: jax.Array) -> jax.Array:
-    """K and V [T, Hkv, D] in the page dtype as words of the TPU layout, [T, W, 1, Dp], in arithmetic that XLA fuses.
+    """Packs K and V [T, Hkv, D] in the page dtype as words of the TPU layout, [T, W, 1, Dp], in arithmetic that XLA fuses.
 
     The words are those of `pages.pack_tokens`; packing numbers along the second-last axis costs XLA several copies.
     """
@@ -73,7 +74,7 @@ def pack_words(k: jax.Array, v: jax.Array) -> jax.Array:
     half = HALF_LANES if head_dim <= HALF_LANES else lanes
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, half - head_dim))) for x in (k, v))
     entries = [jnp.concatenate([k, v], axis=2)] if head_dim <= HALF_LANES else [k, v]
-    heads = packing // len(entries)  # that share a word
+    heads = packing // len(entries)  # heads that share a word
     filled = [jnp.pad(x, ((0, 0), (0, words * heads - num_kv_heads), (0, 0))) for x in entries]
     word = jnp.zeros((tokens, words, lanes), jnp.uint32)
     for number in range(packing):
@@ -83,7 +84,7 @@ def pack_words(k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _converted(loaded: jax.Array, number: int, dtype: Any, compute_dtype: Any) -> jax.Array:
-    """Loaded 32-bit items as numbers: float32 itself, else one of the numbers packed in a word."""
+    """Returns loaded 32-bit items as numbers: float32 itself, else one of the numbers packed in a word."""
     if jnp.dtype(dtype).itemsize == 4:
         return loaded.astype(compute_dtype)
     if jnp.dtype(dtype) in (jnp.bfloat16, jnp.int8):
@@ -93,7 +94,7 @@ def _converted(loaded: jax.Array, number: int, dtype: Any, compute_dtype: Any) -
 
 
 def load_rows(ref: Any, lanes: int, interpret: bool) -> jax.Array:
-    """[rows, G, D] → value [rows * G, lanes], 0 past D; G is a multiple of the numbers in a word."""
+    """Loads [rows, G, D] as a value [rows * G, lanes], 0 past D; G is a multiple of the numbers in a word."""
     rows, group, head_dim = ref.shape
     if interpret:
         value = ref[...].reshape(rows * group, head_dim)
@@ -106,7 +107,7 @@ def load_rows(ref: Any, lanes: int, interpret: bool) -> jax.Array:
 
 
 def store_rows(ref: Any, value: jax.Array, interpret: bool) -> None:
-    """Value [rows * G, lanes] → ref [rows, G, D], in the reference's dtype, without the lanes past D."""
+    """Stores a value [rows * G, lanes] to ref [rows, G, D], in the reference's dtype, without the lanes past D."""
     value = value[:, : ref.shape[2]].astype(ref.dtype)
     if interpret:
         ref[...] = value.reshape(ref.shape)
@@ -122,7 +123,7 @@ def _words_of_rows(ref: Any) -> Any:
 
 
 def fill_with_zero(ref: Any, interpret: bool) -> None:
-    """Set [2, N, W, 1, Dp] to 0, whole registers at a time."""
+    """Sets [2, N, W, 1, Dp] to 0, whole registers at a time."""
     if interpret:
         ref[...] = jnp.zeros(ref.shape, ref.dtype)
         return

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     from_page_dtype,
     is_tpu_layout,
@@ -25,7 +26,7 @@ from pallas_kernels.paged_attention.pages import (
 )
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-# Keys per step of the inner loop: 128 amortise the cost of a loop step and waste little on the last, partly used chunk.
+# Keys per step of the inner loop: 128 outweigh the cost of a loop step and waste little on the last, partly used chunk.
 CHUNK_KEYS = 128
 # Each page of a chunk is a slice of its own in the program; past 8 XLA:CPU's concatenation slows down twofold.
 MAX_CHUNK_PAGES = 8
@@ -33,7 +34,7 @@ MASKED = -1e30  # first running maximum: finite, so that a fully masked chunk gi
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on every platform, on every page layout."""
+    """Refuses no platform, but pages of an unknown layout."""
     return why_not_any_layout(case)
 
 
@@ -43,16 +44,10 @@ def paged_attention(
     v_new: jax.Array,
     pages: jax.Array,
     plan: AttentionPlan,
-    *,
-    layer: jax.Array | int,
-    scale: float,
-    window: jax.Array | int | None = None,
-    softcap: float | None = None,
-    sinks: jax.Array | None = None,
-    k_scale: jax.Array | float | None = None,
-    v_scale: jax.Array | float | None = None,
+    options: AttentionOptions,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    """Attends in XLA, see `pallas_kernels.paged_attention.paged_attention`. Padding rows give 0."""
+    layer, scale, window, softcap, sinks, k_scale, v_scale = options
     k_new, v_new = to_page_dtype(k_new, k_scale, pages.dtype), to_page_dtype(v_new, v_scale, pages.dtype)
     pages = _write(k_new, v_new, pages, plan, layer)
     query = q.astype(jnp.float32) * (scale if k_scale is None else scale * jnp.asarray(k_scale, jnp.float32))
@@ -77,7 +72,7 @@ def paged_attention(
 def _write(
     k_new: jax.Array, v_new: jax.Array, pages: jax.Array, plan: AttentionPlan, layer: jax.Array | int
 ) -> jax.Array:
-    """Put the new rows [T, Hkv, D] into the pool, in place. Padding rows are left out altogether."""
+    """Puts the new rows [T, Hkv, D] into the pool, in place. Padding rows are left out altogether."""
     on_tpu = is_tpu_layout(pages.shape, k_new.shape[1], k_new.shape[2], pages.dtype.itemsize)
     page_size = jnp.int32(pages.shape[2 if on_tpu else 4])
     rows = pack_tokens(k_new, v_new) if on_tpu else jnp.stack([k_new, v_new], axis=1)[..., None, :]
@@ -106,7 +101,7 @@ def _attend_item(
     softcap: float | None,
     sinks: jax.Array | None,
 ) -> jax.Array:
-    """Attend for one item of up to `rows` rows and put its rows into out [T, Hq, D]; query is float32 and scaled."""
+    """Attends for one item of up to `rows` rows and puts its rows into out [T, Hq, D]; query is float32 and scaled."""
     num_tokens, num_heads, head_dim = query.shape
     on_tpu = is_tpu_layout(pages.shape, num_kv_heads, head_dim, pages.dtype.itemsize)
     page_size = pages.shape[2 if on_tpu else 4]
@@ -122,7 +117,7 @@ def _attend_item(
     row_to_position = plan.kv_len[seq] - plan.q_start[seq + 1]
     first_position = first_row + row_to_position
     last_position = first_position + row_count - 1
-    position = jnp.clip(row + row_to_position, first_position, last_position)  # of rows not mine: any with a key to see
+    position = jnp.clip(row + row_to_position, first_position, last_position)  # for others' rows, any with a key to see
     past_last_page = first_page + page_count
     oldest_key = jnp.zeros_like(first_position)
     if window is not None:
@@ -160,7 +155,7 @@ def _attend_item(
         acc = acc * correction[..., None] + jnp.einsum("hmk,hkd->hmd", weights, v, preferred_element_type=jnp.float32)
         return new_maximum, total, acc
 
-    # Made like the tile, so that under shard_map the carry varies over the same mesh axes as what replaces it.
+    # They are made like the tile, so that under shard_map the carry varies over the same mesh axes as what replaces it.
     zeros = jnp.zeros_like(tile[..., 0])
     maximum, total = zeros + MASKED, zeros
     if sinks is not None:  # a key of score `sink` without a value
@@ -187,9 +182,9 @@ def _load_chunk(
     num_kv_heads: int,
     head_dim: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """K and V [Hkv, count * C, D] float32 of `count` pages, from page_index in the block table of `seq`.
+    """Loads K and V [Hkv, count * C, D] float32 of `count` pages, from page_index in the block table of `seq`.
 
-    One slice per page and a concatenation: XLA:CPU copies whole rows of a page so, and copies element by element in a
+    It takes one slice per page and concatenates: so XLA:CPU copies whole rows of a page, where it copies single elements in a
     gather, at half the speed. Indices past the table's end give its last page; the caller masks those keys.
     """
     table = block_tables[seq]

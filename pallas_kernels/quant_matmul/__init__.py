@@ -30,11 +30,11 @@ def quant_matmul(
     tiled: bool = False,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x times the transposed weights of one layer, from the file's own blocks.
+    """Multiplies x with the transposed weights of one layer, from the file's own blocks.
 
     `exact`: the relative error is about 1e-7, that of a float32 sum of the products with dequantised weights.
     `fast`: the implementation may round activations to int8 in blocks of 32, as llama.cpp does; `fine`: to 16 bits.
-    With the native CPU implementation a row of the result has the same bits whatever M and the number of threads.
+    With the native CPU implementation, a row of the result has the same bits for any M and any number of threads.
 
     Args:
         x: Float[Array, "M K"] float32.
@@ -44,7 +44,7 @@ def quant_matmul(
         gate: Float[Array, "M K"] float32: silu(gate) · x is multiplied instead of x (SwiGLU); None for x.
         kind: a key of FORMATS.
         precision: one of PRECISIONS.
-        tiled: the rows have the tiled order, see `tiles`; N is a multiple of 16.
+        tiled: whether the rows have the tiled order, see `tiles`; N is a multiple of 16.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
     Returns:
@@ -75,7 +75,7 @@ def quant_matmul(
 
 
 def tiles_pay(kind: str, rows: int) -> bool:
-    """Whether matrices of that many rows of a kind are best kept in the tiled order on the CPU of this process."""
+    """Checks whether matrices with this many rows of a kind are best kept in the tiled order on this process's CPU."""
     from pallas_kernels import cpu_ffi
 
     if cpu_ffi.why_not() is not None or not can_tile(kind, rows):

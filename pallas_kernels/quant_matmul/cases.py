@@ -24,12 +24,12 @@ BENCHMARKS = {
 
 
 def shapes(kind: str) -> tuple[tuple[int, int], ...]:
-    """The (N, K) of SHAPES that have whole blocks of this kind."""
+    """Returns the (N, K) of SHAPES that have whole blocks of this kind."""
     return tuple((n, k) for n, k in SHAPES if k % FORMATS[kind].elements == 0)
 
 
 def random_blocks(kind: str, num_layers: int, n: int, k: int, seed: int = 0) -> np.ndarray:
-    """[L, N, R]: any bytes, with scales of ordinary size; normal numbers for dense kinds."""
+    """Makes [L, N, R] of any bytes, with scales of ordinary size; of normal numbers for dense kinds."""
     rng, fmt = np.random.default_rng(seed), FORMATS[kind]
     if fmt.dtype != "uint8":
         import ml_dtypes  # a dependency of jax; gives numpy bfloat16
@@ -43,5 +43,5 @@ def random_blocks(kind: str, num_layers: int, n: int, k: int, seed: int = 0) -> 
 
 
 def random_rows(m: int, k: int, seed: int = 0) -> np.ndarray:
-    """[M, K] float32; row i does not depend on M."""
+    """Makes [M, K] float32; row i does not depend on M."""
     return np.stack([np.random.default_rng((seed, i)).standard_normal(k) for i in range(m)]).astype(np.float32)

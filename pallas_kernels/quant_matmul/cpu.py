@@ -14,26 +14,26 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.reference import gated
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
-INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # have a kernel with int8 activations; others are computed exactly
+INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # these have a kernel with int8 activations; others are computed exactly
 
 
 def digits(kind: str, precision: str) -> int:
-    """Digits of 8 bits that the kernel for tiled rows cuts activations into.
+    """Returns the number of 8-bit digits into which the kernel for tiled rows cuts activations.
 
-    `fast` gives 8-bit weights 16 bits: files keep what matters most in them, the head above all, and there 8 bits cost more
+    `fast` gives 8-bit weights 16 bits: files keep in them what matters most, the head above all, and there 8 bits cost more
     agreement with `exact` than all other matrices together.
     """
     return {"exact": 3, "fine": 2, "fast": 2 if kind == "q8_0" else 1}[precision]
 
 
 INT8_ROWS: dict[str, int] = {"q8_0": 4}
-"""Most activation rows for which int8 activations pay where nothing was measured; kinds that are not named: always.
+"""Most activation rows for which int8 activations pay where nothing was measured; for kinds not named they always do.
 
 Q8_0 spends instructions on signs that 4-bit weights do not need."""
 
 
 def why_not(case: Case) -> str | None:
-    """Needs llvmlite and a CPU its code can be made for; gives way to XLA where that was measured to be faster."""
+    """Refuses a process without native kernels, and cases for which XLA was measured to be faster."""
     if reason := cpu_ffi.why_not():
         return reason
     kind, rows = case.options["kind"], case.shapes["x"][0]
@@ -52,7 +52,7 @@ def _measured(kind: str) -> dict[str, int | None]:
 
 
 def _rounds(kind: str, rows: int, precision: str) -> bool:
-    """Whether activations are rounded to int8."""
+    """Checks whether activations are rounded to int8."""
     most = _measured(kind).get("int8_rows", INT8_ROWS.get(kind))
     return precision == "fast" and kind in INT8_KINDS and (most is None or rows <= most)
 
@@ -67,7 +67,7 @@ def quant_matmul(
     precision: str = "exact",
     tiled: bool = False,
 ) -> jax.Array:
-    """See `pallas_kernels.quant_matmul.quant_matmul`."""
+    """Multiplies natively, see `pallas_kernels.quant_matmul.quant_matmul`."""
     if tiled:
         dims = {"A": -(-x.shape[0] // TILE_GROUP), "G": x.shape[1] // 32}
         gates = [] if gate is None else [gate]
@@ -80,7 +80,7 @@ def quant_matmul(
 
 @cache
 def matmul_kernel(kind: str) -> Any:
-    """The kernel for one block format."""
+    """Makes the kernel for one block format."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.quant_matmul import cpu_kernel
@@ -101,7 +101,7 @@ def matmul_kernel(kind: str) -> Any:
 
 @cache
 def int8_kernel(kind: str) -> Any:
-    """The kernel with int8 activations for one block format."""
+    """Makes the kernel with int8 activations for one block format."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.quant_matmul import cpu_int8
@@ -123,7 +123,8 @@ def int8_kernel(kind: str) -> Any:
 
 @cache
 def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
-    """The kernel for tiled rows of one block format (see `tiles`); `gated` ones compute silu(gate) · x where they round it."""
+    """Makes the kernel for tiled rows of one block format (see `tiles`); `gated` ones compute silu(gate) · x where they round
+    it."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.quant_matmul import cpu_tiles

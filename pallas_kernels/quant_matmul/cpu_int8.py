@@ -2,8 +2,8 @@
 
 Activations are rounded to int8 in blocks of 32 with a scale each (as llama.cpp's Q8_1). A vector of the machine holds one number
 for each of `lanes` weight rows: 16-bit sums of products are folded row against row, so that a block of 32 ends as one int32
-per row and takes one conversion and two multiply-adds. The integers are exact, so a result has the same bits
-whatever M and the number of threads.
+per row and takes one conversion and two multiply-adds. The integers are exact, so a result has the same bits for
+any M and any number of threads.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ DIRECT_KINDS = ("q4_0", "q4_1", "q8_0")  # their blocks are read as they are whe
 BLOCK = 32
 TILE_K = 2048  # weights of a tile row: at most 16 rows * 2 KiB
 BLOCK_M = 96
-MOST_TASK_ROWS = 128
+MAX_TASK_ROWS = 128
 STEP_M = 2
 PREFETCH_ROWS = 8
 
 
 def quantise_row(k: Emitter, a: Frame, m: Value) -> None:
-    """xq, xd (scale) and xs (scale * sum of the int8) of one activation row."""
+    """Computes xq, xd (scale) and xs (scale * sum of the int8) of one activation row."""
     lanes = k.lanes
     with k.range(0, a.G) as g:
         at = m * a.K + g * BLOCK
@@ -50,9 +50,9 @@ def quantise_row(k: Emitter, a: Frame, m: Value) -> None:
 
 
 class _Rows(ABC):
-    """As many weight rows as a vector has lanes, as the dot product wants them: row r in 128-bit lane r // 4 of slot r % 4.
+    """As many weight rows as a vector has lanes, as the dot product needs them: row r in 128-bit lane r // 4 of slot r % 4.
 
-    `block(b)` gives the four slots' weights of block b, 0 … 15 and 16 … 31 of it, and per row the scale and the offset
+    `block(b)` gives the four slots' weights of block b, 0 … 15 and 16 … 31 of it, and for each row the scale and the offset
     (None for the signed bytes of Q8_0, which have none).
     """
 
@@ -60,7 +60,7 @@ class _Rows(ABC):
         self.k, self.a, self.fmt, self.count = k, a, fmt, k.lanes
 
     def row(self, n: Value) -> Ptr:
-        """Weight row n; past the end, the last one again."""
+        """Returns weight row n; past the end, the last one again."""
         index = self.a.layer[0].to(I64) * self.a.N + self.k.min(n, self.a.N - 1)
         return self.a.blocks + index * self.a.row_bytes
 
@@ -111,7 +111,7 @@ class _Tile(_Rows):
         self.vector = 4 * self.count  # bytes of a vector
 
     def fill(self, n: Value, k0: Value, length: Value) -> None:
-        """Unpack weights k0 … k0 + length - 1 of the rows from n on."""
+        """Unpacks weights k0 … k0 + length - 1 of the rows from n on."""
         k, fmt = self.k, self.fmt
         with k.range(0, self.count) as r:
             row = self.row(n + r) + k0 // fmt.elements * fmt.bytes
@@ -137,7 +137,7 @@ class _Tile(_Rows):
 
 
 def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value, Value | None]]:
-    """A block as groups of 32: weights 0 … 15 and 16 … 31 as bytes, scale and offset: w = scale * q + offset."""
+    """Unpacks a block into groups of 32: weights 0 … 15 and 16 … 31 as bytes, scale and offset: w = scale * q + offset."""
     if kind == "q4_0":
         (d,) = half_scales(block, 1)
         qs = block.load(2, 16)
@@ -161,7 +161,7 @@ def _unpack(k: Emitter, block: Ptr, kind: str) -> list[tuple[Value, Value, Value
 
 
 def _multiply(k: Emitter, a: Frame, rows: _Rows, m: Value, count: int, n: Value, k0: Value, length: Value) -> None:
-    """Add x[m …] · rows to the results of `count` activation rows; out holds the sum between tiles along K."""
+    """Adds x[m …] · rows to the results of `count` activation rows; out holds the sum between tiles along K."""
     acc = [k.var(k.zeros(F32, rows.count)) for _ in range(count)]
     with k.when(k0 > 0):
         for i, sum_ in enumerate(acc):
@@ -189,7 +189,7 @@ def _multiply(k: Emitter, a: Frame, rows: _Rows, m: Value, count: int, n: Value,
 
 
 def _load_out(k: Emitter, a: Frame, at: Value, n: Value, count: int) -> Value:
-    """out[at … at + count - 1]; at the last rows of the matrix, those past the end are 0."""
+    """Loads out[at … at + count - 1]; at the last rows of the matrix, those past the end are 0."""
     result = k.var(k.zeros(F32, count))
     with k.when_else(n + count <= a.N) as (whole, part):
         with whole:
@@ -212,7 +212,7 @@ def _store_out(k: Emitter, a: Frame, at: Value, value: Value, n: Value, count: i
 
 
 def _multiply_add(k: Emitter, u: Value, s: Value) -> Value:
-    """Unsigned bytes times signed bytes, neighbouring products added in 16 bits (which must hold them)."""
+    """Multiplies unsigned with signed bytes and adds neighbouring products in 16 bits (which must hold them)."""
     count = u.type.count
     names = {16: "ssse3.pmadd.ub.sw.128", 32: "avx2.pmadd.ub.sw", 64: "avx512.pmaddubs.w.512"}
     if _has_bytes(k, count):
@@ -223,13 +223,13 @@ def _multiply_add(k: Emitter, u: Value, s: Value) -> Value:
 
 
 def _multiply_add_signed(k: Emitter, w: Value, s: Value) -> Value:
-    """Signed bytes times signed bytes of at most 127, neighbouring products added in 16 bits."""
+    """Multiplies signed bytes with signed bytes of at most 127 and adds neighbouring products in 16 bits."""
     count = w.type.count
     if not _has_bytes(k, count):
         even, odd = range(0, count, 2), range(1, count, 2)
         w, s = w.to(I16), s.to(I16)
         return w.shuffle(even) * s.shuffle(even) + w.shuffle(odd) * s.shuffle(odd)
-    # |w| · (s with the sign of w): two products of 128 and 127 still fit.
+    # It is |w| · (s with the sign of w): two products of 128 and 127 still fit.
     if count == 64:
         negative = w < 0
         return _multiply_add(k, k.select(negative, w * -1, w), k.select(negative, s * -1, s))
@@ -239,12 +239,12 @@ def _multiply_add_signed(k: Emitter, w: Value, s: Value) -> Value:
 
 
 def _has_bytes(k: Emitter, count: int) -> bool:
-    """Whether this is an x86 with byte multiplication on vectors of `count` bytes."""
+    """Checks whether this is an x86 with byte multiplication on vectors of `count` bytes."""
     return "x86" in k.target.triple and k.target.has("avx512bw" if count == 64 else "avx2")
 
 
 def _add_pairs(k: Emitter, x: Value) -> Value:
-    """Neighbouring int16 added as int32."""
+    """Adds neighbouring int16 as int32."""
     count = x.type.count
     names = {8: "sse2.pmadd.wd", 16: "avx2.pmadd.wd", 32: "avx512.pmaddw.d.512"}
     if _has_bytes(k, 2 * count):
@@ -254,13 +254,13 @@ def _add_pairs(k: Emitter, x: Value) -> Value:
 
 
 def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
-    """Four vectors, of each row eight int16 or four int32 → the sum of each row as int32, in row order.
+    """Folds four vectors, with eight int16 or four int32 of each row, into the sum of each row as int32, in row order.
 
     Sixteen products of 15 and 127 are at most 30480: all sums but the last fit 16 bits.
     """
 
     def zip_add(a: Value, b: Value, element: ir.IntType) -> Value:
-        """In each 128-bit lane: (a0 b0 a1 b1 …) of the lower half plus the same of the upper half, in units of `element`."""
+        """Adds, in each 128-bit lane, (a0 b0 a1 b1 …) of the lower half and of the upper half, in units of `element`."""
         words, per_lane = a.type, 128 // element.width
         count = words.count * words.element.width // element.width
         a, b = (v.bits(ir.VectorType(element, count)) for v in (a, b))
@@ -275,9 +275,9 @@ def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:
-    """Check what the buffers' sizes do not say; round the activations; then a few weight rows a task."""
+    """Checks what the buffers' sizes do not say; rounds the activations; then does a few weight rows per task."""
     a.require((a.K % fmt.elements).eq(0), f"argument x: K is not a multiple of {fmt.elements} ({fmt.kind})")
-    a.require((a.G * BLOCK).eq(a.K), "result xd: expected K / 32 scales a row")
+    a.require((a.G * BLOCK).eq(a.K), "result xd: expected K / 32 scales per row")
     row_bytes = a.K // fmt.elements * fmt.bytes
     a.require(row_bytes.eq(a.R), f"argument blocks: rows do not hold K weights ({fmt.kind})")
     layer = a.layer[0].to(I64)
@@ -314,5 +314,5 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:
                 by_tile(k, a, tile, first, last)
 
     a.parallel(a.M, quantise_row)
-    rows = task_rows(k, a, k.lanes, MOST_TASK_ROWS)
+    rows = task_rows(k, a, k.lanes, MAX_TASK_ROWS)
     a.parallel((a.N + rows - 1) // rows, task, row_bytes=row_bytes, task_rows=rows)

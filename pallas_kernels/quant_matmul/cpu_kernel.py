@@ -1,7 +1,7 @@
 """Quantised matmul on the CPU from the file's own GGUF blocks: float32 activations × exactly dequantised weights.
 
 out[m, n] is a dot product along K in one vector accumulator, one fused multiply-add per vector, lanes summed in a fixed tree
-at the end. Every path below keeps that order, so a row of the result is the same bits whatever M, whatever the threads.
+at the end. Every path below keeps that order, so a row of the result has the same bits for any M and any number of threads.
 One activation row goes straight from registers; more rows use a tile of four dequantised weight rows in the L1 cache.
 """
 
@@ -16,14 +16,14 @@ from pallas_kernels.quant_matmul.formats import BlockFormat
 TILE_ROWS = 4  # weight rows of a tile: their four sums are one vector store
 TILE_K = 768  # weights of a tile row: 4 * 768 * 4 bytes = 12 KiB, with the activations under 32 KiB of L1
 BLOCK_M = 96  # activation rows that stay in L2 (96 * 768 * 4 = 288 KiB) while a task's weight rows pass
-TASK_ROWS = 32  # most weight rows a task
+TASK_ROWS = 32  # most weight rows per task
 PREFETCH_ROWS = 8  # rows ahead: a row is too short for the hardware to see a stream
 # Weight rows whose sums are in flight together when M = 1: enough to hide the latency, few enough for the registers.
 ROWS_AT_ONCE = {"q4_0": 2, "q4_1": 2, "q8_0": 4, "q4_k": 1, "q5_k": 1, "q6_k": 1, "f32": 4, "f16": 4, "bf16": 4}
 
 
 def store_row(k: Emitter, out: Ptr, index: Value, four: Value, n: Value, count: Value) -> None:
-    """Store out[index … index+3], as many as n … n+3 are below count."""
+    """Stores out[index … index+3], as far as n … n+3 are below count."""
     with k.when_else(n + 4 <= count) as (whole, part):
         with whole:
             out.store(index, four)
@@ -34,13 +34,13 @@ def store_row(k: Emitter, out: Ptr, index: Value, four: Value, n: Value, count: 
 
 
 def weight_rows(k: Emitter, a: Frame, n: Value) -> list[Ptr]:
-    """Pointers to four weight rows from n; past the end the last row again (its results are not stored)."""
+    """Returns pointers to four weight rows from n; past the end, the last row again (its results are not stored)."""
     layer = a.layer[0].to(I64)
     return [a.blocks.as_(I8) + (layer * a.N + k.min(n + r, a.N - 1)) * a.row_bytes for r in range(TILE_ROWS)]
 
 
 def _single_row(k: Emitter, a: Frame, fmt: BlockFormat, first: Value, last: Value) -> None:
-    """M = 1: unpack and multiply in registers."""
+    """Unpacks and multiplies in registers, for M = 1."""
     width, part = k.unit_lanes, PARTS[fmt.kind]
     with k.range(first, last, TILE_ROWS) as n:
         rows = weight_rows(k, a, n)
@@ -71,7 +71,7 @@ class _Tile:
         self.carry = k.scratch(F32, BLOCK_M * TASK_ROWS * k.lanes)
 
     def fill(self, n: Value, k0: Value, length: Value) -> None:
-        """Dequantise weights k0 … k0 + length - 1 of the weight rows n … n + 3."""
+        """Dequantises weights k0 … k0 + length - 1 of the weight rows n … n + 3."""
         k, a, fmt, part = self.k, self.a, self.fmt, PARTS[self.fmt.kind]
         for r, row in enumerate(weight_rows(k, a, n)):
             blocks = row + (k0 // fmt.elements) * fmt.bytes
@@ -84,7 +84,7 @@ class _Tile:
                         self.weights.store(b * fmt.elements + (r * TILE_K + i * part + v * k.unit_lanes), w)
 
     def multiply(self, m: Value, count: int, n: Value, k0: Value, length: Value, carry: Ptr) -> None:
-        """Add x[m] · weights for `count` activation rows, in registers; the last tile along K writes the results."""
+        """Adds x[m] · weights for `count` activation rows, in registers; the last tile along K writes the results."""
         k, a, lanes = self.k, self.a, self.k.lanes
         x = [a.x + (m + i) * a.K + k0 for i in range(count)]
         acc = [[k.var(k.zeros(F32, lanes)) for _ in range(TILE_ROWS)] for _ in x]
@@ -108,7 +108,7 @@ class _Tile:
 
 
 def _many_rows(k: Emitter, a: Frame, fmt: BlockFormat, first: Value, last: Value) -> None:
-    """M > 1: dequantise four weight rows into a tile, pass the activation rows by it."""
+    """Dequantises four weight rows into a tile and multiplies all activation rows with it, for M > 1."""
     step_m = 6 if k.registers >= 32 else 3
     tile = _Tile(k, a, fmt)
     with k.range(0, a.M, BLOCK_M) as m0, k.range(0, a.K, TILE_K) as k0:
@@ -126,7 +126,7 @@ def _many_rows(k: Emitter, a: Frame, fmt: BlockFormat, first: Value, last: Value
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:
-    """Check what the buffers' sizes do not say; then a few weight rows a task."""
+    """Checks what the buffers' sizes do not say; then does a few weight rows per task."""
     a.require((a.K % fmt.elements).eq(0), f"argument x: K is not a multiple of {fmt.elements} ({fmt.kind})")
     row_bytes = a.K // fmt.elements * fmt.bytes
     a.require(row_bytes.eq(a.R * fmt.item_bytes), f"argument blocks: rows do not hold K weights ({fmt.kind})")
@@ -142,6 +142,6 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:
             with many:
                 _many_rows(k, a, fmt, first, last)
 
-    # For M > 1 a task has no more rows than there is room for sums between two tiles along K.
+    # For M > 1 a task has only as many rows as there is room for their sums between two tiles along K.
     rows = task_rows(k, a, TILE_ROWS, k.select(a.M.eq(1), k.i64(4 * TASK_ROWS), k.i64(TASK_ROWS)))
     a.parallel((a.N + rows - 1) // rows, task, row_bytes=row_bytes, task_rows=rows)

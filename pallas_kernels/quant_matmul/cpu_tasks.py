@@ -1,4 +1,4 @@
-"""How the native CPU matmuls share weight rows out to threads. (No result depends on it.)"""
+"""Shares the weight rows of native CPU matmuls among threads. (No result depends on it.)"""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ TASKS_PER_THREAD = 8  # enough that threads end together; fewer, longer tasks re
 
 
 def task_rows(k: Emitter, a: Frame, tile_rows: int, most: Value | int) -> Value:
-    """Weight rows of a task: whole tiles, at most `most` of the N rows."""
+    """Returns the weight rows of a task: whole tiles, at most `most` of the N rows."""
     share = a.N // (a.num_threads() * TASKS_PER_THREAD * tile_rows) * tile_rows
     return k.max(k.min(share, most if isinstance(most, Value) else k.i64(most)), tile_rows)

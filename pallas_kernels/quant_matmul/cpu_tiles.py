@@ -1,10 +1,10 @@
 """Quantised matmul on tiled rows (see `tiles`): integer dot products of activations cut into 8-bit digits.
 
-In blocks of 32, activations become whole numbers times a scale: of 23 bits for `exact`, three digits to base 256, and of one
-or two digits for `fast` (one is llama.cpp's Q8_1). Four weights of 16 rows against four activations are one instruction
+In blocks of 32, activations become whole numbers times a scale: of 23 bits for `exact`, three digits in base 256, and of one
+or two digits for `fast` (one is llama.cpp's Q8_1). Four weights of 16 rows times four activations are one instruction
 (vpdpbusd of AVX-512 VNNI). Shifts put the digits' sums together, so a block of 32 is an exact integer per row and takes one
-conversion and one or two multiply-adds. Three digits err by at most 2^-22 of the largest activation of a block, on the whole
-less than a float32 sum. No path depends on M or on the threads: a row of the result has the same bits in any batch.
+conversion and one or two multiply-adds. Three digits err by at most 2^-22 of a block's largest activation, on the whole
+less than a float32 sum. No path depends on M or on the number of threads: a row of the result has the same bits in any batch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pallas_kernels.quant_matmul.tiles import HEADS, ROWS
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP as GROUP
 
 BLOCK = 32
-MOST_TASK_ROWS = {True: 1024, False: 256}  # M = 1: long runs of memory; else: stays in the L2 cache
-BIAS = {"q4_0": 8, "q4_1": 0, "q8_0": 128}  # what the unsigned numbers of the dot product are too large by
+MAX_TASK_ROWS = {True: 1024, False: 256}  # for M = 1, long runs of memory; else they stay in the L2 cache
+BIAS = {"q4_0": 8, "q4_1": 0, "q8_0": 128}  # the excess of the dot product's unsigned numbers
 LARGEST = {1: 127, 2: 127 << 8, 3: 63 << 16}  # so that a block's sum fits 32 bits
 INFINITY = 0x7F800000  # its bits
 SMALLEST = 1e-30  # blocks of smaller numbers count as zeros: their scale's inverse would overflow
 
 
 class Activations:
-    """Digits [A, G, GROUP, digits, 32], scales [A, G, GROUP] and sums [A, G, GROUP, 2] of the activations, block by block.
+    """Activations block by block: digits [A, G, GROUP, digits, 32], scales [A, G, GROUP] and sums [A, G, GROUP, 2].
 
     A sum is that of the block's numbers: in units of the scale and times -bias for kinds with a bias (for the leading digit
     and the others apart where `split`), else as float32.
@@ -41,12 +41,12 @@ class Activations:
         self.split = kind == "q8_0" and digits == 3  # 8-bit weights times 23 bits do not fit 32
 
     def at(self, group: Value, block: Value) -> tuple[Ptr, Ptr, Ptr]:
-        """Digits, scales and sums of one block of a group."""
+        """Returns digits, scales and sums of one block of a group."""
         index = (group * self.a.G + block) * GROUP
         return self.a.xq + index * (self.digits * BLOCK), self.a.xd + index, self.a.xs + index * 2
 
     def round_row(self, m: Value) -> None:
-        """Fill in activation row m, times silu of its gate where there is one."""
+        """Fills in activation row m, times silu of its gate where there is one."""
         k, a, lanes = self.k, self.a, self.k.lanes
         with k.range(0, a.G) as g:
             digits, scales, sums = self.at(m // GROUP, g)
@@ -56,7 +56,7 @@ class Activations:
             if self.gated:
                 gates = [a.gate.load(at, lanes) for at in places]
                 parts = [x * (gate / (k.exp(gate * -1.0) + 1.0)) for x, gate in zip(parts, gates, strict=True)]
-            # The sizes' bits are in the order of the sizes, and those of what is not finite are the largest.
+            # The bits of sizes have the order of the sizes, and those of what is not finite are the largest.
             sizes = [k.abs(part).bits(ir.VectorType(I32, lanes)) for part in parts]
             bits = k.max_lanes(functools.reduce(k.max, sizes))
             most = bits.bits(F32)
@@ -84,7 +84,7 @@ class Activations:
 
 
 def unpack(k: Emitter, body: Ptr, kind: str) -> list[Value]:
-    """Unsigned bytes of a tile's block, four weights of each row a vector, in the order of the weights."""
+    """Unpacks a tile's block into unsigned bytes, four weights of each row per vector, in the order of the weights."""
     vector = 4 * ROWS
     if kind == "q8_0":
         return [body.load(i * vector, vector) ^ -128 for i in range(8)]
@@ -93,7 +93,7 @@ def unpack(k: Emitter, body: Ptr, kind: str) -> list[Value]:
 
 
 def dot4(k: Emitter, total: Value, weights: Value, four: Ptr) -> Value:
-    """total[r] + the sum of weights[4 r + i] (unsigned) times four[i] (signed)."""
+    """Returns total[r] + the sum of weights[4 r + i] (unsigned) times four[i] (signed)."""
     lanes = total.type.count
     if lanes == 16 and k.target.has("avx512vnni"):
         x = k.splat(four.as_(I32).load(), lanes).bits(weights.type)
@@ -107,7 +107,7 @@ def dot4(k: Emitter, total: Value, weights: Value, four: Ptr) -> Value:
 def multiply(
     k: Emitter, a: Frame, x: Activations, kind: str, tile: Value, group: Value, first: int, count: int
 ) -> None:
-    """Results of `count` rows from `first` of a group for the 16 weight rows of a tile."""
+    """Computes the results of `count` rows from `first` of a group for the 16 weight rows of a tile."""
     block_bytes = a.block_bytes
     weights = a.blocks + (a.layer[0].to(I64) * (a.N // ROWS) + tile) * (block_bytes * a.G)
     acc = [k.var(k.zeros(F32, ROWS)) for _ in range(count)]
@@ -143,7 +143,7 @@ def multiply(
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> None:
-    """Check what the buffers' sizes do not say; cut the activations into digits; then a few tiles a task."""
+    """Checks what the buffers' sizes do not say; cuts the activations into digits; then does a few tiles per task."""
     a.require((a.G * BLOCK).eq(a.K), "result xd: expected K / 32 blocks")
     a.require((a.A * GROUP) >= a.M, f"result xd: expected groups of {GROUP} for all M rows")
     a.require((a.N % ROWS).eq(0), f"argument blocks: rows are not a multiple of {ROWS}")
@@ -169,6 +169,6 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> No
                 multiply(k, a, x, fmt.kind, tile, whole, start, count)
 
     a.parallel(a.M, rounding)
-    rows = task_rows(k, a, ROWS, k.select(a.M.eq(1), k.i64(MOST_TASK_ROWS[True]), k.i64(MOST_TASK_ROWS[False])))
+    rows = task_rows(k, a, ROWS, k.select(a.M.eq(1), k.i64(MAX_TASK_ROWS[True]), k.i64(MAX_TASK_ROWS[False])))
     tiles = rows // ROWS
     a.parallel((a.N // ROWS + tiles - 1) // tiles, task, task_tiles=tiles, block_bytes=k.i64(fmt.bytes * ROWS))

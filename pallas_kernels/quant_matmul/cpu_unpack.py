@@ -1,8 +1,8 @@
-"""Unpacking GGUF blocks into float32 vectors, written with `cpu_ffi.emit`: every weight is exact, in its natural place.
+"""Unpacks GGUF blocks into float32 vectors, written with `cpu_ffi.emit`: every weight is exact and in its natural place.
 
 `UNPACKERS[kind](k, block)` reads a block's scales once and returns `part(i) -> vectors`: the weights of the i-th part of the
-block (`PARTS[kind]` of them) as vectors of k.unit_lanes, in order. Only the multiplication by the scale and the addition of
-the minimum round, once (a fused multiply-add).
+block (`PARTS[kind]` of them) as vectors of k.unit_lanes, in order. Only multiplying by the scale and adding
+the minimum rounds, once (a fused multiply-add).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PARTS = {"q4_0": 32, "q4_1": 32, "q8_0": 32, "q4_k": 64, "q5_k": 64, "q6_k": 128
 
 
 def half_scales(at: Ptr, count: int) -> list[Value]:
-    """`count` neighbouring float16 as float32 scalars."""
+    """Loads `count` neighbouring float16 as float32 scalars."""
     if count == 1:
         return [at.as_(F16).load().to(F32)]
     pair = at.as_(F16).load(0, count).to(F32)
@@ -28,7 +28,7 @@ def half_scales(at: Ptr, count: int) -> list[Value]:
 
 
 def widen(k: Emitter, bytes_: Value, signed: bool = False) -> list[Value]:
-    """A vector of int8 → float32 vectors, same order."""
+    """Widens a vector of int8 to float32 vectors, in the same order."""
     step = k.unit_lanes
     parts = [bytes_.shuffle(range(i, i + step)) for i in range(0, bytes_.type.count, step)]
     return [part.to(I32, signed).to(F32) for part in parts]
@@ -40,7 +40,7 @@ def _affine(k: Emitter, quants: list[Value], scale: Value, offset: Value) -> lis
 
 
 def low_high(k: Emitter, qs: Ptr, count: int) -> tuple[list[Value], list[Value]]:
-    """`count` bytes of nibbles → float32 vectors of the low and of the high ones."""
+    """Unpacks `count` bytes of nibbles to float32 vectors of the low and of the high ones."""
     if k.unit_lanes == 4 and k.target.has("ssse3"):
         pairs = [_low_high_by_table(k, qs.load(i, 16)) for i in range(0, count, 16)]
         return [v for low, _ in pairs for v in low], [v for _, high in pairs for v in high]
@@ -49,9 +49,9 @@ def low_high(k: Emitter, qs: Ptr, count: int) -> tuple[list[Value], list[Value]]
 
 
 def _low_high_by_table(k: Emitter, bytes_: Value) -> tuple[list[Value], list[Value]]:
-    """The same for 16 bytes without int → float conversions, of which Zen 1 does four lanes a cycle, and none beside an FMA.
+    """Does the same for 16 bytes without int → float conversions: Zen 1 does four lanes of them per cycle, none beside an FMA.
 
-    Whole numbers up to 15 are exact in bfloat16: look up its two bytes, zip them, and a float32 is its upper half.
+    Whole numbers up to 15 are exact in bfloat16: its two bytes are looked up and zipped, and are a float32's upper half.
     """
     vector = bytes_.type
     bits = [struct.unpack("<I", struct.pack("<f", q))[0] >> 16 for q in range(16)]
@@ -90,7 +90,7 @@ def q8_0(k: Emitter, block: Ptr) -> Part:
 
 
 def k_scales(k: Emitter, packed: Ptr) -> tuple[Value, Value]:
-    """12 bytes → eight 6-bit scales and eight 6-bit minima as float32 vectors of eight."""
+    """Unpacks 12 bytes to eight 6-bit scales and eight 6-bit minima, as float32 vectors of eight."""
     a, b, c = (packed.load(i, 4) for i in (0, 4, 8))
     scale = k.concat([a & 63, (c & 15) | ((a >> 6) << 4)])
     minimum = k.concat([b & 63, (c >> 4) | ((b >> 6) << 4)])

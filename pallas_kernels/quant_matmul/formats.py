@@ -1,6 +1,6 @@
 """The weight formats of quantised matmul: geometry and layout, one table for every backend.
 
-GGUF blocks: a row of K weights is K / elements blocks, one after the other. Layouts are those of ggml's `block_q*` structs
+GGUF blocks: a row of K weights has K / elements blocks, one after the other. Layouts are those of ggml's `block_q*` structs
 (https://github.com/ggml-org/llama.cpp, ggml-common.h), little-endian; float16 scales; no padding. The dense formats f32, f16
 and bf16 are ordinary arrays [L, N, K] of these numbers (a "block" is then just 32 of them).
 """
@@ -23,11 +23,11 @@ class BlockFormat:
 
     @property
     def item_bytes(self) -> int:
-        """Bytes of one item of the array."""
+        """The bytes of one item of the array."""
         return _ITEM_BYTES[self.dtype]
 
     def row_items(self, k: int) -> int:
-        """Items of the array in a row of k weights: R, bytes for GGUF blocks and K for dense formats.
+        """Returns the items of the array in a row of k weights: R, bytes for GGUF blocks and K for dense formats.
 
         Raises:
             ValueError: k is not a whole number of blocks.
@@ -37,10 +37,10 @@ class BlockFormat:
         return k // self.elements * self.bytes // self.item_bytes
 
     def row_elements(self, items: int) -> int:
-        """Weights in a row of that many items.
+        """Returns the weights in a row of this many items.
 
         Raises:
-            ValueError: they are not a whole number of blocks.
+            ValueError: the items are not a whole number of blocks.
         """
         if items * self.item_bytes % self.bytes:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Quantised matmul the obvious way: dequantise every weight to float32, then a float32 dot. The oracle of the others."""
+"""Quantised matmul the obvious way: it dequantises every weight to float32, then takes a float32 dot. The oracle of the
+others."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from pallas_kernels.quant_matmul.tiles import untile
 
 
 def _f16(bytes_: Array) -> Array:
-    """[..., 2] uint8 → [...] float32 through little-endian float16."""
+    """Turns [..., 2] uint8 into [...] float32 through little-endian float16."""
     return jax.lax.bitcast_convert_type(bytes_, jnp.float16).astype(jnp.float32)
 
 
 def _nibbles(qs: Array) -> tuple[Array, Array]:
-    """Low and high four bits as float32."""
+    """Returns the low and the high four bits as float32."""
     return (qs & 15).astype(jnp.float32), (qs >> 4).astype(jnp.float32)
 
 
@@ -36,7 +37,7 @@ def _q8_0(b: Array) -> Array:
 
 
 def _k_scales(s: Array) -> tuple[Array, Array]:
-    """[..., 12] packed bytes → eight 6-bit scales and eight 6-bit minima, [..., 8] float32 each."""
+    """Unpacks [..., 12] bytes to eight 6-bit scales and eight 6-bit minima, [..., 8] float32 each."""
     a, b, c = s[..., 0:4], s[..., 4:8], s[..., 8:12]
     scale = jnp.concatenate([a & 63, (c & 15) | ((a >> 6) << 4)], -1)
     minimum = jnp.concatenate([b & 63, (c >> 4) | ((b >> 6) << 4)], -1)
@@ -44,7 +45,7 @@ def _k_scales(s: Array) -> tuple[Array, Array]:
 
 
 def _k_affine(b: Array, quants: Array) -> Array:
-    """Apply the scales of Q4_K and Q5_K to quants [..., 8, 32]."""
+    """Applies the scales of Q4_K and Q5_K to quants [..., 8, 32]."""
     scale, minimum = _k_scales(b[..., 4:16])
     d, dmin = _f16(b[..., 0:2])[..., None], _f16(b[..., 2:4])[..., None]
     w = (d * scale)[..., None] * quants - (dmin * minimum)[..., None]
@@ -78,7 +79,7 @@ _DEQUANTISE = {"q4_0": _q4_0, "q4_1": _q4_1, "q8_0": _q8_0, "q4_k": _q4_k, "q5_k
 
 
 def dequantise(blocks: Array, kind: str) -> Array:
-    """Blocks [..., R] of the format's dtype → weights [..., K] float32.
+    """Turns blocks [..., R] of the format's dtype into weights [..., K] float32.
 
     Raises:
         ValueError: the row is not a whole number of blocks.
@@ -92,12 +93,12 @@ def dequantise(blocks: Array, kind: str) -> Array:
 
 
 def gated(x: Array, gate: Array | None) -> Array:
-    """silu(gate) · x, or x where there is no gate."""
+    """Returns silu(gate) · x, or x where there is no gate."""
     return x if gate is None else jax.nn.silu(gate) * x
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere; it dequantises a whole layer's matrix for each call."""
+    """Refuses nothing: it runs everywhere, but dequantises a whole layer's matrix in each call."""
     del case
     return None
 
@@ -112,7 +113,7 @@ def quant_matmul(
     precision: str = "exact",
     tiled: bool = False,
 ) -> Array:
-    """See `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
+    """Dequantises and multiplies, see `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
     del precision
     rows = jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
     weights = dequantise(untile(rows, kind) if tiled else rows, kind)

@@ -1,9 +1,9 @@
 """The tiled order of block rows: the same bytes as in the file, with 16 weight rows woven together for wide vectors.
 
-A tile is ROWS neighbouring rows of a matrix. Block after block of 32 weights it holds each 16-bit number of the block's head for
-all rows, then each 4 bytes of the block's body for all rows: one load of 64 bytes gets four weights (or four pairs of
-4-bit weights) of every row, and a dot product needs no sum across lanes. An array [L, N, R] keeps its shape: only bytes within
-16 rows change places, so N must be a multiple of 16.
+A tile is ROWS neighbouring rows of a matrix. Block after block of 32 weights, it holds each 16-bit number of the block's head for
+all rows, then each 4 bytes of the block's body for all rows: one load of 64 bytes fetches four weights (or four pairs of
+4-bit weights) of every row, and a dot product needs no sum across lanes. An array [L, N, R] keeps its shape: bytes change places
+only within 16 rows, so N must be a multiple of 16.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ ROWS = 16
 TILE_GROUP = 8
 """Activation rows that the kernel for tiled rows takes together."""
 HEADS = {"q4_0": 1, "q4_1": 2, "q8_0": 1}
-"""Kinds that can be tiled, and how many 16-bit numbers their blocks begin with."""
+"""Kinds that can be tiled, and the number of 16-bit numbers with which their blocks begin."""
 
 CHUNK = 1 << 22  # bytes that are moved at a time
 
 
 def can_tile(kind: str, rows: int) -> bool:
-    """Whether matrices of that many rows of a kind can have the tiled order."""
+    """Checks whether matrices with this many rows of a kind can have the tiled order."""
     return kind in HEADS and rows % ROWS == 0
 
 
 @cache
 def byte_order(kind: str, row_bytes: int) -> np.ndarray:
-    """[ROWS, R]: where in a tile byte j of row r lies."""
+    """Returns [ROWS, R]: the place in a tile of byte j of row r."""
     from pallas_kernels.quant_matmul.formats import FORMATS
 
     size, head = FORMATS[kind].bytes, 2 * HEADS[kind]
@@ -42,7 +42,7 @@ def byte_order(kind: str, row_bytes: int) -> np.ndarray:
 
 
 def tile_rows(blocks: np.ndarray, kind: str) -> None:
-    """Give the rows [..., N, R] the tiled order, in place.
+    """Brings the rows [..., N, R] into the tiled order, in place.
 
     Raises:
         ValueError: this kind or number of rows cannot be tiled.
@@ -59,13 +59,13 @@ def tile_rows(blocks: np.ndarray, kind: str) -> None:
 
 
 def untile(blocks: jax.Array, kind: str) -> jax.Array:
-    """Tiled [..., N, R] → rows in the file's order."""
+    """Returns tiled rows [..., N, R] in the file's order."""
     order = byte_order(kind, blocks.shape[-1]).reshape(-1)
     return jnp.take(blocks.reshape(*blocks.shape[:-2], -1, order.size), order, axis=-1).reshape(blocks.shape)
 
 
 def take_rows(blocks: jax.Array, ids: jax.Array, kind: str) -> jax.Array:
-    """Rows `ids` [T] of a tiled matrix [N, R], in the file's order: [T, R]. Ids outside are clipped."""
+    """Returns rows `ids` [T] of a tiled matrix [N, R], in the file's order: [T, R]. Ids outside are clipped."""
     rows, row_bytes = blocks.shape
     ids = jnp.clip(ids, 0, rows - 1)
     order = jnp.asarray(byte_order(kind, row_bytes))[ids % ROWS]

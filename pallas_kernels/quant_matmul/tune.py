@@ -1,4 +1,4 @@
-"""Measures on this machine from how many activation rows on each way to multiply with stored weights is the fastest."""
+"""Measures on this machine for how many activation rows each way of multiplying with stored weights is the fastest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = (1, 2, 4, 8, 32, 128)
 FEATURES, WIDTH, LAYERS = 1536, 768, 2
 REPEATS = 5
 MARGIN = 0.95
-"""A kernel must take at most this share of the other's time to replace it: measurements are noisy."""
+"""A kernel must take at most this share of the other's time to replace it, as measurements are noisy."""
 
 
 def measure_kinds(kinds: tuple[str, ...] = tuple(FORMATS)) -> Iterator[tuple[str, dict[str, int | None]]]:
@@ -31,7 +31,7 @@ def measure_kinds(kinds: tuple[str, ...] = tuple(FORMATS)) -> Iterator[tuple[str
 
 
 def _last_win(times: dict[int, tuple[float, float]]) -> int | None:
-    """Most rows up to which the first time is the smaller without a break; None where it always is."""
+    """Returns the most rows up to which the first time is always the smaller; None where it is for all."""
     last = 0
     for rows, (first, second) in times.items():
         if first > second:
@@ -41,7 +41,7 @@ def _last_win(times: dict[int, tuple[float, float]]) -> int | None:
 
 
 def _times(kind: str, rows: int) -> dict[str, float]:
-    """Seconds of one call of each way, the smallest of a few turns through all of them."""
+    """Returns the seconds of one call of each way, the least of a few turns through all of them."""
     fmt, rng = FORMATS[kind], np.random.default_rng(0)
     shape = (LAYERS, FEATURES, fmt.row_items(WIDTH))
     blocks = jnp.asarray(rng.integers(0, 60, shape).astype(fmt.dtype))  # small bytes: no scale is an infinity

@@ -1,6 +1,6 @@
-"""Quantised matmul by XLA: dequantise the layer's matrix into scratch memory, then XLA's own dot. Good for many rows.
+"""Quantised matmul by XLA: it dequantises the layer's matrix into scratch memory, then runs XLA's dot. Good for many rows.
 
-It is the reference's own code: what differs is when `dispatch` picks it.
+It is the reference's own code; the difference is when `dispatch` picks it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,6 @@ __all__ = ["quant_matmul", "why_not"]
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere."""
+    """Refuses nothing: it runs everywhere."""
     del case
     return None

@@ -1,6 +1,6 @@
 """Matmul with weight-only quantisation for accelerators: int8, float8 or packed int4 weights and scales. Contract and entry.
 
-Axis letters: M activation rows, K their width, N output features, L layers, B groups of K that share a scale (1: the scale is
+Axis letters: M activation rows, K their width, N output features, L layers, B groups of K with a scale each (1: the scale is
 per output feature), H = K / B.
 """
 
@@ -27,7 +27,7 @@ def scaled_matmul(
     *,
     implementation: str | None = None,
 ) -> jax.Array:
-    """x times the transposed weights of one layer, each weight multiplied with its group's scale. Sums are float32.
+    """Multiplies x with the transposed weights of one layer, each times its group's scale. Sums are float32.
 
     Args:
         x: Float[Array, "M K"].

@@ -1,6 +1,6 @@
 """Scaled matmul on a GPU through Pallas' Triton lowering, for scales per group: weights are widened in registers.
 
-XLA would write the dequantised weights to memory. A step of the loop is a group (or the part of one that fits), its product
+XLA would write the dequantised weights to memory. A step of the loop is a group (or the part of one that fits); its product
 is scaled before it is added.
 """
 
@@ -19,7 +19,7 @@ from pallas_kernels.gpu_devices import why_not_capability
 
 
 def why_not(case: Case) -> str | None:
-    """Runs on NVIDIA GPUs from Ampere on, for several groups of a multiple of 16 (int4: 32) weights that a power of two cuts."""
+    """Refuses all but NVIDIA GPUs from Ampere on, and but several groups of multiples of 16 (int4: 32) weights."""
     groups, width = case.shapes["scales"][2], case.shapes["x"][1]
     dtype = case.dtypes["weights"]
     if groups == 1:
@@ -34,7 +34,8 @@ def why_not(case: Case) -> str | None:
 def scaled_matmul(
     x: jax.Array, weights: jax.Array, scales: jax.Array, layer: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """See `pallas_kernels.scaled_matmul.scaled_matmul`. `interpret` runs the kernel in Pallas' interpreter."""
+    """Multiplies on a GPU, see `pallas_kernels.scaled_matmul.scaled_matmul`; `interpret` runs the kernel in Pallas'
+    interpreter."""
     rows, (_, features, stored) = x.shape[0], weights.shape
     exact = x.dtype == jnp.float32
     tile = min(32 if exact else 128, max(16, 1 << (rows - 1).bit_length()))
@@ -67,7 +68,7 @@ def _kernel(layer_ref, x_ref, weights_ref, scales_ref, out_ref, *, tile: int, co
     precision = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
 
     def product(first: jax.Array, w: jax.Array) -> jax.Array:
-        """Of `depth` activations from `first` on with weights [columns, depth]."""
+        """Multiplies `depth` activations from `first` on with weights [columns, depth]."""
         x = plgpu.load(x_ref.at[row, first + offset], mask=jnp.broadcast_to(row < rows, (tile, depth)), other=0.0)
         return lax.dot_general(
             *(x, w.astype(x.dtype), (((1,), (1,)), ((), ()))), precision=precision, preferred_element_type=jnp.float32

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: quantising, and two int4 numbers in a byte."""
+"""Quantises weights to 8 and 4 bits, and packs two int4 numbers in a byte."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def pack_int4(weights: jax.Array, groups: int) -> jax.Array:
-    """UInt8[..., K/2] from Int[..., K] in -8 … 7, K in `groups` equal groups of H.
+    """Packs Int[..., K] in -8 … 7 into UInt8[..., K/2], with K in `groups` equal groups of H.
 
     Byte j of a group holds its number j + 8 in the low half and number j + H/2 + 8 in the high half, so that both halves of
     a tile of bytes belong to consecutive activations (as in ggml's q4_0).
@@ -20,14 +20,14 @@ def pack_int4(weights: jax.Array, groups: int) -> jax.Array:
 
 
 def unpack_int4(packed: jax.Array, groups: int) -> jax.Array:
-    """Int8[..., K], the inverse of `pack_int4`."""
+    """Unpacks to Int8[..., K], the inverse of `pack_int4`."""
     split = packed.reshape(*packed.shape[:-1], groups, -1)
     both = jnp.stack([split & 15, split >> 4], axis=-2).astype(jnp.int8) - jnp.int8(8)
     return both.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
 def quantise(weights: jax.Array, kind: str, groups: int = 1) -> tuple[jax.Array, jax.Array]:
-    """(weights, scales) for `scaled_matmul`, symmetric: a group's largest magnitude is the largest number of the kind.
+    """Returns (weights, scales) for `scaled_matmul`, symmetric: a group's largest magnitude is the kind's largest number.
 
     Args:
         weights: Float[Array, "... N K"].
@@ -35,7 +35,7 @@ def quantise(weights: jax.Array, kind: str, groups: int = 1) -> tuple[jax.Array,
         groups: B, equal groups of K.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: the kind is unknown.
     """
     limits: dict[str, float] = {"int8": 127.0, "int4": 7.0, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
     if kind not in limits:

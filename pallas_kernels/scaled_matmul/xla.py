@@ -13,13 +13,13 @@ from pallas_kernels.scaled_matmul.packing import unpack_int4
 
 
 def why_not(case: Case) -> str | None:
-    """Runs everywhere."""
+    """Refuses nothing: it runs everywhere."""
     del case
     return None
 
 
 def scaled_matmul(x: jax.Array, weights: jax.Array, scales: jax.Array, layer: jax.Array) -> jax.Array:
-    """See `pallas_kernels.scaled_matmul.scaled_matmul`: one product, or one for each group of a scale."""
+    """Multiplies in one product, or one for each group of a scale, see `pallas_kernels.scaled_matmul.scaled_matmul`."""
     w, s = (lax.dynamic_index_in_dim(array, layer, keepdims=False) for array in (weights, scales))
     groups = s.shape[1]
     w = unpack_int4(w, groups) if w.dtype == jnp.uint8 else w

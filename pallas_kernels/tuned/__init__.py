@@ -1,4 +1,4 @@
-"""Measured crossovers between kernels, by type of CPU: this user's measurement, else the data shipped here, else none.
+"""Measured crossovers between kernels by type of CPU: this user's measurement, else the data shipped here, else none.
 
 A file is named after LLVM's name of the CPU and holds, for each kind of weights, row counts:
 `{"quant_matmul": {"q8_0": {"int8_rows": 4, "native_rows": null}}}`. Up to `int8_rows` activation rows precision `fast` rounds
@@ -27,17 +27,17 @@ def user_directory() -> Path:
 
 
 def user_file(cpu: str) -> Path:
-    """Where `llm-infer kernels --tune` keeps what it measured on this type of CPU."""
+    """Returns the file in which `llm-infer kernels --tune` keeps its results."""
     return user_directory() / f"{cpu}.json"
 
 
 def shipped_file(cpu: str) -> Path:
-    """The data of this package for a CPU."""
+    """Returns the file of this package's data for a CPU."""
     return Path(__file__).parent / f"{cpu}.json"
 
 
 def source_of(cpu: str) -> Path | None:
-    """The file that holds for a CPU; None where nothing was measured."""
+    """Returns the file that counts for a CPU; None where nothing was measured."""
     return next((path for path in (user_file(cpu), shipped_file(cpu)) if path.is_file()), None)
 
 
@@ -47,7 +47,7 @@ def _read(path: Path, _mtime: int) -> Crossovers:
 
 
 def crossovers(cpu: str) -> Crossovers:
-    """Measured crossovers of the quantised matmul on a CPU, empty where nothing was measured.
+    """Returns the measured crossovers of the quantised matmul on a CPU; empty where nothing was measured.
 
     Raises:
         ValueError: the file cannot be read.
@@ -64,7 +64,7 @@ def crossovers(cpu: str) -> Crossovers:
 
 
 def block_sizes(device: str, op: str) -> dict[str, dict[str, int]]:
-    """Measured block sizes of an op on an accelerator: what the op calls the case → field → value; empty without any.
+    """Returns measured block sizes of an op on an accelerator: the op's name for the case → field → value; empty without any.
 
     The file is named after the device with underscores for spaces and may hold several ops:
     `{"paged_attention": {"bfloat16-128-decode": {"tile": 64, …}}}`.

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_infer.engine.layout import StepLayout
 from llm_infer.engine.platform import layer_loop, query_rows
-from llm_infer.engine.state import FULL, StepInputs, StepState
-from llm_infer.engine.steps import make_step
+from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.state import FULL, StepInputs, StepState
+from llm_infer.engine.step.step import make_step
 from llm_infer.models.architectures import read_architecture
 from llm_infer.models.params import abstract_params, split_model
 from llm_infer.models.registry import family

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from llm_infer.config import SpeculativeConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.models.load import dummy_model
 from llm_infer.scheduler.plan import StepPlan
 from tests.engine.engines import STEPS, EngineFactory, run_all, without_clock

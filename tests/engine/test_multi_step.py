@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import StepFeatures, for_steps
-from llm_infer.engine.state import FULL
+from llm_infer.engine.step.features import for_steps
+from llm_infer.engine.step.state import FULL
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.scheduler.plan import StepPlan

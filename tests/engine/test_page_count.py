@@ -22,6 +22,7 @@ from llm_infer.engine.memory import (
     physical_memory,
 )
 from llm_infer.engine.page_count import LARGEST, page_bytes, pages_that_fit
+from llm_infer.engine.step.state import FULL
 from tests.models.family_checkpoints import load
 
 
@@ -41,16 +42,22 @@ def program(weights: int, page: int, rest: int, copied: int, refuses_above: int)
     rest=st.integers(0, 3_000),
     copied_share=st.sampled_from([0, 0, 0.5, 1]),
     utilization=st.sampled_from([0.5, 0.9, 1.0]),
-    most=st.integers(2, 400),
+    max_pages=st.integers(2, 400),
 )
 def test_the_program_stays_within_and_one_page_more_would_not(
-    weights: int, page: int, rest: int, copied_share: float, utilization: float, most: int
+    weights: int, page: int, rest: int, copied_share: float, utilization: float, max_pages: int
 ) -> None:
     limit, copied = 20_000, int(page * copied_share)
     budget = int(limit * utilization)
     measure = program(weights, page, rest, copied, refuses_above=limit)
-    best = min(most, (budget - weights - rest) // (page + copied))
-    arguments = {"limit": limit, "utilization": utilization, "weights": weights, "page_bytes": page, "most": most}
+    best = min(max_pages, (budget - weights - rest) // (page + copied))
+    arguments = {
+        "limit": limit,
+        "utilization": utilization,
+        "weights": weights,
+        "page_bytes": page,
+        "max_pages": max_pages,
+    }
     if best < 2:
         with pytest.raises(CapacityError, match="raise memory_utilization"):
             pages_that_fit(measure, **arguments)
@@ -58,10 +65,10 @@ def test_the_program_stays_within_and_one_page_more_would_not(
     try:
         pages = pages_that_fit(measure, **arguments)
     except CapacityError:
-        assert copied or measure(min(most, (budget - weights) // page)) is None  # only then may it fall short
+        assert copied or measure(min(max_pages, (budget - weights) // page)) is None  # only then may it fall short
         return
     assert weights + pages * (page + copied) + rest <= budget
-    if not copied and measure(min(most, (budget - weights) // page)) is not None:
+    if not copied and measure(min(max_pages, (budget - weights) // page)) is not None:
         assert pages == best
 
 
@@ -72,7 +79,7 @@ def test_a_refused_program_is_tried_with_fewer_pages() -> None:
         asked.append(pages)
         return None if pages > 80 else 100 + 10 * pages
 
-    assert pages_that_fit(measure, limit=1000, utilization=1.0, weights=50, page_bytes=10, most=10**6) == 86
+    assert pages_that_fit(measure, limit=1000, utilization=1.0, weights=50, page_bytes=10, max_pages=10**6) == 86
     assert asked == [95, 47]  # 90 would fit, if what is no page did not grow
 
 
@@ -91,7 +98,7 @@ def limited(utilization: float) -> Engine:
 def test_the_compiled_engine_stays_within_the_limit_and_a_page_more_would_not() -> None:
     engine = limited(0.8)
     steps, pages = engine.runner.step_programs, engine.scheduler.allocator.num_usable + 1
-    assert engine.runner.pages.shape[1] == pages == engine.runner.num_pages
+    assert engine.runner.state.cache[FULL].shape[1] == pages == engine.runner.num_pages
     taken = device_bytes(steps.lower(4, LARGEST, pages).compile())
     assert taken <= 0.8 * LIMIT < taken + page_bytes(steps)
 

@@ -8,11 +8,11 @@ import pytest
 
 from llm_infer.base.errors import RequestError, UserError
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, StepFeatures, features_of
-from llm_infer.engine.layout import StepLayout, token_buckets
-from llm_infer.engine.state import FULL
+from llm_infer.engine.step.layout import StepLayout, token_buckets
+from llm_infer.engine.step.state import FULL
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from pallas_kernels.paged_attention.plan import PlanShape

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from llm_infer.base.errors import RequestError
+from llm_infer.decoding.features import features_of
 from llm_infer.decoding.sampling_params import SamplingParams
-from llm_infer.engine.features import features_of
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import dummy_model
 from tests.engine.engines import EngineFactory, run_all

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.features import PLAIN, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, features_of
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from tests.engine.engines import EngineFactory, run_all, without_clock

@@ -15,8 +15,8 @@ import pytest
 from llm_infer import LLM, SamplingParams
 from llm_infer.base.outputs import CompletionOutput, RequestOutput
 from llm_infer.config import SchedulerConfig
+from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.structured import StructuredOutputsParams
-from llm_infer.engine.features import StepFeatures
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.scheduler import Scheduler
 from tests.engine.engines import STEPS

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.engine.features import PLAIN, StepFeatures
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.warm_up import WarmUp, prefill_sizes
 from llm_infer.models.config import ModelConfig

@@ -5,11 +5,13 @@ from __future__ import annotations
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from llm_infer.config import SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.scheduler import Request, Scheduler, Sequence, Status, StepPlan, TokenEvent
 from llm_infer.scheduler.plan import ScheduledRow
@@ -27,10 +29,11 @@ def next_token(tokens: list[int], sample_index: int) -> int:
 def continuation(request: Request, sample_index: int, limit: int) -> list[int]:
     """The output that a sample must have, computed without pages."""
     tokens = list(request.prompt)
-    stops = request.stop_token_ids | (frozenset() if request.ignore_eos else request.eos_token_ids)
+    sampling = request.sampling
+    stops = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else request.eos_token_ids)}
     while len(tokens) < limit:
         tokens.append(next_token(tokens, sample_index))
-        if tokens[-1] in stops and len(tokens) - len(request.prompt) >= request.min_tokens:
+        if tokens[-1] in stops and len(tokens) - len(request.prompt) >= sampling.min_tokens:
             break
     return tokens[len(request.prompt) :]
 
@@ -112,16 +115,16 @@ class FakeDevice:
         self.pages[shard, page, offset] = token, position
 
     def _run_steps(self, shard: int, plan: StepPlan, written: set[tuple[int, int]]) -> list[list[int]]:
-        """Several decode steps: `ids[step][row]`, -1 where the row has ended."""
+        """Several decode steps: `ids[step][row]`, -1 where the row has ended. A program may have room for more steps."""
         rows = plan.rows[shard]
-        ids = [[-1] * len(rows) for _ in range(plan.num_steps)]
+        ids = [[-1] * len(rows) for _ in range(plan.num_steps + 2)]
         for index, row in enumerate(rows):
             sequence, request, new = (
                 row.sequence,
                 row.sequence.request,
                 row.start + 1 - len(row.sequence.request.prompt),
             )
-            assert row.count == 1 and row.samples and not row.drafts and new >= max(1, request.min_tokens)
+            assert row.count == 1 and row.samples and not row.drafts and new >= max(1, request.sampling.min_tokens)
             for step in range(0 if sequence in self.ended else row.steps):
                 if step:
                     self._write(shard, sequence, row.start + step, ids[step - 1][index], written)
@@ -158,7 +161,7 @@ class FakeDevice:
         seen = self.pages[shard, sequence.table.pages].reshape(-1, 2)[:length]
         assert seen[:, 1].tolist() == list(range(length)), f"{sequence}: positions {seen[:, 1]}"
         tokens = seen[:, 0].tolist()
-        values = log_probabilities(tokens) if sequence.request.beams is not None else np.zeros(0)
+        values = log_probabilities(tokens) if sequence.request.sampling.beam_width else np.zeros(0)
         self.candidates[shard].append([(int(i), float(values[i])) for i in np.argsort(-values, kind="stable")])
         known = sequence.tokens[:length]
         assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"
@@ -190,9 +193,9 @@ class FakeEngine:
         self.failed = False
 
     def add(self, prompt: list[int], **options: Any) -> Request:
-        """Queues a request; the default is to end by length only."""
-        options.setdefault("speculate", options.get("beams") is None)
-        request = Request(f"r{len(self.requests)}", prompt, **options)
+        """Queues a request; the default is to end by length only. `options` are sampling parameters and a request's own."""
+        sampling = {each.name: options.pop(each.name) for each in fields(SamplingParams) if each.name in options}
+        request = Request(f"r{len(self.requests)}", prompt, SamplingParams(**sampling), **options)
         self.scheduler.add(request)
         self.requests.append(request)
         return request
@@ -230,16 +233,16 @@ class FakeEngine:
     def verify(self, request: Request) -> None:
         """Every sample's output is what the model gives without pages (an aborted one's is its beginning)."""
         limit = self.max_model_len
-        if request.max_tokens is not None:
-            limit = min(limit, len(request.prompt) + request.max_tokens)
-        if request.beams is not None:
+        if request.sampling.max_tokens is not None:
+            limit = min(limit, len(request.prompt) + request.sampling.max_tokens)
+        if request.sampling.beam_width is not None:
             self._verify_beams(request, limit)
             return
         for sequence in request.sequences:
             expected = continuation(request, sequence.sample_index, limit)
             if sequence.status is Status.FINISHED and sequence.finish_reason != "abort":
                 assert sequence.output == expected, f"{sequence}: {sequence.output}, expected {expected}"
-                stopped = expected[-1] in sequence.stop_ids and len(expected) >= request.min_tokens
+                stopped = expected[-1] in sequence.stop_ids and len(expected) >= request.sampling.min_tokens
                 assert sequence.finish_reason == ("stop" if stopped else "length")
             else:
                 assert sequence.output == expected[: len(sequence.output)]
@@ -247,16 +250,17 @@ class FakeEngine:
     def _verify_beams(self, request: Request, limit: int) -> None:
         if not request.finished or request.sequences[0].finish_reason == "abort":
             return
-        assert request.beams is not None
+        sampling = request.sampling
+        assert sampling.beam_width is not None
         expected = naive_beam_search(
             log_probabilities,
             list(request.prompt),
-            width=request.beams.width,
+            width=sampling.beam_width,
             max_tokens=limit - len(request.prompt),
             stop_ids=request.sequences[0].stop_ids,
-            min_tokens=request.min_tokens,
-            length_penalty=request.beams.length_penalty,
-            early_stopping=request.beams.early_stopping,
+            min_tokens=sampling.min_tokens,
+            length_penalty=sampling.length_penalty,
+            early_stopping=sampling.early_stopping,
         )
         found = [(sequence.score, sequence.output) for sequence in request.sequences]
         assert [output for _, output in found] == [output for _, output in expected]

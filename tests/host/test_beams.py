@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from llm_infer.base.errors import RequestError
-from llm_infer.decoding.beam import BeamParams
 from llm_infer.scheduler import Request
+from llm_infer.scheduler.strategies.beams import Beams
 from tests.host.fake_device import EOS, FakeEngine
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -25,10 +25,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def add(engine: FakeEngine, draw: random.Random, width: int, **options: Any) -> Request:
-    params = BeamParams(width, draw.choice([0.0, 0.5, 1.0, 2.0, -1.0]), draw.choice([True, False, "never"]))
+    penalty, early = draw.choice([0.0, 0.5, 1.0, 2.0, -1.0]), draw.choice([True, False, "never"])
+    params = {"beam_width": width, "length_penalty": penalty, "early_stopping": early}
     prompt = [draw.randint(0, 5) for _ in range(draw.randint(1, 12))]
     ends = {"eos_token_ids": frozenset({EOS}), "ignore_eos": draw.random() < 0.3, "min_tokens": draw.choice([0, 3])}
-    return engine.add(prompt, beams=params, max_tokens=draw.randint(4, 14), **ends, **options)
+    return engine.add(prompt, **params, max_tokens=draw.randint(4, 14), **ends, **options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -53,10 +54,10 @@ def test_pages_follow_from_the_genealogy(width: int, page_size: int, capsys: pyt
     engine = FakeEngine(
         max_num_seqs=width, page_size=page_size, num_pages=400, max_model_len=128, enable_prefix_caching=False
     )
-    request = engine.add([1, 2, 3, 4, 5] * 4, beams=BeamParams(width), max_tokens=60)
+    request = engine.add([1, 2, 3, 4, 5] * 4, beam_width=width, max_tokens=60)
     lineages: list[tuple[int, ...]] = [()]  # of each beam: which beam it extended at every step
-    most, scheduler, search = (0, 0), engine.scheduler, request.search
-    assert search is not None
+    assert isinstance(request.strategy, Beams)
+    most, scheduler, search = (0, 0), engine.scheduler, request.strategy.search
     advance = search.advance
 
     def record(*args: Any) -> Any:
@@ -104,7 +105,7 @@ def test_an_abort_gives_back_everything() -> None:
     for overlap in (False, True):
         for steps in range(1, 9):
             engine = FakeEngine(overlap=overlap)
-            request = engine.add([1, 2, 3] * 4, beams=BeamParams(4), max_tokens=20)
+            request = engine.add([1, 2, 3] * 4, beam_width=4, max_tokens=20)
             for _ in range(steps):
                 engine.step()
             engine.scheduler.abort(request.request_id)
@@ -116,6 +117,6 @@ def test_an_abort_gives_back_everything() -> None:
 def test_a_group_that_can_never_run_is_refused() -> None:
     engine = FakeEngine(max_num_seqs=4, num_pages=20)
     with pytest.raises(RequestError, match="max_num_seqs"):
-        engine.add([1], beams=BeamParams(5), max_tokens=2)
+        engine.add([1], beam_width=5, max_tokens=2)
     with pytest.raises(RequestError, match="num_pages"):
-        engine.add([1] * 8, beams=BeamParams(4), max_tokens=30)
+        engine.add([1] * 8, beam_width=4, max_tokens=30)

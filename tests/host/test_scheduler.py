@@ -10,7 +10,7 @@ import pytest
 
 from llm_infer.base.errors import RequestError
 from llm_infer.config import SchedulerConfig
-from llm_infer.decoding.beam import BeamParams
+from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.kvcache.page_allocator import InvariantError
 from llm_infer.scheduler import Request, Scheduler, Status
 from tests.host.fake_device import EOS, FakeEngine
@@ -98,7 +98,7 @@ def test_stop_ids_end_a_sequence_after_min_tokens() -> None:
         "long": {},
         "eos": {"eos_token_ids": frozenset({EOS})},
         "ignored": {"eos_token_ids": frozenset({EOS}), "ignore_eos": True},
-        "stop": {"stop_token_ids": frozenset({EOS}), "ignore_eos": True},
+        "stop": {"stop_token_ids": (EOS,), "ignore_eos": True},
         "late": {"eos_token_ids": frozenset({EOS}), "min_tokens": 30},
     }.items():
         engine = FakeEngine()
@@ -283,7 +283,7 @@ def test_request_that_can_never_fit_is_refused() -> None:
     ):
         engine.add([1] * 10, max_tokens=8)
     with pytest.raises(RequestError, match=r"18 tokens with 2 beams, which need 8 pages.*lower beam_width, max_tokens"):
-        engine.scheduler.add(Request("beams", [1] * 10, max_tokens=8, n=2, beams=BeamParams(2)))
+        engine.add([1] * 10, max_tokens=8, beam_width=2)
     with pytest.raises(RequestError, match=r"the context holds 64.*max_model_len"):
         engine.add([1] * 64, max_tokens=1)
     engine.add([1] * 10, max_tokens=7)
@@ -299,12 +299,12 @@ def test_request_that_can_never_fit_is_refused() -> None:
         ({"prompt": []}, "prompt is empty"),
         ({"n": 0}, "n=0"),
         ({"max_tokens": 0}, "max_tokens=0"),
-        ({"max_tokens": 3, "min_tokens": 4}, "max_tokens=3: expected at least 4"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens=4 is above max_tokens=3"),
     ],
 )
 def test_request_with_bad_values_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Request(**({"request_id": "r", "prompt": [1]} | options))
+        FakeEngine().add(**({"prompt": [1]} | options))
 
 
 def test_timings_and_events() -> None:
@@ -312,7 +312,7 @@ def test_timings_and_events() -> None:
     scheduler = Scheduler(
         SchedulerConfig(max_num_seqs=2), num_pages=9, page_size=4, max_model_len=32, clock=lambda: float(next(clock))
     )
-    request = Request("r", [1, 2, 3], max_tokens=2)
+    request = Request("r", [1, 2, 3], SamplingParams(max_tokens=2))
     scheduler.add(request)
     events = []
     while scheduler.has_unfinished:
@@ -328,7 +328,7 @@ def test_timings_and_events() -> None:
 
 def test_plans_are_committed_in_order() -> None:
     scheduler = Scheduler(SchedulerConfig(max_num_seqs=2), num_pages=9, page_size=4, max_model_len=32)
-    scheduler.add(Request("r", [1, 2, 3], max_tokens=9))
+    scheduler.add(Request("r", [1, 2, 3], SamplingParams(max_tokens=9)))
     first, second = scheduler.schedule(), scheduler.schedule()
     assert first is not None and second is not None
     with pytest.raises(RuntimeError, match="not committed"):
@@ -356,7 +356,7 @@ def test_host_time_of_a_step_is_printed() -> None:
         SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=8192), num_pages=4096, page_size=16, max_model_len=2048
     )
     for index in range(64):
-        scheduler.add(Request(f"r{index}", range(index, index + 100), max_tokens=1000))
+        scheduler.add(Request(f"r{index}", range(index, index + 100), SamplingParams(max_tokens=1000)))
     plan, times = scheduler.schedule(), []
     for _ in range(150):
         assert plan is not None

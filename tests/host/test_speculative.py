@@ -31,7 +31,7 @@ def test_proposals_get_longer_with_acceptance_and_shorter_where_steps_cost() -> 
     speculation = speculator.new(None)
     for _ in range(20):
         speculator.observe(speculation, 1, 0)
-    assert speculation.rest == speculator.MOST_REST and speculation.acceptance < 0.01
+    assert speculation.rest == speculator.MAX_REST and speculation.acceptance < 0.01
     assert (speculation.drafted, speculation.accepted) == (speculator.num_drafted, speculator.num_accepted) == (20, 0)
 
 

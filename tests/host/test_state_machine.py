@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from llm_infer.base.errors import RequestError
-from llm_infer.decoding.beam import BeamParams
 from llm_infer.scheduler import Request, Status
 from tests.host.fake_device import EOS, FakeEngine
 
@@ -25,13 +24,13 @@ def random_request(draw: random.Random) -> tuple[list[int], dict[str, Any]]:
     prompt = [0, 1, 2, 2, 1, 0, 0, 2, 1, 1, 2, 0][: draw.randint(0, 12)]
     prompt += [draw.randint(0, 2) for _ in range(draw.randint(0 if prompt else 1, 6))]
     max_tokens = draw.choice([None, draw.randint(1, 12)])
-    beams = None
+    beams: dict[str, Any] = {}
     if draw.random() < 0.25:
-        width, penalty = draw.randint(1, 4), draw.choice([0.0, 1.0, -0.5])
-        beams = BeamParams(width, penalty, draw.choice([True, False, "never"]))
+        beams = {"beam_width": draw.randint(1, 4), "length_penalty": draw.choice([0.0, 1.0, -0.5])}
+        beams["early_stopping"] = draw.choice([True, False, "never"])
+    n = draw.choice([1, 1, 2, 3, 4])
     return prompt, {
-        "beams": beams,
-        "n": draw.choice([1, 1, 2, 3, 4]),
+        **(beams or {"n": n}),
         "max_tokens": max_tokens,
         "min_tokens": 1 if max_tokens is None else max_tokens // 2,
         "eos_token_ids": frozenset({EOS}),
@@ -112,7 +111,7 @@ class HostMachine(RuleBasedStateMachine):
         self.totals["steps"] += len(self.engine.plans)
         self.totals["requests"] += len(self.engine.requests)
         self.totals["preemptions"] += scheduler.num_preemptions
-        self.totals["beam searches"] += sum(request.beams is not None for request in self.engine.requests)
+        self.totals["beam searches"] += sum(request.sampling.beam_width is not None for request in self.engine.requests)
         if scheduler.speculator is not None:
             self.totals["drafted"] += scheduler.speculator.num_drafted
             self.totals["accepted"] += scheduler.speculator.num_accepted

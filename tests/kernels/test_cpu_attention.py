@@ -20,6 +20,7 @@ from pallas_kernels.cpu_ffi.threads import thread_pool
 from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention import cpu
 from pallas_kernels.paged_attention.cases import CASES, LAYER, MIXED, AttentionCase, Inputs, Sizes, build
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.paged_attention.pages import turn_keys
 from tests.kernels import native_call
 from tests.kernels.test_paged_attention import check_in_place, num_rows, program_arguments, textbook
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def jitted(scale: float, options: tuple):
-    return jax.jit(functools.partial(cpu.paged_attention, scale=scale, **dict(options)))
+    return jax.jit(functools.partial(by_keyword(cpu.paged_attention), scale=scale, **dict(options)))
 
 
 def run(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +148,7 @@ def test_wrong_buffers_and_plans_are_errors():
     for message, change in wrong.items():
         given = dict(q=inputs.q, k_new=inputs.k_new, v_new=inputs.v_new, pages=inputs.pages, plan=plan, layer=layer)
         with pytest.raises(Exception, match=message):
-            jax.block_until_ready(cpu.paged_attention(**(given | change), scale=0.125))
+            jax.block_until_ready(by_keyword(cpu.paged_attention)(**(given | change), scale=0.125))
     run(inputs)
 
 
@@ -168,7 +169,7 @@ def test_layer_scan_does_not_copy_the_pool(dtype):
     def step(pages, q, kv, plan):
         def layer_step(carry, layer):
             x, pages = carry
-            return cpu.paged_attention(x, kv, kv, pages, plan, layer=layer, scale=0.125), None
+            return by_keyword(cpu.paged_attention)(x, kv, kv, pages, plan, layer=layer, scale=0.125), None
 
         return jax.lax.scan(layer_step, (q, pages), jnp.arange(pages.shape[0], dtype=jnp.int32))[0]
 

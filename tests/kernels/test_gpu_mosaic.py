@@ -15,6 +15,7 @@ from pallas_kernels.dispatch import Case, choose
 from pallas_kernels.gpu_resources import mosaic_variables, read_mosaic_dump
 from pallas_kernels.paged_attention import gpu_mosaic
 from pallas_kernels.paged_attention.cases import CASES, AttentionCase, build
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.targets import TARGETS, why_not
 from tests.kernels.test_gpu_triton import compiled, expected_pages
 from tests.kernels.test_paged_attention import num_rows, textbook
@@ -25,7 +26,7 @@ needs_new_jax = pytest.mark.skipif(OLD, reason="Mosaic GPU kernels need jax 0.11
 
 def check(case: AttentionCase) -> None:
     inputs = build(case)
-    call = functools.partial(gpu_mosaic.paged_attention, scale=inputs.scale, split_keys=64, interpret=True)
+    call = functools.partial(by_keyword(gpu_mosaic.paged_attention), scale=inputs.scale, split_keys=64, interpret=True)
     out, pages = jax.jit(functools.partial(call, **inputs.options))(
         inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays
     )

@@ -25,6 +25,7 @@ from pallas_kernels.paged_attention.gpu_blocks import Blocks
 from pallas_kernels.paged_attention.gpu_copy import copy_pages
 from pallas_kernels.paged_attention.gpu_units import make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import round_half_even
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 from pallas_kernels.targets import TARGETS, environment, why_not
 from tests.kernels.test_paged_attention import num_rows, textbook
@@ -39,7 +40,7 @@ KINDS = ("mha_head_80", "gqa4_head_128_bf16_pages", "float8_pages_scales", "int8
 @functools.cache
 def jitted(blocks: Blocks, softcap: float | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     """Equal sizes share a program: windows are traced."""
-    call = functools.partial(gpu_triton.paged_attention, softcap=softcap, blocks=blocks, interpret=True)
+    call = functools.partial(by_keyword(gpu_triton.paged_attention), softcap=softcap, blocks=blocks, interpret=True)
     # Compiling takes longer than running.
     return jax.jit(call, static_argnames="scale", compiler_options={"xla_backend_optimization_level": 0})
 
@@ -124,8 +125,8 @@ def test_units_cover_every_query_and_page_once(monkeypatch: pytest.MonkeyPatch, 
             position = kv_len[seq] - q_len[seq] + first - int(out["q_start"][seq])
             oldest = max(first_page, max(position - window + 1, 0) // page_size)
             wanted |= {(first * group + q, p) for q in range(rows * group) for p in range(oldest, first_page + pages)}
-        assert 0 <= units.count[0] <= len(units.units)
-        for _, first, rows, _, first_query, begin, end, where in units.units[: units.count[0]].tolist():
+        assert 0 <= units.num_units[0] <= len(units.units)
+        for _, first, rows, _, first_query, begin, end, where in units.units[: units.num_units[0]].tolist():
             queries = range(first_query, min(first_query + tile, rows * group))
             found += [(first * group + q, p) for q in queries for p in range(begin, end)]
             for row in sorted({q // group for q in queries}) if where >= 0 else ():

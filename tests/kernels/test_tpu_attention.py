@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import paged_attention, tpu, tpu_copy
 from pallas_kernels.paged_attention.cases import CASES, Inputs, build
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.paged_attention.pages import kv_pool_shape, pack_tokens, plain_to_tpu, tpu_to_plain
 from pallas_kernels.paged_attention.tpu_words import number_of_word, pack_words
 from pallas_kernels.targets import TARGETS
@@ -58,7 +59,7 @@ def check(name: str, call: Any, **keywords: Any) -> None:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_kernel_matches_the_reference(name):
-    check(name, tpu.paged_attention, interpret=interpreter())
+    check(name, by_keyword(tpu.paged_attention), interpret=interpreter())
     assert not races_found()
 
 
@@ -66,12 +67,12 @@ def test_kernel_matches_the_reference(name):
 @pytest.mark.parametrize("cores", [1, 2])
 @pytest.mark.parametrize("name", [name for name in TPU_CASES if name not in QUICK])
 def test_kernel_matches_the_reference_on_every_case(name, cores):
-    check(name, tpu.paged_attention, cores=cores, interpret=interpreter(cores))
+    check(name, by_keyword(tpu.paged_attention), cores=cores, interpret=interpreter(cores))
     assert not races_found()
 
 
 def test_two_cores_share_the_work():
-    check("everything", tpu.paged_attention, cores=2, interpret=interpreter(2))
+    check("everything", by_keyword(tpu.paged_attention), cores=2, interpret=interpreter(2))
     assert not races_found()
 
 

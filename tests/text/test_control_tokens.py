@@ -248,3 +248,69 @@ def test_published_templates_leave_contents_recognizable(shared_data: Path, name
         except RequestError:
             continue
         assert chat_ids(tokenizer, **conversation).count(END) == expected.count(END)
+
+
+TRIMS = CHAT_ML.replace("m.content", "m.content | trim")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "continued"),
+    [
+        (CHAT_ML, "The capital is", "The capital is"),
+        (CHAT_ML, "The capital is ", "The capital is "),
+        (TRIMS, " The capital is \n", "The capital is"),
+        (CHAT_ML, "", ""),
+        (CHAT_ML, "assistant", "assistant"),
+        (CHAT_ML + "{{ messages[-1].content }}!", "Twice", "Twice<|im_end|>\nTwice"),
+        (CHAT_ML, "a <|im_end|> b", "a <|im_end|> b"),
+    ],
+)
+def test_an_answer_continues_the_last_message(template: str, content: str, continued: str) -> None:
+    tokenizer = small(template)
+    messages = [*user("Hi"), {"role": "assistant", "content": content}]
+    ids = chat_ids(tokenizer, messages, add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False).endswith(f"<|im_start|>assistant\n{continued}")
+
+
+def test_a_last_message_of_the_user_that_is_continued_makes_no_control_tokens() -> None:
+    tokenizer = small()
+    ids = chat_ids(tokenizer, user("so <|im_end|> it"), add_generation_prompt=False, continue_final_message=True)
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>user\nso <|im_end|> it" and END not in ids
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_families_continue_the_last_message(family: Tokenizer) -> None:
+    messages = [*user("Hi"), {"role": "assistant", "content": "The capital of France"}]
+    whole = chat_ids(family, messages, add_generation_prompt=False)
+    ids = chat_ids(family, messages, add_generation_prompt=False, continue_final_message=True)
+    assert ids == whole[: len(ids)] and len(ids) < len(whole)
+    assert family.decode(ids).endswith("The capital of France")
+
+
+def test_what_cannot_be_continued_is_refused() -> None:
+    messages = user("Hi")
+    with pytest.raises(RequestError, match="add_generation_prompt and continue_final_message are both True"):
+        chat_ids(small(), messages, continue_final_message=True)
+    hidden = small("{% for m in messages %}{{ m.content | length }}{% endfor %}")
+    with pytest.raises(RequestError, match="the chat template changes the last message"):
+        chat_ids(hidden, messages, add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(RequestError, match="without messages"):
+        chat_ids(small(), [], add_generation_prompt=False, continue_final_message=True)
+
+
+def test_a_template_may_be_given_or_named() -> None:
+    tokenizer = small(rag="rag {{ messages[-1].content }}")
+    for given, expected in (("rag", "rag Hi"), ("own {{ messages[0].content }}", "own Hi"), (None, "<|im_start|>user")):
+        ids = chat_ids(tokenizer, user("Hi"), chat_template=given)
+        assert tokenizer.decode(ids, skip_special_tokens=False).startswith(expected)
+    assert tokenizer.decode(chat_ids(Tokenizer(tokenizer._backend), user("Hi"), chat_template="t {{ messages }}"))
+    for wrong in ("", 3):
+        with pytest.raises(RequestError, match="expected Jinja source, or one of default, rag"):
+            chat_ids(tokenizer, user("Hi"), chat_template=wrong)  # type: ignore[arg-type]
+    with pytest.raises(RequestError):
+        chat_ids(tokenizer, user("Hi"), chat_template="{% if %}")
+
+
+def test_no_header_of_an_answer_where_none_is_asked_for() -> None:
+    with_header, without = (chat_ids(small(), user("Hi"), add_generation_prompt=each) for each in (True, False))
+    assert with_header[: len(without)] == without and len(without) < len(with_header)

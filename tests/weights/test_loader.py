@@ -180,9 +180,9 @@ def test_optional_parameters() -> None:
 
 
 def test_rules_that_do_not_match_the_parameters_are_a_programming_error() -> None:
-    with pytest.raises(ValueError, match="without a rule \\['embed'\\]"):
+    with pytest.raises(ValueError, match="parameters without a rule \\['embed'\\]"):
         load_parameters(Arrays(hf_tensors()), _specs(), RULES[1:], num_layers=L)
-    with pytest.raises(ValueError, match="rules for nothing \\['head'\\]"):
+    with pytest.raises(ValueError, match="rules without a parameter \\['head'\\]"):
         load_parameters(Arrays(hf_tensors()), _specs(), [*RULES, Rule("head", ("lm_head.weight",))], num_layers=L)
     with pytest.raises(ValueError, match="need an `arrange`"):
         Rule("x", ("a", "b"))

@@ -90,7 +90,7 @@ def test_an_index_that_does_not_fit_its_files(tmp_path: Path) -> None:
     weight_map = _shard(tmp_path)
     first = weight_map["w0"]
     _write_index(tmp_path, weight_map | {"w9": first})
-    with pytest.raises(ModelError, match=re.escape(f"'w9' in {first}, it is not there")):
+    with pytest.raises(ModelError, match=re.escape(f"'w9' in {first}, but it is not there")):
         SafetensorsSource.from_directory(tmp_path)
     _write_index(tmp_path, weight_map | {"w0": "model-00009.safetensors"})
     with pytest.raises(ModelError, match=r"model-00009\.safetensors is missing"):

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from llm_infer.base.environment import cache_dir
 from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
+from llm_infer.commands import doctor
 from llm_infer.engine import compile_cache
 from llm_infer.weights import default_model
 from llm_infer.weights.default_model import DEFAULT_MODEL, PinnedModel
@@ -130,8 +131,10 @@ def test_one_variable_moves_every_file_and_the_others_go_before_it(
     for variable in folders:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    told = doctor.report()
     for folder in folders.values():
         assert (tmp_path / "cache") in (folder() or Path()).parents
+        assert str(folder()) in told or folder() == default_model._cached_path(DEFAULT_MODEL)
     monkeypatch.delenv("LLM_INFER_CACHE")
     for folder in folders.values():
         assert Path("/x/llm_infer") in (folder() or Path()).parents

@@ -1,1 +1,1 @@
-"""What compilers for chips that are not here say of kernels and steps."""
+"""Records of what compilers for chips that are not here say about kernels and steps."""

@@ -17,6 +17,7 @@ from llm_infer.base.errors import UserError
 from llm_infer.bench.gpu.kernels import B64, GPU_ATTENTION, PREFILL, Shape, abstract_arguments
 from pallas_kernels import dispatch
 from pallas_kernels.gpu_resources import THREADS, dump_flags, mosaic_variables, read_dump, read_mosaic_dump
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.targets import TARGETS, Target, environment, make_mesh
 
 SHAPES = [
@@ -32,7 +33,7 @@ SHAPES = [
 def record(
     target: Target, indices: Sequence[int] = range(len(SHAPES))
 ) -> Iterator[dict[str, str | int | float | None]]:
-    """A row for each kernel that a layer of SHAPES[indices] launches, and each implementation that can run it."""
+    """Yields a row for each kernel that a layer of SHAPES[indices] launches, and for each implementation that can run it."""
     with tempfile.TemporaryDirectory() as folder:
         variables = environment(target)
         variables["XLA_FLAGS"] += " " + dump_flags(folder)
@@ -67,12 +68,12 @@ def record(
 
 
 def roofline(shape: Shape, target: Target) -> float:
-    """Seconds that a layer needs at least: for reading K and V once, or for the products."""
+    """Returns the seconds that a layer needs at least: for reading K and V once, or for the products."""
     return max(shape.kv_bytes / target.bytes_per_s, shape.flops / target.flops)
 
 
 def _compile_all(target: Target, indices: Sequence[int]) -> None:
-    """In the process that the compiler runs in: compiles every program and prints their names as JSON."""
+    """Compiles every program, in the process in which the compiler runs, and prints their names as JSON."""
     mesh = make_mesh(target)
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     programs = []
@@ -95,7 +96,7 @@ def _compile_all(target: Target, indices: Sequence[int]) -> None:
         for implementation in GPU_ATTENTION:
             if implementation.why_not(case) is not None:
                 continue
-            attend = dispatch.implementation("paged_attention", implementation.name)
+            attend = by_keyword(dispatch.implementation("paged_attention", implementation.name))
 
             def layer(pages, q, k, v, plan, scales, attend=attend):
                 return attend(q, k, v, pages, plan, layer=jnp.int32(0), scale=0.088, **scales)

@@ -1,4 +1,4 @@
-"""`llm-infer bench kernels --target CHIP`: what the compiler for a chip that is not here says about each kernel.
+"""`llm-infer bench kernels --target CHIP`: prints what the compiler for a chip that is not here says about each kernel.
 
 Each platform has a module of its own with `record(target) -> Iterator[Row]`; this one runs it, prints a table and writes JSON.
 """
@@ -22,14 +22,14 @@ Row = Mapping[str, str | int | float | None]
 
 
 Record = Callable[[Target], Iterator[Row]]
-"""What a module `llm_infer.bench.compiled.PLATFORM` has as `record`: it compiles each kernel and yields its row."""
+"""The type of `record` in `llm_infer.bench.compiled.PLATFORM`: it compiles each kernel and yields its row."""
 
 
 def run(name: str, json_file: str | None = None) -> None:
-    """Print the static record of a target and, if asked, write it as JSON with the versions that made it.
+    """Prints the static record of a target and, if asked, writes it as JSON with the versions that made it.
 
     Raises:
-        UserError: an unknown target, or a compiler that is not installed.
+        UserError: the target is unknown, or its compiler is not installed.
     """
     if name not in TARGETS:
         raise UserError(f"--target is {name!r}, expected one of {', '.join(TARGETS)}")
@@ -38,7 +38,7 @@ def run(name: str, json_file: str | None = None) -> None:
         raise UserError(f"--target {name}: {reason}")
     record: Record = importlib.import_module(f"llm_infer.bench.compiled.{target.platform}").record
     rows = []
-    for row in record(target):  # minutes: each is shown as it comes, in a line; the table has them in columns
+    for row in record(target):  # this takes minutes: each row is first shown in a line as it comes, then in the table
         rows.append(dict(row))
         print(", ".join(f"{column} {_text(value)}" for column, value in row.items()), flush=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))

@@ -26,7 +26,7 @@ SLICES = ("v5e:2x4", "v6e:2x4", "v5p:2x2x2", "tpu7x:2x2x1", "sm_90")
 PREFILL_TOKENS, DECODE_SEQUENCES = 2048, 64
 BEGIN, END = "<!-- bench aot: begin -->", "<!-- bench aot: end -->"
 HEAD = (
-    "| slice | model | step | GB a device | ÷ closed form | temporaries MB | pages | in place ÷ pool | all-reduces a layer "
+    "| slice | model | step | GB per device | ÷ closed form | temporaries MB | pages | in place ÷ pool | all-reduces per layer "
     "| other collectives | largest copy MB | compiler's Mcycles | compile CPU s |",
     "|" + 13 * "---|",
 )
@@ -45,16 +45,17 @@ class Job:
 
     @property
     def chip(self) -> str:
-        """Name of the target."""
+        """The name of the target."""
         return self.slice.partition(":")[0]
 
     def config(self) -> ModelConfig:
-        """The architecture."""
+        """Returns the architecture's configuration."""
         config = architecture_config(self.model)
         return config if self.layers is None else replace(config, num_layers=self.layers)
 
     def parallel(self) -> ParallelConfig:
-        """All eight devices of a slice: experts whole, everything else cut over tensor parallelism; a GPU alone."""
+        """Returns the sizes for all eight devices of a slice, experts whole and all else cut by tensor parallelism; a GPU is
+        alone."""
         if ":" not in self.slice:
             return ParallelConfig()
         return ParallelConfig(tensor_parallel_size=8) if self.config().moe is None else ParallelConfig(1, 1, 8)
@@ -86,9 +87,9 @@ def run(models: str, slices: str, tokens: str, write: str | None, json_file: str
 
 
 def compile_all(jobs: list[Job], limit: int = 0) -> Iterator[dict[str, Any]]:
-    """Results of the jobs as they come: fields of the job and of `planner.aot.Compiled`, or `refused` with the reason.
+    """Yields the jobs' results as they come: fields of the job and of `planner.aot.Compiled`, or `refused` with the reason.
 
-    The jobs of a kind of chip share a process, which is started with what its compiler needs, and anew after a program that
+    The jobs for one kind of chip share a process, started with what its compiler needs, and started anew after a program that
     took longer than `limit` seconds of CPU time (0: no limit).
     """
     for name in dict.fromkeys(job.chip for job in jobs):
@@ -96,12 +97,12 @@ def compile_all(jobs: list[Job], limit: int = 0) -> Iterator[dict[str, Any]]:
         if (reason := why_not(target)) is not None:
             raise UserError(f"cannot compile for {name}: {reason}")
         waiting = [asdict(job) for job in jobs if job.chip == name]
-        # Nothing that this process was told about devices may reach the compiler.
+        # Nothing that this process has been told about devices may reach the compiler.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("XLA_", "JAX_PLATFORMS"))}
         paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         while waiting:
             command = [sys.executable, "-m", "llm_infer.bench.compiled.steps", str(limit), json.dumps(waiting)]
-            with tempfile.TemporaryFile("w+") as said:  # compilers say much: a pipe that nobody reads would fill up
+            with tempfile.TemporaryFile("w+") as said:  # compilers print much, and a pipe that nobody reads fills up
                 with subprocess.Popen(
                     command,
                     env={**inherited, **environment(target), **paths},
@@ -122,7 +123,7 @@ def compile_all(jobs: list[Job], limit: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def limit_cpu_time(seconds: int) -> None:
-    """Lets the system end this process, by SIGXCPU, when it has used so much more time (0: never)."""
+    """Has the system end this process, by SIGXCPU, once it has used this much more time (0: never)."""
     used, most = resource.getrusage(resource.RUSAGE_SELF), resource.getrlimit(resource.RLIMIT_CPU)[1]
     end = int(used.ru_utime + used.ru_stime) + seconds
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -130,7 +131,7 @@ def limit_cpu_time(seconds: int) -> None:
 
 
 def compile_one(job: Job) -> dict[str, Any]:
-    """The result of one job, in a process whose environment is that of its slice."""
+    """Returns the result of one job, in a process whose environment is that of its slice."""
     from llm_infer.planner.aot import compile_step
 
     topology = job.slice.partition(":")[2]
@@ -152,7 +153,7 @@ def compile_one(job: Job) -> dict[str, Any]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """A Markdown table: a row for each program, and a line for each that was not compiled."""
+    """Returns a Markdown table with a row for each program, and a line for each that was not compiled."""
     rows, refusals = [], []
     for r in results:
         step = "decode 64" if r["tokens"] == DECODE_SEQUENCES else f"prefill {r['tokens']}"
@@ -161,7 +162,7 @@ def table(results: list[dict[str, Any]]) -> str:
             continue
         layers = r["layers"] or architecture_config(r["model"]).num_layers
         reduces = r["collectives"].get("all-reduce", 0)
-        # One more sums the embedding of tokens, whose table is cut over the vocabulary.
+        # One more sums the tokens' embedding, whose table is cut over the vocabulary.
         per_layer = "–" if not reduces else f"{(reduces - 1) / layers:g}"
         others = ", ".join(f"{n} {kind}" for kind, n in r["collectives"].items() if kind != "all-reduce") or "–"
         cycles = "–" if r["megacycles"] is None else f"{r['megacycles']:.1f}"
@@ -175,7 +176,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def merged(old: str, new: str) -> str:
-    """Two tables in one, sorted by slice, step and model; of a program that both have, what the new one says."""
+    """Merges two tables, sorted by slice, step and model; for a program in both, the new row counts."""
     rows: dict[tuple[str, ...], str] = {}
     for line in f"{old}\n{new}".splitlines():
         if found := re.match(r"\| (\S+) \| (\S+) \| (\w+ \d+) \||- (\S+), (\S+), (\w+ \d+): ", line):
@@ -187,7 +188,7 @@ def merged(old: str, new: str) -> str:
 
 
 def put_between_markers(path: Path, text: str) -> None:
-    """Merges a table into the one that stands between the markers of a Markdown file.
+    """Merges a table into the one between the markers of a Markdown file.
 
     Raises:
         UserError: the file has no such markers.

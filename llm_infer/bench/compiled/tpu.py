@@ -1,6 +1,6 @@
-"""The static record of the TPU kernels: each compiled for a chip at production shapes, its schedule read from the dump.
+"""Static record of the TPU kernels: each is compiled for a chip at production shapes, and its schedule read from the dump.
 
-Run by itself (`python -m llm_infer.bench.compiled.tpu CHIP DIR`) it is the process that compiles: jobs in as lines of JSON,
+Run on its own (`python -m llm_infer.bench.compiled.tpu CHIP DIR`), it is the process that compiles: jobs in as lines of JSON,
 rows out. Columns: `cycles` estimates the whole call, bundles × trips without waits for memory; `around` are XLA's estimates
 for the programs beside the kernel (ours: query and new K/V in the kernel's form; jax's: the separate K/V write). `DMA µs` is
 the time that the bytes take at the published bandwidth, `roofline µs` the larger of that and the arithmetic at the published
@@ -32,7 +32,7 @@ OUR_Q_BLOCK = 128
 
 
 def record(target: Target) -> Iterator[dict[str, Any]]:
-    """For each production shape our best block sizes and jax's, by estimated cycles of the whole call."""
+    """Yields, for each production shape, our best block sizes and jax's, by estimated cycles of the whole call."""
     with tempfile.TemporaryDirectory() as directory:
         variables = environment(target)
         variables["LIBTPU_INIT_ARGS"] += " " + tpu_schedule.dump_arguments(directory)
@@ -77,7 +77,7 @@ def _whole(row: dict[str, Any]) -> int:
 
 
 def _finished(row: dict[str, Any], case: AttentionCase, target: Target, jaxs: dict[str, Any] | None) -> dict[str, Any]:
-    """A row with what follows from the case and the chip."""
+    """Returns a row with what follows from the case and the chip."""
     sizes = case.sizes
     kv_tokens = sum(kv_len for _, kv_len in case.batch)
     per_token = 2 * sizes.num_kv_heads * max(sizes.head_dim, 64) * _page_bytes(case)
@@ -109,7 +109,7 @@ def _page_bytes(case: AttentionCase) -> int:
 
 
 def our_trips(case: AttentionCase, blocks: Sequence[int], rows_per_item: int, cores: int) -> tuple[Any, Any]:
-    """Trips of our kernel's loops on a core, and (loop path, trips of its inner loops) of the busiest one, for
+    """Returns the trips of our kernel's loops on a core, and (loop path, trips of its inner loops) of the busiest one, for
     `tpu_schedule`."""
     size, (decode_pages, mixed_pages, tile_rows) = case.sizes, blocks
     page = size.page_size
@@ -146,11 +146,11 @@ def our_trips(case: AttentionCase, blocks: Sequence[int], rows_per_item: int, co
 
 
 def jax_trips(case: AttentionCase, blocks: Sequence[int], head_blocks: int) -> Any:
-    """Trips of the loops of jax's kernel: grid, sequences of a block of queries, blocks of a sequence's pages."""
+    """Returns the trips of the loops of jax's kernel: grid, sequences of a block of queries, blocks of a sequence's pages."""
     pages, queries = blocks
     size = case.sizes
     grid = head_blocks * -(-size.tokens // queries)
-    # A sequence is visited once for each block of queries that it has rows in, and its whole length each time.
+    # A sequence is visited once for each block of queries in which it has rows, over its whole length each time.
     visits, loads, row = 0, 0, 0
     for q_len, kv_len in case.batch:
         seen = (row + q_len - 1) // queries - row // queries + 1
@@ -161,7 +161,7 @@ def jax_trips(case: AttentionCase, blocks: Sequence[int], head_blocks: int) -> A
 
 
 def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
-    """Compile what the lines ask for and print a row for each; a block size that does not fit gives a row with its error."""
+    """Compiles what the lines ask for and prints a row for each; a block size that does not fit gives a row with its error."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
@@ -173,6 +173,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
         plan_fields,
         tpu,
     )
+    from pallas_kernels.paged_attention.options import by_keyword
     from pallas_kernels.paged_attention.tpu_blocks import Blocks
     from pallas_kernels.targets import make_mesh
 
@@ -205,7 +206,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
         def call(q: Any, k: Any, v: Any, pages: Any, plan: Any) -> Any:
             scale = size.head_dim**-0.5
             options = dict(scale=scale, blocks=Blocks(*blocks), k_scale=k_scale, v_scale=v_scale)
-            return tpu.paged_attention(q, k, v, pages, plan, layer=1, **options)
+            return by_keyword(tpu.paged_attention)(q, k, v, pages, plan, layer=1, **options)
 
         program = compiled(call, (q, kv, kv, array(pool, size.page_dtype), plan), 3)
         return program, "paged_attention", our_trips(case, blocks, shape.q_rows, tpu.CORES.get(target.device_kind, 1))
@@ -254,7 +255,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
             program, name, (trips, (path, inner)) = (ours if job["implementation"] == "ours" else jaxs)(
                 case, job["blocks"]
             )
-        except Exception as error:  # of any type: too much memory, mostly
+        except Exception as error:  # of any type; mostly too much memory
             print(json.dumps({**job, "error": str(error).splitlines()[0][:200]}), flush=True)
             continue
         loops = tpu_schedule.read(directory, name)
@@ -272,7 +273,7 @@ def compile_jobs(target: Target, directory: Path, lines: Sequence[str]) -> None:
 
 
 def around(text: str) -> int:
-    """Sum of XLA's estimated cycles of the entry computation, where the kernel itself has none."""
+    """Returns the sum of XLA's estimated cycles in the entry computation, where the kernel itself counts none."""
     entry = text[text.index("\nENTRY ") :]
     return sum(int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', entry))
 

@@ -1,1 +1,1 @@
-"""What one command measures on a GPU machine."""
+"""Checks and measurements of one command on a GPU machine."""

@@ -18,6 +18,7 @@ from pallas_kernels.grouped_matmul import gpu_triton as grouped_triton
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.paged_attention import gpu_copy, reference
 from pallas_kernels.paged_attention.cases import CASES, AttentionCase, Inputs, build
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.scaled_matmul import gpu_triton as scaled_triton
 from pallas_kernels.scaled_matmul import quantise
 from pallas_kernels.scaled_matmul import reference as scaled_reference
@@ -26,7 +27,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
 
 
 def correctness(setting: Setting) -> Iterator[Row]:
-    """Largest difference of each implementation and case to the reference; `ok` says whether it is small enough."""
+    """Yields each implementation's largest difference from the reference in each case; `ok` says whether it is small enough."""
     names = [name for name, case in CASES.items() if case.sizes.page_dtype != "uint16"]
     for name in names[-1:] if setting.small else names:
         inputs = build(CASES[name])
@@ -59,7 +60,7 @@ def _check_product(setting: Setting, function: Any, oracle: Any, arguments: tupl
 
 
 def _reference(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-    """On the CPU, where float32 is float32."""
+    """Computes the reference on the CPU, where float32 is float32."""
     with jax.default_device(jax.devices("cpu")[0]):
         call = jax.jit(functools.partial(reference.paged_attention, scale=inputs.scale, **inputs.options))
         out, pages = call(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
@@ -92,14 +93,14 @@ def _check(
     )
     if reason := implementation.why_not(asked):
         return {"ok": None, "error": None, "note": reason}
-    function = dispatch.implementation("paged_attention", implementation.name)
+    function = by_keyword(dispatch.implementation("paged_attention", implementation.name))
     more: dict[str, Any] = {"interpret": True} if setting.interpret else {}
     call = jax.jit(functools.partial(function, scale=inputs.scale, **inputs.options, **more))
     out, pages = call(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
     rows = sum(q_len for q_len, _ in case.batch)
     error = np.abs(np.asarray(out)[:rows].astype(np.float32) - expected[:rows].astype(np.float32)).max(initial=0.0)
     found = np.asarray(pages)[:, 1:]
-    # Where a quotient lies between two numbers of 8 bits, a division that rounds otherwise may choose the other.
+    # Where a quotient lies between two 8-bit numbers, a division that rounds differently may choose the other one.
     kind = f"u{found.dtype.itemsize}"
     unequal = int(np.count_nonzero(found.view(kind) != expected_pages[:, 1:].view(kind)))
     limit = TOLERANCE["bfloat16" if case.sizes.dtype == "bfloat16" else "float32"]

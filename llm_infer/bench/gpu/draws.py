@@ -1,4 +1,4 @@
-"""Section of the GPU run: drawing tokens with each kind of limit, the kernel beside XLA, whose loops the host waits for."""
+"""Section of the GPU run: draws tokens with each kind of limit, by the kernel and by XLA, for whose loops the host waits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pallas_kernels import dispatch
 from pallas_kernels.draw_tokens.cases import make_limits, random_limits, random_logits
 
 LIMITS = {"greedy": {"temperature": 0.0}, "temperature": {}, "top-p": {"top_p": 0.9}, "top-k": {"top_k": 40}}
-MOST_THAT_DIFFER = 0.01
-"""Rows whose token may be another: sums in another order can move a threshold, or a draw at the border of two tokens."""
+MAX_THAT_DIFFER = 0.01
+"""Share of rows whose token may differ: sums in another order can move a threshold, or a draw between two tokens."""
 
 
 def draws(setting: Setting) -> Iterator[Row]:
-    """Whether the kernel draws what XLA draws, and the time of both: logits of Llama 3's vocabulary, steep as a model's."""
+    """Checks that the kernel draws what XLA draws, and times both, on logits of Llama 3's vocabulary, as steep as a model's."""
     rows, vocab = (16, 300) if setting.small else (64, 128_256)
     rng = np.random.default_rng(0)
     options = {"interpret": True} if setting.interpret else {}
@@ -30,7 +30,7 @@ def draws(setting: Setting) -> Iterator[Row]:
     arguments = random_logits(rng, rows, vocab), random_limits(rng, rows, vocab), uniform
     found, expected = (np.asarray(program(*arguments)) for program in programs.values())
     differ = float(np.mean(found != expected))
-    limit = MOST_THAT_DIFFER + 1 / rows
+    limit = MAX_THAT_DIFFER + 1 / rows
     yield {"case": "all kinds", "implementation": "gpu_triton", "ok": differ <= limit, "differ": differ}
     logits = rng.permuted(np.tile(-1.5 * np.log(np.arange(1, vocab + 1, dtype=np.float32)), (rows, 1)), axis=1)
     for name, limits in LIMITS.items():

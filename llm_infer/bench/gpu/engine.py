@@ -19,25 +19,25 @@ from llm_infer.models.registry import family
 
 
 def throughput(setting: Setting) -> Iterator[Row]:
-    """Prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
+    """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
     architecture = read_architecture("llama-3.1-8b")
     batches, prompt, new = ((1, 16, 64, 128), 512, 128)
-    limits = dict(max_num_seqs=128, max_num_batched_tokens=2048, max_model_len=2048)
+    limits = SchedulerConfig(max_num_seqs=128, max_num_batched_tokens=2048, max_model_len=2048)
     page_size, memory = 64, 24 << 30
     if setting.small:
         sizes = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
         architecture |= {**sizes, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}
         batches, prompt, new = ((1, 2), 12, 4)
-        limits = dict(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
+        limits = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
         page_size, memory = 16, 1 << 22
     config = family(architecture).config(architecture, fused_qkv=True)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = dummy_model(config, dtype)
     weights = sum(x.nbytes for name, x in model.params.items() if name != "embed.weight")
     cache = CacheConfig(page_size=page_size, memory_bytes=memory, enable_prefix_caching=False)
-    engine = Engine(model, EngineConfig(cache=cache, scheduler=SchedulerConfig(**limits)))
+    engine = Engine(model, EngineConfig(cache=cache, scheduler=limits))
     # Compiling a program for each power of two would take longer than measuring.
-    buckets = {engine.runner.bucket_of(n) for n in (*batches, limits["max_num_batched_tokens"])}
+    buckets = {engine.runner.bucket_of(n) for n in (*batches, limits.max_num_batched_tokens)}
     engine.runner.buckets = tuple(sorted(buckets))
     started = time.monotonic()
     for _ in engine.warm_up():

@@ -1,4 +1,4 @@
-"""Sections of the GPU run: what the machine can do, and what attention makes of it."""
+"""Sections of the GPU run: the machine's own rates, and those that attention reaches."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import AttentionPlan, PlanShape, fill_plan, kv_pool_shape, plan_fields
 from pallas_kernels.paged_attention.gpu_blocks import choose_blocks, tuned_key
 from pallas_kernels.paged_attention.gpu_triton import dot_dtype
+from pallas_kernels.paged_attention.options import by_keyword
 
 LAYERS = 4
-"""Of a measured program: each layer reads its own pages, so the cache does not help."""
-MOST_POOL_BYTES = 24e9
+"""Layers of a measured program: each reads its own pages, so the cache does not help."""
+MAX_POOL_BYTES = 24e9
 GPU_ATTENTION = [row for row in dispatch.IMPLEMENTATIONS["paged_attention"] if row.platforms == ("gpu",)]
 
 
@@ -40,7 +41,7 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of K and V that a layer has to read once."""
+        """The bytes of K and V that a layer has to read once."""
         return (
             self.sequences
             * self.context
@@ -52,7 +53,7 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of the two products of a layer, visible keys only."""
+        """The operations of a layer's two products, for visible keys only."""
         pairs = self.rows * (self.context - self.rows) + self.rows * (self.rows + 1) // 2
         return 4 * self.sequences * self.heads * self.head_dim * pairs
 
@@ -78,7 +79,7 @@ SMALL = [Shape("decode B=2 ctx=64", 2, 1, 64, 4, 2, 64, 16), Shape("prefill 16",
 
 
 def machine(setting: Setting) -> Iterator[Row]:
-    """Measured roofs: bandwidth of a copy, rate of a bfloat16 matrix product."""
+    """Measures the roofs: bandwidth of a copy, rate of a bfloat16 matrix product."""
     yield {"what": "copy", "GB/s": _copy_rate(setting)}
     n = 256 if setting.small else 8192
     a = jnp.ones((n, n), jnp.bfloat16)
@@ -95,7 +96,8 @@ def _copy_rate(setting: Setting) -> float:
 
 
 def attention(setting: Setting) -> Iterator[Row]:
-    """Time of a layer (writing K and V included), the share of the copy's bandwidth, and the rate of the products."""
+    """Measures the time of a layer (writing K and V included), the share of the copy's bandwidth, and the rate of the
+    products."""
     for shape in SMALL if setting.small else [*DECODE, *PREFILL, *VARIANTS]:
         for implementation in GPU_ATTENTION:
             if setting.seconds_left <= 0:
@@ -121,12 +123,12 @@ def _row(setting: Setting, shape: Shape, name: str, seconds: float) -> Row:
 
 
 def abstract_arguments(shape: Shape) -> tuple[Any, ...]:
-    """(pages, q, k, v, plan, scales) of a program, as shapes and dtypes."""
+    """Returns (pages, q, k, v, plan, scales) of a program, as shapes and dtypes."""
     array, dtype, tokens = jax.ShapeDtypeStruct, jnp.dtype(shape.page_dtype), shape.sequences * shape.rows
     per_sequence = -(-shape.context // shape.page_size)
     pool_shape = kv_pool_shape(
         "gpu",
-        num_layers=max(1, min(LAYERS, int(MOST_POOL_BYTES // shape.kv_bytes))),
+        num_layers=max(1, min(LAYERS, int(MAX_POOL_BYTES // shape.kv_bytes))),
         num_pages=shape.sequences * per_sequence + 1,
         page_size=shape.page_size,
         num_kv_heads=shape.kv_heads,
@@ -141,12 +143,12 @@ def abstract_arguments(shape: Shape) -> tuple[Any, ...]:
 
 
 def make_arguments(shape: Shape) -> tuple[Any, ...]:
-    """The same as arrays: random q, k and v; pages of a sequence lie scattered in a pool of ones."""
+    """Returns the same as arrays: random q, k and v; a sequence's pages lie scattered in a pool of ones."""
     pages, *inputs, _, scales = abstract_arguments(shape)
     out = {name: np.zeros(dims, np.int32) for name, dims in plan_fields(_plan_shape(shape)).items()}
     tables = 1 + np.random.default_rng(0).permutation(pages.shape[1] - 1).reshape(shape.sequences, -1)
-    lengths = ([rows] * shape.sequences for rows in (shape.rows, shape.context))
-    fill_plan(_plan_shape(shape), out, *lengths, tables.astype(np.int32), shape.page_size)
+    new, context = ([rows] * shape.sequences for rows in (shape.rows, shape.context))
+    fill_plan(_plan_shape(shape), out, new, context, tables.astype(np.int32), shape.page_size)
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, x.shape, x.dtype) for key, x in zip(keys, inputs, strict=True))
     plan = jax.tree.map(jnp.asarray, AttentionPlan(**out))
@@ -161,8 +163,8 @@ def _plan_shape(shape: Shape) -> PlanShape:
 
 
 def measure(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> float:
-    """Seconds of one layer, from a program of several whose outputs feed the next."""
-    function = dispatch.implementation("paged_attention", name)
+    """Returns the seconds of one layer, from a program of several whose outputs feed the next."""
+    function = by_keyword(dispatch.implementation("paged_attention", name))
     if setting.interpret:
         options["interpret"] = True
     pages, q, k, v, plan, scales = arguments
@@ -195,7 +197,7 @@ def _case(setting: Setting, arguments: Sequence[Any]) -> dispatch.Case:
 
 
 def block_sizes(setting: Setting) -> Iterator[Row]:
-    """Times of the Triton kernel with other block sizes than the heuristic's: what `pallas_kernels/tuned` could hold."""
+    """Measures the Triton kernel with other block sizes than the heuristic's, which `pallas_kernels/tuned` could hold."""
     changes: list[dict[str, int]] = [
         {},
         {"tile": 16},
@@ -232,7 +234,7 @@ def block_sizes(setting: Setting) -> Iterator[Row]:
             }
             try:
                 seconds = measure(setting, arguments, "gpu_triton", blocks=replace(first, **change))
-            except Exception as error:  # a size that the compiler refuses is a finding, not a failure
+            except Exception as error:  # that the compiler refuses a size is a finding, not a failure
                 yield row | {"µs": None, "note": str(error).splitlines()[0][:120]}
                 continue
             yield row | {

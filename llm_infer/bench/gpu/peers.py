@@ -13,7 +13,7 @@ from llm_infer.bench.gpu.section import Row, Setting, seconds_per_call
 
 
 def attention(setting: Setting) -> Iterator[Row]:
-    """JAX's own decode kernel for paged attention, and FlashInfer's through PyTorch. Neither writes K and V."""
+    """Measures JAX's own decode kernel for paged attention, and FlashInfer's through PyTorch. Neither writes K and V."""
     for shape in SMALL[:1] if setting.small else DECODE:
         if setting.seconds_left <= 0:
             return

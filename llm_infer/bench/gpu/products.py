@@ -18,7 +18,8 @@ KINDS = (("int8", 1), ("float8_e4m3fn", 1), ("int8", 32), ("float8_e4m3fn", 32),
 
 
 def products(setting: Setting) -> Iterator[Row]:
-    """Time, bytes of weights per second and rate of each implementation; one layer's matrix of Llama 3.1 8B or of experts."""
+    """Measures time, bandwidth of weights and rate of each implementation, on one layer's matrix of Llama 3.1 8B or of
+    experts."""
     features, width = (64, 128) if setting.small else (14_336, 4096)
     dense = jax.random.normal(jax.random.key(0), (1, features, width), jnp.bfloat16)
     for rows in (8,) if setting.small else (1, 16, 64, 256, 2048):

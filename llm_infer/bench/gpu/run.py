@@ -1,7 +1,8 @@
-"""One command for a GPU machine: checks every GPU kernel, measures kernels, step and engine, writes JSON and Markdown.
+"""Runs everything on a GPU machine in one command: checks every GPU kernel, measures kernels, step and engine, writes JSON and
+Markdown.
 
-Each section writes what it found at once, so a machine that goes away takes only the section it was in. With `small` sizes
-everything also runs on a CPU, with interpreted kernels: that shows the script works, its times mean nothing.
+Each section writes what it found at once, so a machine that goes away loses only the section it was in. With `small` sizes
+everything also runs on a CPU, with interpreted kernels: that shows that the script works, but its times mean nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llm_infer.bench.gpu.section import Section, Setting
 
 
 def sections() -> dict[str, Section]:
-    """Name → what measures it, the most wanted first."""
+    """Returns name → section, the most wanted first."""
     return {
         "correctness": checks.correctness,
         "machine": kernels.machine,
@@ -38,7 +39,7 @@ def run(out: str, *, minutes: float, small: bool, only: str) -> int:
     """Runs the sections and writes `gpu.json` and `gpu.md` into the folder `out` after each of them.
 
     Returns:
-        0, or 1 where a check failed or a section raised an error (which is in the report).
+        0, or 1 where a check failed or a section raised an error (which the report has).
     """
     chosen = sections()
     wanted = [name for name in only.split(",") if name] or list(chosen)
@@ -73,7 +74,7 @@ def run(out: str, *, minutes: float, small: bool, only: str) -> int:
 
 
 def versions() -> dict[str, str]:
-    """What was run, where and when."""
+    """Returns what was run, where and when."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "device": jax.devices()[0].device_kind,
@@ -83,7 +84,7 @@ def versions() -> dict[str, str]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report as tables."""
+    """Returns the report as tables."""
     lines = ["# GPU run", "", ", ".join(f"{name} {value}" for name, value in report["versions"].items())]
     if report["small"]:
         lines += ["", "Small sizes: times mean nothing."]

@@ -1,4 +1,4 @@
-"""What a section of the GPU run is told, what it yields, and how it measures."""
+"""A section of the GPU run: what it is told, what it yields, and how it measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Section = Callable[["Setting"], Iterator[Row]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the sections are told: tiny sizes, or a real GPU; kernels are interpreted where there is none."""
+    """Settings of all sections: whether sizes are tiny, and kernels interpreted for want of a GPU."""
 
     small: bool
     interpret: bool
@@ -23,12 +23,12 @@ class Setting:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; a section with many rows stops when nothing is left."""
+        """The seconds left until the deadline; a section with many rows stops when none is left."""
         return self.deadline - time.monotonic()
 
 
 def seconds_per_call(call: Callable[[], Any], *, rounds: int = 5, least: float = 0.05) -> float:
-    """The fastest round's mean time of a call, in seconds; calls of a round are queued behind each other."""
+    """Returns the fastest round's mean time of a call, in seconds; calls of a round are queued behind each other."""
     jax.block_until_ready(call())
     started = time.perf_counter()
     jax.block_until_ready(call())
@@ -36,8 +36,8 @@ def seconds_per_call(call: Callable[[], Any], *, rounds: int = 5, least: float =
     best = float("inf")
     for _ in range(rounds):
         started = time.perf_counter()
-        for _ in range(calls):
-            result = call()
-        jax.block_until_ready(result)
+        for _ in range(calls - 1):
+            call()
+        jax.block_until_ready(call())
         best = min(best, (time.perf_counter() - started) / calls)
     return best

@@ -5,7 +5,7 @@ import json
 import sys
 import time
 
-import llama_cpp
+import llama_cpp  # pyright: ignore[reportMissingImports]
 import numpy as np
 
 STEPS = 48
@@ -29,7 +29,7 @@ def main(path: str, threads: int) -> None:
         return llama_cpp.llama_init_from_model(model, params)
 
     def step(ctx, rows: list[tuple[int, int, bool]]) -> float:
-        """Seconds for one batch of (position, sequence, wants logits)."""
+        """Returns the seconds for one batch of (position, sequence, wants logits)."""
         batch.n_tokens = len(rows)
         for i, (position, sequence, logits) in enumerate(rows):
             batch.token[i], batch.pos[i] = int(rng.integers(10, 1000)), position

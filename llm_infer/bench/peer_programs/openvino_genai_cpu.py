@@ -5,7 +5,7 @@ import statistics
 import sys
 from itertools import pairwise
 
-import openvino_genai
+import openvino_genai  # pyright: ignore[reportMissingImports]
 
 SENTENCE = (
     "A boat leaves the harbour at noon and comes back with the tide, full of nets, ropes and a little silver fish. "
@@ -18,7 +18,7 @@ def main(path: str, threads: int) -> None:
     config.ignore_eos = True
 
     def measure(size: int, sentences: int, new_tokens: int, tag: str):
-        """Metrics of one batch; no two prompts begin alike, so no cached prefix helps."""
+        """Returns the metrics of one batch; no two prompts begin alike, so no cached prefix helps."""
         config.max_new_tokens = new_tokens
         return pipeline.generate([f"{tag}{i} {SENTENCE * sentences}" for i in range(size)], config).perf_metrics
 
@@ -32,7 +32,7 @@ def main(path: str, threads: int) -> None:
     report("prefill_512", max(rates[1:]))
     for size in (1, 8, 32):
         raw = measure(size, 5, 48, f"d{size}-").raw_metrics
-        # A time for each step of the batch, in ms; `get_tpot` is already divided by the batch size.
+        # There is a time for each step of the batch, in ms; `get_tpot` is already divided by the batch size.
         ends, sizes = raw.m_new_token_times, raw.m_batch_sizes
         steps = [after - before for (before, after), n in zip(pairwise(ends), sizes[1:], strict=True) if n == size]
         report(f"decode_b{size}", size * 1000 / statistics.median(steps))

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import transformers
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
 
 STEPS = 24
 

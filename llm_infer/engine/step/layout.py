@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
-from llm_infer.engine.row_fields import ROW_FIELDS
+from llm_infer.engine.step.row_fields import ROW_FIELDS
 from pallas_kernels.paged_attention.plan import PlanShape, plan_fields
 
 FLOATS = frozenset(field.name for field in ROW_FIELDS if field.dtype is np.float32)

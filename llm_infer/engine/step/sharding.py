@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from llm_infer.engine.state import StepInputs, StepState
-from llm_infer.engine.steps import StepFunction
+from llm_infer.engine.step.state import StepInputs, StepState
+from llm_infer.engine.step.step import StepFunction
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.params import Params
 from llm_infer.parallel.collectives import gather_rows

@@ -13,13 +13,13 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
+from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
-from llm_infer.engine.features import PLAIN, StepFeatures
-from llm_infer.engine.layout import StepLayout
-from llm_infer.engine.state import FULL, Cache, StepInputs, StepState
+from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.state import FULL, Cache, StepInputs, StepState
 from llm_infer.models.decoder import Attend, Layer, LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
@@ -116,11 +116,13 @@ def draw_ids(
 
 
 def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: StepFeatures) -> dict[str, Array]:
-    """`ids`, and with LOGPROBS the fields of `Logprobs`."""
+    """`ids`, with LOGPROBS the fields of `Logprobs`, and with ALL_LOGPROBS `all_logprobs` [R, V]."""
     outputs = {"ids": ids}
     if StepFeatures.LOGPROBS in features:
         with jax.named_scope("logprobs"):
             outputs |= logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))._asdict()
+            if StepFeatures.ALL_LOGPROBS in features:
+                outputs["all_logprobs"] = jax.nn.log_softmax(logits.astype(jnp.float32))
     return outputs
 
 

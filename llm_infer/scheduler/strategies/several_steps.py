@@ -1,13 +1,14 @@
-"""Whether the next step may draw several tokens for each sequence without asking the host in between."""
+"""Several tokens for each sequence in one step, drawn one after the other without the host: when, and which rows."""
 
 from __future__ import annotations
 
 from llm_infer.scheduler.books import Books
+from llm_infer.scheduler.plan_builder import ShardPlan
 from llm_infer.scheduler.request import Sequence
 
 
-def choose_steps(books: Books, wanted: int, *, speculating: bool) -> int:
-    """`wanted` if every running sequence decodes, needs nothing from the host for so long and has the pages; else 1.
+def choose_steps(books: Books, wanted: int) -> int:
+    """Returns `wanted` if every running sequence can go on for so long without the host and has the pages; else 1.
 
     Nobody loses pages for it, and nobody waits who could be admitted: where a slot is free and somebody waits for one,
     steps stay short.
@@ -20,7 +21,7 @@ def choose_steps(books: Books, wanted: int, *, speculating: bool) -> int:
             steps = min(wanted, sequence.max_length - sequence.length)
             if steps <= 0:  # its last token is in flight
                 continue
-            if not _is_free(sequence, wanted, speculating):
+            if not sequence.request.strategy.goes_on(sequence, wanted):
                 return 1
             table = sequence.table
             assert table is not None
@@ -30,12 +31,13 @@ def choose_steps(books: Books, wanted: int, *, speculating: bool) -> int:
     return wanted
 
 
-def _is_free(sequence: Sequence, steps: int, speculating: bool) -> bool:
-    request, length = sequence.request, sequence.length
-    if request.stepwise or request.beams is not None or length - sequence.num_computed != 1:
-        return False
-    if sequence.num_computed < len(request.prompt) or length - len(request.prompt) < request.min_tokens:
-        return False
-    return not (speculating and request.speculate) or (
-        sequence.speculation is not None and sequence.speculation.rest >= steps
-    )
+def add_steps(sequence: Sequence, plan: ShardPlan) -> int:
+    """Plans the steps of a sequence, fewer where it becomes too long, and returns how many.
+
+    `choose_steps` has seen that pages are there for all of them.
+    """
+    table, steps = sequence.table, min(plan.steps, sequence.max_length - sequence.length)
+    assert table is not None
+    plan.append(table, sequence.num_computed + steps - table.length)
+    plan.add_row(sequence, 1, steps=steps)
+    return steps

@@ -1,11 +1,11 @@
-"""What a step program can do beside drawing ids: each token bucket has a plain program, and variants that do more."""
+"""What requests need of the steps that run them, beside the plain draw of a token: features of step programs."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
 
-from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.decoding.sampling_params import ALL_LOGPROBS, SamplingParams
 
 
 class StepFeatures(enum.Flag):
@@ -13,6 +13,7 @@ class StepFeatures(enum.Flag):
 
     Attributes:
         LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+        ALL_LOGPROBS: returns those of all tokens, too.
         PENALTIES: applies penalties and biases, whose per-slot state is kept on the device.
         MASKED: takes a bit mask of the allowed tokens of each row.
         PROMPT_LOGPROBS: returns log-probabilities of the tokens that follow each token of the step.
@@ -30,6 +31,7 @@ class StepFeatures(enum.Flag):
     BEAMS = enum.auto()
     DRAFTS = enum.auto()
     STEPS = enum.auto()
+    ALL_LOGPROBS = enum.auto()
 
     @property
     def words(self) -> list[str]:
@@ -48,20 +50,8 @@ _WORDS = {
     StepFeatures.BEAMS: "beams",
     StepFeatures.DRAFTS: "proposed tokens",
     StepFeatures.STEPS: "several tokens a step",
+    StepFeatures.ALL_LOGPROBS: "log-probabilities of all tokens",
 }
-
-FOR_PROMPT = StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED
-"""What rows of a prompt need, whether they draw or not; the other features are for rows that draw."""
-
-
-def serves(program: StepFeatures, needed: StepFeatures) -> bool:
-    """Whether a program has all that is needed. One that draws several tokens has another layout and serves nothing else."""
-    return needed in program and (program ^ needed) & StepFeatures.STEPS == PLAIN
-
-
-def for_steps(features: StepFeatures) -> StepFeatures:
-    """Of features that requests need, those of several decode steps in one program."""
-    return (features & (StepFeatures.LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS
 
 
 def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures:
@@ -73,6 +63,8 @@ def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures
         needed |= StepFeatures.PROMPT_LOGPROBS
     if params.logprobs is not None or params.num_sequences > params.n:
         needed |= StepFeatures.LOGPROBS
+    if params.logprobs == ALL_LOGPROBS:
+        needed |= StepFeatures.ALL_LOGPROBS
     if params.has_penalties or params.logit_bias:
         needed |= StepFeatures.PENALTIES
     if params.allowed_token_ids is not None or params.bad_words or params.min_tokens or params.structured_outputs:

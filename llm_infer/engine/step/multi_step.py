@@ -8,11 +8,11 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
+from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.penalties import PenaltyState
-from llm_infer.engine.features import StepFeatures
-from llm_infer.engine.layout import StepLayout
-from llm_infer.engine.state import Cache, StepInputs, StepState
-from llm_infer.engine.steps import StepFunction, attention_over, copied_pages, draw_ids, drawn_outputs
+from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.state import Cache, StepInputs, StepState
+from llm_infer.engine.step.step import StepFunction, attention_over, copied_pages, draw_ids, drawn_outputs
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan

@@ -8,7 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.scheduler.request import Sequence
 
 
@@ -38,16 +37,14 @@ def _number(name: str, dtype: type[np.float32 | np.int32] = np.float32, neutral:
 
 
 def _has_bias(sequence: Sequence) -> int:
-    params = sequence.request.sampling
-    assert isinstance(params, SamplingParams)
-    return bool(params.logit_bias)
+    return bool(sequence.request.sampling.logit_bias)
 
 
 def _seed_word(shift: int, sequence: Sequence) -> int:
     """Reads 32 bits of the seed as a signed number."""
-    params = sequence.request.sampling
-    assert isinstance(params, SamplingParams) and params.seed is not None
-    word = (params.seed >> shift) & 0xFFFFFFFF
+    seed = sequence.request.sampling.seed
+    assert seed is not None, "a request that runs has a seed"
+    word = (seed >> shift) & 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
 
 

@@ -1,17 +1,16 @@
-"""Decides on which shard a waiting sequence fits, and what of it the prefix cache has there."""
+"""Whether a waiting sequence fits, on which shard, and which of its pages are there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llm_infer.scheduler.beam_groups import last_shared_page, pages_of_siblings
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.request import Sequence, Status
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class Admission:
     """Looks at the books of all shards; changes nothing.
 
     Attributes:
@@ -28,20 +27,19 @@ class Placement:
         A shard is good if it has much of the prefix and many pages left: a whole hit weighs as much as an empty pool.
         """
         allocator, page_size = self.books.allocator, self.books.page_size
-        request = sequence.request
-        from_siblings: list[int] | None = []
-        if request.beams is not None and sequence.table is None:
-            from_siblings = pages_of_siblings(sequence, page_size)
-            if from_siblings is None:
+        of_others: list[int] | None = []
+        if sequence.table is None:
+            of_others = sequence.request.strategy.pages_of_others(sequence, page_size)
+            if of_others is None:
                 return None
         best, place = 0.0, None
         for shard in sorted(shards):
             if not self.books.has_slot(sequence, shard):
                 continue
-            cached = max(from_siblings, self._lookup(sequence, shard), key=len)
+            cached = max(of_others, self._lookup(sequence, shard), key=len)
+            # The others of its group wait for this one.
             num_running = len(self.books.running[shard])
-            if request.beams is not None:  # the others of the group wait for this one
-                num_running -= sum(beam.status is Status.RUNNING for beam in request.members)
+            num_running -= sum(member.status is Status.RUNNING for member in sequence.group)
             if self._fits(sequence, shard, cached, num_running):
                 hit = len(cached) * page_size / len(sequence.tokens)
                 score = 1 + hit + allocator.num_available(shard) / allocator.num_usable
@@ -60,7 +58,8 @@ class Placement:
         cache = self.books.prefix_cache
         if cache is None or sequence.table is not None or sequence.request.whole_prompt:
             return []
-        full = last_shared_page(sequence, self.books.page_size)
+        left = 1 + sequence.request.strategy.num_joint(sequence)
+        full = (len(sequence.tokens) - left) // self.books.page_size
         cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
         return cache.lookup(shard, sequence.digests[:full])
 

@@ -56,9 +56,9 @@ class StepInputs(NamedTuple):
 
     def filled(self, arrays: list[Any]) -> StepInputs:
         """Returns inputs with the fields that are there in these, taken from the front of `arrays`."""
-        return StepInputs(*(None if value is None else arrays.pop(0) for value in self))
+        return StepInputs._make(None if value is None else arrays.pop(0) for value in self)
 
 
 def after(before: StepState, step: StepState) -> StepState:
     """Returns what stays: what a step returned, and what it was not given."""
-    return StepState(*(old if new is None else new for old, new in zip(before, step, strict=True)))
+    return StepState._make(old if new is None else new for old, new in zip(before, step, strict=True))

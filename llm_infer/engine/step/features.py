@@ -1,0 +1,19 @@
+"""Which step programs can run what requests need: each token bucket has a plain program, and variants that do more."""
+
+from __future__ import annotations
+
+from llm_infer.decoding.features import PLAIN, StepFeatures
+
+FOR_PROMPT = StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED
+"""What rows of a prompt need, whether they draw or not; the other features are for rows that draw."""
+
+
+def serves(program: StepFeatures, needed: StepFeatures) -> bool:
+    """Whether a program has all that is needed. One that draws several tokens has another layout and serves nothing else."""
+    return needed in program and (program ^ needed) & StepFeatures.STEPS == PLAIN
+
+
+def for_steps(features: StepFeatures) -> StepFeatures:
+    """Of features that requests need, those of several decode steps in one program."""
+    logprobs = StepFeatures.LOGPROBS | StepFeatures.ALL_LOGPROBS
+    return (features & (logprobs | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS
