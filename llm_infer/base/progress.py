@@ -30,7 +30,8 @@ class Task:
 
     def advance(self, amount: int) -> None:
         """Adds `amount` (bytes or items) to what is done."""
-        self.set(self.completed + amount)
+        with self._lock:
+            self.set(self.completed + amount)
 
     def set(self, completed: int) -> None:
         """Sets how much is done; an amount beyond the total shows as the total."""

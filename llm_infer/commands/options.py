@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import NoneType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -117,7 +117,10 @@ Model = Annotated[
         autocompletion=complete_model,
     ),
 ]
-Precision = engine_option("precision")
+if TYPE_CHECKING:
+    Precision = str
+else:
+    Precision = str if TYPE_CHECKING else engine_option("precision")  # as type checkers see it, and as typer does
 ConfigFile = Annotated[
     str | None,
     typer.Option("--config", help="TOML file with settings of the engine; flags go before it.", metavar="FILE"),

@@ -88,8 +88,8 @@ def _structured(values: dict[str, Any]) -> StructuredOutputsParams | None:
             if name in ("json_schema", "grammar"):
                 with open(str(value), encoding="utf-8") as file:
                     value = file.read()
-            fields: dict[str, Any] = {_STRUCTURED_FIELDS.get(name, name): value}
-            return StructuredOutputsParams(**fields)
+            field: dict[str, Any] = {_STRUCTURED_FIELDS.get(name, name): value}
+            return StructuredOutputsParams(**field)
         except OSError as error:
             raise UserError(f"{flag} {shown}: {error.strerror}") from None
         except (UserError, UnicodeDecodeError) as error:

@@ -48,7 +48,7 @@ class StepProgram:
     features: StepFeatures
     state: StepState
     inputs: StepInputs
-    run: Callable
+    run: jax.stages.Compiled
     set_slot: Callable | None
 
 

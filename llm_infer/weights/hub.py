@@ -14,7 +14,7 @@ from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
 from llm_infer.base.sizes import size
 from llm_infer.weights.gguf_choice import choose, gguf_models
-from llm_infer.weights.hub_download import download
+from llm_infer.weights.hub_download import Download, download_all
 from llm_infer.weights.model_names import HubName
 
 # Weights, configs, tokenizer, chat template; nothing of subdirectories (other formats), no second copy of the weights.
@@ -102,11 +102,21 @@ def _fetch(name: HubName, progress: Progress) -> HubModel:
     missing = [path for path in wanted if not (repository / "snapshots" / str(info.sha) / path).exists()]
     _require_room(name, repository, sum(sizes[path] for path in missing))
     with progress.task(f"Fetching {name}", total=sum(sizes[path] for path in missing), unit="bytes") as task:
-        for path in missing:
-            if (found := hashes[path]) is not None:
-                url = huggingface_hub.hf_hub_url(name.repo_id, path, revision=info.sha)
-                lock = repository.parent / ".locks" / repository.name / f"{found}.lock"
-                download(url, repository / "blobs" / found, lock, path, sizes[path], task)
+        locks = repository.parent / ".locks" / repository.name
+        download_all(
+            [
+                Download(
+                    huggingface_hub.hf_hub_url(name.repo_id, path, revision=info.sha),
+                    repository / "blobs" / found,
+                    locks / f"{found}.lock",
+                    path,
+                    sizes[path],
+                )
+                for path in missing
+                if (found := hashes[path]) is not None
+            ],
+            task,
+        )
         directory = Path(_snapshot(name, wanted, local_files_only=False))
     if directory.name != info.sha:
         raise ModelError(f"hub model {name} changed while it was fetched: run the same command again")

@@ -1,10 +1,14 @@
-"""Downloads one file of a hub repository: goes on where an earlier attempt stopped, and checks what has arrived."""
+"""Downloads files of a hub repository: goes on where an earlier attempt stopped, and checks what has arrived."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,55 +18,108 @@ from llm_infer.base.progress import Task
 ATTEMPTS = 5
 """Connections in a row that bring no byte before a download is given up."""
 
+AT_ONCE = 8
+"""Files that are downloaded at the same time."""
+
 _WAIT_SECONDS = 1.0
 _BLOCK = 1 << 20
 
 
-def download(url: str, target: Path, lock: Path, filename: str, num_bytes: int, task: Task) -> None:
-    """Downloads a file to `target`, whose name is its hash, as in the hub's cache.
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A file to fetch.
 
-    Until it is complete and checked its bytes are in `target` + ".incomplete", where the next call goes on.
+    Attributes:
+        url: where it is.
+        target: path to write, as in the hub's cache: its name is the SHA-256 of the content, or of files outside LFS git's
+            SHA-1.
+        lock: file that keeps other processes from downloading the same.
+        filename: what messages call it.
+        num_bytes: its size.
+    """
+
+    url: str
+    target: Path
+    lock: Path
+    filename: str
+    num_bytes: int
+
+
+def download_all(downloads: Iterable[Download], task: Task) -> None:
+    """Downloads files, a few at a time.
+
+    Until one is complete and checked its bytes are in `target` + ".incomplete", where the next call goes on.
 
     Args:
-        url: where the file is.
-        target: path to write; its name is the SHA-256 of the content, or of files outside LFS git's SHA-1.
-        lock: file that keeps other processes from downloading the same.
-        filename: what messages call the file.
-        num_bytes: size of the file.
+        downloads: files whose targets do not exist.
         task: is told of the bytes that are here.
 
     Raises:
-        ModelError: the content has another hash, and has been removed.
-        OSError, or an error of the HTTP library: the file cannot be had.
+        ModelError: a file has another hash than its name says, and has been removed.
+        OSError, or an error of the HTTP library: a file cannot be had.
     """
+    waiting, failures, stop = deque(downloads), list[BaseException](), threading.Event()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                try:
+                    file = waiting.popleft()
+                except IndexError:  # others have the rest
+                    return
+                _download(file, task, stop)
+        except BaseException as error:
+            failures.append(error)
+            stop.set()
+
+    # As daemons they do not hold up a program that Ctrl-C ends while a server is silent.
+    count = min(AT_ONCE, len(waiting))
+    threads = [threading.Thread(target=work, name="hub-download", daemon=True) for _ in range(count)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        for thread in threads:  # those that are writing come to their end
+            if thread.is_alive():
+                thread.join(_WAIT_SECONDS / count)
+    if failures:
+        raise failures[0]
+
+
+def _download(file: Download, task: Task, stop: threading.Event) -> None:
     from huggingface_hub.utils import WeakFileLock
 
+    target = file.target
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock.parent.mkdir(parents=True, exist_ok=True)
+    file.lock.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.incomplete")
-    with WeakFileLock(lock):
+    with WeakFileLock(file.lock):
         if target.exists():  # another process was faster
-            task.advance(num_bytes)
+            task.advance(file.num_bytes)
             return
-        with partial.open("ab") as file:
-            if file.tell() > num_bytes:
-                file.truncate(0)
-            task.advance(file.tell())
-            _complete(url, file, num_bytes, task)
-        _check(partial, target.name, filename)
-        os.replace(partial, target)
+        with partial.open("ab") as stream:
+            if stream.tell() > file.num_bytes:
+                stream.truncate(0)
+            task.advance(stream.tell())
+            _complete(file.url, stream, file.num_bytes, task, stop)
+        if not stop.is_set():
+            _check(partial, target.name, file.filename)
+            os.replace(partial, target)
 
 
-def _complete(url: str, file: BinaryIO, num_bytes: int, task: Task) -> None:
+def _complete(url: str, file: BinaryIO, num_bytes: int, task: Task, stop: threading.Event) -> None:
     """Appends what is missing, in as many connections as it takes while each brings something."""
     from huggingface_hub import errors
 
     transport_error: type[Exception] = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
     failures = 0
-    while (start := file.seek(0, os.SEEK_END)) < num_bytes:
+    while (start := file.seek(0, os.SEEK_END)) < num_bytes and not stop.is_set():
         reason: Exception = OSError(f"the connection ended after {start} of {num_bytes} bytes")
         try:
-            _append(url, file, num_bytes, task)
+            _append(url, file, num_bytes, task, stop)
         except errors.HfHubHTTPError:  # an answer, and no broken connection
             raise
         except transport_error as error:
@@ -76,7 +133,7 @@ def _complete(url: str, file: BinaryIO, num_bytes: int, task: Task) -> None:
         time.sleep(_WAIT_SECONDS)
 
 
-def _append(url: str, file: BinaryIO, num_bytes: int, task: Task) -> None:
+def _append(url: str, file: BinaryIO, num_bytes: int, task: Task, stop: threading.Event) -> None:
     """Appends what one connection brings."""
     from huggingface_hub import constants, utils
 
@@ -95,7 +152,7 @@ def _append(url: str, file: BinaryIO, num_bytes: int, task: Task) -> None:
         for block in response.iter_raw():
             file.write(block)
             task.advance(len(block))
-            if file.tell() > num_bytes:
+            if file.tell() > num_bytes or stop.is_set():
                 break
         file.flush()
 
