@@ -65,7 +65,7 @@ class NgramProposer:
         """Does nothing: the states are all there is."""
 
     def propose(self, state: dict[tuple[int, ...], int], tokens: Sequence[int], count: int) -> list[int]:
-        """See Proposer. Takes a few dictionary accesses per new token, whatever the length."""
+        """Implements `Proposer`, with a few dictionary accesses per new token, whatever the length."""
         for end in range(state[()], len(tokens)):
             for size in self._sizes:
                 if 0 < size <= end:

@@ -52,7 +52,7 @@ class StepPrograms:
 
     @classmethod
     def of(cls, model: LoadedModel, engine: EngineConfig, max_model_len: int) -> StepPrograms:
-        """Those of a loaded model."""
+        """Makes those of a loaded model."""
         return cls(
             model.definition,
             model.config,
@@ -75,7 +75,7 @@ class StepPrograms:
         return query_rows(self.sharding.platform, self.config.group_size)
 
     def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
-        """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
+        """Lays out the step buffer of a token bucket: all sizes follow from the bucket and the configured maxima."""
         scheduler = self.engine.scheduler
         sequences = min(bucket, max(self.smallest_batch, scheduler.max_num_seqs))
         if StepFeatures.STEPS in features:  # a token of each sequence
@@ -125,6 +125,6 @@ class StepPrograms:
 
 
 def described(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Shape, type and place on a mesh of an array."""
+    """Describes an array: shape, type and place on a mesh."""
     placed = isinstance(array.sharding, jax.sharding.NamedSharding)
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)

@@ -31,7 +31,7 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
 def logprobs_at(
     outputs: Mapping[str, np.ndarray], place: tuple[int, ...], count: int, prefix: str = ""
 ) -> TokenLogprobs:
-    """The log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
+    """Returns the log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
     if count == ALL_LOGPROBS:
         every = outputs["all_logprobs"][place]
         top_ids = np.argsort(-every, kind="stable")  # of equals the first comes first, as in the draw
@@ -92,7 +92,7 @@ def _collect_logprobs(
 
 
 def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[list[list[tuple[int, float]]]]:
-    """Per shard and row the most likely next tokens and their log-probabilities; empty for rows that are no beams."""
+    """Returns, per shard and row, the most likely next tokens with log-probabilities; empty for rows that are no beams."""
     ids, logprobs = outputs["beam_ids"], outputs["beam_logprobs"]
     return [
         [
