@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jax import lax
 
 from pallas_kernels.dispatch import Case
@@ -92,7 +93,7 @@ def turn_keys(pages: np.ndarray, back: bool = False) -> np.ndarray:
     page_size, head_dim = pages.shape[4:]
     turned, keys = pages.copy(), pages[:, :, 0]
     shape = (*keys.shape[:-2], head_dim, page_size) if back else keys.shape
-    turned[:, :, 0] = keys.reshape(shape).swapaxes(-1, -2).reshape(keys.shape)
+    turned[:, :, 0] = rearrange(keys.reshape(shape), "l p h a b -> l p h b a").reshape(keys.shape)
     return turned
 
 
@@ -135,34 +136,32 @@ def pack_tokens(k: Any, v: Any) -> Any:
     if head_dim <= HALF_LANES:
         entries = xp.concatenate([k, v], axis=-1)
     else:
-        entries = xp.stack([k, v], axis=-2).reshape(*lead, 2 * num_kv_heads, lanes)
+        entries = rearrange(xp.stack([k, v], axis=-2), "... h two d -> ... (h two) d")
     left_over = words * packing - entries.shape[-2]
     entries = xp.pad(entries, (*no_pad[1:], (0, left_over), (0, 0)))
-    return entries.reshape(*lead, words, packing, lanes)
+    return rearrange(entries, "... (w p) d -> ... w p d", p=packing)
 
 
 def unpack_tokens(stored: Any, num_kv_heads: int, head_dim: int) -> tuple[Any, Any]:
     """Returns K and V [..., Hkv, D] of packed tokens, the inverse of `pack_tokens`."""
-    lead, lanes = stored.shape[:-3], stored.shape[-1]
-    entries = stored.reshape(*lead, -1, lanes)
+    entries = rearrange(stored, "... w p d -> ... (w p) d")
     if head_dim <= HALF_LANES:
         entries = entries[..., :num_kv_heads, :]
         return entries[..., :head_dim], entries[..., HALF_LANES : HALF_LANES + head_dim]
-    entries = entries[..., : 2 * num_kv_heads, :].reshape(*lead, num_kv_heads, 2, lanes)
+    entries = rearrange(entries[..., : 2 * num_kv_heads, :], "... (h two) d -> ... h two d", two=2)
     return entries[..., 0, :head_dim], entries[..., 1, :head_dim]
 
 
 def plain_to_tpu(pages: np.ndarray) -> np.ndarray:
     """Converts a plain pool [L, P, 2, Hkv, C, D] (or any pages [..., 2, Hkv, C, D]) to the TPU layout."""
-    k, v = (np.moveaxis(pages[..., i, :, :, :], -3, -2) for i in range(2))
+    k, v = rearrange(pages, "... two h c d -> two ... c h d")
     return pack_tokens(k, v)
 
 
 def tpu_to_plain(pages: Any, num_kv_heads: int, head_dim: int) -> Any:
     """Converts pages [..., C, W, K, Dp] of the TPU layout to the plain one: [..., 2, Hkv, C, D]."""
-    xp = np if isinstance(pages, np.ndarray) else jnp
     k, v = unpack_tokens(pages, num_kv_heads, head_dim)
-    return xp.stack([xp.moveaxis(x, -3, -2) for x in (k, v)], axis=-4)
+    return rearrange([k, v], "two ... c h d -> ... two h c d")
 
 
 def to_page_dtype(x: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
