@@ -86,7 +86,7 @@ def make_step(
 
 def copied_pages(cache: Cache, f: Mapping[str, Array]) -> Cache:
     """Copies the shared pages that the step is about to write."""
-    return {FULL: copy_pages(cache[FULL], f["copy_from"], f["copy_to"], f["num_copies"][0])}
+    return {**cache, FULL: copy_pages(cache[FULL], f["copy_from"], f["copy_to"], f["num_copies"][0])}
 
 
 def attention_over(plan: AttentionPlan) -> Attend:
@@ -96,7 +96,7 @@ def attention_over(plan: AttentionPlan) -> Attend:
         query: Array, key: Array, value: Array, cache: Cache, layer: Layer, **options: Any
     ) -> tuple[Array, Cache]:
         out, pages = paged_attention(query, key, value, cache[FULL], plan, layer=layer, **options)
-        return out, {FULL: pages}
+        return out, {**cache, FULL: pages}
 
     return attend
 
