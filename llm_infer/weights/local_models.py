@@ -104,7 +104,7 @@ def _tidy(directory: Path) -> None:
 
 
 def _includes(asked: HubName, model: LocalModel) -> bool:
-    """Whether a name means this model, whose own name may say more."""
+    """Says whether a name means this model, whose own name may say more."""
     one = hub_name(model.name)
     if one is None or one.repo_id != asked.repo_id:
         return False
@@ -138,7 +138,7 @@ def _hub() -> Iterator[LocalModel]:
 
 
 def _revision(name: HubName, repository: Path, revision: Any) -> Iterator[LocalModel]:
-    """The GGUF models of a revision, and its safetensors model."""
+    """Yields the GGUF models of a revision, and its safetensors model."""
     contents = {file.file_path.relative_to(revision.snapshot_path).as_posix(): file for file in revision.files}
     models = gguf_models({path: file.size_on_disk for path, file in contents.items()})
     for label, model in zip(labels(models), models, strict=True):
