@@ -63,6 +63,8 @@ def user_defaults() -> dict[str, dict[str, Any]]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     tables = {name: values.pop(name, {}) for name in COMMANDS}
+    if isinstance(tables["chat"], dict) and "raw" in tables["chat"]:
+        raise UserError(f"{path}: raw is a flag of generate alone: it cannot stand in [chat]")
     shared = _checked(path, values)
     return {name: shared | _checked(path, table, name) for name, table in tables.items()}
 
