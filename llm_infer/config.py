@@ -16,7 +16,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _require_integers(config: object, *names: str) -> None:
-    """Numbers of NumPy become Python's."""
+    """Turns numbers of NumPy into Python's, and refuses what is no whole number."""
     for name in names:
         value = plain(getattr(config, name))
         object.__setattr__(config, name, value)
@@ -153,7 +153,7 @@ class ParallelConfig:
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or "tensor" in name)
 
     def beside(self, other: ParallelConfig) -> str:
-        """These sizes, in words for somebody who has set `other`: every size that is not 1 in either."""
+        """Returns these sizes, in words for somebody who has set `other`: every size that is not 1 in either."""
         sizes = {field.name: getattr(self, field.name) for field in fields(self)}
         return ", ".join(f"{name}={size}" for name, size in sizes.items() if size > 1 or getattr(other, name) > 1)
 
@@ -200,7 +200,7 @@ class SpeculativeConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SpeculativeConfig:
-        """From a mapping; a key that is not known is an error."""
+        """Makes it from a mapping; a key that is not known is an error."""
         _require(
             isinstance(values, Mapping),
             f"speculative_config={values!r:.60}: expected a mapping such as {{'method': 'ngram'}}",

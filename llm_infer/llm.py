@@ -101,7 +101,7 @@ class LLM:
         *,
         progress: bool | None = None,
     ) -> list[RequestOutput]:
-        """The most likely continuations by beam search: `beam_width` outputs per prompt, ordered by `score`.
+        """Returns the most likely continuations by beam search: `beam_width` outputs per prompt, ordered by `score`.
 
         Same as `generate` with parameters that have a `beam_width`; other requests may run beside it.
 
@@ -212,7 +212,7 @@ class LLM:
         return self.tokenizer
 
     def score(self, contexts: Sequence[str], continuations: Sequence[str]) -> list[ScoreOutput]:
-        """Log-likelihood of each continuation given its context, as evaluation harnesses ask for it.
+        """Returns the log-likelihood of each continuation given its context, as evaluation harnesses ask for it.
 
         White space at the end of a context counts to the continuation, and where a token crosses the border all of it:
         see `text.continuations.continuation_tokens`; `ScoreOutput.text` is what was scored.
@@ -229,7 +229,7 @@ class LLM:
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean", normalize: bool = True
     ) -> list[EmbeddingOutput]:
-        """A vector for each text, made of the hidden states after the final norm.
+        """Returns a vector for each text, made of the hidden states after the final norm.
 
         Args:
             prompts: one text or several, or token ids.

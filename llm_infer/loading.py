@@ -32,7 +32,7 @@ def load(
     max_model_len: int | None = None,
     parallel: ParallelConfig = ONE_DEVICE,
 ) -> tuple[Tokenizer, LoadedModel]:
-    """Tokenizer and model of a name as for `LLM`. A `max_model_len` that the model cannot have fails before weights are read.
+    """Loads tokenizer and model of a name as for `LLM`. A `max_model_len` that the model cannot have fails before that.
 
     Raises:
         UserError: the model cannot be found or loaded, `load_format` is not one of LOAD_FORMATS, `dtype` is no type of
@@ -107,7 +107,7 @@ def _checked_name(name: object) -> str:
 def _dummy(
     name: str, fused_qkv: bool, dtype: DTypeLike, stored: str | None, parallel: ParallelConfig
 ) -> tuple[Tokenizer, LoadedModel]:
-    """A model of random weights, with the tokenizer of its directory where there is one."""
+    """Makes a model of random weights, with the tokenizer of its directory where there is one."""
     values, directory = dummy_source(name)
     config = family(values).config(values, fused_qkv=fused_qkv)
     model = dummy_model(config, dtype, stored=stored, parallel=parallel)

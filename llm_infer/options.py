@@ -131,7 +131,7 @@ class EngineOptions:
         self.parallel_config()
 
     def engine_config(self) -> EngineConfig:
-        """What an `Engine` is built from."""
+        """Makes what an `Engine` is built from."""
         pages = "bfloat16" if self.precision == "fast" else None
         return EngineConfig(
             cache=CacheConfig(
@@ -157,11 +157,11 @@ class EngineOptions:
         )
 
     def parallel_config(self) -> ParallelConfig:
-        """Over how many devices the model runs."""
+        """Returns the sizes of the mesh."""
         return ParallelConfig(self.tensor_parallel_size, self.data_parallel_size, self.expert_parallel_size)
 
     def of_all_processes(self) -> dict[str, str]:
-        """The settings that all processes of several hosts must agree on, as texts."""
+        """Returns the settings that all processes of several hosts must agree on, as texts."""
         return {name: str(getattr(self, name)) for name, each in settings().items() if not each.of_process}
 
 

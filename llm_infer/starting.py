@@ -42,7 +42,7 @@ def start(options: EngineOptions) -> Started:
 
 
 def take_part(options: EngineOptions) -> bool:
-    """See `follow`."""
+    """Does what `follow` says."""
     channel = _join(options)
     if not isinstance(channel, Follower):
         if channel is not None:

@@ -120,7 +120,7 @@ Model = Annotated[
 if TYPE_CHECKING:
     Precision = str
 else:
-    Precision = engine_option("precision")
+    Precision = str if TYPE_CHECKING else engine_option("precision")  # as type checkers see it, and as typer does
 ConfigFile = Annotated[
     str | None,
     typer.Option("--config", help="TOML file with settings of the engine; flags go before it.", metavar="FILE"),

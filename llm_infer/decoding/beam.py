@@ -72,7 +72,7 @@ class BeamSearch:
     def advance(
         self, outputs: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, float]]]
     ) -> list[Child] | None:
-        """One step.
+        """Takes one step.
 
         Args:
             outputs: new tokens of each beam, by place.

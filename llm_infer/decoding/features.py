@@ -55,7 +55,7 @@ _WORDS = {
 
 
 def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures:
-    """What steps need for a request with these parameters."""
+    """Returns what steps need for a request with these parameters."""
     if params.beam_width is not None:
         return StepFeatures.BEAMS  # nothing is drawn
     needed = StepFeatures.POOLED if pooled else PLAIN
@@ -73,7 +73,7 @@ def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures
 
 
 def union(features: Iterable[StepFeatures]) -> StepFeatures:
-    """All of these features."""
+    """Returns all of these features."""
     result = PLAIN
     for each in features:
         result |= each

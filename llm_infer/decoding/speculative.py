@@ -17,11 +17,11 @@ class Proposer(Protocol):
     """Guesses how sequences go on. What it remembers of a sequence is in a state that it makes."""
 
     def new_state(self, sequence: Any) -> Any:
-        """For a sequence (of the scheduler) of which it has seen nothing."""
+        """Makes the state of a sequence (of the scheduler) of which it has seen nothing."""
         ...
 
     def prepare(self, asked: Sequence[tuple[Any, Sequence[int], int]]) -> float | None:
-        """Told once a step of all calls of `propose` that may follow: (state, tokens, count) of each.
+        """Hears, once a step, of all calls of `propose` that may follow: (state, tokens, count) of each.
 
         Returns:
             The seconds that each further token of the proposals costs; None if nothing can be said of it.
@@ -29,20 +29,20 @@ class Proposer(Protocol):
         ...
 
     def release(self, state: Any) -> None:
-        """The sequence has ended."""
+        """Forgets a sequence that has ended."""
         ...
 
     def reset(self) -> None:
-        """All sequences have ended, and with them what was computed."""
+        """Forgets all sequences, which have ended, and what was computed for them."""
         ...
 
     def propose(self, state: Any, tokens: Sequence[int], count: int) -> list[int]:
-        """At most `count` next tokens; `tokens` only grow from call to call with the same state."""
+        """Guesses at most `count` next tokens; `tokens` only grow from call to call with the same state."""
         ...
 
 
 class NgramProposer:
-    """What followed when the last tokens occurred before (Saxena, 2023, "Prompt lookup decoding"); the longest match wins.
+    """Guesses what followed the last tokens before; the longest match wins (Saxena, 2023, "Prompt lookup decoding").
 
     Args:
         longest, shortest: tokens that must match.
@@ -52,20 +52,20 @@ class NgramProposer:
         self._sizes = range(longest, shortest - 1, -1)
 
     def new_state(self, sequence: Any) -> dict[tuple[int, ...], int]:
-        """Where each run of tokens was followed by another one last: the position of that one. () → tokens seen."""
+        """Makes a map from each run of tokens to the position behind its last occurrence; () → tokens seen."""
         return {(): 0}
 
     def prepare(self, asked: Sequence[tuple[Any, Sequence[int], int]]) -> None:
-        """There is nothing to prepare, and proposals cost next to nothing."""
+        """Does nothing: proposals cost next to nothing."""
 
     def release(self, state: Any) -> None:
-        """The state is all there is."""
+        """Does nothing: the state is all there is."""
 
     def reset(self) -> None:
-        """The states are all there is."""
+        """Does nothing: the states are all there is."""
 
     def propose(self, state: dict[tuple[int, ...], int], tokens: Sequence[int], count: int) -> list[int]:
-        """See Proposer. Takes a few dictionary accesses per new token, whatever the length."""
+        """Implements `Proposer`, with a few dictionary accesses per new token, whatever the length."""
         for end in range(state[()], len(tokens)):
             for size in self._sizes:
                 if 0 < size <= end:
@@ -117,7 +117,7 @@ class Speculator:
         bucket_of: Callable[[int], int] = lambda tokens: tokens,
         proposer: Proposer | None = None,
     ) -> None:
-        self._most = config.num_speculative_tokens
+        self._max_drafts = config.num_speculative_tokens
         self.proposer = proposer or NgramProposer(config.prompt_lookup_max, config.prompt_lookup_min)
         self._bucket_of = bucket_of
         # By size of a step: how long it took, and when that was measured last, in measured steps.
@@ -129,14 +129,14 @@ class Speculator:
     @property
     def max_tokens(self) -> int:
         """Tokens of a sequence in a step at most."""
-        return 1 + self._most
+        return 1 + self._max_drafts
 
     def new(self, sequence: Any) -> Speculation:
-        """For a sequence that starts."""
+        """Makes what is known of a sequence that starts."""
         return Speculation(self.proposer.new_state(sequence))
 
     def prepare(self, asked: Sequence[tuple[Speculation, Sequence[int], int, int]]) -> None:
-        """To be called once before the calls of `propose` of a step, with the arguments of all of them."""
+        """Hears, once a step, the arguments of all calls of `propose` that may follow."""
         wanted = []
         for speculation, tokens, num_rows, limit in asked:
             if count := min(limit, self.best_length(speculation.acceptance, num_rows)):
@@ -146,11 +146,11 @@ class Speculator:
             self._seconds_to_propose = _smooth(self._seconds_to_propose, seconds)
 
     def release(self, speculation: Speculation) -> None:
-        """The sequence has ended."""
+        """Forgets a sequence that has ended."""
         self.proposer.release(speculation.state)
 
     def propose(self, speculation: Speculation, tokens: Sequence[int], num_rows: int, limit: int) -> list[int]:
-        """Tokens to compute with the next one, at most `limit`; `num_rows` sequences are in the step."""
+        """Proposes tokens to compute with the next one, at most `limit`; `num_rows` sequences are in the step."""
         count = min(limit, self.best_length(speculation.acceptance, num_rows))
         if count == 0:
             # Not worth it at this estimate, which grows old: some time later one try shows whether it still holds.
@@ -161,9 +161,9 @@ class Speculator:
         return drafts
 
     def best_length(self, acceptance: float, num_rows: int) -> int:
-        """Proposal length with the most expected tokens per second if every one of `num_rows` rows has such a proposal."""
+        """Finds the length of proposals with the most expected tokens per second if each of `num_rows` rows has one."""
         expected, best, length = 1.0, 1.0 / self._seconds_of(num_rows), 0
-        for count in range(1, self._most + 1):
+        for count in range(1, self._max_drafts + 1):
             expected += acceptance**count
             rate = expected / (self._seconds_of(num_rows * (1 + count)) + count * (self._seconds_to_propose or 0.0))
             if rate >= best:
@@ -196,7 +196,7 @@ class Speculator:
             speculation.rest = min(most, 2 ** (speculation.failures - 1))
 
     def _seconds_of(self, num_tokens: int) -> float:
-        """Of a step of that size: measured, or else of the nearest smaller one that is (a trial will tell).
+        """Estimates the seconds of a step of that size: measured, or else of the nearest smaller one (a trial will tell).
 
         What was measured long ago, maybe on a busy machine, is to be tried again: it counts for less from step to step.
         """
@@ -209,6 +209,6 @@ class Speculator:
 
 
 def _smooth(before: float | None, seconds: float) -> float:
-    """A new estimate of a time: what disturbs makes it longer, so a shorter one counts at once."""
+    """Returns a new estimate of a time: what disturbs makes it longer, so a shorter one counts at once."""
     before = seconds if before is None else before
     return min(before, seconds) + 0.1 * max(0.0, seconds - before)

@@ -11,7 +11,7 @@ from llm_infer.base.environment import cache_dir
 
 
 def cache_directory() -> Path | None:
-    """`JAX_COMPILATION_CACHE_DIR`, else a folder in the user's cache; None where `LLM_INFER_COMPILE_CACHE=0`."""
+    """Returns `JAX_COMPILATION_CACHE_DIR`, else a folder in the user's cache; None where `LLM_INFER_COMPILE_CACHE=0`."""
     if os.environ.get("LLM_INFER_COMPILE_CACHE") == "0":
         return None
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")

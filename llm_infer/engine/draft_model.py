@@ -110,11 +110,11 @@ class DraftModel:
     # ------------------------------------------------------------------ the proposer
 
     def new_state(self, sequence: Sequence) -> DraftState:
-        """See Proposer."""
+        """Implements `Proposer`."""
         return DraftState(sequence)
 
     def propose(self, state: DraftState, tokens: SequenceOf[int], count: int) -> list[int]:
-        """What `prepare` has found."""
+        """Returns what `prepare` has found."""
         return state.drafts[:count]
 
     def release(self, state: DraftState) -> None:
@@ -127,7 +127,7 @@ class DraftModel:
             del self._holding[state]
 
     def reset(self) -> None:
-        """Empty pages; the states of before are not to be used."""
+        """Empties the pages; the states of before are not to be used."""
         self.runner.reset()
         self._clear()
 
@@ -154,7 +154,7 @@ class DraftModel:
     # ------------------------------------------------------------------ pages
 
     def _accepted(self, state: DraftState, tokens: SequenceOf[int]) -> int:
-        """How many of the computed tokens are still those of the sequence; its last token is always computed anew."""
+        """Counts the computed tokens that are still those of the sequence; its last token is always computed anew."""
         own = state.own
         if own is None:
             return 0

@@ -117,7 +117,7 @@ class Engine:
         return Speculator(speculative, bucket_of, draft_model), draft_model
 
     def warm_up(self, token_counts: Iterable[int] | None = None, features: Iterable[StepFeatures] = (PLAIN,)) -> WarmUp:
-        """The step programs, of a draft model too, for steps of these token counts; to be compiled by iterating.
+        """Returns the step programs, of a draft model too, for steps of these token counts; iterating compiles them.
 
         By default those for all counts; afterwards nothing compiles for requests whose features (`features_of` their
         parameters) together are within one of `features`. Proposed tokens count, too.
@@ -132,7 +132,7 @@ class Engine:
         return programs
 
     def warm_up_for(self, requests: SequenceOf[Request]) -> WarmUp:
-        """The step programs that requests need which have just been made or added; to be compiled by iterating.
+        """Returns the step programs that requests need which have just been made or added; iterating compiles them.
 
         Those of their prompts, as far as the prefix cache does not have them, and of decoding while sequence after
         sequence ends; also together with what else runs, whose rows are then in the same steps.
@@ -223,7 +223,7 @@ class Engine:
             self.scheduler.finish(sequence, reason)
 
     def follow(self) -> None:
-        """On every process but the first: runs what the first one runs, until it ends."""
+        """Runs what the first process runs until that ends; for every process but the first."""
         assert isinstance(self._channel, Follower)
         runners = {self.runner.name: self.runner}
         if self._draft_model is not None:
@@ -314,7 +314,7 @@ class Engine:
         self._unsettled = False
 
     def _ready(self) -> None:
-        """To be called before anything else: the engine can compute, and nothing is left of a change that did not end."""
+        """Makes sure, before anything else, that the engine can compute and that nothing is left of a change that did not end."""
         refuse_lost_child()
         if self._lost is not None:
             raise ProcessLostError(self._lost)
@@ -365,5 +365,5 @@ class Engine:
 
 
 def _host_comes_first(plan: StepPlan) -> bool:
-    """Whether the next draw of a row depends, on the host, on the id that this step draws for it."""
+    """Tells whether the next draw of a row depends, on the host, on the id that this step draws for it."""
     return any(row.samples and row.sequence.request.stepwise for rows in plan.rows for row in rows)

@@ -13,7 +13,7 @@ HUGE = 2 << 20
 
 
 def empty_in_huge_pages(array: jax.Array) -> int:
-    """Ask the system for huge pages under an array of zeros that nothing else reads, on CPUs under Linux.
+    """Asks the system for huge pages under an array of zeros that nothing else reads, on CPUs under Linux.
 
     Its memory is given back, and comes again, as zeros and now in huge pages, when it is first used.
 

@@ -19,12 +19,12 @@ from llm_infer.models.load import LoadedModel
 
 
 def page_dtype(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
-    """Type of the keys and values in the pages."""
+    """Returns the type of the keys and values in the pages."""
     return model.dtype if config.cache.dtype is None else jnp.dtype(config.cache.dtype)
 
 
 def device_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes that a program needs on each device while it runs: arguments, temporaries, results that are not in place of
+    """Counts the bytes a program needs on each device while it runs: arguments, temporaries, results that are not in place of
     an argument, and code."""
     found = compiled.memory_analysis()
     assert found is not None, "every backend of JAX says what its programs take"
@@ -33,7 +33,7 @@ def device_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def local_bytes(arrays: Any) -> int:
-    """Bytes on each device of arrays, or of their descriptions (a pytree)."""
+    """Counts the bytes on each device of arrays, or of their descriptions (a pytree)."""
 
     def one(x: jax.Array | jax.ShapeDtypeStruct) -> int:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
@@ -43,7 +43,7 @@ def local_bytes(arrays: Any) -> int:
 
 
 def memory_limit(devices: Iterable[jax.Device]) -> int:  # pyright: ignore[reportInvalidTypeForm]
-    """Bytes of the smallest of this host's devices: what its allocator may hand out; of CPU devices, an equal share of what
+    """Returns bytes of the smallest of this host's devices: what its allocator may hand out; of CPU devices, a share of what
     the machine has free: nothing else keeps a pool from taking the memory that other programs are in."""
     devices = [device for device in devices if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in devices]
@@ -52,7 +52,7 @@ def memory_limit(devices: Iterable[jax.Device]) -> int:  # pyright: ignore[repor
 
 
 def free_memory(meminfo: str = "/proc/meminfo") -> int:
-    """Bytes of the machine's memory that programs may still take, file caches included; all where the system does not tell."""
+    """Counts the bytes of memory that programs may still take, file caches included; all where the system does not tell."""
     try:
         with open(meminfo) as lines:
             found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
@@ -62,12 +62,12 @@ def free_memory(meminfo: str = "/proc/meminfo") -> int:
 
 
 def physical_memory() -> int:
-    """Bytes of the machine's memory."""
+    """Counts the bytes of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device, or the compiler for it, has run out of memory."""
+    """Tells whether a device, or the compiler for it, has run out of memory."""
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -34,7 +34,7 @@ LARGEST = (
 def choose_num_pages(
     steps: StepPrograms, largest_bucket: int, limit: int | None = None, beside: StepPrograms | None = None
 ) -> int:
-    """Pages of a data-parallel shard, the null page included.
+    """Chooses the number of pages of a data-parallel shard, the null page included.
 
     `CacheConfig.num_pages`, or what fits `CacheConfig.memory_bytes`, or what the compiler says fits the devices; without
     any of these on CPUs, what fits the smaller of 1 GiB and a quarter of the machine's memory. Never more than all
@@ -92,12 +92,12 @@ def choose_num_pages(
 
 
 def page_bytes(steps: StepPrograms) -> int:
-    """Bytes of a page of all layers on each device."""
+    """Counts the bytes of a page of all layers on each device."""
     return local_bytes(steps.cache(2)) // 2
 
 
 def pages_in(steps: StepPrograms, memory: int, max_pages: int) -> int:
-    """Pages of a shard when the pools of all devices together take `memory` bytes; at most `max_pages`.
+    """Counts the pages of a shard when the pools of all devices together take `memory` bytes; at most `max_pages`.
 
     Raises:
         CapacityError: not even one page fits beside the null page.
@@ -121,7 +121,7 @@ def pages_that_fit(
     page_bytes: int,
     max_pages: int,
 ) -> int:
-    """The largest number of pages with which the largest program stays within `limit` × `utilization`.
+    """Returns the largest number of pages with which the largest program stays within `limit` × `utilization`.
 
     What a program takes besides weights and pages is known once it is compiled, so one is: with as many pages as the
     weights leave room for, and then as many fewer as it is over. Where a program copies some pages, each page taken

@@ -6,7 +6,7 @@ from llm_infer.models.decoder import LayerLoop
 
 
 def layer_loop(platform: str) -> LayerLoop:
-    """The form of the loop over layers that copies neither weights nor pages.
+    """Chooses the form of the loop over layers that copies neither weights nor pages.
 
     A loop keeps the program small whatever the depth. On a GPU it keeps a step out of one CUDA graph and can make XLA copy a
     layer's weights. On a TPU four layers an iteration let XLA fetch the weights of the next layer under this one's
@@ -17,7 +17,7 @@ def layer_loop(platform: str) -> LayerLoop:
 
 
 def query_rows(platform: str, group: int) -> int:
-    """Most query rows of one work item of a prefill, for `group` query heads per KV head.
+    """Chooses the most query rows of one work item of a prefill, for `group` query heads per KV head.
 
     A GPU's thread block holds all heads of a group at once: 128 queries are what Hopper's matrix units want. A TPU unpacks
     a block of K and V once per item, so items are as long as the state of all their heads leaves room in VMEM.

@@ -19,7 +19,7 @@ from llm_infer.engine.platform import layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.multi_step import make_steps
 from llm_infer.engine.step.sharding import StepSharding
-from llm_infer.engine.step.state import FULL, Cache, StepInputs, StepState
+from llm_infer.engine.step.state import FULL, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
@@ -52,7 +52,7 @@ class StepPrograms:
 
     @classmethod
     def of(cls, model: LoadedModel, engine: EngineConfig, max_model_len: int) -> StepPrograms:
-        """Those of a loaded model."""
+        """Makes those of a loaded model."""
         return cls(
             model.definition,
             model.config,
@@ -75,7 +75,7 @@ class StepPrograms:
         return query_rows(self.sharding.platform, self.config.group_size)
 
     def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
-        """Layout of the step buffer for a token bucket: all sizes follow from the bucket and the configured maxima."""
+        """Lays out the step buffer of a token bucket: all sizes follow from the bucket and the configured maxima."""
         scheduler = self.engine.scheduler
         sequences = min(bucket, max(self.smallest_batch, scheduler.max_num_seqs))
         if StepFeatures.STEPS in features:  # a token of each sequence
@@ -84,7 +84,7 @@ class StepPrograms:
         draws = min(bucket, sequences + MAX_DRAFTS) if StepFeatures.DRAFTS in features else sequences
         return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket)), draws)
 
-    def cache(self, num_pages: int) -> Cache:
+    def cache(self, num_pages: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes the pools, `num_pages` of each data-parallel shard."""
         return {FULL: self.sharding.pool(num_pages, self.engine.cache.page_size, self.page_dtype)}
 
@@ -98,16 +98,15 @@ class StepPrograms:
         """Describes what a program with these features keeps on the devices."""
         slots = self.engine.scheduler.max_num_seqs + 1
         last_ids = self.sharding.struct((self.sharding.num_shards, slots), jnp.int32)
-        return StepState(
-            self.cache(num_pages), last_ids, self.penalties() if StepFeatures.PENALTIES in features else None
-        )
+        penalties = self.penalties() if StepFeatures.PENALTIES in features else None
+        return StepState._make((self.cache(num_pages), last_ids, penalties))
 
     def inputs(self, bucket: int, features: StepFeatures) -> StepInputs:
         """Describes what the host sends with a step of a token bucket."""
         layout, shards = self.layout(bucket, features), self.sharding.num_shards
         masks = (shards, layout.num_draws, mask_words(self.config.vocab_size))
         allowed = self.sharding.struct(masks, jnp.int32) if StepFeatures.MASKED in features else None
-        return StepInputs(self.sharding.struct((shards, layout.size), jnp.int32), allowed)
+        return StepInputs._make((self.sharding.struct((shards, layout.size), jnp.int32), allowed))
 
     def lower(
         self, bucket: int, features: StepFeatures, num_pages: int, *, keep_logits: bool = False
@@ -126,6 +125,6 @@ class StepPrograms:
 
 
 def described(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Shape, type and place on a mesh of an array."""
+    """Describes an array: shape, type and place on a mesh."""
     placed = isinstance(array.sharding, jax.sharding.NamedSharding)
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding if placed else None)

@@ -31,7 +31,7 @@ def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mappi
 def logprobs_at(
     outputs: Mapping[str, np.ndarray], place: tuple[int, ...], count: int, prefix: str = ""
 ) -> TokenLogprobs:
-    """The log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
+    """Returns the log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
     if count == ALL_LOGPROBS:
         every = outputs["all_logprobs"][place]
         top_ids = np.argsort(-every, kind="stable")  # of equals the first comes first, as in the draw
@@ -83,17 +83,16 @@ def collect_prompts(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
 def _collect_logprobs(
     request: Request, start: int, count: int, outputs: Mapping[str, np.ndarray], place: tuple[int, int]
 ) -> None:
-    if not isinstance(request.prompt_results, list):
-        request.prompt_results = [None] * len(request.prompt)
+    results = request.prompt_results
+    if not isinstance(results, list):
+        results = request.prompt_results = list[TokenLogprobs | None]([None] * len(request.prompt))
     for i in range(min(count, len(request.prompt) - start - 1)):
         at = (place[0], place[1] + i)
-        request.prompt_results[start + i + 1] = logprobs_at(
-            outputs, at, request.sampling.prompt_logprobs or 0, "prompt_"
-        )
+        results[start + i + 1] = logprobs_at(outputs, at, request.sampling.prompt_logprobs or 0, "prompt_")
 
 
 def beam_candidates(plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> list[list[list[tuple[int, float]]]]:
-    """Per shard and row the most likely next tokens and their log-probabilities; empty for rows that are no beams."""
+    """Returns, per shard and row, the most likely next tokens with log-probabilities; empty for rows that are no beams."""
     ids, logprobs = outputs["beam_ids"], outputs["beam_logprobs"]
     return [
         [

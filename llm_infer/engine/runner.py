@@ -48,7 +48,7 @@ class StepProgram:
     features: StepFeatures
     state: StepState
     inputs: StepInputs
-    run: Callable
+    run: jax.stages.Compiled
     set_slot: Callable | None
 
 
@@ -64,7 +64,7 @@ class PendingStep:
     dead: dict[Sequence, str]
 
     def read(self) -> dict[str, np.ndarray]:
-        """The outputs on the host: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`; of several steps [dp, K, S]."""
+        """Waits for the outputs: `ids` [dp, S], row i belonging to `plan.rows[shard][i]`; of several steps [dp, K, S]."""
         return {name: np.asarray(value) for name, value in self.outputs.items()}
 
 
@@ -135,7 +135,7 @@ class Runner:
         self.is_warm = False
 
     def reset(self) -> None:
-        """Empty pages and slots; the programs stay."""
+        """Empties pages and slots; the programs stay."""
         self._tell("reset")
         self._clear()
 
@@ -171,19 +171,19 @@ class Runner:
         self._unset: dict[Sequence, int] = {}
 
     def program(self, bucket: int, needed: StepFeatures = PLAIN) -> StepProgram:
-        """The compiled program of a bucket that has all `needed` features and the fewest others; else compiles one."""
+        """Returns the compiled program of a bucket with all `needed` features and the fewest others, or else compiles one."""
         able = self._able(bucket, needed)
         return self.compile(bucket, min(able, key=lambda features: features.value.bit_count(), default=needed))
 
     def has(self, bucket: int, features: StepFeatures) -> bool:
-        """Whether there is a program with these features, or with more; the plain one counts only as it is."""
+        """Tells whether there is a program with these features, or with more; the plain one counts only as it is."""
         return (bucket, features) in self._programs or (features != PLAIN and bool(self._able(bucket, features)))
 
     def _able(self, bucket: int, needed: StepFeatures) -> list[StepFeatures]:
         return [features for b, features in list(self._programs) if b == bucket and serves(features, needed)]
 
     def compile(self, bucket: int, features: StepFeatures = PLAIN) -> StepProgram:
-        """The program of a bucket with exactly these features; compiled on first use."""
+        """Returns the program of a bucket with exactly these features, and compiles it on first use."""
         if (bucket, features) not in self._programs:
             self.times.compiles += 1
             self.times.compiles_after_warmup += self.is_warm
@@ -210,7 +210,7 @@ class Runner:
         return setter.lower(state, jax.ShapeDtypeStruct((), jnp.int32), row, row.update(dtype=jnp.float32)).compile()
 
     def bucket_of(self, num_tokens: int) -> int:
-        """The smallest bucket that holds `num_tokens`."""
+        """Returns the smallest bucket that holds `num_tokens`."""
         return next(bucket for bucket in self.buckets if bucket >= num_tokens)
 
     def submit(self, plan: StepPlan) -> PendingStep:
@@ -257,7 +257,7 @@ class Runner:
         return PendingStep(plan, outputs, dead)
 
     def _fresh_rows(self) -> list[StateRow]:
-        """Rows of the per-slot state for sequences that got their slot since the last step that has such a state."""
+        """Returns the rows of the per-slot state for sequences that got their slot since the last step that has such a state."""
         rows = []
         unset, self._unset = self._unset, {}
         for sequence, shard in unset.items():
@@ -353,7 +353,7 @@ class Runner:
         ends: np.ndarray,
         slot: np.ndarray,
     ) -> None:
-        """Behind the draws of the rows: those after every token of a row with drafts but its last."""
+        """Writes, behind the draws of the rows, those after every token of a row with drafts but its last."""
         drafts = np.fromiter((len(row.drafts) for row in rows), np.int32, len(rows))
         owner = np.repeat(np.arange(len(rows)), drafts)
         to_end = np.concatenate([np.arange(count, 0, -1) for count in drafts])

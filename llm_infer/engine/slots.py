@@ -53,11 +53,11 @@ class SlotTable:
         return fresh
 
     def features_at(self, row: ScheduledRow) -> StepFeatures:
-        """What the sequence of a row needs, whose slot is up to date."""
+        """Returns what the sequence of a row needs, whose slot is up to date."""
         return StepFeatures(int(self._features[row.sequence.slot or 0]))
 
     def features(self, rows: Iterable[ScheduledRow]) -> StepFeatures:
-        """What a shard's rows need, all of whose slots are up to date."""
+        """Returns what a shard's rows need, all of whose slots are up to date."""
         drawing = [row.sequence.slot or 0 for row in rows if row.samples]
         needed = StepFeatures(int(np.bitwise_or.reduce(self._features[drawing], initial=0))) & ~FOR_PROMPT
         for row in rows:

@@ -77,7 +77,7 @@ class WarmUp:
         return needed != PLAIN and any(serves(features, needed) for features in here)
 
     def __len__(self) -> int:
-        """How many programs are to be compiled."""
+        """Counts the programs that are to be compiled."""
         return len(self._programs)
 
     def __iter__(self) -> Iterator[int]:
@@ -93,14 +93,14 @@ class WarmUp:
             runner.is_warm = True
 
     def __str__(self) -> str:
-        """What is compiled, for the user."""
+        """Says what is compiled, for the user."""
         kinds = union(features for runner, _, features in self._programs if runner.name == "model").words
         kinds += sorted({runner.name for runner, *_ in self._programs} - {"model"})
         return "step programs" + (f" ({', '.join(kinds)})" if kinds else "")
 
 
 def prefill_sizes(prompts: Sequence[int], slots: int, limit: int) -> list[int]:
-    """Tokens of the steps that compute prompts, as far as they can be told before.
+    """Returns the tokens of the steps that compute prompts, as far as they are known in advance.
 
     Args:
         prompts: tokens to compute of each prompt, in the order of their admission.
@@ -115,13 +115,13 @@ def prefill_sizes(prompts: Sequence[int], slots: int, limit: int) -> list[int]:
 
 
 def up_to(runner: Runner, num_tokens: int) -> list[int]:
-    """The buckets of steps of up to this many tokens: a batch gets smaller from sequence to sequence that ends."""
+    """Returns the buckets of steps of up to this many tokens: a batch gets smaller from sequence to sequence that ends."""
     most = _buckets(runner, [max(1, num_tokens)])[0]
     return [bucket for bucket in runner.buckets if bucket <= most]
 
 
 def between(runner: Runner, least: int, most: int) -> list[int]:
-    """The buckets of steps of so many tokens, from the least to the most."""
+    """Returns the buckets of steps with token counts from the least to the most."""
     first, last = (_buckets(runner, [count])[0] for count in (least, most))
     return [bucket for bucket in runner.buckets if first <= bucket <= last]
 

@@ -13,7 +13,7 @@ from llm_infer.models.registry import family
 
 
 def architectures_dir() -> Path:
-    """Where the TOML files are: `configs/models` of the repository, or what the installed distribution brought."""
+    """Returns the folder of the TOML files: `configs/models` of the repository, or what the installed distribution has."""
     repository = Path(__file__).parents[2]
     if (repository / "pyproject.toml").is_file():
         return repository / "configs" / "models"
@@ -24,12 +24,12 @@ def architectures_dir() -> Path:
 
 
 def architecture_names() -> list[str]:
-    """Names of all architectures, e.g. "llama-3.1-8b"."""
+    """Returns the names of all architectures, e.g. "llama-3.1-8b"."""
     return sorted(path.stem for path in architectures_dir().glob("*.toml"))
 
 
 def read_architecture(name: str) -> dict[str, Any]:
-    """An architecture as its Hugging Face `config.json` would say it.
+    """Reads an architecture as its Hugging Face `config.json` would state it.
 
     Raises:
         ModelError: there is none of this name.
@@ -41,13 +41,13 @@ def read_architecture(name: str) -> dict[str, Any]:
 
 
 def architecture_config(name: str, *, fused_qkv: bool = True) -> ModelConfig:
-    """The model configuration of an architecture."""
+    """Returns the model configuration of an architecture."""
     values = read_architecture(name)
     return family(values).config(values, fused_qkv=fused_qkv)
 
 
 def table() -> str:
-    """All architectures with their parameters and the memory of weights and KV pages, as `llm-infer models` prints it.
+    """Lists all architectures with their parameters and the memory of weights and KV pages, as `llm-infer models` prints it.
 
     Sizes are in GB (10⁹ bytes); KV bytes of one token are over all layers.
     """

@@ -69,7 +69,7 @@ class Shards:
         return tuple(name for name, size in (("tp", self.tp), ("ep", self.ep)) if size > 1)
 
     def padded(self, rows: int) -> int:
-        """`rows` rounded up, so that every device has the same number."""
+        """Returns `rows` rounded up, so that every device has the same number."""
         return -(-rows // self.devices) * self.devices
 
 
@@ -142,5 +142,5 @@ class ModelConfig:
             )
 
     def kv_bytes_per_token(self, itemsize: int = 4) -> int:
-        """Bytes of K and V of one token over all layers."""
+        """Counts the bytes of K and V of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -17,13 +17,13 @@ _MAY_BE_ZERO = ("embedding_size",)  # embeddings as wide as the model
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
-    """All fields by name but how it is cut over devices; nested configurations are objects, tuples are lists."""
+    """Returns all fields by name, except how it is cut over devices; nested configurations are objects, tuples are lists."""
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "shards"}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
-    """The configuration that `config_to_json` wrote, of the class that the architecture's family uses.
+    """Makes the configuration that `config_to_json` wrote, of the class that the architecture's family uses.
 
     A field that is absent gets its default: it was added after the checkpoint was written.
 
@@ -35,7 +35,7 @@ def config_from_json(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the annotation `kind`."""
+    """Makes `value` an instance of the annotation `kind`."""
     if get_origin(kind) in (types.UnionType, Union):
         if value is None and type(None) in get_args(kind):
             return None

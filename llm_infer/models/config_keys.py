@@ -58,12 +58,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 
 def is_neutral(key: str, value: Any) -> bool:
-    """Whether a key that no family reads may stand at this value; null says that a key is not set."""
+    """Tells whether a key that no family reads may stand at this value; null says that a key is not set."""
     if value is None or key in IGNORED:
         return True
     return any(same(value, neutral) for neutral in NEUTRAL.get(key, ()))
 
 
 def same(value: Any, expected: Any) -> bool:
-    """Equality in which True is not 1."""
+    """Tells whether two values are equal; True is not 1."""
     return isinstance(value, bool) == isinstance(expected, bool) and value == expected

@@ -89,7 +89,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def project(self, x: Float[Array, "T E"], layer: Layer) -> tuple[Array, Array, Array]:
-        """Queries [T, Hq, D], keys and values [T, Hkv, D] of this device's heads, before the rotation."""
+        """Computes queries [T, Hq, D], keys and values [T, Hkv, D] of this device's heads, before the rotation."""
         group, head_dim = self.config.group_size, self.config.head_dim
         if self.config.fused_qkv:
             # Rows are grouped per KV head, so a shard of heads is a contiguous run of rows.
@@ -174,11 +174,11 @@ class Decoder(nnx.Module):
             self.head = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype)
 
     def embed_tokens(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T E"]:
-        """Input of the first layer."""
+        """Computes the input of the first layer."""
         return self.embed(token_ids)
 
     def angles(self, positions: Int[Array, " T"]) -> Angles:
-        """What the layers need to know of the positions; computed once, not per layer."""
+        """Computes what the layers need to know of the positions, once for all layers."""
         if self.config.rope is None:
             return None
         return rope_angles(positions, rope_frequencies(self.config.rope, self.config.head_dim))
@@ -192,7 +192,7 @@ class Decoder(nnx.Module):
         *,
         loop: LayerLoop = 1,
     ) -> tuple[Float[Array, "T E"], Cache]:
-        """Hidden state of every token after the last layer (before the final norm), and the cache."""
+        """Computes the hidden state of every token after the last layer (before the final norm), and the cache."""
         x = self.embed_tokens(token_ids, positions)
         angles = self.angles(positions)
 
@@ -208,7 +208,7 @@ class Decoder(nnx.Module):
         return x, cache
 
     def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
-        """Hidden states after the final norm: what the head reads, and what embeddings are made of."""
+        """Computes hidden states after the final norm: what the head reads, and what embeddings are made of."""
         return self.final_norm(x)
 
     def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:

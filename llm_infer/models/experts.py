@@ -16,7 +16,7 @@ from llm_infer.parallel.collectives import first_of_part, sum_over
 
 
 def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-    """Weights (float32) and numbers of each token's experts: the K largest of a softmax over all experts."""
+    """Picks weights (float32) and numbers of each token's experts: the K largest of a softmax over all experts."""
     weights, experts = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), config.experts_per_token)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -24,7 +24,7 @@ def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, 
 
 
 def block_rows(assignments: int, num_experts: int) -> int:
-    """Rows of one block of work for `assignments` (token, expert) pairs: about an expert's share, at least 4, at most 64.
+    """Chooses the rows of a block of work for `assignments` (token, expert) pairs: an expert's share, from 4 to 64.
 
     A block reads its expert's weights once whatever its rows; the last block of each expert is filled up with padding.
     """
@@ -88,7 +88,7 @@ class ExpertsMLP(nnx.Module):
 def _blocks(
     experts: Int[Array, " A"], num_experts: int, rows: int, max_blocks: int
 ) -> tuple[Int[Array, " A"], Int[Array, " B"], Int[Array, ""]]:
-    """Where each of the A pairs goes (block · rows + row), the expert of each block, and how many blocks there are.
+    """Says where each of the A pairs goes (block · rows + row), the expert of each block, and how many blocks there are.
 
     Pairs of an expert `num_experts` (one of another device) have no place.
     """

@@ -27,7 +27,7 @@ class ConfigReader:
         self._taken: set[str] = set()
 
     def take(self, key: str, default: Any = ...) -> Any:
-        """Value of `key`; without a default a missing key is an error."""
+        """Returns the value of `key`; without a default a missing key is an error."""
         self._taken.add(key)
         if key in self._values and self._values[key] is not None:
             return self._values[key]
@@ -36,24 +36,24 @@ class ConfigReader:
         return default
 
     def integer(self, key: str, default: Any = ...) -> int:
-        """A positive whole number."""
+        """Takes a positive whole number."""
         value = self.take(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_INTEGER:
             raise ModelError(f"config.json: {key}={value!r:.60}, expected a positive whole number up to {MAX_INTEGER}")
         return value
 
     def number(self, key: str, default: Any = ..., *, high: float = math.inf) -> float:
-        """A finite positive number, at most `high`."""
+        """Takes a finite positive number, at most `high`."""
         return positive(key, self.take(key, default), high)
 
     def expect(self, key: str, *allowed: Any) -> None:
-        """The key, if present, must have one of these values: others change the computation in a way not built here."""
+        """Refuses other values of the key than these: they would change the computation in a way that is not built here."""
         value = self.take(key, allowed[0])
         if not any(same(value, each) for each in allowed):
             raise ModelError(f"config.json: {key}={value!r:.60} is not supported, expected one of {list(allowed)}")
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
+        """Takes true or false."""
         value = self.take(key, default)
         if not isinstance(value, bool):
             raise ModelError(f"config.json: {key}={value!r}, expected true or false")
@@ -100,7 +100,7 @@ class ConfigReader:
         return kinds
 
     def rope(self) -> RopeConfig:
-        """`rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both."""
+        """Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both."""
         name = "rope_parameters" if self.take("rope_parameters", None) else "rope_scaling"
         scaling = self.take(name, {})
         if not isinstance(scaling, dict):
@@ -131,7 +131,7 @@ class ConfigReader:
         return RopeConfig(theta, factor, low, high, int(original))
 
     def _unscaled(self, theta: float, kind: object, scaling: dict[str, Any]) -> RopeConfig:
-        """Frequencies as they are: no scaling, or one by the factor 1."""
+        """Accepts frequencies as they are: no scaling, or one by the factor 1."""
         neutral = {"factor": 1.0, "attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
         # Where the scaling would set in, which means nothing without one.
         where = {"original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "finetuned"}
@@ -146,7 +146,7 @@ class ConfigReader:
         return RopeConfig(theta)
 
     def llama_like(self) -> dict[str, Any]:
-        """The fields of `ModelConfig` that all Llama-like configs spell the same way."""
+        """Reads the fields of `ModelConfig` that all Llama-like configs spell the same way."""
         heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
         self.expect("hidden_act", "silu")
         self.expect("attention_bias", False)
@@ -165,7 +165,7 @@ class ConfigReader:
         }
 
     def finish(self) -> None:
-        """Raise for every key that was neither taken nor is known to be harmless."""
+        """Raises for every key that was neither taken nor is known to be harmless."""
         left = {key: value for key, value in self._values.items() if key not in self._taken}
         unknown = sorted(key for key, value in left.items() if not is_neutral(key, value))
         if unknown:
@@ -177,7 +177,7 @@ class ConfigReader:
 
 
 def positive(key: str, value: object, high: float = math.inf, low: float = 0.0) -> float:
-    """A finite number above 0, from `low` to `high`.
+    """Returns the value as a finite number above 0, from `low` to `high`.
 
     Raises:
         ModelError: the value is something else.

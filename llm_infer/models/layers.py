@@ -32,7 +32,7 @@ def linear(
     part: tuple[int, Array] | None = None,
     gate: Float[Array, "T I"] | None = None,
 ) -> Float[Array, "T _"]:
-    """`x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`.
+    """Computes `x @ stacked[layer].T`, accumulated in float32, in the dtype of `x`.
 
     `part` = (P, p) takes the p-th of P equal runs of rows: one expert's matrix of those that lie below each other.
     With a `gate`, silu(gate) · x takes the place of x.
@@ -50,13 +50,13 @@ def linear(
 
 
 def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """`x @ weight.T`, accumulated in float32, in the dtype of `x`."""
+    """Computes `x @ weight.T`, accumulated in float32, in the dtype of `x`."""
     out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 
 
 def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "... E"]:
-    """Root-mean-square normalisation in float32 (Zhang and Sennrich, 2019)."""
+    """Divides by the root mean square, in float32 (Zhang and Sennrich, 2019)."""
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
@@ -64,7 +64,7 @@ def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: float) -
 
 
 def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Angular frequencies [D/2] in float32; Llama 3 scaling stretches the low ones (formula of Meta's release)."""
+    """Computes angular frequencies [D/2] in float32; Llama 3 scaling stretches the low ones (formula of Meta's release)."""
     frequencies = 1.0 / config.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
     if config.factor != 1.0:
         wavelength = 2 * np.pi / frequencies
@@ -77,13 +77,13 @@ def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 def rope_angles(
     positions: Int[Array, " T"], frequencies: np.ndarray
 ) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
-    """Cosine and sine [T, D/2] of the rotation of each position, float32."""
+    """Computes cosine and sine [T, D/2] of the rotation of each position, float32."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "T H D"], angles: tuple[Array, Array]) -> Float[Array, "T H D"]:
-    """Rotary embedding on the two halves of each head, computed in float32."""
+    """Rotates the two halves of each head (rotary embedding), in float32."""
     cos, sin = (a[:, None, :] for a in angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
@@ -207,5 +207,5 @@ class Embedding(nnx.Module):
 
 
 def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x · sigmoid(x), in float32."""
+    """Computes x · sigmoid(x), in float32."""
     return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)

@@ -124,7 +124,7 @@ def load_model(
 
 
 def _finer(model: LoadedModel) -> LoadedModel:
-    """The model with FINE_IN_FAST applied."""
+    """Returns the model with FINE_IN_FAST applied."""
 
     def finer(name: str, value: Array | StoredWeights) -> Array | StoredWeights:
         fast = isinstance(value, StoredWeights) and value.precision == "fast" and name in FINE_IN_FAST
@@ -136,7 +136,7 @@ def _finer(model: LoadedModel) -> LoadedModel:
 def _loaded(
     config: ModelConfig, definition: nnx.GraphDef, params: Params, dtype: DTypeLike, placement: Placement | None
 ) -> LoadedModel:
-    """The model of these parameters, of the whole config or else as it is cut."""
+    """Returns the model of these parameters, of the whole config or else as it is cut."""
     if placement is None:
         return LoadedModel(config, definition, params, jnp.dtype(dtype))
     definition, _ = split_model(placement.config, dtype)
@@ -151,7 +151,7 @@ default model's mean KL 40 %, for 16 % of the products)."""
 
 
 def compute_dtype(dtype: str, precision: str) -> tuple[jnp.dtype, str | None]:
-    """The type of parameters and activations on this platform, and `precision` where native kernels multiply with weights
+    """Chooses the type of parameters and activations on this platform, and `precision` where native kernels multiply with weights
     in the form of the file, else None.
 
     Args:
@@ -176,13 +176,13 @@ def compute_dtype(dtype: str, precision: str) -> tuple[jnp.dtype, str | None]:
 
 
 def _kinds_without_kernel(opened: OpenModel) -> list[str]:
-    """Block types of the file's matrices that are not among the formats of `quant_matmul`."""
+    """Returns the block types of the file's matrices that are not among the formats of `quant_matmul`."""
     tensors = opened.gguf.tensors.values() if opened.gguf is not None else ()
     return sorted({t.type for t in tensors if len(t.shape) > 1 and t.type.lower() not in FORMATS})
 
 
 def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:
-    """Some layer's query, key and value projections are stored in blocks of different kinds."""
+    """Tells whether some layer's query, key and value projections are stored in blocks of different kinds."""
     (rule,) = [rule for rule in family(opened.config).rules(config) if rule.param == "layers.attn.qkv.weight"]
     names = set(opened.tensors.names)
     for group in rule.tensor_names(config.num_layers if config.num_layers < len(names) else 0):
@@ -193,7 +193,7 @@ def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:
 
 
 def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
-    """The model with its dense matrices handed to the kernels that multiply with stored weights; nothing is copied."""
+    """Returns the model with its dense matrices handed to the kernels that multiply with stored weights; nothing is copied."""
     placement = None if model.mesh is None else Placement(model.config, model.mesh)
 
     def wrap(name: str, value: Array) -> Array | StoredWeights:
@@ -246,7 +246,7 @@ def dummy_model(
     stored: str | None = None,
     parallel: ParallelConfig = ONE_DEVICE,
 ) -> LoadedModel:
-    """A model with random weights made on its devices; nothing is read. `stored` and `parallel` as for `load_model`."""
+    """Makes a model with random weights on its devices; nothing is read. `stored` and `parallel` as for `load_model`."""
     placement = place_over(config, parallel)
     definition, specs = split_model(config, dtype)
     shardings = placement and {name: placement.sharding(name, len(spec.shape)) for name, spec in specs.items()}
@@ -256,7 +256,7 @@ def dummy_model(
 
 
 def dummy_source(name: str) -> tuple[dict[str, Any], Path | None]:
-    """The Hugging Face config of a model of which only the shape is wanted, and its directory if it has one.
+    """Returns the Hugging Face config of a model of which only the shape is wanted, and its directory if it has one.
 
     Args:
         name: an architecture of configs/models, or a directory with a config.json (weights need not be there).

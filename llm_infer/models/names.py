@@ -10,7 +10,7 @@ BLOCK = "model.layers.{layer}."
 
 
 def qkv_rules(config: ModelConfig, prefix: str = BLOCK) -> list[Rule]:
-    """Query, key and value projections (weights, and biases where the model has them), fused if the config says so."""
+    """Names the query, key and value projections (weights, and biases where there are any), fused if the config says so."""
     arrange = fuse_qkv(num_kv_heads=config.num_kv_heads, head_dim=config.head_dim)
     rules = []
     for part in ("weight", "bias") if config.qkv_bias else ("weight",):
@@ -23,7 +23,7 @@ def qkv_rules(config: ModelConfig, prefix: str = BLOCK) -> list[Rule]:
 
 
 def llama_rules(config: ModelConfig) -> list[Rule]:
-    """All parameters of a model whose tensors are named as Llama's, but for the MLP of a mixture of experts."""
+    """Names all parameters of a model whose tensors are named as Llama's, but for the MLP of a mixture of experts."""
     mlp = [] if config.moe is not None else ["gate", "up", "down"]
     norms = ["q_norm", "k_norm"] if config.qk_norm else []
     head = [] if config.tie_word_embeddings else [Rule("head.weight", ("lm_head.weight",))]

@@ -40,7 +40,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family(values: Mapping[str, Any]) -> ModuleType:
-    """The family module of a Hugging Face config, by its `architectures` entry.
+    """Returns the family module of a Hugging Face config, by its `architectures` entry.
 
     Raises:
         ModelError: no module knows the architecture.
@@ -54,6 +54,6 @@ def family(values: Mapping[str, Any]) -> ModuleType:
 
 
 def decoder_class(config: ModelConfig) -> type[Decoder]:
-    """The class that computes a model."""
+    """Returns the class that computes a model."""
     module, name = FAMILIES[config.architecture].decoder.split(":")
     return getattr(import_module(module), name)

@@ -22,7 +22,7 @@ from llm_infer.parallel.rules import num_parts, partition
 
 
 def why_not(config: ModelConfig, parallel: ParallelConfig) -> str | None:
-    """Why the model cannot be cut so, or None. A KV head is never cut; if there are too few, devices hold copies."""
+    """Says why the model cannot be cut so, or None. A KV head is never cut; if there are too few, devices hold copies."""
     tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
     heads, kv_heads, moe, cut = config.num_heads, config.num_kv_heads, config.moe, tp * ep
     if ep > 1 and moe is None:
@@ -63,22 +63,22 @@ class Placement:
         return NamedSharding(self.mesh, partition(*(None,) * (ndim - len(axes)), *axes))
 
     def cuts(self, name: str) -> int:
-        """Parts into which the last axis of a matrix is cut: a row of blocks must hold whole blocks in each."""
+        """Counts the parts into which the last axis of a matrix is cut: a row of blocks must hold whole blocks in each."""
         return num_parts(self.mesh, self.sharding(name, 3).spec, 3)[-1]
 
     def arrange(self, name: str, array: Any) -> Any:
-        """See `arrange`."""
+        """Arranges the rows of a parameter, see `arrange`."""
         return arrange(array, self.axes(name), self.config)
 
     def __call__(self, name: str, array: np.ndarray | jax.Array) -> jax.Array:
-        """A whole parameter, or a stack of its blocks, as an array whose every device has its part."""
+        """Brings a whole parameter, or a stack of its blocks, to the devices, each its part."""
         arranged = np.asarray(self.arrange(name, array))
         sharding = self.sharding(name, arranged.ndim)
         return jax.make_array_from_callback(arranged.shape, sharding, lambda index: arranged[index])
 
 
 def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Placement | None:
-    """How a model is cut over a mesh of these sizes; None for one device, where nothing is cut.
+    """Says how a model is cut over a mesh of these sizes; None for one device, where nothing is cut.
 
     Args:
         config: of the whole model.
@@ -150,7 +150,7 @@ def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
 
 
 def abstract_parameters(specs: Specs, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of the parameters of a cut model; `specs` are those of `split_model`."""
+    """Describes the parameters of a cut model with their shardings; `specs` are those of `split_model`."""
     return {
         name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement.sharding(name, len(spec.shape)))
         for name, spec in specs.items()

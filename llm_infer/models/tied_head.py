@@ -17,7 +17,7 @@ HEAD = "lm_head.weight"
 
 
 def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSource) -> ModelConfig:
-    """The configuration, without `tie_word_embeddings` where the file holds a head that is not the embedding."""
+    """Returns the configuration, without `tie_word_embeddings` where the file holds a head that is not the embedding."""
     embedding, names = _embedding(rules), set(tensors.names)
     if not config.tie_word_embeddings or not {HEAD, embedding} <= names or tensors.same_values(HEAD, embedding):
         return config
@@ -25,7 +25,7 @@ def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSou
 
 
 def embedding_or_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSource) -> list[Rule]:
-    """The rules, with the embedding read from the head where they are one and the file holds it under that name."""
+    """Returns the rules, with the embedding read from the head where they are one and the file holds it under that name."""
     embedding, names = _embedding(rules), set(tensors.names)
     if not config.tie_word_embeddings or embedding in names or HEAD not in names:
         return list(rules)
@@ -33,5 +33,5 @@ def embedding_or_head(config: ModelConfig, rules: Sequence[Rule], tensors: Safet
 
 
 def _embedding(rules: Sequence[Rule]) -> str:
-    """Name of the embedding's tensor."""
+    """Returns the name of the embedding's tensor."""
     return next(rule.sources[0] for rule in rules if rule.param == "embed.weight")

@@ -23,11 +23,11 @@ class Cut:
         return self.tp * self.ep
 
     def copies(self, config: ModelConfig) -> int:
-        """Devices that hold the same KV head, where there are more devices than KV heads."""
+        """Counts the devices that hold the same KV head, where there are more devices than KV heads."""
         return max(1, self.parts // config.num_kv_heads)
 
     def kv_heads(self, config: ModelConfig) -> int:
-        """KV heads of one device."""
+        """Counts the KV heads of one device."""
         return config.num_kv_heads * self.copies(config) // self.parts
 
 
@@ -80,7 +80,7 @@ def weights_of_device(config: ModelConfig, cut: Cut = Cut()) -> int:
 
 
 def page_bytes(config: ModelConfig, cut: Cut, platform: str, page_size: int, dtype: str) -> int:
-    """Bytes of one page of all layers on one device, in the platform's layout."""
+    """Counts the bytes of one page of all layers on one device, in the platform's layout."""
     from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape  # needs JAX
 
     sizes = {"num_layers": config.num_layers, "page_size": page_size, "head_dim": config.head_dim}
@@ -89,7 +89,7 @@ def page_bytes(config: ModelConfig, cut: Cut, platform: str, page_size: int, dty
 
 
 def temporaries(config: ModelConfig, cut: Cut, step: StepSize, itemsize: int) -> int:
-    """Bytes of activations: what is alive at once in the largest layer, or of the logits, whichever is more.
+    """Counts the bytes of activations alive at once in the largest layer, or of the logits, whichever is more.
 
     A layer holds the residual stream and its norm [T, E], the projections of attention and their rotated copies, or the
     two products of an MLP before they are multiplied; of experts, the rows of all blocks with padding. Logits [R, V] are
@@ -111,7 +111,7 @@ def estimate(
     bytes_of_page: int,
     itemsize: int = 2,
 ) -> MemoryEstimate:
-    """Memory of one device while a step runs.
+    """Estimates the memory of one device while a step runs.
 
     Args:
         config: of the whole model.
@@ -131,6 +131,6 @@ def estimate(
 
 
 def pages_beside_weights(config: ModelConfig, cut: Cut, step: StepSize, memory: int, bytes_of_page: int) -> int:
-    """Pages that fit `memory` bytes of a device in bfloat16; negative where not even weights and step do."""
+    """Counts the pages that fit `memory` bytes of a device in bfloat16; negative where not even weights and step do."""
     fixed = estimate(config, cut, step, num_pages=0, bytes_of_page=bytes_of_page).total
     return (memory - fixed) // bytes_of_page

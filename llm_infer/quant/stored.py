@@ -40,7 +40,7 @@ class StoredWeights:
     tiled: tuple[bool, ...] = ()
 
     def is_tiled(self, stack: int) -> bool:
-        """Whether the rows of a stack have the tiled order."""
+        """Tells whether the rows of a stack have the tiled order."""
         return bool(self.tiled) and self.tiled[stack]
 
     @property
@@ -61,7 +61,7 @@ class StoredWeights:
         part: tuple[int, Array] | None = None,
         gate: Float[Array, "T K"] | None = None,
     ) -> Array:
-        """`x @ weights[layer].T` in float32, [T, N].
+        """Computes `x @ weights[layer].T` in float32, [T, N].
 
         Args:
             x: activations.
@@ -87,7 +87,7 @@ class StoredWeights:
         return quant_matmul(x, blocks, index, gate, kind=kind, precision=self.precision, tiled=tiled)
 
     def rows(self, ids: Int[Array, " T"]) -> Float[Array, "T K"]:
-        """Rows of the only layer's matrix as float32; ids outside are clipped."""
+        """Returns the rows of the only layer's matrix as float32; ids outside are clipped."""
         (blocks,), kind = self.blocks, self.kinds[0]
         blocks = blocks.reshape(blocks.shape[1:])
         if self.is_tiled(0):
@@ -96,7 +96,7 @@ class StoredWeights:
 
 
 def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact", cuts: int = 1) -> StoredWeights | None:
-    """A dense matrix or stack of them as it is; None where the kernels do not take it, or a `cuts`-th of its rows."""
+    """Returns a dense matrix or stack of them as it is; None where the kernels do not take it, or a `cuts`-th of its rows."""
     kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(array.dtype.name)
     if kind is None or array.shape[-1] % (cuts * FORMATS[kind].elements):
         return None

@@ -11,7 +11,7 @@ from llm_infer.scheduler.request import Sequence, Status
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Looks at the books of all shards; changes nothing.
+    """Looks at the books of all shards and changes nothing.
 
     Attributes:
         books: where the sequences and their pages are.
@@ -22,7 +22,7 @@ class Admission:
     watermark: int
 
     def find(self, sequence: Sequence, shards: Iterable[int]) -> tuple[int, list[int]] | None:
-        """The best of `shards` on which `sequence` fits, and its cached pages there; None if it fits on none.
+        """Finds the best of `shards` on which a sequence fits, and its cached pages there; None if it fits on none.
 
         A shard is good if it has much of the prefix and many pages left: a whole hit weighs as much as an empty pool.
         """
@@ -49,12 +49,12 @@ class Admission:
         return place
 
     def num_uncached(self, sequence: Sequence) -> int:
-        """Tokens of a waiting sequence that no shard's prefix cache has."""
+        """Counts the tokens of a waiting sequence that no shard's prefix cache has."""
         cached = max(len(self._lookup(sequence, shard)) for shard in range(len(self.books.running)))
         return len(sequence.tokens) - cached * self.books.page_size
 
     def _lookup(self, sequence: Sequence, shard: int) -> list[int]:
-        """Cached pages of a sequence without pages. Its last token is always computed, to have logits to draw from."""
+        """Returns cached pages for a sequence without pages. Its last token is always computed, to have logits to draw from."""
         cache = self.books.prefix_cache
         if cache is None or sequence.table is not None or sequence.request.whole_prompt:
             return []
@@ -64,7 +64,7 @@ class Admission:
         return cache.lookup(shard, sequence.digests[:full])
 
     def _fits(self, sequence: Sequence, shard: int, cached: list[int], num_running: int) -> bool:
-        """All its pages are there, and beside other sequences the watermark and a page for each of them to grow.
+        """Whether all its pages are there, and beside other sequences the watermark and a page for each of them to grow.
 
         The second part bounds preemption: between an admission and the next shortage every sequence can fill a page.
         """

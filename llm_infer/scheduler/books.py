@@ -58,20 +58,20 @@ class Books:
         return bool(request.spare_slots) or len(self.free_slots[shard]) >= request.width
 
     def preempt(self, sequence: Sequence) -> None:
-        """A running sequence gives up slot and pages and waits."""
+        """Makes a running sequence give up its slot and its pages, and wait."""
         self._leave_slot(sequence)
         self._drop_pages(sequence)
         sequence.status = Status.PREEMPTED
         self.enqueue(sequence)
 
     def unpark(self, sequence: Sequence) -> None:
-        """A waiting fork gives up its pages; it will compute the prompt on its own."""
+        """Makes a waiting fork give up its pages; it will compute the prompt on its own."""
         assert sequence.table is not None
         _remove(self.parked[sequence.table.shard], sequence)
         self._drop_pages(sequence)
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
-        """`child`, in no list yet, shares the pages of the prompt but its last token, which it computes for itself."""
+        """Lets `child`, in no list yet, share the pages of the prompt but for its last token, which it computes itself."""
         length = len(parent.request.prompt) - 1
         assert parent.table is not None
         child.table = parent.table.fork(length)
@@ -80,7 +80,7 @@ class Books:
         child.num_cached_pages = parent.num_cached_pages
 
     def end(self, sequence: Sequence) -> None:
-        """A sequence leaves for good, from wherever it is."""
+        """Takes a sequence out for good, from wherever it is."""
         if sequence.status is Status.RUNNING:
             self._leave_slot(sequence)
         else:

@@ -12,7 +12,7 @@ from llm_infer.scheduler.request import Request, Sequence, Status
 
 
 def check_in_flight(submitted: Iterable[StepPlan], requests: Iterable[Request]) -> None:
-    """Every sequence expects as many tokens as the submitted steps draw for it; else InvariantError."""
+    """Checks that every sequence expects as many tokens as the submitted steps draw for it; else InvariantError."""
     drawn = Counter[Sequence]()
     for row in (row for plan in submitted for rows in plan.rows for row in rows if row.samples):
         drawn[row.sequence] += row.steps
@@ -23,7 +23,7 @@ def check_in_flight(submitted: Iterable[StepPlan], requests: Iterable[Request]) 
 
 
 def check_books(books: Books, requests: Iterable[Request]) -> None:
-    """Raises InvariantError, with the two sides that differ, if lists, slots and pages do not agree."""
+    """Checks that lists, slots and pages agree; else InvariantError, with the two sides that differ."""
     requests = list(requests)
     for shard, (running, parked) in enumerate(zip(books.running, books.parked, strict=True)):
         spare = [slot for request in requests if request.shard == shard for slot in request.spare_slots]

@@ -58,7 +58,7 @@ class Limits:
         return limit
 
     def _most_pages(self, request: Request, length: int) -> int:
-        """Pages of a group of sequences of so many tokens each: they may share nothing but the prompt."""
+        """Counts the pages of a group of sequences of so many tokens each, which may share nothing but the prompt."""
         # The page with the last prompt token is counted for each: it may be computed again by a beam that returns.
         shared = (len(request.prompt) - 1) // self.page_size
         return shared + request.width * (-(-length // self.page_size) - shared)

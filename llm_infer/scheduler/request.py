@@ -121,7 +121,7 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """All its sequences have ended."""
+        """Whether all its sequences have ended."""
         return all(sequence.status is Status.FINISHED for sequence in self.sequences)
 
     def fail(self, why: str) -> None:
@@ -201,7 +201,7 @@ class Sequence:
 
     @property
     def group(self) -> SequenceOf[Sequence]:
-        """Those that go on only together with this sequence, and itself."""
+        """This sequence, and those without which it cannot go on."""
         return (self,) if self.request.width == 1 else self.request.members
 
     @property

@@ -86,12 +86,12 @@ class Scheduler:
         self._limits = Limits(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size)
         self._submitted: deque[StepPlan] = deque()
         self._num_arrived = 0
-        self._num_steps = 0
+        self._num_planned = 0
         self._clock = clock
 
     @property
     def has_unfinished(self) -> bool:
-        """There are requests that have not ended."""
+        """Whether there are requests that have not ended."""
         return bool(self.requests)
 
     @property
@@ -106,13 +106,13 @@ class Scheduler:
 
     @property
     def needs_results(self) -> bool:
-        """Something that runs cannot go on before the results of the last step are here: beams and proposals need ids."""
+        """Whether something that runs cannot go on before the results of the last step are here."""
         return any(
             sequence.request.strategy.needs_result(sequence) for running in self.books.running for sequence in running
         )
 
     def usage(self, shard: int = 0) -> float:
-        """Share of the shard's pages that cannot be handed out now."""
+        """Returns the share of a shard's pages that cannot be handed out now."""
         return 1 - self.allocator.num_available(shard) / self.allocator.num_usable
 
     def check(self) -> None:
@@ -123,7 +123,7 @@ class Scheduler:
     # ------------------------------------------------------------------ requests
 
     def longest(self, request: Request) -> int:
-        """Tokens to which a sequence of a request may grow.
+        """Returns the number of tokens to which a sequence of a request may grow.
 
         Raises:
             RequestError: its id is in use, or it can never fit the context, the pages or the slots.
@@ -149,11 +149,11 @@ class Scheduler:
         request.strategy = self._strategies.of(request)
 
     def num_uncached(self, request: Request) -> int:
-        """Tokens of the prompt of a request that nothing of has run yet which the prefix cache does not have."""
+        """Counts the prompt tokens that the prefix cache does not have, of a request of which nothing has run."""
         return self._admission.num_uncached(request.sequences[0])
 
     def abort(self, request_id: str) -> bool:
-        """Ends a request at once; tokens in flight are dropped when they come. False if there is none of that id."""
+        """Ends a request at once; tokens in flight are dropped when they come. Returns False if there is none of that id."""
         request = self.requests.get(request_id)
         if request is None:
             return False
@@ -162,7 +162,7 @@ class Scheduler:
         return True
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends one sequence, for example at a stop string; of a beam search all. No effect if it has ended."""
+        """Ends a sequence, for example at a stop string, and with it its group. Has no effect if it has ended."""
         if sequence.status is Status.FINISHED:
             return
         request = sequence.request
@@ -182,7 +182,7 @@ class Scheduler:
     # ------------------------------------------------------------------ planning
 
     def schedule(self) -> StepPlan | None:
-        """The next step, to be submitted to the device at once; None if nothing can be done before a commit or an add.
+        """Plans the next step, to be submitted to the device at once; None if nothing can be done before a commit or an add.
 
         Rows that sample count as drawn from now on, all rows as computed. It is None only while a step is outstanding
         or no request is unfinished.
@@ -201,10 +201,10 @@ class Scheduler:
             self.books.enqueue(sequence)
         self.allocator.unpin_all()
         self.num_preemptions += builder.num_preemptions
-        plan = builder.build(self._num_steps)
+        plan = builder.build(self._num_planned)
         if plan is not None:
             self.num_copied_pages += sum(map(len, plan.copies))
-            self._num_steps += 1
+            self._num_planned += 1
             self._submitted.append(plan)
         return plan
 
@@ -230,7 +230,7 @@ class Scheduler:
         plan.add_row(sequence, min(end - sequence.num_computed, plan.budget))
 
     def _break_stall(self, plan: ShardPlan) -> bool:
-        """If nothing can run, because groups of several requests wait for the rest of their own: the last gives way."""
+        """Makes the last group give way where nothing can run, because groups wait for the rest of their own."""
         books, running = self.books, plan.running
         outstanding = any(submitted.rows[plan.shard] for submitted in self._submitted)
         if not running or plan.single or plan.longer or outstanding:
@@ -269,7 +269,7 @@ class Scheduler:
                 index += 1
 
     def _unpark_idle(self, shards: set[int]) -> bool:
-        """Where nothing runs, nothing gives back pages: there the last of the waiting forks must."""
+        """Makes the last of the waiting forks give back its pages where nothing runs: nothing else would."""
         for shard in shards:
             if self.books.parked[shard] and not self.books.running[shard]:
                 self.books.unpark(self.books.parked[shard][-1])
@@ -281,7 +281,7 @@ class Scheduler:
         if self.prefix_cache is not None and sequence.table is None and sequence.status is Status.WAITING:
             self.prefix_cache.count(len(sequence.tokens), len(cached) * self.page_size)
         table = self.books.start(sequence, plan.shard, cached)
-        sequence.first_step = self._num_steps
+        sequence.first_step = self._num_planned
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = sequence.num_computed
@@ -297,7 +297,7 @@ class Scheduler:
         sampled: SequenceOf[SequenceOf[Any]],
         candidates: SequenceOf[SequenceOf[SequenceOf[tuple[int, float]]]] = (),
     ) -> list[TokenEvent]:
-        """Takes the result of the oldest submitted step: appends tokens, ends sequences, offers pages to the cache.
+        """Takes in the result of the oldest submitted step: has tokens appended, sequences ended, pages offered to the cache.
 
         Args:
             plan: what `schedule` returned.
@@ -316,7 +316,7 @@ class Scheduler:
             raise RuntimeError("plans are committed once each, in the order in which they were made")
         self._submitted.popleft()
         now, several = self._clock(), plan.num_steps > 1
-        result = StepResult(self.books, self.finish, self._num_steps)
+        result = StepResult(self.books, self.finish, self._num_planned)
         for rows, each in zip(plan.rows, candidates, strict=False):
             result.candidates |= {row.sequence: found for row, found in zip(rows, each, strict=False) if found}
         for rows, ids in zip(plan.rows, sampled, strict=True):

@@ -21,7 +21,7 @@ Crossovers = dict[str, dict[str, int | None]]
 
 
 def user_directory() -> Path:
-    """Where measurements are kept: $LLM_INFER_TUNED_DIR, else tuned in the user's cache folder."""
+    """Returns the folder of measurements: $LLM_INFER_TUNED_DIR, else tuned in the user's cache folder."""
     chosen = os.environ.get(DIRECTORY_VARIABLE)
     return Path(chosen) if chosen else cache_folder() / "tuned"
 

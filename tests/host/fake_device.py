@@ -157,6 +157,7 @@ class FakeDevice:
         """Everything that the last token of a row sees must be the sequence's own history."""
         assert sequence.table is not None and sequence.slot is not None
         if sequence in self.ended:
+            self.candidates[shard].append([])
             return -1
         seen = self.pages[shard, sequence.table.pages].reshape(-1, 2)[:length]
         assert seen[:, 1].tolist() == list(range(length)), f"{sequence}: positions {seen[:, 1]}"

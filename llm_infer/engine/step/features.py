@@ -9,11 +9,11 @@ FOR_PROMPT = StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED
 
 
 def serves(program: StepFeatures, needed: StepFeatures) -> bool:
-    """Whether a program has all that is needed. One that draws several tokens has another layout and serves nothing else."""
+    """Tells whether a program has all that is needed. One that draws several tokens has another layout and serves only that."""
     return needed in program and (program ^ needed) & StepFeatures.STEPS == PLAIN
 
 
 def for_steps(features: StepFeatures) -> StepFeatures:
-    """Of features that requests need, those of several decode steps in one program."""
+    """Returns the features that several decode steps in one program have, of those that requests need."""
     logprobs = StepFeatures.LOGPROBS | StepFeatures.ALL_LOGPROBS
     return (features & (logprobs | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS

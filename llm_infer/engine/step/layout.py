@@ -78,12 +78,12 @@ class StepLayout:
         return sum(math.prod(shape) for shape in self.fields.values())
 
     def views(self, buffer: np.ndarray) -> dict[str, np.ndarray]:
-        """Writable host views of the fields in `buffer` [size] int32."""
+        """Returns writable host views of the fields in `buffer` [size] int32."""
         result = {name: buffer[a:b].reshape(shape) for name, shape, a, b in self._slices()}
         return {name: view.view(np.float32) if name in FLOATS else view for name, view in result.items()}
 
     def unpack(self, packed: Int[Array, " N"]) -> dict[str, jax.Array]:
-        """The fields on the device, by static slices."""
+        """Slices the fields out of the buffer on the device."""
         result = {name: packed[a:b].reshape(shape) for name, shape, a, b in self._slices()}
         return {
             name: lax.bitcast_convert_type(value, jnp.float32) if name in FLOATS else value
@@ -92,7 +92,7 @@ class StepLayout:
 
 
 def token_buckets(max_tokens: int, smallest: int = 2) -> tuple[int, ...]:
-    """Token counts for which a step program exists: powers of two from `smallest` up to the step's token limit."""
+    """Returns the token counts that have a step program: powers of two from `smallest` up to the step's token limit."""
     sizes = [smallest]
     while sizes[-1] < max_tokens:
         sizes.append(min(2 * sizes[-1], max(smallest, max_tokens)))

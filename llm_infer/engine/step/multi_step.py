@@ -28,7 +28,7 @@ def make_steps(
     loop: LayerLoop = 1,
     ends_early: bool = True,
 ) -> StepFunction:
-    """Up to `layout.steps` decode steps, with the arguments and results of `make_step`.
+    """Makes a program of up to `layout.steps` decode steps, with the arguments and results of `make_step`.
 
     Each row has one token and draws `num_steps` more, each from the one before. It ends earlier at one of its `stop_ids`;
     what it would compute then goes to the null page. With `ends_early` the loop ends when all rows have ended; shards must

@@ -40,7 +40,7 @@ class StepSharding:
 
     @classmethod
     def of(cls, config: ModelConfig, mesh: Mesh | None) -> StepSharding:
-        """With the platform of the mesh's devices, or else the default one."""
+        """Makes it for the platform of the mesh's devices, or else the default one."""
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
         return cls(config, mesh, "gpu" if platform == "cuda" else platform)
 
@@ -50,17 +50,17 @@ class StepSharding:
         return 1 if self.mesh is None else self.mesh.shape["dp"]
 
     @property
-    def devices(self) -> list[jax.Device]:
+    def devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
         """All devices that run the step."""
         return jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
 
     def struct(self, shape: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
-        """An argument that is only described."""
+        """Describes an argument."""
         sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def pool(self, num_pages: int, page_size: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """The KV pool: `num_pages` of each shard with ids of its own, and of every page each device's heads."""
+        """Describes the KV pool: `num_pages` of each shard with ids of its own, and of every page each device's heads."""
         shape = kv_pool_shape(
             self.platform,
             num_layers=self.config.num_layers,
@@ -75,14 +75,14 @@ class StepSharding:
         return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes))
 
     def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
-        """The array of which every device has a part of shape `local`."""
+        """Describes the array of which every device has a part of shape `local`."""
         if self.mesh is None:
             return jax.ShapeDtypeStruct(local, dtype)
         sizes = [size * parts for size, parts in zip(local, num_parts(self.mesh, spec, len(local)), strict=True)]
         return self.struct(tuple(sizes), dtype, spec)
 
     def zeros(self, struct: jax.ShapeDtypeStruct) -> jax.Array:
-        """An array of zeros of that description."""
+        """Makes an array of zeros of that description."""
         return jnp.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
     def jit(self, step: StepFunction, params: Mapping[str, Any], state: StepState, inputs: StepInputs) -> Any:

@@ -104,7 +104,7 @@ def attention_over(plan: AttentionPlan) -> Attend:
 def draw_ids(
     logits: Float[Array, "R V"], f: Mapping[str, Array], state: PenaltyState | None, allowed: Int[Array, "R W"] | None
 ) -> tuple[Int[Array, " R"], PenaltyState | None]:
-    """The next id of each row, and the state after it; `f` are the fields of the step."""
+    """Computes the next id of each row, and the state after it; `f` are the fields of the step."""
     with jax.named_scope("sample"):
         if state is not None:
             rows = PenaltyRows(**{name: f[name] for name in PenaltyRows._fields})
@@ -116,7 +116,7 @@ def draw_ids(
 
 
 def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: StepFeatures) -> dict[str, Array]:
-    """`ids`, with LOGPROBS the fields of `Logprobs`, and with ALL_LOGPROBS `all_logprobs` [R, V]."""
+    """Returns `ids`, with LOGPROBS the fields of `Logprobs`, and with ALL_LOGPROBS `all_logprobs` [R, V]."""
     outputs = {"ids": ids}
     if StepFeatures.LOGPROBS in features:
         with jax.named_scope("logprobs"):
@@ -129,7 +129,7 @@ def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: 
 def logprobs_in_blocks(
     head: Callable[[Array], Array], hidden: Float[Array, "T E"], targets: Int[Array, " T"]
 ) -> Logprobs:
-    """Log-probabilities of `targets` after each token, in blocks: logits of all tokens at once would fill the memory."""
+    """Computes log-probabilities of `targets` after each token, in blocks: logits of all at once would fill the memory."""
     tokens = hidden.shape[0]
     size = min(tokens, LOGITS_BLOCK)
     padding = -tokens % size

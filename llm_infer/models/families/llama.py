@@ -14,7 +14,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
-    """Model configuration of a Hugging Face `LlamaConfig`."""
+    """Makes the model configuration of a Hugging Face `LlamaConfig`."""
     reader = ConfigReader(values)
     reader.expect("mlp_bias", False)
     reader.same_layers()

@@ -32,7 +32,7 @@ class OPTConfig(ModelConfig):
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> OPTConfig:
-    """Model configuration of a Hugging Face `OPTConfig`."""
+    """Makes the model configuration of a Hugging Face `OPTConfig`."""
     reader = ConfigReader(values)
     heads, width = reader.integer("num_attention_heads"), reader.integer("hidden_size")
     reader.expect("activation_function", "relu")
@@ -65,7 +65,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> OPTConfig:
 
 
 def rules(config: OPTConfig) -> list[Rule]:
-    """Where each parameter comes from, by Hugging Face tensor name."""
+    """Says where each parameter comes from, by Hugging Face tensor name."""
     decoder, block = "model.decoder.", "model.decoder.layers.{layer}."
     layer = {
         "attn_norm": "self_attn_layer_norm",

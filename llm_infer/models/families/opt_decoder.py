@@ -80,14 +80,14 @@ class OPTDecoder(Decoder):
             self.head = Embedding(config.vocab_size, narrow, axes=vocab_axes, shards=config.shards, dtype=dtype)
 
     def embed_tokens(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T E"]:
-        """Token embedding, widened if need be, plus the learned embedding of the position."""
+        """Adds the token embedding, widened if need be, and the learned embedding of the position."""
         x = self.embed(token_ids)
         if self.config.embedding_size != self.config.hidden_size:
             x = self.project_in(x)
         return x + self.positions(positions + POSITION_OFFSET)
 
     def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:
-        """Hidden states after the final norm, where there is one."""
+        """Computes hidden states after the final norm, where there is one."""
         return self.final_norm(x) if self.config.pre_norm else x
 
     def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:

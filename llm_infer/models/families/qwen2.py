@@ -14,7 +14,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
-    """Model configuration of a Hugging Face `Qwen2Config`."""
+    """Makes the model configuration of a Hugging Face `Qwen2Config`."""
     reader = ConfigReader(values)
     windows = reader.windows()
     result = ModelConfig("Qwen2ForCausalLM", **reader.llama_like(), qkv_bias=True, windows=windows, fused_qkv=fused_qkv)

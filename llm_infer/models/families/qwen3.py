@@ -14,7 +14,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
-    """Model configuration of a Hugging Face `Qwen3Config`."""
+    """Makes the model configuration of a Hugging Face `Qwen3Config`."""
     # transformers assumes a head size of 128 where the config is silent.
     reader = ConfigReader({"head_dim": 128, **values})
     windows = reader.windows()

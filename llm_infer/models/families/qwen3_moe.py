@@ -17,7 +17,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
-    """Model configuration of a Hugging Face `Qwen3MoeConfig`.
+    """Makes the model configuration of a Hugging Face `Qwen3MoeConfig`.
 
     Raises:
         ModelError: also for models in which some layers are dense; none is published.
@@ -44,7 +44,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """Qwen3's tensors, the router, and the experts' matrices stacked below each other."""
+    """Names Qwen3's tensors, the router, and the experts' matrices stacked below each other."""
     assert config.moe is not None
     experts = range(config.moe.num_experts)
     return [

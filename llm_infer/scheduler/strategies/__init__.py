@@ -32,6 +32,6 @@ class Strategies:
         return self._draw
 
     def prepare(self, plan: PlanBuilder) -> None:
-        """To be called before the rows of a plan are made, for what strategies do for many sequences at once."""
+        """Does what strategies do for many sequences at once, before the rows of a plan are made."""
         if self._speculative is not None and plan.steps == 1:
             self._speculative.prepare(plan)

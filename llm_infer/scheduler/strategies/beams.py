@@ -46,14 +46,14 @@ class Beams(Strategy):
                 plan.add_row(beam, 1)
 
     def commit(self, row: ScheduledRow, drawn: SequenceOf[int], result: StepResult) -> None:
-        """Has the search go on when the results of all beams are here."""
+        """Lets the search go on when the results of all beams are here."""
         sequence = row.sequence
         result.offer_pages(sequence, row.start + row.count)
         if sequence.sample_index == 0:
             result.after_rows.append(partial(self._advance, sequence.request, result))
 
     def fork(self, first: Sequence, plan: ShardPlan) -> None:
-        """Makes nobody: what the other beams are follows from the result."""
+        """Does nothing: what the other beams are follows from the result."""
 
     def needs_result(self, sequence: Sequence) -> bool:
         """See Strategy."""
@@ -64,7 +64,7 @@ class Beams(Strategy):
         return int(len(sequence.request.members) > 1)
 
     def pages_of_others(self, sequence: Sequence, page_size: int) -> list[int] | None:
-        """See Strategy: the longest such run. It is too early while pages of a beam are not, or not known to be, computed.
+        """See Strategy. It is too early while pages of a beam are not computed, or not known to be.
 
         Beams return after a preemption one by one, so that each finds what those before it have computed.
         """
@@ -134,7 +134,7 @@ def pages_needed(tables: Iterable[PageTable]) -> int:
 
 
 def _reorder(books: Books, request: Request, children: SequenceOf[Child], step: int) -> None:
-    """The beams of a search become those of the next step; pages of beams that die are given back at once.
+    """Makes the beams of a search those of the next step; pages of beams that die are given back at once.
 
     A beam that changes its place forks the page table of the beam that it extends. Beams without pages (preempted
     while their step ran) only change their tokens. `step` is the first in which the new beams are computed.

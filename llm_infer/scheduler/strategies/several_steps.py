@@ -32,7 +32,7 @@ def choose_steps(books: Books, wanted: int) -> int:
 
 
 def add_steps(sequence: Sequence, plan: ShardPlan) -> int:
-    """Plans the steps of a sequence, fewer where it becomes too long, and returns how many.
+    """Plans the steps of a sequence, fewer where it would become too long, and returns how many.
 
     `choose_steps` has seen that pages are there for all of them.
     """

@@ -53,7 +53,7 @@ class Speculative(Draw):
             plan.add_row(sequence, 1, self._drafts(sequence, plan))
 
     def commit(self, row: ScheduledRow, drawn: SequenceOf[int], result: StepResult) -> None:
-        """Accepts proposed tokens as far as the target drew them itself; the places of the others are given back."""
+        """Accepts proposed tokens as far as the target drew them itself, and gives back the places of the others."""
         if not row.drafts:
             super().commit(row, drawn, result)
             return

@@ -12,7 +12,7 @@ from llm_infer.scheduler.step_result import StepResult
 
 
 class Strategy(ABC):
-    """How a request goes on once its prompt is computed. The scheduler computes prompts, and what was lost, on its own.
+    """The way in which a request goes on once its prompt is computed. Prompts, and what was lost, the scheduler computes.
 
     One that remembers nothing of a request serves many. What it needs to know of a sequence is in the sequence.
     """
@@ -31,9 +31,9 @@ class Strategy(ABC):
 
     @abstractmethod
     def fork(self, first: Sequence, plan: ShardPlan) -> None:
-        """Makes others share the pages of the first sequence of a request, whose last prompt token is in the plan.
+        """Lets others share the pages of the first sequence of a request, whose last prompt token is in the plan.
 
-        Is called again and again until the request is `forked`.
+        Is called with each plan until the request is `forked`.
         """
 
     def goes_on(self, sequence: Sequence, steps: int) -> bool:
@@ -45,11 +45,11 @@ class Strategy(ABC):
         return False
 
     def num_joint(self, sequence: Sequence) -> int:
-        """Tokens at the end of a sequence that are only computed together with those of the others of its request."""
+        """Counts the tokens at the end of a sequence that are only computed together with those of its group."""
         return 0
 
     def pages_of_others(self, sequence: Sequence, page_size: int) -> list[int] | None:
-        """Full computed pages that a sequence without pages can share with others of its request; None to ask later."""
+        """Finds full computed pages that a sequence without pages can share with others of its request; None: ask later."""
         return []
 
     def ended(self, sequence: Sequence) -> None:
