@@ -65,7 +65,7 @@ def _speed(num_tokens: int, first: float, rest: float) -> str:
 
 
 def logprob_table(found: Sequence[dict[int, Logprob]]) -> str:
-    """One line per token: text, log-probability, rank, and those that were more or less likely."""
+    """Writes one line per token: text, log-probability, rank, and those that were more or less likely."""
     rows = []
     for at in found:
         drawn, *others = at.values()
@@ -81,7 +81,7 @@ def logprob_table(found: Sequence[dict[int, Logprob]]) -> str:
 
 
 def write(text: str) -> None:
-    """Text to standard output, at once."""
+    """Writes text to standard output, at once."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -82,7 +82,7 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Entry point: user errors are one line and exit code 1 (2 for a wrong call); `--debug` shows the traceback."""
+    """Runs the command line: user errors are one line and exit code 1 (2 for a wrong call); `--debug` shows the traceback."""
     debug = "--debug" in sys.argv[1:]
     if sys.argv[1:] in ([], ["bench"]):
         sys.argv.append("--help")

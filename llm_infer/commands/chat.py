@@ -160,7 +160,7 @@ class Conversation:
 
 
 def _keeping(chunks: Iterable[StreamChunk], texts: list[str]) -> Iterator[StreamChunk]:
-    """The chunks, whose texts are also kept: Ctrl-C leaves what has been said."""
+    """Yields the chunks, and keeps their texts: Ctrl-C leaves what has been said."""
     for chunk in chunks:
         texts.append(chunk.text)
         yield chunk

@@ -38,7 +38,7 @@ class Flag:
     value: str = ""
 
     def parameter(self) -> inspect.Parameter:
-        """The flag as a parameter of a function."""
+        """Returns the flag as a parameter of a function."""
         names = ["--" + self.name.replace("_", "-"), *([self.short] if self.short else [])]
         option = typer.Option(*names, help=self.help, metavar=self.value or None)
         kind = self.kind if self.default is not None else self.kind | None
@@ -114,7 +114,7 @@ class Commands(typer.Typer):
 
 
 def _value(name: str, kind: Any, option: Any) -> str | None:
-    """What help calls the value of an option or argument; None for a flag without one."""
+    """Returns what help calls the value of an option or argument; None for a flag without one."""
     if isinstance(option, typer.models.ArgumentInfo):
         return name.upper()
     kinds = [each for each in (get_args(kind) if get_origin(kind) is not list else [list]) or [kind] if each]

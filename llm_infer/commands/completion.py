@@ -36,7 +36,7 @@ def nearest(name: str, names: list[str]) -> str | None:
 
 
 def _hub_cache() -> Path:
-    """The hub's cache, as its library finds it; importing that takes a second."""
+    """Returns the hub's cache, as its library finds it; importing that takes a second."""
     if given := os.environ.get("HF_HUB_CACHE"):
         return Path(given).expanduser()
     home = os.environ.get("HF_HOME")

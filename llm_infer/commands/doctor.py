@@ -23,7 +23,7 @@ PACKAGES = (
 
 
 def report() -> str:
-    """The report as text, one fact a line."""
+    """Returns the report as text, one fact a line."""
     return "\n".join(f"{name:<18}{value}" for name, value in _facts())
 
 
@@ -62,7 +62,7 @@ def _user_file() -> str:
 
 
 def _drivers() -> str:
-    """What drivers of accelerators there are, and the libraries without which JAX does not see them."""
+    """Says which drivers of accelerators there are, and which libraries JAX lacks to see them."""
     found = [file for pattern in accelerators.DEVICE_FILES for file in sorted(glob(pattern))]
     if not found:
         return "no GPU or TPU (none of the files that their drivers make)"

@@ -30,7 +30,7 @@ def tune_machine() -> None:
 
 
 def choices(chip: str | None = None) -> str:
-    """Which implementation is chosen for typical cases of every op, and why not those before it.
+    """Says which implementation is chosen for typical cases of every op, and why not those before it.
 
     Args:
         chip: a name of `pallas_kernels.targets.TARGETS` or "here"; None shows this machine and all chips.
@@ -55,7 +55,7 @@ def choices(chip: str | None = None) -> str:
 
 
 def report() -> str:
-    """A line for each kind of weights: which kernel serves how many rows, in precision exact and fast.
+    """Writes a line for each kind of weights: which kernel serves how many rows, in precision exact and fast.
 
     Raises:
         UserError: the native kernels cannot run here.

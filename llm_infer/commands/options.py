@@ -195,6 +195,6 @@ def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty)
 
 
 def _source(context: typer.Context, name: str) -> str:
-    """Where a value comes from, as click calls it."""
+    """Says where a value comes from, as click calls it."""
     source = context.get_parameter_source(name)
     return "DEFAULT" if source is None else source.name

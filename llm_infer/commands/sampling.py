@@ -75,7 +75,7 @@ def sampling_params(values: dict[str, Any]) -> SamplingParams:
 
 
 def _structured(values: dict[str, Any]) -> StructuredOutputsParams | None:
-    """What the answer must look like; the schema and the grammar are read from files."""
+    """Makes what says how the answer must look; the schema and the grammar are read from files."""
     from llm_infer.decoding.structured import StructuredOutputsParams
 
     given = {flag.name: values[flag.name] for flag in STRUCTURED if values[flag.name] not in (None, False, [])}

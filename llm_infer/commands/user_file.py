@@ -63,6 +63,8 @@ def user_defaults() -> dict[str, dict[str, Any]]:
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     tables = {name: values.pop(name, {}) for name in COMMANDS}
+    if isinstance(tables["chat"], dict) and "raw" in tables["chat"]:
+        raise UserError(f"{path}: raw is a flag of generate alone: it cannot stand in [chat]")
     shared = _checked(path, values)
     return {name: shared | _checked(path, table, name) for name, table in tables.items()}
 
@@ -79,7 +81,7 @@ def _checked(path: Path, values: Any, table: str = "") -> dict[str, Any]:
 
 
 def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Those of the values that are settings of the engine, as in a file of `--config`."""
+    """Returns those of the values that are settings of the engine, as in a file of `--config`."""
     rest = {key: value for key, value in values.items() if key.replace("-", "_") not in KINDS}
     for key in rest:
         near = nearest(key.replace("-", "_"), list(KINDS))
@@ -90,7 +92,7 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _own(path: Path, name: str, value: Any) -> Any:
-    """A value of one of KINDS, as its flag takes it."""
+    """Returns a value of one of KINDS, as its flag takes it."""
     kind = KINDS[name]
     element = get_args(kind)[0] if get_origin(kind) is list else kind
     several = value if isinstance(value, list) and element is not kind else [value]

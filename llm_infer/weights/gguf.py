@@ -153,7 +153,7 @@ class GGUFFile:
 
 
 def _map(path: Path) -> tuple[Header, mmap.mmap]:
-    """A file's header, checked, and all of it mapped into memory."""
+    """Maps a file into memory, and returns its header, checked, and all of it."""
     try:
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -49,7 +49,7 @@ class GGUFModel:
         return PurePosixPath(self.stem).name
 
     def is_called(self, quantisation: str) -> bool:
-        """Whether it has this type or this name, in letters of either case."""
+        """Says whether it has this type or this name, in letters of either case."""
         asked = quantisation.removesuffix(".gguf").upper()
         return asked in (self.quantisation.upper(), self.name.upper(), self.stem.upper())
 

@@ -78,33 +78,51 @@ def remove(models: list[LocalModel]) -> None:
             package = default_model.DEFAULT_MODEL.distribution
             raise ModelError(f"model {model.name!r} belongs to an installed package: run `pip uninstall {package}`")
     try:
-        for model in models:
-            for path in model.files:
-                path.unlink(missing_ok=True)
         for directory in {model.directory for model in models}:
-            _tidy(directory)
+            _remove(
+                directory, {k: v for model in models if model.directory == directory for k, v in model.files.items()}
+            )
     except OSError as error:
         raise ModelError(f"{error.filename} cannot be removed: {error.strerror}") from None
 
 
-def _tidy(directory: Path) -> None:
-    """Removes snapshots that have no weights any more, content that no snapshot shows, and a directory without models."""
-    for snapshot in directory.glob("snapshots/*"):
-        if not any(path.suffix in (".gguf", ".safetensors") for path in snapshot.rglob("*")):
+def _remove(directory: Path, files: dict[Path, Path]) -> None:
+    """Removes files of a directory, or of a repository of the hub's cache, and what nobody else needs.
+
+    Other snapshots stay, and so do files of other formats, and content that no snapshot shows yet: another program may
+    have just fetched it.
+    """
+    contents = {content.resolve() for content in files.values()}
+    for path in files:
+        path.unlink(missing_ok=True)
+    snapshots = directory / "snapshots"
+    for name in {path.relative_to(snapshots).parts[0] for path in files if path.is_relative_to(snapshots)}:
+        snapshot = snapshots / name
+        left = [path for path in snapshot.rglob("*") if not path.is_dir()]
+        if all(path.suffix in _SMALL or path.name in _SMALL for path in left):
+            contents |= {path.resolve() for path in left}
             shutil.rmtree(snapshot)
             for reference in directory.glob("refs/**/*"):
-                if reference.is_file() and reference.read_text().strip() == snapshot.name:
+                if reference.is_file() and reference.read_text().strip() == name:
                     reference.unlink()
     shown = {path.resolve() for path in directory.glob("snapshots/**/*")}
-    for content in directory.glob("blobs/*"):
-        if content.suffix != ".incomplete" and content.resolve() not in shown:
-            content.unlink()
-    if not any(path.suffix in (".gguf", ".safetensors", ".incomplete") for path in directory.rglob("*")):
+    for blob in directory.glob("blobs/*"):
+        if blob.resolve() in contents - shown:
+            blob.unlink()
+    left = [path for path in directory.rglob("*") if not path.is_dir()]
+    if all(_BOOKS & set(path.relative_to(directory).parts) for path in left):
         shutil.rmtree(directory)
 
 
+_SMALL = (".json", ".jinja", ".txt", ".model", ".md", ".gitattributes", "LICENSE")
+"""Endings and names of files that mean nothing without weights."""
+
+_BOOKS = {"refs", "trees", ".no_exist"}
+"""Folders of a repository in the hub's cache that hold no content."""
+
+
 def _includes(asked: HubName, model: LocalModel) -> bool:
-    """Whether a name means this model, whose own name may say more."""
+    """Says whether a name means this model, whose own name may say more."""
     one = hub_name(model.name)
     if one is None or one.repo_id != asked.repo_id:
         return False
@@ -138,7 +156,7 @@ def _hub() -> Iterator[LocalModel]:
 
 
 def _revision(name: HubName, repository: Path, revision: Any) -> Iterator[LocalModel]:
-    """The GGUF models of a revision, and its safetensors model."""
+    """Yields the GGUF models of a revision, and its safetensors model."""
     contents = {file.file_path.relative_to(revision.snapshot_path).as_posix(): file for file in revision.files}
     models = gguf_models({path: file.size_on_disk for path, file in contents.items()})
     for label, model in zip(labels(models), models, strict=True):

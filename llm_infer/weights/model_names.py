@@ -40,7 +40,7 @@ def hub_name(name: str) -> HubName | None:
     """Returns what a name says of a model on the hub, or None if it is not spelled like one."""
     found = _HUB_NAME.fullmatch(name)
     # Something that is spelled like a path or a weights file was never meant for the hub.
-    if found is None or found["repo"].endswith((".gguf", ".safetensors", ".bin", ".pt")):
+    if found is None or ".." in name or found["repo"].endswith((".gguf", ".safetensors", ".bin", ".pt")):
         return None
     return HubName(found["repo"], found["revision"], found["quantisation"])
 

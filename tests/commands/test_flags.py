@@ -203,6 +203,7 @@ def test_flags_go_before_the_users_file_and_that_before_defaults(
         ("ignore-eos = 1", "ignore-eos = 1: expected true or false"),
         ("stop = [1]", "stop = [1]: expected a text"),
         ("chat = 1", "expected a table [chat]"),
+        ("[chat]\nraw = true", "raw is a flag of generate alone"),
         ("model = ", "Invalid value"),
     ],
 )

@@ -158,3 +158,40 @@ def test_a_model_that_came_with_a_package_is_left_to_pip(monkeypatch: pytest.Mon
     ):
         local_models.remove([LocalModel(DEFAULT_MODEL.name, 0, file.parent, 0.0, files={file: file})])
     assert file.exists()
+
+
+def test_rm_leaves_what_others_have_in_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Other formats, other snapshots that show the same content, and what is just being fetched."""
+    repository = tmp_path / "models--org--a"
+    content = {"q4": ("1", "2"), "q8": ("1",), "config": ("1", "2"), "onnx": ("2",), "arriving": ()}
+    names = {"q4": "m-Q4_0.gguf", "q8": "m-Q8_0.gguf", "config": "config.json", "onnx": "model.onnx"}
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    for blob, snapshots in content.items():
+        (repository / "blobs" / blob).write_text(blob)
+        for snapshot in snapshots:
+            path = repository / "snapshots" / snapshot / names[blob]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.symlink_to(f"../../blobs/{blob}")
+
+    def here(*shown: str) -> None:
+        found = {path.name for path in (*repository.glob("blobs/*"), *repository.glob("refs/*"))}
+        assert found == set(shown)
+
+    def model(snapshot: str, name: str, blob: str) -> LocalModel:
+        files = {repository / "snapshots" / snapshot / name: repository / "blobs" / blob}
+        return LocalModel("org/a", 0, repository, 0.0, files=files)
+
+    monkeypatch.setenv("LLM_INFER_CACHE", str(tmp_path / "own"))
+    local_models.remove([model("1", "m-Q8_0.gguf", "q8")])
+    here("q4", "config", "onnx", "arriving", "main")
+    local_models.remove([model("1", "m-Q4_0.gguf", "q4")])  # the last weights of this snapshot
+    here("q4", "config", "onnx", "arriving")
+    assert [path.name for path in repository.glob("snapshots/*")] == ["2"]
+    local_models.remove([model("2", "m-Q4_0.gguf", "q4")])
+    here("config", "onnx", "arriving")
+    (repository / "blobs" / "arriving").unlink()
+    (repository / "snapshots" / "2" / "model.onnx").rename(repository / "snapshots" / "2" / "m-Q4_1.gguf")
+    local_models.remove([model("2", "m-Q4_1.gguf", "onnx")])
+    assert not repository.exists()

@@ -109,6 +109,7 @@ def test_hub(tmp_path: Path) -> None:
         ("name:Q4_0", None),
         ("org/name:", None),
         ("a/b/c", None),
+        ("org/name@../../other", None),
     ],
 )
 def test_names_on_the_hub(name: str, meant: HubName | None) -> None:
