@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from inspect import cleandoc
 from typing import Any
 
 from llm_infer.base.errors import RequestError
 from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.base.progress import Progress
-from llm_infer.base.settings import Takes, listed
+from llm_infer.base.settings import Takes, document
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.frontend.prompts import (
     Messages,
@@ -246,4 +245,4 @@ class LLM:
         return [embedding_of(one, pooling, normalize) for one in self._session.run(asked, Progress.silent())]
 
 
-LLM.__doc__ = cleandoc(LLM.__doc__ or "").replace("    SETTINGS", listed(EngineOptions, indent=4))
+document(LLM, EngineOptions)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_infer.base.errors import UserError
-from llm_infer.base.settings import Setting, by_name, setting, settings_of
+from llm_infer.base.settings import Setting, by_name, document, setting, settings_of
 from llm_infer.config import PAGE_DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
@@ -20,6 +20,9 @@ DTYPES = ("auto", *PAGE_DTYPES)
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """Everything that an `LLM`, or another front, is made from; checked when it is made.
+
+    Attributes:
+        SETTINGS
 
     Raises:
         UserError: a value has another type than its setting, is out of range or contradicts another.
@@ -163,6 +166,9 @@ class EngineOptions:
     def of_all_processes(self) -> dict[str, str]:
         """Returns the settings that all processes of several hosts must agree on, as texts."""
         return {name: str(getattr(self, name)) for name, each in settings().items() if not each.of_process}
+
+
+document(EngineOptions, EngineOptions)
 
 
 def settings() -> dict[str, Setting]:

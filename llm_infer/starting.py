@@ -10,7 +10,7 @@ import jax
 from llm_infer.base.errors import UserError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.base.progress import Progress
-from llm_infer.base.settings import Takes
+from llm_infer.base.settings import Takes, document
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
 from llm_infer.loading import load, require_same_tokens
@@ -61,7 +61,8 @@ def follow(options: EngineOptions) -> bool:
         if not llm_infer.follow(**settings):
             llm = llm_infer.LLM(**settings)
 
-    Args: as for `LLM`, the same in all processes.
+    Args:
+        SETTINGS
 
     Returns:
         True when process 0 has ended; False at once in process 0 and where there is only one process.
@@ -70,6 +71,9 @@ def follow(options: EngineOptions) -> bool:
         UserError: as `LLM`, or a process did not come or has other settings.
     """
     return take_part(options)
+
+
+document(follow, EngineOptions)
 
 
 def _join(options: EngineOptions, *, as_first: bool = False) -> Channel | None:

@@ -57,12 +57,12 @@ def test_the_default_options_are_the_default_configuration() -> None:
         options.seed = 1  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("front", [LLM, llm_infer.follow], ids=["LLM", "follow"])
+@pytest.mark.parametrize("front", [LLM, llm_infer.follow, EngineOptions], ids=["LLM", "follow", "EngineOptions"])
 def test_signature_and_documentation_show_every_setting(front: Callable[..., object]) -> None:
-    shown = list(inspect.signature(front).parameters.values())
+    shown = list(inspect.signature(front, eval_str=True).parameters.values())
     assert shown == list(inspect.signature(EngineOptions, eval_str=True).parameters.values())
-    assert "max_model_len: int | None = None" in str(inspect.signature(front))
-    documentation = inspect.getdoc(LLM) or ""
+    assert "max_model_len: int | None = None" in str(inspect.signature(front, eval_str=True))
+    documentation = inspect.getdoc(front) or ""
     for setting in settings().values():
         assert f"\n    {setting.name}: {setting.summary.split()[0]}" in documentation
 

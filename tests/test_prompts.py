@@ -78,6 +78,11 @@ def test_mistakes_are_named_and_run_nothing(llm: LLM, call: Callable[[LLM], obje
     assert said in str(caught.value) and not llm.engine.has_work
 
 
+def test_no_prompts_are_no_results(llm: LLM) -> None:
+    assert llm.generate([], PARAMS) == [] and llm.embed([]) == [] and llm.score([], []) == []
+    assert llm.generate([], priority=[]) == []
+
+
 def test_smaller_priorities_run_first(llm: LLM) -> None:
     for priority, order in ((None, "abc"), ([2, 0, 1], "bca"), (np.array([1, 2, 0]), "cab"), (3, "abc")):
         started = [one.metrics for one in llm.generate(["a", "b", "c"], PARAMS, priority=priority)]

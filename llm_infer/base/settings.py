@@ -188,6 +188,13 @@ class Takes(Generic[P, O]):
         return call
 
 
+def document(target: Any, kind: type) -> None:
+    """Puts the settings of a dataclass with their meanings in the place of a line SETTINGS in a docstring."""
+    text = inspect.cleandoc(target.__doc__ or "")
+    assert "    SETTINGS\n" in text, f"where the settings of {target.__name__} go"
+    target.__doc__ = text.replace("    SETTINGS", listed(kind, indent=4))
+
+
 def listed(kind: type, *, indent: int) -> str:
     """Returns the settings with their meanings as lines for the section "Args" of a docstring."""
     lines = []

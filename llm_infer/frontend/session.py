@@ -68,8 +68,12 @@ class Session:
             RequestError: it is not acceptable, or the session is closed.
         """
         tracked: list[TrackedRequest] = []
-        self._add(tracked, self.prompts.read([prompt], [params], priority=priority, cache_salt=cache_salt))
-        return tracked[0]
+        try:
+            self._add(tracked, self.prompts.read([prompt], [params], priority=priority, cache_salt=cache_salt))
+            return tracked[0]
+        except BaseException:  # nobody would hear of it
+            self.leave(tracked)
+            raise
 
     @contextmanager
     def submitted(self, asked: Sequence[Asked]) -> Iterator[list[TrackedRequest]]:
