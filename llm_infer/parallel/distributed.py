@@ -114,7 +114,7 @@ def _not_first(process: int) -> UserError:
 
 
 def on_cluster() -> bool:
-    """Whether this is one of several tasks of a SLURM step, or a host of a Cloud TPU slice."""
+    """Tells whether this is one of several tasks of a SLURM step, or a host of a Cloud TPU slice."""
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return True
     if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
@@ -142,7 +142,7 @@ def _connect(coordinator_address: str | None, settings: Mapping[str, str]) -> Ch
 
 
 def _own_address() -> str:
-    """The address from which this host reaches others (a datagram socket that sends nothing)."""
+    """Finds the address from which this host reaches others (a datagram socket that sends nothing)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

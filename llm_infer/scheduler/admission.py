@@ -64,7 +64,7 @@ class Admission:
         return cache.lookup(shard, sequence.digests[:full])
 
     def _fits(self, sequence: Sequence, shard: int, cached: list[int], num_running: int) -> bool:
-        """Whether all its pages are there, and beside other sequences the watermark and a page for each of them to grow.
+        """Tells whether all its pages are there, and beside other sequences the watermark and a page for each of them to grow.
 
         The second part bounds preemption: between an admission and the next shortage every sequence can fill a page.
         """

@@ -53,7 +53,7 @@ class Books:
         return sequence.table
 
     def has_slot(self, sequence: Sequence, shard: int) -> bool:
-        """Whether `start` would find a slot. A group takes the slots of all its sequences with the first."""
+        """Tells whether `start` would find a slot. A group takes the slots of all its sequences with the first."""
         request = sequence.request
         return bool(request.spare_slots) or len(self.free_slots[shard]) >= request.width
 

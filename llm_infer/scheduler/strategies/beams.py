@@ -56,15 +56,15 @@ class Beams(Strategy):
         """Does nothing: what the other beams are follows from the result."""
 
     def needs_result(self, sequence: Sequence) -> bool:
-        """See Strategy."""
+        """Implements `Strategy`."""
         return True
 
     def num_joint(self, sequence: Sequence) -> int:
-        """See Strategy. The last tokens of several beams are computed in one step."""
+        """Implements `Strategy`: the last tokens of several beams are computed in one step."""
         return int(len(sequence.request.members) > 1)
 
     def pages_of_others(self, sequence: Sequence, page_size: int) -> list[int] | None:
-        """See Strategy. It is too early while pages of a beam are not computed, or not known to be.
+        """Implements `Strategy`: it is too early while pages of a beam are not computed, or not known to be.
 
         Beams return after a preemption one by one, so that each finds what those before it have computed.
         """
@@ -100,7 +100,7 @@ class Beams(Strategy):
 
 
 def _are_ready(beams: Iterable[Sequence]) -> bool:
-    """Whether all have pages with everything but their last token, and no result is outstanding."""
+    """Tells whether all have pages with everything but their last token, and no result is outstanding."""
     return all(
         beam.status is Status.RUNNING and not beam.in_flight and beam.length - beam.num_computed == 1 for beam in beams
     )

@@ -16,7 +16,7 @@ class Draw(Strategy):
     """Draws `n` samples that share nothing but the pages of their prompt."""
 
     def rows(self, sequence: Sequence, plan: ShardPlan) -> None:
-        """See Strategy."""
+        """Implements `Strategy`."""
         if plan.steps > 1:
             add_steps(sequence, plan)
         elif plan.make_room(sequence):
@@ -50,7 +50,7 @@ class Draw(Strategy):
                 plan.step.forked.append(sample)
 
     def goes_on(self, sequence: Sequence, steps: int) -> bool:
-        """See Strategy. It decodes, and neither rules nor `min_tokens` have the host look at each token."""
+        """Implements `Strategy`: it decodes, and neither rules nor `min_tokens` have the host look at each token."""
         request, length = sequence.request, sequence.length
         return (
             not request.stepwise

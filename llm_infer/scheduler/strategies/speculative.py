@@ -46,7 +46,7 @@ class Speculative(Draw):
             self.speculator.prepare(asked)
 
     def rows(self, sequence: Sequence, plan: ShardPlan) -> None:
-        """See Strategy."""
+        """Implements `Strategy`."""
         if plan.steps > 1:
             self._speculation(sequence).rest -= add_steps(sequence, plan)
         elif not sequence.num_drafts and plan.make_room(sequence):
@@ -70,16 +70,16 @@ class Speculative(Draw):
             sequence.table.truncate(sequence.num_computed)
 
     def goes_on(self, sequence: Sequence, steps: int) -> bool:
-        """See Strategy. Nothing is to be proposed for so long."""
+        """Implements `Strategy`: nothing is to be proposed for so long."""
         speculation = sequence.speculation
         return speculation is not None and speculation.rest >= steps and super().goes_on(sequence, steps)
 
     def needs_result(self, sequence: Sequence) -> bool:
-        """See Strategy. Whoever proposes needs the last token."""
+        """Implements `Strategy`: whoever proposes needs the last token."""
         return sequence.num_drafts > 0 or sequence.speculation is None or not sequence.speculation.rest
 
     def ended(self, sequence: Sequence) -> None:
-        """See Strategy."""
+        """Implements `Strategy`."""
         sequence.num_drafts = 0
         if sequence.speculation is not None:
             self.speculator.release(sequence.speculation)
@@ -90,7 +90,7 @@ class Speculative(Draw):
         return sequence.speculation
 
     def _may(self, sequence: Sequence) -> bool:
-        """Whether tokens may be proposed: it has drawn one (the steps before are those of the prompt)."""
+        """Tells whether tokens may be proposed: it has drawn one (the steps before are those of the prompt)."""
         return sequence.request.strategy is self and len(sequence.tokens) > len(sequence.request.prompt)
 
     def _max_drafts(self, sequence: Sequence, num_running: int, used: int) -> int:

@@ -37,11 +37,11 @@ class Strategy(ABC):
         """
 
     def goes_on(self, sequence: Sequence, steps: int) -> bool:
-        """Whether a sequence can draw so many tokens, one after the other, before the host sees the first."""
+        """Tells whether a sequence can draw so many tokens, one after the other, before the host sees the first."""
         return False
 
     def needs_result(self, sequence: Sequence) -> bool:
-        """Whether the next step of a running sequence can only be planned when the result of the last one is here."""
+        """Tells whether the next step of a running sequence can only be planned when the result of the last one is here."""
         return False
 
     def num_joint(self, sequence: Sequence) -> int:
