@@ -117,7 +117,7 @@ class PromptReader:
         return values
 
     def _spellings(self, text: str) -> list[list[int]]:
-        """Token ids of a text within another, as it is and after a space."""
+        """Returns the token ids of a text within another, as it is and after a space."""
         texts = {text, text if text.startswith(" ") else f" {text}"}
         return [self.tokenizer.encode(each, add_special_tokens=False, begins=False) for each in sorted(texts)]
 
@@ -137,7 +137,7 @@ class PromptReader:
 
 
 def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None, object]:
-    """Text, ids and salt of a prompt; without ids there is a text, which is to be encoded."""
+    """Returns text, ids and salt of a prompt; without ids there is a text, which is to be encoded."""
     if isinstance(prompt, str):
         return prompt, None, None
     if not isinstance(prompt, Mapping):

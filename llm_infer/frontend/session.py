@@ -152,7 +152,7 @@ class Session:
             self.compile(missing)
 
     def _make(self, asked: Sequence[Asked]) -> list[Request]:
-        """Requests that no books hold yet."""
+        """Makes requests that no books hold yet."""
         self._settle_first()
         made = []
         for index, one in enumerate(asked):
@@ -177,7 +177,7 @@ class Session:
     def _queue_if_ready(
         self, into: list[TrackedRequest], asked: Sequence[Asked], made: Sequence[Request], anyway: bool
     ) -> WarmUp | None:
-        """The programs that are still missing for requests beside those that run now; None if these are queued."""
+        """Returns the programs that are still missing for requests beside those that run now; None if these are queued."""
         self._settle_first()
         programs = self.engine.warm_up_for(made)
         if len(programs) and not anyway:
@@ -199,7 +199,7 @@ class Session:
             raise RequestError("this session is closed, so nothing runs any more: make another one")
 
     def step(self) -> None:
-        """One engine step; its tokens go to the requests they belong to, whoever called.
+        """Makes one engine step; its tokens go to the requests they belong to, whoever called.
 
         Raises:
             BaseException: what ended the step; all requests have ended with an error.

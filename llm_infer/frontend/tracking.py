@@ -46,7 +46,7 @@ class TrackedRequest:
         self.finished = True
 
     def ended_without_token(self) -> Iterator[StreamChunk]:
-        """Last chunks of the samples that ended otherwise than by a token, as by an abort."""
+        """Yields last chunks of the samples that ended otherwise than by a token, as by an abort."""
         for sample, sequence in zip(self._samples, self.request.sequences, strict=True):
             if sample.output.finish_reason is None:
                 failed = self.failure is not None
@@ -54,7 +54,7 @@ class TrackedRequest:
                 yield sample.end(reason, self.failure if failed else sequence.error)
 
     def result(self) -> RequestOutput:
-        """The finished request's result."""
+        """Returns the finished request's result."""
         request, params = self.request, self._params
         for _ in self.ended_without_token():
             pass
@@ -148,7 +148,7 @@ class _Sample:
 
 
 def position_logprobs(tokenizer: Tokenizer, token: int, found: TokenLogprobs) -> dict[int, Logprob]:
-    """Log-probabilities of one position by token id: of the token that is there, then of the most likely ones."""
+    """Returns the log-probabilities of one position by token id: of the token that is there, then of the most likely ones."""
     pairs = [(token, found.logprob, found.rank)]
     pairs += [
         (i, value, rank) for rank, (i, value) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1)
