@@ -71,6 +71,8 @@ def sampling_params(values: dict[str, Any]) -> SamplingParams:
     for name, none in _NONE:
         if given.get(name) == none:
             given[name] = None
+    if given.get("logprobs") == -1:
+        raise UserError("--logprobs -1: expected 0 or more; all of the vocabulary is for LLM.generate")
     return SamplingParams(**given, structured_outputs=_structured(values))
 
 

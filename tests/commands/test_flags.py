@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from llm_infer.base.errors import UserError
 from llm_infer.base.outputs import CompletionOutput, StreamChunk
 from llm_infer.commands import app, chat, doctor, generate
-from llm_infer.commands.sampling import FIELDS, FLAGS, NO_FLAGS
+from llm_infer.commands.sampling import FIELDS, FLAGS, NO_FLAGS, sampling_params
 from llm_infer.commands.user_file import user_file
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.options import EngineOptions
@@ -233,3 +234,9 @@ def test_the_users_file_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_names_of_flags_do_not_meet() -> None:
     shorts = [flag.short for flag in FLAGS if flag.short]
     assert len(set(shorts)) == len(shorts) and not {"-m", "-p", "-f", "-t", "-v", "-q"} & set(shorts)
+
+
+def test_the_whole_vocabulary_is_not_printed() -> None:
+    values = dict.fromkeys((flag.name for flag in FLAGS), None) | {"logprobs": -1}
+    with pytest.raises(UserError, match=r"--logprobs -1: expected 0 or more"):
+        sampling_params(values)
