@@ -101,6 +101,29 @@ def test_unfinished_groups_give_way_to_each_other() -> None:
     assert engine.scheduler.num_preemptions > 0
 
 
+def test_a_group_gives_way_where_each_waits_for_the_rest_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(
+        max_num_seqs=6,
+        max_num_batched_tokens=40,
+        num_pages=30,
+        page_size=1,
+        policy="priority",
+        enable_prefix_caching=False,
+        watermark=0.0,
+    )
+    breaks, broken = engine.scheduler._break_stall, []
+    monkeypatch.setattr(engine.scheduler, "_break_stall", lambda plan: breaks(plan) and not broken.append(plan))
+    asked = (([0, 4, 1, 5, 4, 4, 2], 3, 5, 2), ([3, 5, 4, 1, 0], 3, 4, 8), ([1], 4, 1, 0))
+    for index, (prompt, width, max_tokens, steps) in enumerate(asked):
+        engine.add(prompt, beam_width=width, max_tokens=max_tokens, priority=-index, early_stopping="never")
+        for _ in range(steps):
+            engine.step()
+    engine.run()
+    for request in engine.requests:
+        engine.verify(request)
+    assert len(broken) == 1
+
+
 def test_an_abort_gives_back_everything() -> None:
     for overlap in (False, True):
         for steps in range(1, 9):
