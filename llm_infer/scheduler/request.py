@@ -88,7 +88,7 @@ class Request:
     prompt_results: object = field(default=None, init=False)
     arrival: int = field(default=-1, init=False)
     sequences: list[Sequence] = field(default_factory=list, init=False)
-    strategy: Strategy = field(init=False)
+    strategy: Strategy = field(init=False, repr=False)
     forked: bool = field(default=False, init=False)
     shard: int | None = field(default=None, init=False)
     num_cached_tokens: int = field(default=0, init=False)

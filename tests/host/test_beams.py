@@ -113,7 +113,7 @@ def test_a_group_gives_way_where_each_waits_for_the_rest_of_its_own(monkeypatch:
     )
     breaks, broken = engine.scheduler._break_stall, []
     monkeypatch.setattr(engine.scheduler, "_break_stall", lambda plan: breaks(plan) and not broken.append(plan))
-    asked = (([0, 4, 1, 5, 4, 4, 2], 3, 5, 2), ([3, 5, 4, 1, 0], 3, 4, 4), ([1], 5, 6, 4), ([1], 4, 1, 0))
+    asked = (([0, 4, 1, 5, 4, 4, 2], 3, 5, 2), ([3, 5, 4, 1, 0], 3, 4, 8), ([1], 4, 1, 0))
     for index, (prompt, width, max_tokens, steps) in enumerate(asked):
         engine.add(prompt, beam_width=width, max_tokens=max_tokens, priority=-index, early_stopping="never")
         for _ in range(steps):
