@@ -18,7 +18,7 @@ SCRIPT = """
 import sys
 
 class Missing:  # packages that a GPU machine need not have
-    names = {"orbax", "gguf", "tokenizers", "huggingface_hub", "safetensors", "jinja2", "einops", "torch"}
+    names = {"orbax", "gguf", "tokenizers", "huggingface_hub", "safetensors", "jinja2", "torch"}
 
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in self.names:

@@ -1,4 +1,4 @@
-"""`python -m llm_infer.bench gpu --out DIR`: benchmarks that run where only JAX, Flax and NumPy are installed."""
+"""`python -m llm_infer.bench gpu --out DIR`: benchmarks that run where only JAX, Flax, einops and NumPy are installed."""
 
 from __future__ import annotations
 

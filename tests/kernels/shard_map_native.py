@@ -16,6 +16,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from pallas_kernels.paged_attention import cpu as attention
 from pallas_kernels.paged_attention.cases import CASES, build
+from pallas_kernels.paged_attention.options import by_keyword
 from pallas_kernels.quant_matmul import cpu as matmul
 from pallas_kernels.quant_matmul.cases import random_blocks, random_rows
 
@@ -27,7 +28,7 @@ inputs = build(case)
 
 def attend(q, k, v, pages, plan):
     plan = jax.tree.map(lambda x: x[0], plan)
-    return attention.paged_attention(q, k, v, pages, plan, layer=jnp.int32(1), scale=inputs.scale)
+    return by_keyword(attention.paged_attention)(q, k, v, pages, plan, layer=jnp.int32(1), scale=inputs.scale)
 
 
 def double(x, axis):
@@ -42,7 +43,7 @@ sharded = jax.jit(
 )
 args = [double(x, 0) for x in (inputs.q, inputs.k_new, inputs.v_new)]
 plan = jax.tree.map(lambda x: np.stack([x, x]), inputs.plan)
-alone, alone_pages = jax.jit(attention.paged_attention, static_argnames="scale")(
+alone, alone_pages = jax.jit(by_keyword(attention.paged_attention), static_argnames="scale")(
     inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, layer=jnp.int32(1), scale=inputs.scale
 )
 for _ in range(20):
