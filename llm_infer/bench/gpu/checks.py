@@ -62,7 +62,7 @@ def _check_product(setting: Setting, function: Any, oracle: Any, arguments: tupl
 def _reference(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Computes the reference on the CPU, where float32 is float32."""
     with jax.default_device(jax.devices("cpu")[0]):
-        call = jax.jit(functools.partial(reference.paged_attention, scale=inputs.scale, **inputs.options))
+        call = jax.jit(functools.partial(by_keyword(reference.paged_attention), scale=inputs.scale, **inputs.options))
         out, pages = call(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
         return np.asarray(out), np.asarray(pages)
 
