@@ -58,6 +58,10 @@ prepare_libtpu()
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: the host layer and `llm-infer --help` do not load JAX.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("llm-infer")
     if name in __all__:
         import importlib
 
@@ -67,4 +71,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, "functional", "__version__", "__all__", "__doc__", "__name__"})

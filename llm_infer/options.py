@@ -35,7 +35,9 @@ class EngineOptions:
         short="-m",
     )
     _: KW_ONLY
-    max_model_len: int | None = setting(None, "Longest sequence in tokens; else the model's context.")
+    max_model_len: int | None = setting(
+        None, "Longest sequence in tokens; else the model's context.", short="-c", aliases=("ctx_size",)
+    )
     max_num_seqs: int = setting(32, "Most sequences that run at the same time. Counts per data-parallel shard.")
     max_num_batched_tokens: int = setting(
         512, "Most tokens of one step. Longer prompts are computed in chunks. Counts per data-parallel shard."

@@ -156,7 +156,7 @@ def test_log_probabilities_come_after_the_answer_as_a_table(
     first = {5: Logprob(-0.25, 1, " Paris"), 9: Logprob(-1.5, 2, " not")}
     second = {7: Logprob(-12.125, 341, "\n"), 5: Logprob(-0.5, 1, "."), 9: Logprob(-1.0, 2, "!")}
     llm = _Answering(
-        StreamChunk(0, " Paris", [5], None, logprobs=[first]), StreamChunk(0, "\n", [7], "length", logprobs=[second])
+        StreamChunk(0, " Paris", [5], None, logprobs=[first]), StreamChunk(0, "\n", [7], "stop", logprobs=[second])
     )
     monkeypatch.setattr(generate, "interactive_llm", lambda _: llm)
     monkeypatch.setattr(sys, "stderr", sys.stdout)  # as a terminal shows it
@@ -167,6 +167,15 @@ def test_log_probabilities_come_after_the_answer_as_a_table(
         "' Paris'   -0.250       1  ' not' -1.500",
         "'\\n'      -12.125     341  '.' -0.500  '!' -1.000",
     ]
+
+
+def test_an_answer_that_is_cut_by_the_default_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm = _Answering(*(StreamChunk(0, "a", [1], "length" if i == 256 else None) for i in range(1, 257)))
+    monkeypatch.setattr(generate, "interactive_llm", lambda _: llm)
+    _, _, said = run(monkeypatch, capsys, "generate", "hello")
+    assert said == "note: --max-tokens 256 is reached, so the answer is cut: raise --max-tokens (-n)\n"
 
 
 def test_each_kind_of_structure_reaches_the_request(
@@ -214,7 +223,9 @@ def test_a_structured_answer_that_was_cut_says_so(
     for flags in ((), ("--json-schema", str(tmp_path / "schema.json"))):
         code, out, err = run(monkeypatch, capsys, "generate", "hello", "--max-tokens", "3", *flags)
         assert code == 0 and out == "{" * tokens + "\n"
-        assert err.startswith(said) and err.count("\n") == bool(said) if flags else err == ""
+        # A plain text that ends where its user said needs no note.
+        expected = said if flags else said.replace(" and may be incomplete JSON", "") if "context" in said else ""
+        assert err.startswith(expected) and err.count("\n") == bool(expected)
 
 
 @pytest.mark.real

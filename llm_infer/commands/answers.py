@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from llm_infer.base.errors import UserError
 from llm_infer.base.outputs import Logprob, StreamChunk
 
+DEFAULT_LIMITS = (256, 512)
+"""Most new tokens of `generate` and of `chat` where nothing is said."""
+
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.llm import LLM
@@ -48,12 +51,20 @@ def show_answer(chunks: Iterable[StreamChunk], params: SamplingParams, *, verbos
         print(_speed(num_tokens, first - begin, time.perf_counter() - first), file=sys.stderr)
     if last is not None and last.error is not None:
         raise UserError(last.error)
-    if last is not None and last.finish_reason == "length" and params.structured_outputs is not None:
-        full = params.max_tokens is None or num_tokens < params.max_tokens
-        limit = "the context is full" if full else f"--max-tokens {params.max_tokens} is reached"
-        raising = "give a shorter prompt or raise --max-model-len" if full else "raise --max-tokens"
-        kind = "JSON" if params.structured_outputs.kind.startswith("json") else params.structured_outputs.kind
-        print(f"note: {limit}, so the answer is cut and may be incomplete {kind}: {raising}", file=sys.stderr)
+    if last is not None and last.finish_reason == "length" and (why := _why_cut(num_tokens, params)):
+        print(why, file=sys.stderr)
+
+
+def _why_cut(num_tokens: int, params: SamplingParams) -> str:
+    """Says why an answer is cut; nothing where the user has chosen the number of tokens of a plain text."""
+    full = params.max_tokens is None or num_tokens < params.max_tokens
+    structure = params.structured_outputs
+    if not full and structure is None and params.max_tokens not in DEFAULT_LIMITS:
+        return ""
+    limit = "the context is full" if full else f"--max-tokens {params.max_tokens} is reached"
+    raising = "give a shorter prompt or raise --max-model-len" if full else "raise --max-tokens (-n)"
+    kind = "" if structure is None else "JSON" if structure.kind.startswith("json") else structure.kind
+    return f"note: {limit}, so the answer is cut{f' and may be incomplete {kind}' if kind else ''}: {raising}"
 
 
 def _speed(num_tokens: int, first: float, rest: float) -> str:

@@ -17,9 +17,14 @@ from llm_infer.commands.command import Commands
 from llm_infer.commands.generate import generate
 from llm_infer.commands.models import commands as models
 from llm_infer.commands.options import Debug
-from llm_infer.commands.user_file import user_defaults
+from llm_infer.commands.user_file import COMMANDS, user_defaults
 
-app = Commands(name="llm-infer", help="Runs language models on CPUs, NVIDIA GPUs and Cloud TPUs.", no_args_is_help=True)
+app = Commands(
+    name="llm-infer",
+    help="Runs language models on CPUs, NVIDIA GPUs and Cloud TPUs.",
+    no_args_is_help=True,
+    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},  # --max_tokens, as vLLM takes it
+)
 
 
 def _show_version(asked: bool) -> None:
@@ -40,7 +45,9 @@ def _options(
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    context.default_map = user_defaults()
+    # Only for the commands that take them: a mistake in the file must not keep the others from helping to find it.
+    if context.invoked_subcommand in COMMANDS and "--help" not in sys.argv[1:]:
+        context.default_map = user_defaults()
 
 
 app.command()(generate)

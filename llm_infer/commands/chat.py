@@ -96,6 +96,7 @@ class Conversation:
                     print(HELP, file=sys.stderr)
                 case "/clear" | "/reset":
                     self.messages = self._system()
+                    print("(a new conversation)", file=sys.stderr)
                 case "/system":
                     self.system(rest)
                 case "/save":
@@ -127,6 +128,7 @@ class Conversation:
             with open(_file(file, "/save"), "w", encoding="utf-8") as stream:
                 json.dump(self.messages, stream, ensure_ascii=False, indent=2)
                 stream.write("\n")
+            print(f"({len(self.messages)} messages in {file})", file=sys.stderr)
         except OSError as error:
             raise UserError(f"/save {file}: {error.strerror}") from None
 

@@ -28,6 +28,7 @@ class Flag:
         default: where it is not typed.
         short: a second, short name, or "".
         value: what help calls the value; "" goes by the type.
+        aliases: other long names, as other engines have them.
     """
 
     name: str
@@ -36,10 +37,11 @@ class Flag:
     default: Any = None
     short: str = ""
     value: str = ""
+    aliases: tuple[str, ...] = ()
 
     def parameter(self) -> inspect.Parameter:
         """Returns the flag as a parameter of a function."""
-        names = ["--" + self.name.replace("_", "-"), *([self.short] if self.short else [])]
+        names = ["--" + self.name.replace("_", "-"), *self.aliases, *([self.short] if self.short else [])]
         option = typer.Option(*names, help=self.help, metavar=self.value or None)
         kind = self.kind if self.default is not None else self.kind | None
         return inspect.Parameter(

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from llm_infer.base import accelerators
 from llm_infer.base.environment import cache_dir, offline_variable
-from llm_infer.commands.user_file import VARIABLE, standard_place, user_file
+from llm_infer.base.errors import UserError
+from llm_infer.commands.user_file import VARIABLE, standard_place, user_defaults, user_file
 from llm_infer.engine.compile_cache import cache_directory
 from llm_infer.weights.default_model import DEFAULT_MODEL, find
 from pallas_kernels import tuned
@@ -56,8 +57,12 @@ def _facts() -> list[tuple[str, str]]:
 
 
 def _user_file() -> str:
-    if (path := user_file()) is not None:
-        return str(path)
+    try:
+        if (path := user_file()) is not None:
+            user_defaults()
+            return str(path)
+    except UserError as error:
+        return f"cannot be used: {error}"
     return f"none ({VARIABLE} is empty)" if VARIABLE in os.environ else f"none (would be in {standard_place()})"
 
 

@@ -64,7 +64,7 @@ def _prompt(argument: str | None, flag: str | None, file: str | None) -> str | M
     given = [each for each in (argument, flag, file) if each is not None]
     conversation = file is not None and file.lower().endswith(".json")
     if len(given) - conversation > 1 or not given:
-        how = 'as in llm-infer generate "Why is the sky blue?", or with --prompt or --prompt-file'
+        how = 'as in llm-infer generate "Why is the sky blue?", with --prompt or --prompt-file, or - for standard input'
         raise UserError(f"give {'one prompt only' if given else 'a prompt'}, {how}")
     if file is not None and conversation:
         messages = read_conversation(file, "--prompt-file")

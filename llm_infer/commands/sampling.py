@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from llm_infer.decoding.structured import StructuredOutputsParams
 
 FIELDS = (
-    Flag("max_tokens", int, "Most new tokens; -1: until the context is full.", 256, "-n"),
-    Flag("temperature", float, "0 takes the most likely token each time.", 0.0),
+    Flag("max_tokens", int, "Most new tokens; -1: until the context is full.", 256, "-n", aliases=("--n-predict",)),
+    Flag("temperature", float, "0 takes the most likely token each time.", 0.0, aliases=("--temp",)),
     Flag("top_k", int, "Keep the k most likely tokens; -1 keeps all.", -1),
     Flag("top_p", float, "Keep the most likely tokens with this probability mass.", 1.0),
     Flag("min_p", float, "Keep tokens with this share of the most likely one's probability.", 0.0),
     Flag("typical_p", float, "Keep the most typical tokens with this probability mass.", 1.0),
-    Flag("repetition_penalty", float, "Above 1: avoid tokens that were there before.", 1.0),
+    Flag(
+        "repetition_penalty", float, "Above 1: avoid tokens that were there before.", 1.0, aliases=("--repeat-penalty",)
+    ),
     Flag("presence_penalty", float, "Above 0: avoid tokens that the answer has.", 0.0),
     Flag("frequency_penalty", float, "Above 0: avoid them more the more often it has them.", 0.0),
     Flag("seed", int, "Makes random draws repeatable; -1 is none.", None, "-s"),

@@ -97,6 +97,10 @@ def _chosen_template(tokenizer: Tokenizer, tools: object, given: object) -> str:
     if given is not None:
         if not isinstance(given, str) or not given.strip():
             raise RequestError(f"chat_template={given!r:.60}: expected Jinja source, or one of {', '.join(templates)}")
+        if given not in templates and "{{" not in given and "{%" not in given:
+            raise RequestError(
+                f"chat_template={given!r:.60}: expected Jinja source, which has {{{{ or {{%, or one of {', '.join(templates)}"
+            )
         return templates.get(given, given)
     if not templates:
         raise RequestError("this model has no chat template: use raw prompts (LLM.generate, or --raw)")

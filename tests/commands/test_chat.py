@@ -67,7 +67,7 @@ def test_the_system_message_stays_first_and_is_not_cleared(
         assert conversation.take(text)
     assert contents(conversation) == ["s You rhyme.", "u Ho", "a 2!"]
     out, err = capsys.readouterr()
-    assert out == "1!\n2!\n2!\n" and err == "no system message\nsystem: Be brief.\n"
+    assert out == "1!\n2!\n2!\n" and err == "no system message\nsystem: Be brief.\n(a new conversation)\n"
 
 
 def test_an_answer_is_given_again(conversation: Conversation, capsys: pytest.CaptureFixture[str]) -> None:

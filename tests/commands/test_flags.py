@@ -240,3 +240,30 @@ def test_the_whole_vocabulary_is_not_printed() -> None:
     values = dict.fromkeys((flag.name for flag in FLAGS), None) | {"logprobs": -1}
     with pytest.raises(UserError, match=r"--logprobs -1: expected 0 or more"):
         sampling_params(values)
+
+
+def test_other_engines_names_and_underscores_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(generate, "interactive_llm", lambda options: recorder.engines.append(options) or recorder)
+    flags = ["--max_tokens", "4", "--temp", "0.5", "--repeat-penalty", "1.2", "-c", "64"]
+    monkeypatch.setattr(sys, "argv", ["llm-infer", "generate", "hello", *flags])
+    with pytest.raises(SystemExit) as ended:
+        app.main()
+    (params,), (options,) = recorder.params, recorder.engines
+    assert not ended.value.code and options.max_model_len == 64
+    assert (params.max_tokens, params.temperature, params.repetition_penalty) == (4, 0.5, 1.2)
+
+
+@pytest.mark.parametrize("text", ["x = = 3", "temprature = 1"])
+def test_a_mistake_in_the_user_s_file_does_not_keep_doctor_from_naming_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "config.toml").write_text(text)
+    monkeypatch.setenv("LLM_INFER_CONFIG", str(tmp_path / "config.toml"))
+    for command, status in ((["doctor"], 0), (["generate", "--help"], 0), (["generate", "hello"], 1)):
+        monkeypatch.setattr(sys, "argv", ["llm-infer", *command])
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        said = capsys.readouterr()
+        assert (ended.value.code or 0) == status, command
+        assert (str(tmp_path / "config.toml") in said.out + said.err) == (command[-1] != "--help")
