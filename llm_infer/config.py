@@ -187,7 +187,10 @@ class SpeculativeConfig:
             f"speculative method={self.method!r} with model={self.model!r}: the method 'draft_model' needs a model, "
             "the others have none",
         )
-        _require_integers(self, "num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        numbers = ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min")
+        _require_integers(self, *numbers)
+        for name in numbers:
+            _require(getattr(self, name) is not None, f"{name}=None: expected a whole number")
         _require(
             1 <= self.num_speculative_tokens <= 31,
             f"num_speculative_tokens={self.num_speculative_tokens}: expected 1 to 31",
@@ -208,7 +211,7 @@ class SpeculativeConfig:
         unknown = set(values) - {field.name for field in fields(cls)}
         _require(
             not unknown,
-            f"speculative_config has unknown keys {sorted(unknown)}: expected {[f.name for f in fields(cls)]}",
+            f"speculative_config has unknown keys {sorted(map(str, unknown))}: expected {[f.name for f in fields(cls)]}",
         )
         return cls(**values)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_infer.base.errors import UserError
+from llm_infer.base.files import read_toml
 from llm_infer.base.settings import Setting, by_name, document, setting, settings_of
 from llm_infer.config import PAGE_DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
 
@@ -185,11 +185,9 @@ def read_options(path: str | Path) -> dict[str, Any]:
         UserError: the file cannot be read, is not TOML, or has a key that is no setting, a value of another type, or the
             same setting twice. The message begins with `--config` and the file.
     """
+    values = read_toml(path, f"--config {path}")
     try:
-        with open(path, "rb") as file:
-            found = by_name(EngineOptions, tomllib.load(file))
+        found = by_name(EngineOptions, values)
         return {name: settings()[name].checked(value) for name, value in found.items()}
-    except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror}") from None
-    except (UserError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UserError as error:
         raise UserError(f"--config {path}: {error}") from None

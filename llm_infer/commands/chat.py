@@ -131,6 +131,8 @@ class Conversation:
             print(f"({len(self.messages)} messages in {file})", file=sys.stderr)
         except OSError as error:
             raise UserError(f"/save {file}: {error.strerror}") from None
+        except ValueError as error:  # a name with a zero byte, half of a surrogate pair in a message
+            raise UserError(f"/save {file}: {error}") from None
 
     def answer_again(self) -> None:
         """Answers the last question again."""

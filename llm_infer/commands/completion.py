@@ -6,6 +6,7 @@ import difflib
 import os
 from pathlib import Path
 
+from llm_infer.base.files import typed_path
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.gguf_choice import gguf_models, labels
 
@@ -38,7 +39,7 @@ def nearest(name: str, names: list[str]) -> str | None:
 def _hub_cache() -> Path:
     """Returns the hub's cache, as its library finds it; importing that takes a second."""
     if given := os.environ.get("HF_HUB_CACHE"):
-        return Path(given).expanduser()
+        return typed_path(given)
     home = os.environ.get("HF_HOME")
     base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    return Path(home or f"{base}/huggingface").expanduser() / "hub"
+    return typed_path(home or f"{base}/huggingface") / "hub"

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from llm_infer.base.errors import UserError
+from llm_infer.base.files import read_text
 from llm_infer.commands.answers import answer, show_answer
 from llm_infer.commands.command import with_flags
-from llm_infer.commands.interactive import Messages, for_requests, interactive_llm, read_conversation, read_text
+from llm_infer.commands.interactive import Messages, for_requests, interactive_llm, read_conversation
 from llm_infer.commands.options import ONE_USER, Quiet, System, Threads, Verbose, takes_engine_options
 from llm_infer.commands.sampling import FLAGS, sampling_params
 from llm_infer.options import EngineOptions
@@ -74,7 +75,9 @@ def _prompt(argument: str | None, flag: str | None, file: str | None) -> str | M
             raise UserError(f"--prompt-file {file} ends with an answer: give the next question, too")
         return messages
     # In a file the last line ends, too.
-    return _checked(read_text(file, "--prompt-file").removesuffix("\n")) if file is not None else _text(given[0])
+    return (
+        _checked(read_text(file, f"--prompt-file {file}").removesuffix("\n")) if file is not None else _text(given[0])
+    )
 
 
 def _text(prompt: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llm_infer.base.errors import UserError
+from llm_infer.base.files import read_json
 from llm_infer.base.interrupts import uninterrupted
 from llm_infer.options import EngineOptions
 
@@ -64,26 +64,11 @@ def read_conversation(path: str, flag: str) -> Messages:
     Raises:
         UserError: the file cannot be read or holds something else.
     """
-    try:
-        found = json.loads(read_text(path, flag))
-    except ValueError as error:
-        raise UserError(f"{flag} {path}: not valid JSON ({error})") from None
-    shape = isinstance(found, list) and all(isinstance(one, dict) and "role" in one for one in found)
+    found = read_json(path, f"{flag} {path}")
+    shape = isinstance(found, list) and all(
+        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str | list)
+        for one in found
+    )
     if not shape or not found:
         raise UserError(f'{flag} {path}: expected a list of messages, [{{"role": "user", "content": "…"}}, …]')
     return found
-
-
-def read_text(path: str, flag: str) -> str:
-    """Reads a text file.
-
-    Raises:
-        UserError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(f"{flag} {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{flag} {path} is not UTF-8 text: {error.reason} at byte {error.start}") from None

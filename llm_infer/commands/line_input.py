@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from llm_infer.base.environment import cache_dir
+from llm_infer.base.errors import UserError
 
 QUOTES = '"""'
 _KEPT_LINES = 1000
@@ -65,4 +66,7 @@ class LineInput:
         return "\n".join(lines)
 
     def _line(self, prompt: str) -> str:
-        return input(prompt if self._terminal else "")
+        try:
+            return input(prompt if self._terminal else "")
+        except UnicodeDecodeError as error:
+            raise UserError(f"what was typed is not UTF-8 text: {error.reason} at byte {error.start}") from None

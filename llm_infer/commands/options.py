@@ -100,7 +100,7 @@ _METAVARS = {int: "N", float: "X", str: "TEXT", Mapping: "JSON"}
 def _json_mapping(text: str | dict[str, Any]) -> dict[str, Any]:
     try:
         value = json.loads(text) if isinstance(text, str) else text  # a file of defaults has it as a table
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise typer.BadParameter(f'{error}: expected JSON such as \'{{"method": "ngram"}}\'') from None
     if not isinstance(value, dict):
         raise typer.BadParameter(f'{text:.60}: expected JSON such as \'{{"method": "ngram"}}\'')

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from llm_infer.base.errors import UserError
+from llm_infer.base.files import read_toml, typed_path
 from llm_infer.base.settings import by_name
 from llm_infer.commands.completion import nearest
 from llm_infer.commands.sampling import FLAGS
@@ -33,8 +33,8 @@ def user_file() -> Path | None:
     if (named := os.environ.get(VARIABLE)) is not None:
         if not named:
             return None
-        path = Path(named).expanduser()
-        if not path.is_file():
+        path = typed_path(named)
+        if not os.path.isfile(path):
             raise UserError(f"{VARIABLE}={named}: there is no such file")
         return path
     path = standard_place()
@@ -56,12 +56,7 @@ def user_defaults() -> dict[str, dict[str, Any]]:
     path = user_file()
     if path is None:
         return {}
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    values = read_toml(path, str(path))
     tables = {name: values.pop(name, {}) for name in COMMANDS}
     if isinstance(tables["chat"], dict) and "raw" in tables["chat"]:
         raise UserError(f"{path}: raw is a flag of generate alone: it cannot stand in [chat]")
@@ -100,7 +95,7 @@ def _own(path: Path, name: str, value: Any) -> Any:
     if not all(isinstance(each, accepted) and (element is bool or not isinstance(each, bool)) for each in several):
         raise UserError(f"{name.replace('_', '-')} = {value!r:.60}: expected {_ENGLISH[element]}")
     if name == "config":  # beside this file, not beside whatever the user works on
-        return str(path.parent / Path(str(value)).expanduser())
+        return str(path.parent / typed_path(str(value)))
     return several if element is not kind else value
 
 

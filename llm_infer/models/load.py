@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from llm_infer.base.errors import ModelError, UserError
+from llm_infer.base.files import typed_path
 from llm_infer.base.progress import Progress
 from llm_infer.config import ONE_DEVICE, ParallelConfig
 from llm_infer.models.architectures import architecture_names, read_architecture
@@ -264,7 +266,7 @@ def dummy_source(name: str) -> tuple[dict[str, Any], Path | None]:
     Raises:
         ModelError: there is neither.
     """
-    path = Path(name).expanduser()
-    if name not in architecture_names() and (path / "config.json").is_file():
+    path = typed_path(name)
+    if name not in architecture_names() and os.path.isfile(path / "config.json"):
         return read_json(path / "config.json"), path
     return read_architecture(name), None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_infer.base.errors import ModelError
+from llm_infer.base.files import typed_path
 from llm_infer.base.progress import Progress
 from llm_infer.weights.orbax_checkpoint import DTYPES, FORMAT_VERSION, MANIFEST, PARAMS, TOKENIZER, write_parameters
 
@@ -24,7 +25,7 @@ def checked_destination(destination: str | Path) -> Path:
     Raises:
         ModelError: something is there.
     """
-    path = Path(destination).expanduser().resolve()
+    path = typed_path(destination).resolve()
     if path.is_dir() and any(path.iterdir()):
         raise ModelError(f"{path} exists and is not empty: give a new directory, or remove it first")
     if path.exists() and not path.is_dir():

@@ -10,6 +10,7 @@ from typing import Any
 
 from llm_infer.base.environment import cache_dir
 from llm_infer.base.errors import ModelError
+from llm_infer.base.files import is_there
 from llm_infer.weights import default_model
 from llm_infer.weights.gguf_choice import gguf_models, labels
 from llm_infer.weights.hub import WANTED, hub_cache
@@ -60,7 +61,7 @@ def found_by(name: str, models: list[LocalModel]) -> list[LocalModel]:
     found = [model for model in models if model.name == name or (asked is not None and _includes(asked, model))]
     if found:
         return found
-    if Path(name).expanduser().exists():
+    if is_there(name):
         raise ModelError(f"{name!r} is a path: this command removes downloads only (see `llm-infer list`)")
     if asked is None and (problem := why_unknown(name)) is not None:
         raise ModelError(f"{problem} (`llm-infer list` shows what is here)")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
+from llm_infer.base.files import is_there
 from llm_infer.weights.default_model import DEFAULT_MODEL
 
 _PART = r"[A-Za-z0-9][\w.-]*"
@@ -49,7 +49,6 @@ def why_unknown(name: str) -> str | None:
     """Says why no model can have this name, for the user; None if it is one, or may be one of the hub."""
     if "\0" in name:  # the operating system's calls refuse it with an error of their own
         return f"model {name!r}: {_EXPECTED}"
-    path = Path(name).expanduser()
-    if name == DEFAULT_MODEL.name or path.is_file() or path.is_dir() or hub_name(name) is not None:
+    if name == DEFAULT_MODEL.name or is_there(name) or hub_name(name) is not None:
         return None
     return f"no model {name!r}: there is no such file or directory; {_EXPECTED}"

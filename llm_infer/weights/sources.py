@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from llm_infer.base.errors import ModelError
+from llm_infer.base.files import typed_path
 from llm_infer.base.progress import Progress
 from llm_infer.weights import default_model
 from llm_infer.weights.gguf import GGUFFile
@@ -92,12 +94,12 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
         return ModelSource(name, "gguf", default_model.find(pinned) or default_model.fetch(pinned, progress))
     if (problem := why_unknown(name)) is not None:
         raise ModelError(problem)
-    path = Path(name).expanduser()
-    if path.is_dir() and is_checkpoint(path):
+    path = typed_path(name)
+    if os.path.isdir(path) and is_checkpoint(path):
         return ModelSource(name, "orbax", path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return ModelSource(name, "huggingface", _checked_directory(path))
-    if path.is_file():
+    if os.path.isfile(path):
         if path.name.endswith((".safetensors", INDEX_NAME, "config.json")):
             raise ModelError(f"{path} is one file of a Hugging Face model: give its directory {path.parent}")
         return ModelSource(name, "gguf", path)
