@@ -146,6 +146,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         priority: int | Sequence[int] | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
@@ -153,7 +154,7 @@ class LLM:
 
         Arguments are those of `chat_prompt`, which makes the prompts, and of `generate`, which runs them.
         """
-        how: dict[str, Any] = dict(tools=tools, chat_template=chat_template)
+        how: dict[str, Any] = dict(tools=tools, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs)
         how |= dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
         prompts = [self.chat_prompt(each, **how) for each in conversations(messages)]
         return self.generate(prompts, sampling_params, priority=priority, cache_salt=cache_salt)
@@ -179,6 +180,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Returns the token ids of a conversation in the model's chat format, up to where the answer starts.
 
@@ -191,6 +193,7 @@ class LLM:
             continue_final_message: end within the last message, which the answer continues; needs
                 `add_generation_prompt=False`.
             chat_template: Jinja source, or the name of one of the model's templates.
+            chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
 
         Raises:
             RequestError: the model has no chat template, or the messages do not fit it.
@@ -204,6 +207,7 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             chat_template=chat_template,
+            variables=chat_template_kwargs,
         )
 
     def get_tokenizer(self) -> Tokenizer:

@@ -118,14 +118,19 @@ class Session:
             raise RequestError(f"token_counts={token_counts!r:.60}: expected whole numbers above 0, or None for all")
         self.compile(self.engine.warm_up(counts, [PLAIN, union(map(features_of, params))]))
 
-    def compile(self, programs: WarmUp) -> None:
+    def compile(self, programs: WarmUp, compiled: Callable[[int], None] = lambda bucket: None) -> None:
         """Compiles step programs, side by side, and with a word about it; steps go on meanwhile.
 
         Threads that need the same programs at once wait for the first: then all are there.
+
+        Args:
+            programs: those.
+            compiled: is told the token bucket of each when it is there.
         """
         with self._compiling, self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
-            for _ in programs:
+            for bucket in programs:
                 bar.advance(1)
+                compiled(bucket)
 
     def abort(self, tracked: TrackedRequest) -> None:
         """Ends a request, at once if nobody is at the engine, else before the next step; not for finalizers and the like."""
@@ -144,12 +149,29 @@ class Session:
 
     def _add(self, into: list[TrackedRequest], asked: Sequence[Asked]) -> None:
         """Puts requests that are queued `into` an empty list, one by one: what is there must be left, whatever happens."""
-        made = self._take_turn(lambda: self._make(asked))
+        made = self.make(asked)
         for number in range(MAX_TRIES):
-            queued_if_ready = partial(self._queue_if_ready, into, asked, made, number == MAX_TRIES - 1)
-            if (missing := self._take_turn(queued_if_ready)) is None:
+            if (missing := self.queue_if_ready(into, asked, made, anyway=number == MAX_TRIES - 1)) is None:
                 return
             self.compile(missing)
+
+    def make(self, asked: Sequence[Asked]) -> list[Request]:
+        """Makes requests for `queue_if_ready`: the first half of `submit`, for who must not wait for compiling.
+
+        Raises:
+            RequestError: one is not acceptable, or the session is closed.
+        """
+        return self._take_turn(lambda: self._make(asked))
+
+    def queue_if_ready(
+        self, into: list[TrackedRequest], asked: Sequence[Asked], made: Sequence[Request], *, anyway: bool = False
+    ) -> WarmUp | None:
+        """Queues requests that `make` has made, all or none, and puts them `into` a list: what is there must be left.
+
+        Returns:
+            The programs that are still missing for them beside the requests that run now; None if they are queued.
+        """
+        return self._take_turn(partial(self._queue_if_ready, into, asked, made, anyway))
 
     def _make(self, asked: Sequence[Asked]) -> list[Request]:
         """Makes requests that no books hold yet."""

@@ -21,6 +21,7 @@ def chat_ids(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     chat_template: str | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Returns the token ids of a conversation, up to where the answer starts.
 
@@ -34,6 +35,7 @@ def chat_ids(
         add_generation_prompt: end with the header of the assistant's answer.
         continue_final_message: end with the last message's content, which the answer then continues.
         chat_template: Jinja source, or the name of one of the model's templates; None chooses one of the model's.
+        variables: further variables of the template, such as `enable_thinking`.
 
     Raises:
         RequestError: the model has no chat template that fits, or see `apply_chat_template`.
@@ -53,6 +55,7 @@ def chat_ids(
         add_generation_prompt=add_generation_prompt,
         bos_token=bos,
         eos_token=eos,
+        **_checked_variables(variables),
     )
     checked, definitions = checked_messages(messages), checked_tools(tools)
     text = render(checked, tools=definitions)
@@ -68,6 +71,43 @@ def chat_ids(
         if shown == text:
             return tokenizer.encode_literally(text[:end], {place for place in literal if place < end})
     return tokenizer.encode(text[:end], add_special_tokens=False)
+
+
+OURS = frozenset(
+    {
+        *(
+            "messages",
+            "tools",
+            "add_generation_prompt",
+            "continue_final_message",
+            "chat_template",
+            "template",
+            "tokenize",
+        ),
+        *(
+            "bos_token",
+            "eos_token",
+            "padding",
+            "truncation",
+            "max_length",
+            "return_tensors",
+            "return_dict",
+            "conversation",
+        ),
+        *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+    }
+)
+"""Names that no variable of a template may have: arguments of ours, and of those who render templates elsewhere."""
+
+
+def _checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    if variables is None:
+        return {}
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise RequestError(f"chat_template_kwargs={variables!r:.60}: expected a mapping of names to values")
+    if taken := [name for name in variables if name in OURS]:
+        raise RequestError(f"chat_template_kwargs has {taken[0]!r:.60}: that is no variable of a template")
+    return dict(variables)
 
 
 def _end_of_last(render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], text: str) -> int:
