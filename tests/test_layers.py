@@ -24,6 +24,7 @@ ONLY_IN = {
     "jinja2": ("llm_infer/text/",),
     "typer": ("llm_infer/commands/",),
     "llguidance": ("llm_infer/decoding/grammar.py",),
+    **dict.fromkeys(("starlette", "uvicorn", "uvloop", "pydantic", "prometheus_client"), ("llm_infer/server/",)),
 }
 
 # These run without JAX: they can be read, tested and reused on their own.
@@ -48,6 +49,7 @@ LAYERS = (
     LayerOfCode(
         ("llm_infer/llm.py", "llm_infer/functional.py"), "`LLM`, the synchronous class; functions for notebooks"
     ),
+    LayerOfCode(("llm_infer/server/",), "the HTTP server: routes, who may come in, the engine's thread"),
     LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),
     LayerOfCode(("llm_infer/starting.py",), "from options to tokenizer and engine, on one host or several"),
     LayerOfCode(("llm_infer/loading.py",), "a model's name to a tokenizer and a loaded model"),

@@ -17,6 +17,7 @@ from llm_infer.commands.command import Commands
 from llm_infer.commands.generate import generate
 from llm_infer.commands.models import commands as models
 from llm_infer.commands.options import Debug
+from llm_infer.commands.serve import serve
 from llm_infer.commands.user_file import COMMANDS, user_defaults
 
 app = Commands(
@@ -52,6 +53,7 @@ def _options(
 
 app.command()(generate)
 app.command()(chat)
+app.command()(serve)
 app.add_typer(models)
 app.add_typer(bench, name="bench")
 

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's interface over a `Session`. Needs the extra `server`."""

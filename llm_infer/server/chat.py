@@ -1,0 +1,126 @@
+"""/v1/chat/completions: answers conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.base.outputs import CompletionOutput, RequestOutput
+from llm_infer.frontend.prompts import Asked
+from llm_infer.server.choices import Gathered, TokenTexts, usage_of
+from llm_infer.server.completions import salted
+from llm_infer.server.errors import bad_request
+from llm_infer.server.exchange import Exchange
+from llm_infer.server.generation import finished, reply_head, stream
+from llm_infer.server.protocol import ChatRequest, Message
+from llm_infer.server.sampling import sampling_params
+from llm_infer.server.service import Service
+from llm_infer.text.chat_prompt import chat_ids
+
+
+async def chat_completions(exchange: Exchange, data: bytes) -> None:
+    """Answers a request for chat completions."""
+    body = await exchange.parsed(ChatRequest, data)
+    service = exchange.service
+    service.require_ready()
+    params = sampling_params(body)
+    messages = plain_messages(body.messages)
+    salt = salted(exchange, body.cache_salt)
+    service.admit(1)
+
+    def read() -> list[Asked]:
+        ids = conversation_ids(service, messages, body)
+        return service.prompts.read([ids], [params], priority=body.priority, cache_salt=salt)
+
+    asked = await service.in_worker(read)
+    texts = TokenTexts(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+    if body.stream:
+        head = reply_head("chatcmpl", "chat.completion.chunk", body, exchange)
+        await _stream(exchange, body, asked, head, texts)
+        return
+    head = reply_head("chatcmpl", "chat.completion", body, exchange)
+    (result,) = await finished(exchange, asked)
+    choices = [_choice(body, texts, output) for output in result.outputs]
+    await exchange.reply({**head, "choices": choices, "usage": usage_of([result]), **_of_prompt(body, texts, result)})
+
+
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Returns messages as templates take them.
+
+    Raises:
+        ApiError: a part of a content is no text; nothing is ever fetched.
+    """
+    found = []
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise bad_request(
+                    f"messages[{i}].content[{j}].type: expected a part of type text", "messages", "unsupported_content"
+                )
+        found.append(message.model_dump(exclude_none=True))
+    return found
+
+
+def conversation_ids(service: Service, messages: list[dict[str, Any]], body: Any) -> list[int]:
+    """Returns the ids of a conversation; for a worker thread.
+
+    Args:
+        service: knows the model and the template.
+        messages: the conversation.
+        body: has wishes about the template; null stands for what the server does.
+    """
+    given: Mapping[str, Any] = body.chat_template_kwargs or {}
+    continues = bool(body.continue_final_message)
+    begins = body.add_generation_prompt
+    return chat_ids(
+        service.tokenizer,
+        messages,
+        add_generation_prompt=(not continues) if begins is None else begins,
+        continue_final_message=continues,
+        chat_template=service.options.chat_template,
+        variables={**service.options.default_chat_template_kwargs, **given},
+    )
+
+
+def _of_prompt(body: ChatRequest, texts: TokenTexts, result: RequestOutput) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if body.prompt_logprobs is not None:
+        found["prompt_logprobs"] = texts.prompt(result.prompt_logprobs or [])
+    if body.return_token_ids:
+        found["prompt_token_ids"] = list(result.prompt_token_ids)
+    return found
+
+
+def _choice(body: ChatRequest, texts: TokenTexts, output: CompletionOutput) -> dict[str, Any]:
+    logprobs = texts.chat(output.token_ids, output.logprobs or [], body.top_logprobs or 0) if body.logprobs else None
+    return {
+        "index": output.index,
+        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "logprobs": logprobs,
+        "finish_reason": output.finish_reason,
+        "stop_reason": output.stop_reason,
+        **({"token_ids": list(output.token_ids)} if body.return_token_ids else {}),
+    }
+
+
+async def _stream(
+    exchange: Exchange, body: ChatRequest, asked: list[Asked], head: dict[str, Any], texts: TokenTexts
+) -> None:
+    def piece(index: int, delta: dict[str, Any], **others: Any) -> dict[str, Any]:
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **others}
+
+    def first() -> list[dict[str, Any]]:
+        return [piece(index, {"role": "assistant", "content": ""}) for index in range(body.n or 1)]
+
+    def choices(index: int, new: Gathered) -> list[dict[str, Any]]:
+        found = []
+        others: dict[str, Any] = {"token_ids": new.token_ids} if body.return_token_ids else {}
+        if body.logprobs and new.token_ids:
+            others["logprobs"] = texts.chat(new.token_ids, new.positions, body.top_logprobs or 0)
+        if new.text or others:
+            found.append(piece(index, {"content": new.text}, **others))
+        if new.finish_reason is not None:
+            found.append(piece(index, {}, finish_reason=new.finish_reason, stop_reason=new.stop_reason))
+        return found
+
+    await stream(exchange, asked, head, body, first=first, choices=choices)

@@ -1,0 +1,126 @@
+"""What a server may be told beside the engine's settings; each is a flag of `llm-infer serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llm_infer.base.errors import UserError
+from llm_infer.base.files import read_text
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """Where a server listens, whom it answers, and how much it takes on.
+
+    Attributes:
+        host, port: where it listens; port 0 takes a free one.
+        uds: path of a Unix socket, in place of host and port.
+        served_model_names: names under which clients may ask for the model; the first is shown. None: the model's own.
+        api_keys: texts, one of which clients must send; none: everybody may ask.
+        allowed_hosts: names that a request's Host header may have beside those of this machine; "*" allows all. Only
+            checked where the server listens on this machine alone: there it keeps web pages of others out.
+        allowed_origins: web pages (scheme, name and port) whose scripts may ask.
+        chat_template: Jinja source in place of the model's template; None takes the model's.
+        default_chat_template_kwargs: variables of the template that requests need not give.
+        max_num_queued_requests: most requests that wait for their first step.
+        max_num_queued_tokens: most prompt tokens of those.
+        overload_status: status of a request that is one too many, 429 or 503.
+        max_body_bytes: most bytes of a request's body.
+        body_timeout: seconds in which a body must have come.
+        stall_timeout: seconds after which a reader that takes nothing is given up.
+        request_timeout: most seconds for one request; None sets no limit.
+        keep_alive: seconds for which an idle connection stays open, longer than that of proxies in front.
+        sse_keep_alive: seconds of silence in a stream after which a comment shows that it lives.
+        shutdown_timeout: seconds that requests have to end after SIGTERM.
+        strict_fields: refuse fields of requests that nobody knows, instead of naming them in a header.
+        warm_up: "generation" is ready with the programs of generation, "all" with every program, "none" at once.
+        exit_on_engine_death: end the process where the engine cannot go on.
+        metrics_prefix: what names of metrics begin with.
+        ssl_certfile, ssl_keyfile: files for TLS.
+
+    Raises:
+        UserError: a value does not fit.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    uds: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    chat_template: str | None = None
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_num_queued_requests: int = 256
+    max_num_queued_tokens: int = 1 << 20
+    overload_status: int = 429
+    max_body_bytes: int = 8 * MIB
+    body_timeout: float = 30.0
+    stall_timeout: float = 60.0
+    request_timeout: float | None = None
+    keep_alive: float = 90.0
+    sse_keep_alive: float = 15.0
+    shutdown_timeout: float = 30.0
+    strict_fields: bool = False
+    warm_up: str = "generation"
+    exit_on_engine_death: bool = False
+    metrics_prefix: str = "llm_infer"
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.overload_status not in (429, 503):
+            raise UserError(f"--overload-status {self.overload_status}: expected 429 or 503")
+        if self.warm_up not in ("generation", "all", "none"):
+            raise UserError(f"--warm-up {self.warm_up}: expected generation, all or none")
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"--port {self.port}: expected 0 to 65535")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise UserError("--ssl-certfile and --ssl-keyfile belong together: give both, or none")
+        for name in ("max_num_queued_requests", "max_num_queued_tokens", "max_body_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a whole number above 0")
+        for key in self.api_keys:
+            if not key or not key.isascii() or any(char.isspace() for char in key):
+                raise UserError("--api-key: expected printable ASCII characters without spaces")
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach the server over the network."""
+        if self.uds is not None:
+            return False
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+def read_api_keys(given: tuple[str, ...], file: str | None) -> tuple[str, ...]:
+    """Returns the keys that were typed, those of a file (one in a line, # begins a comment) and that of LLM_INFER_API_KEY.
+
+    Raises:
+        UserError: the file cannot be read or has no key.
+    """
+    keys = [*given]
+    if key := os.environ.get("LLM_INFER_API_KEY"):
+        keys.append(key)
+    if file is not None:
+        lines = [line.strip() for line in read_text(file, f"--api-key-file {file}").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UserError(f"--api-key-file {file}: it has no key; expected one in a line")
+        keys += found
+    return tuple(dict.fromkeys(keys))
+
+
+def shown_name(model: str | os.PathLike[str]) -> str:
+    """Returns the name of a model for clients: a hub id as it is, of a path only its last part."""
+    text = str(model)
+    return Path(text).name if os.path.exists(text) else text

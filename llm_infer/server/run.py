@@ -1,0 +1,225 @@
+"""Runs the application in uvicorn: limits of connections, a drain at the first signal and an end at the second."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from llm_infer.base.errors import UserError
+from llm_infer.options import EngineOptions
+from llm_infer.server.app import make_app
+from llm_infer.server.gate import MAX_HEADER_BYTES, MAX_HEADERS
+from llm_infer.server.options import ServerOptions
+from llm_infer.server.service import Service
+
+HEADER_SECONDS = 10.0
+"""Seconds in which the first request of a connection must have begun with all its headers."""
+
+log = logging.getLogger("llm_infer.server")
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 that gives up whoever sends no request, headers without end or too many of them."""
+
+    _header_bytes = _num_headers = 0
+    _waiting: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        """Starts to wait for the first request."""
+        super().connection_made(transport)
+        self._waiting = self.loop.call_later(HEADER_SECONDS, transport.close)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops to wait."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        """Counts headers anew."""
+        self._header_bytes = self._num_headers = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Counts the path."""
+        self._count(len(url), 0)
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Counts a header."""
+        self._count(len(name) + len(value), 1)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Lets the request begin."""
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def _count(self, size: int, number: int) -> None:
+        self._header_bytes += size
+        self._num_headers += number
+        # Somewhat more than the application refuses with a status of its own.
+        if self._header_bytes > 2 * MAX_HEADER_BYTES or self._num_headers > 2 * MAX_HEADERS:
+            self.transport.abort()
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with an end of our own: at the first signal requests may end, at the second all is over."""
+
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_signal = on_signal
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Takes a signal; called by Python in the main thread."""
+        self._on_signal()
+
+
+def serve(engine_options: EngineOptions, options: ServerOptions) -> int:
+    """Serves until a signal comes or the engine ends; returns the exit status of the process.
+
+    Raises:
+        UserError: the model cannot be loaded, or the address cannot be had.
+    """
+    try:
+        import uvloop
+
+        factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    except ImportError:
+        factory = asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(_serve(engine_options, options))
+
+
+async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
+    listening = _socket(options)
+    service = Service(engine_options, options)
+    signals = 0
+
+    def on_signal() -> None:
+        nonlocal signals
+        signals += 1
+        service.drain()
+        if signals > 1:
+            server.force_exit = True
+        stop.set()
+
+    config = uvicorn.Config(
+        make_app(service),  # type: ignore[arg-type]
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=round(options.keep_alive),
+        timeout_graceful_shutdown=5,
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+    )
+    stop = asyncio.Event()
+    server = Server(config, on_signal)
+    try:
+        config.load()
+    except OSError as error:
+        raise UserError(f"--ssl-certfile {options.ssl_certfile}: {error.strerror or error}") from None
+    service.begin()
+    serving = asyncio.ensure_future(server.serve(sockets=[listening]))
+    said = asyncio.ensure_future(_say_when_ready(service, options, listening))
+    status = 0
+    try:
+        stopping, ended = asyncio.ensure_future(stop.wait()), asyncio.ensure_future(service.ended.wait())
+        await asyncio.wait((stopping, ended, serving), return_when=asyncio.FIRST_COMPLETED)
+        if ended.done() and not stop.is_set():
+            if not hasattr(service, "engine"):  # it could not be loaded
+                server.should_exit = True
+                await serving
+                raise service.error
+            print(f"error: {service.failure}", file=sys.stderr)
+            status = 1
+            if not options.exit_on_engine_death:
+                await asyncio.wait((stopping, serving), return_when=asyncio.FIRST_COMPLETED)
+        await _drained(service, options, server)
+    finally:
+        said.cancel()
+        server.should_exit = True
+        await serving
+        await service.close()
+        if options.uds is not None:
+            _remove(options.uds)
+    return status
+
+
+async def _say_when_ready(service: Service, options: ServerOptions, listening: socket.socket) -> None:
+    while service.state in ("loading", "compiling"):
+        await asyncio.sleep(0.02)
+    if service.state != "ready":
+        return
+    gc.collect()
+    gc.freeze()  # what lives for ever need not be looked at again and again
+    scheme = "http" if options.ssl_certfile is None else "https"
+    where = f"unix:{options.uds}" if options.uds is not None else f"{scheme}://{_shown_address(listening)}"
+    print(f"serving {service.names[0]} at {where} (Ctrl-C stops)", file=sys.stderr, flush=True)
+
+
+async def _drained(service: Service, options: ServerOptions, server: Server) -> None:
+    """Waits until nothing runs, at most as long as the options say; a second signal ends it."""
+    limit = asyncio.get_running_loop().time() + options.shutdown_timeout
+    while service.num_active and not server.force_exit and asyncio.get_running_loop().time() < limit:
+        await asyncio.sleep(0.02)
+
+
+def _socket(options: ServerOptions) -> socket.socket:
+    """Returns a socket that listens.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        if options.uds is not None:
+            _remove(options.uds)
+            made = socket.socket(socket.AF_UNIX)
+            made.bind(options.uds)
+            os.chmod(options.uds, 0o660)
+        else:
+            family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
+            made = socket.socket(family)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+        made.listen(2048)
+        made.setblocking(False)
+        return made
+    except OSError as error:
+        where = options.uds if options.uds is not None else f"{options.host}:{options.port}"
+        flag = "--uds" if options.uds is not None else "--port"
+        raise UserError(f"cannot listen at {where}: {error.strerror or error}; choose another with {flag}") from None
+
+
+def _remove(path: str) -> None:
+    """Removes the socket that a server before has left; nothing else."""
+    import stat
+
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    except OSError:
+        pass
+
+
+def _shown_address(listening: socket.socket) -> str:
+    host, port, *_ = listening.getsockname()
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
