@@ -61,6 +61,7 @@ def serve(
     metrics_prefix: Annotated[
         str, typer.Option(metavar="NAME", help="What names of metrics begin with.")
     ] = "llm_infer",
+    log_format: Annotated[str, typer.Option(metavar="text|json", help="How lines about requests look.")] = "text",
     ssl_certfile: Annotated[str | None, typer.Option(metavar="FILE", help="Certificate for TLS.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(metavar="FILE", help="Key of the certificate.")] = None,
     threads: Threads = None,
@@ -99,6 +100,8 @@ def serve(
         warm_up=warm_up,
         exit_on_engine_death=exit_on_engine_death,
         metrics_prefix=metrics_prefix,
+        log_format=log_format,
+        log_requests=not quiet,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from llm_infer.server import fields
+from llm_infer.server import fields, logs
 from llm_infer.server.errors import MAX_VALIDATION_ERRORS, ApiError, bad_request
 from llm_infer.server.protocol import Body
 from llm_infer.server.service import Service
@@ -21,10 +22,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-log = logging.getLogger("llm_infer.server")
+log = logging.getLogger(logs.LOGGER)
 
 LARGE_BODY = 1 << 16
 """Bytes from which on a body is parsed by a worker thread."""
+
+QUIET = ("/health", "/ping", "/live", "/metrics")
+"""Routes that are asked all the time by programs that watch: nothing is written about them."""
 
 DONE = b"data: [DONE]\n\n"
 
@@ -195,7 +199,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
-        exchange = Exchange(scope, receive, send, self._service)
+        exchange, began = Exchange(scope, receive, send, self._service), time.monotonic()
         self._service.num_active += 1
         try:
             try:
@@ -217,7 +221,13 @@ class Endpoint:
             exchange.status = exchange.status or 499
         finally:
             self._service.num_active -= 1
-            self._service.metrics.answered(self.name, exchange.status or 499)
+            status = exchange.status or 499
+            self._service.metrics.answered(self.name, status)
+            if self.name not in QUIET:
+                seconds = time.monotonic() - began
+                logs.request_ended(
+                    log, id=exchange.request_id, method=scope["method"], route=self.name, status=status, seconds=seconds
+                )
 
     async def _watched(self, exchange: Exchange, body: bytes) -> None:
         """Runs the handler; ends it when the client leaves."""

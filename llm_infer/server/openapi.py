@@ -75,7 +75,7 @@ def _operation(route: RouteInfo, names: Sequence[str]) -> dict[str, Any]:
     if route.path == "/metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
     if route.stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": {}}  # of each event
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in ERRORS.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_text
+from llm_infer.server.logs import FORMATS
 
 MIB = 1 << 20
 
@@ -43,6 +44,8 @@ class ServerOptions:
         warm_up: "generation" is ready with the programs of generation, "all" with every program, "none" at once.
         exit_on_engine_death: end the process where the engine cannot go on.
         metrics_prefix: what names of metrics begin with.
+        log_format: "text" or "json".
+        log_requests: write a line for each request.
         ssl_certfile, ssl_keyfile: files for TLS.
 
     Raises:
@@ -72,6 +75,8 @@ class ServerOptions:
     warm_up: str = "generation"
     exit_on_engine_death: bool = False
     metrics_prefix: str = "llm_infer"
+    log_format: str = "text"
+    log_requests: bool = True
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
 
@@ -80,6 +85,8 @@ class ServerOptions:
             raise UserError(f"--overload-status {self.overload_status}: expected 429 or 503")
         if self.warm_up not in ("generation", "all", "none"):
             raise UserError(f"--warm-up {self.warm_up}: expected generation, all or none")
+        if self.log_format not in FORMATS:
+            raise UserError(f"--log-format {self.log_format}: expected text or json")
         if not 0 <= self.port <= 65535:
             raise UserError(f"--port {self.port}: expected 0 to 65535")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):

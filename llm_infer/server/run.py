@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import socket
 import sys
@@ -17,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from llm_infer.base.errors import UserError
 from llm_infer.options import EngineOptions
+from llm_infer.server import logs
 from llm_infer.server.app import make_app
 from llm_infer.server.gate import MAX_HEADER_BYTES, MAX_HEADERS
 from llm_infer.server.options import ServerOptions
@@ -24,8 +24,6 @@ from llm_infer.server.service import Service
 
 HEADER_SECONDS = 10.0
 """Seconds in which the first request of a connection must have begun with all its headers."""
-
-log = logging.getLogger("llm_infer.server")
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -106,6 +104,7 @@ def serve(engine_options: EngineOptions, options: ServerOptions) -> int:
 
 
 async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
+    logs.set_up(options.log_format, requests=options.log_requests)
     listening = _socket(options)
     service = Service(engine_options, options)
     signals = 0
@@ -161,6 +160,9 @@ async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
         await service.close()
         if options.uds is not None:
             _remove(options.uds)
+    if service.is_loading:  # the end of the process would wait for its compilers
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -108,6 +108,7 @@ class Service:
         self.session: Session
         self.engine: EngineThread
         self._prepare = prepare or _prepared
+        self._loader = threading.Thread(target=self._load, name="load", daemon=True)
         self._loop = asyncio.get_running_loop()
         self._tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count()
@@ -119,7 +120,12 @@ class Service:
 
     def begin(self) -> None:
         """Starts to load the model; `state` says how far it is."""
-        threading.Thread(target=self._load, name="load", daemon=True).start()
+        self._loader.start()
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the thread that loads and compiles has not ended."""
+        return self._loader.is_alive()
 
     def _load(self) -> None:
         try:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 
 from llm_infer import LLM
 from llm_infer.base.errors import UserError
+from llm_infer.server import logs
 from llm_infer.server.app import ROUTES
 from llm_infer.server.gate import MAX_HEADERS, OPEN
 from llm_infer.server.options import ServerOptions, read_api_keys
@@ -144,10 +148,8 @@ def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
     assert data.index(b'"status"') < data.index(b'"version"')
 
 
-def test_keys_come_from_flags_files_and_the_environment(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pathlib import Path
-
-    file = Path(str(tmp_path)) / "keys"
+def test_keys_come_from_flags_files_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
     file.write_text("# ours\nsk-a\n\n sk-b \n")
     monkeypatch.setenv("LLM_INFER_API_KEY", "sk-c")
     assert read_api_keys(("sk-d", "sk-a"), str(file)) == ("sk-d", "sk-a", "sk-c", "sk-b")
@@ -164,3 +166,22 @@ def test_keys_come_from_flags_files_and_the_environment(tmp_path: object, monkey
         with pytest.raises(UserError):
             ServerOptions(**wrong)  # type: ignore[arg-type]
     assert "sk-a" not in repr(ServerOptions(api_keys=("sk-a",)))
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_no_client_forges_a_line_of_the_log(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    log = logging.getLogger(logs.LOGGER)
+    try:
+        logs.set_up(form, requests=True)
+        logs.request_ended(log, id="a\nFORGED\x1b[31m", method="GET\r", route="/v1", status=200, seconds=0.5)
+        log.error("bad \n\u2028 text")
+    finally:
+        log.handlers.clear()
+        logging.getLogger("uvicorn.error").handlers.clear()
+        log.propagate = logging.getLogger("uvicorn.error").propagate = True
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.isprintable() for line in lines)
+    if form == "json":
+        assert json.loads(lines[0])["status"] == 200 and json.loads(lines[1])["level"] == "error"
+    else:
+        assert "/v1 200 0.500 s" in lines[0] and "error: bad" in lines[1]
