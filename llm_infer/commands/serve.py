@@ -41,7 +41,7 @@ def serve(
     default_chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="Variables of the chat template.")
     ] = None,
-    max_num_queued_reqs: Annotated[int, typer.Option(metavar="N", help="Most requests that wait.")] = 256,
+    max_num_queued_reqs: Annotated[int, typer.Option(metavar="N", help="Most requests that wait.")] = 512,
     max_num_queued_tokens: Annotated[int, typer.Option(metavar="N", help="Most prompt tokens that wait.")] = 1 << 20,
     overload_status: Annotated[int, typer.Option(metavar="429|503", help="Status when too much waits.")] = 429,
     max_body_bytes: Annotated[int, typer.Option(metavar="N", help="Most bytes of a request's body.")] = 8 << 20,
@@ -107,6 +107,13 @@ def serve(
     )
     from dataclasses import replace
 
+    from llm_infer.parallel.distributed import on_cluster
+
+    if options.coordinator_address is not None or on_cluster():
+        from llm_infer.starting import take_part
+
+        if take_part(options):  # not the first of several hosts: it computes what that one does, until it ends
+            return
     from llm_infer.server.run import serve as run
 
     if status := run(replace(options, progress=options.progress and not quiet), server_options):

@@ -12,7 +12,7 @@ from llm_infer.server.choices import Gathered, TokenTexts, usage_of
 from llm_infer.server.errors import bad_request
 from llm_infer.server.exchange import Exchange
 from llm_infer.server.generation import finished, reply_head, stream
-from llm_infer.server.protocol import CompletionRequest
+from llm_infer.server.protocol import MAX_SEQUENCES, CompletionRequest
 from llm_infer.server.sampling import sampling_params
 
 
@@ -23,7 +23,7 @@ async def completions(exchange: Exchange, data: bytes) -> None:
     service.require_ready()
     params = sampling_params(body)
     prompts = as_prompts(body.prompt)
-    if len(prompts) * params.num_sequences > service.options.max_num_queued_requests * 16:
+    if len(prompts) * params.num_sequences > MAX_SEQUENCES:
         raise bad_request(
             f"{len(prompts)} prompts with n={params.n}: too many choices in one request", "n", "invalid_value"
         )

@@ -61,7 +61,7 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = ()
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    max_num_queued_requests: int = 256
+    max_num_queued_requests: int = 512
     max_num_queued_tokens: int = 1 << 20
     overload_status: int = 429
     max_body_bytes: int = 8 * MIB

@@ -14,6 +14,8 @@ MAX_PROMPTS = 1024
 """Most prompts of one request."""
 MAX_CHOICES = 128
 """Most choices for one prompt."""
+MAX_SEQUENCES = 4096
+"""Most choices of one request, over all its prompts."""
 MAX_STOPS = 16
 MAX_WORDS = 128
 MAX_BIASES = 1024

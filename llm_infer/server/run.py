@@ -155,9 +155,9 @@ async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
         await _drained(service, options, server)
     finally:
         said.cancel()
+        await service.close()  # what still runs gets an error, and its answer ends
         server.should_exit = True
         await serving
-        await service.close()
         if options.uds is not None:
             _remove(options.uds)
     if service.is_loading:  # the end of the process would wait for its compilers

@@ -207,9 +207,9 @@ class Service:
         return self.session.prompts
 
     def admit(self, num_requests: int, num_tokens: int = 0) -> None:
-        """Raises ApiError if so many more requests, or tokens of prompts, may not wait."""
+        """Raises ApiError if so many more requests, or tokens of prompts, may not wait; into an empty queue any may come."""
         options, waiting = self.options, self._queued_requests + num_requests
-        if waiting > options.max_num_queued_requests:
+        if waiting > options.max_num_queued_requests and self._queued_requests:
             reason, what = "requests", f"{options.max_num_queued_requests} requests"
         elif self._queued_tokens + num_tokens > options.max_num_queued_tokens and self._queued_tokens:
             reason, what = "tokens", f"{options.max_num_queued_tokens} tokens of prompts"

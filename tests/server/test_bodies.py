@@ -99,6 +99,28 @@ def test_fields_that_are_not_supported_are_named(client: httpx.Client, field: st
         assert error["param"] == field and error["code"] == "unsupported_parameter"
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        *({"regex": "(a+)+$"}, {"regex": "(a{1000}){1000}"}, {"regex": "\\p{L}{500}"}, {"json": {}}),
+        {"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}},
+        {"json": {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(10_000)}}},
+        {"json": {"enum": [f"v{i}" for i in range(1 << 17)]}},
+        {"grammar": 'start: start start | "a"'},
+    ],
+    ids=lambda form: str(form)[:40],
+)
+def test_structures_made_to_hurt_are_done_or_refused(client: httpx.Client, served: Served, form: dict) -> None:
+    answer = client.post("/v1/completions", json={**COMPLETION, "structured_outputs": form})
+    assert answer.status_code in (200, 400), answer.text[:500]
+    assert client.post("/v1/completions", json=COMPLETION).status_code == 200
+
+
+def test_a_body_of_very_many_fields_is_named_in_few_words(client: httpx.Client) -> None:
+    answer = client.post("/v1/completions", json={**COMPLETION, **{f"field{i}": i for i in range(100_000)}})
+    assert answer.status_code == 200 and len(answer.headers["x-llm-infer-ignored"]) < 2000
+
+
 def test_fields_that_change_nothing_pass_and_unknown_ones_are_named(client: httpx.Client) -> None:
     neutral = {
         "store": True,
@@ -151,6 +173,16 @@ def test_a_long_prompt_is_refused_with_both_numbers(client: httpx.Client) -> Non
     exactly = client.post("/v1/completions", json={"prompt": [5] * 127, "max_tokens": 1})
     assert exactly.status_code == 200
     assert client.post("/v1/completions", json={"prompt": [5] * 128, "max_tokens": 1}).status_code == 400
+
+
+def test_as_many_prompts_as_may_be_are_answered_in_order(client: httpx.Client) -> None:
+    answer = client.post(
+        "/v1/completions", json={"prompt": [[5, i % 490] for i in range(1024)], "max_tokens": 1}
+    ).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(1024))
+    assert answer["usage"] == answer["usage"] | {"prompt_tokens": 2048, "completion_tokens": 1024}
+    error = refused(client, "/v1/completions", json.dumps({"prompt": [[5]] * 100, "max_tokens": 1, "n": 100}))
+    assert "100 prompts with n=100" in error["message"]
 
 
 def test_what_templates_and_tokenizers_do_for_clients(client: httpx.Client, served: Served) -> None:

@@ -63,7 +63,28 @@ def test_whoever_leaves_gives_back_pages(served: Served, stream: bool, n: int) -
         served.wait_until(served.is_idle)
         assert served.llm.engine.times.steps < before + 90  # it did not run to its end
     books_are_clean(served)
-    assert metric(served, "request_success_total", finished_reason="abort") == aborted + 4
+    # Who left at once may have left before there was anything to abort.
+    assert metric(served, "request_success_total", finished_reason="abort") - aborted in (3, 4)
+
+
+def test_who_leaves_the_queue_was_never_there(served: Served) -> None:
+    busy = sent(served, {**LONG, "n": 8})
+    served.wait_until(lambda: served.llm.engine.scheduler.num_running == 8)
+    waiting = sent(served, {**LONG, "prompt": [9] * 30})
+    served.wait_until(lambda: served.service._queued_tokens == 30 or served.is_idle())
+    waiting.close()
+    served.wait_until(lambda: served.service._queued_tokens == 0)
+    busy.close()
+    books_are_clean(served)
+
+
+def test_who_leaves_while_a_grammar_compiles(served: Served) -> None:
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "integer"} for i in range(500)}}
+    connection = sent(served, {**LONG, "structured_outputs": {"json": schema}})
+    served.wait_until(lambda: served.service.num_active == 1)
+    connection.close()
+    served.wait_until(lambda: served.service.num_active == 0)
+    books_are_clean(served)
 
 
 def test_half_a_body_and_half_a_request_leave_nothing(served: Served) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -92,6 +93,28 @@ def test_a_signal_drains_and_a_second_one_ends(start, tmp_path: Path) -> None:
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))
     assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.mark.parametrize("how", ["timeout", "second signal"])
+def test_who_takes_too_long_gets_an_error(start, how: str) -> None:
+    server = start("--warm-up", "none", "--shutdown-timeout", "0.2" if how == "timeout" else "60")
+    body = {"prompt": ["Hi"] * 400, "max_tokens": 100, "stream": True, "ignore_eos": True}
+    url = server.url()
+    with (
+        httpx.Client(base_url=url, timeout=60) as client,
+        client.stream("POST", "/v1/completions", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        if how == "second signal":
+            with httpx.Client(base_url=url) as other:
+                while other.get("/health").json()["status"] != "draining":
+                    time.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert json.loads(rest[-1].removeprefix("data: "))["error"]["message"] == "the server stops"
+    assert server.end() == 0
 
 
 def test_a_server_that_is_loading_ends_at_ctrl_c(start) -> None:
