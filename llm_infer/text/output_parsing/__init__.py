@@ -1,0 +1,1 @@
+"""What a model wrote, taken apart into reasoning, text and tool calls, and the grammar that makes it write calls."""

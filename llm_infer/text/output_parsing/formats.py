@@ -1,0 +1,408 @@
+"""The forms in which model families write tool calls: one table for the scanner, which reads them, and the grammar, which forces
+them."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from llm_infer.base.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class JsonCalls:
+    """Calls that are JSON objects with a name and arguments.
+
+    Attributes:
+        arguments: the key that holds the arguments where calls are forced; the others of `ARGUMENT_KEYS` are read, too.
+        listed: whether calls are forced as a list; read are single objects and lists in any case.
+        separator: what stands between objects outside a list.
+    """
+
+    arguments: str = "arguments"
+    listed: bool = False
+    separator: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedJson:
+    """Calls that write the name, then the arguments as a JSON object.
+
+    Attributes:
+        before, middle, after: what stands before the name, between name and arguments, and after these. White space around
+            them may vary where it is read.
+        separator: what stands between calls.
+        prefix, numbered: what the name starts with, and whether `:` and the call's number follow it.
+        tight: whether `middle` may be missing.
+        or_json: whether `JsonCalls` are read as well.
+    """
+
+    before: str
+    middle: str
+    after: str
+    separator: str = ""
+    prefix: str = ""
+    numbered: bool = False
+    tight: bool = False
+    or_json: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Calls that write each argument between tags, as bare text.
+
+    Attributes:
+        before, middle, after: what stands before the function's name, after it, and after the arguments.
+        key, value: what stands before a parameter's name, and between it and the value.
+        json_value: what stands there instead if the value is JSON, where the format tells the two apart.
+        end: what stands after the value.
+        padding: white space that is no part of a value, at either side of it.
+        separator: what stands between calls.
+    """
+
+    before: str
+    middle: str
+    after: str
+    key: str
+    value: str
+    end: str
+    json_value: str | None = None
+    padding: str = ""
+    separator: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pythonic:
+    """Calls that are Python expressions with keyword arguments: `[f(a=1), g()]`, or one a line without brackets."""
+
+    listed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Harmony:
+    """Messages with headers that name a channel and a recipient; a call is a message to `functions.NAME`."""
+
+
+Rule = JsonCalls | NamedJson | Tagged | Pythonic | Harmony
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolFormat:
+    """How a family writes tool calls: `start`, calls by `rule`, `end`.
+
+    Attributes:
+        name, aliases: values of `--tool-call-parser`.
+        start, end: what opens and closes calls; without `start` they are known by their form, at the beginning of the answer.
+        optional_start: whether `start` may be missing.
+        rule: the form of the calls between them.
+        gap: what stands between `start`, calls and `end` where calls are forced.
+        each: what stands between sections where each call has a `start` and `end` of its own; None for one pair around all.
+        ids: how calls get their ids: "call" (`call_` and 24 hexadecimal digits), "nine" (nine letters and digits), "number" (the
+            text that names the function and counts the call).
+        signs: texts of which a chat template for this format has all.
+    """
+
+    name: str
+    rule: Rule
+    aliases: tuple[str, ...] = ()
+    start: str = ""
+    end: str = ""
+    optional_start: bool = False
+    gap: str = ""
+    each: str | None = None
+    ids: str = "call"
+    signs: tuple[str, ...] = ()
+
+    @property
+    def bare(self) -> bool:
+        """Whether calls may begin without a marker."""
+        return not isinstance(self.rule, Harmony) and (not self.start or self.optional_start)
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts that may be special tokens of a model; where they are, its output is to be read with special tokens."""
+        if isinstance(self.rule, Harmony):
+            return HARMONY_MARKERS
+        found = [self.start, self.end]
+        if isinstance(self.rule, NamedJson | Tagged):
+            found += [self.rule.before, self.rule.middle, self.rule.after]
+        if isinstance(self.rule, Tagged):
+            found += [self.rule.key, self.rule.value, self.rule.end]
+        return tuple(dict.fromkeys(part for text in found for part in _MARKER.findall(text)))
+
+    def new_id(self) -> str:
+        """Returns an id that no other call has."""
+        if self.ids == "nine":
+            return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+        return "call_" + secrets.token_hex(12)
+
+
+ARGUMENT_KEYS = ("arguments", "parameters")
+"""Keys of a call that is an object under which its arguments are looked for."""
+
+HARMONY_MARKERS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>", "<|return|>", "<|constrain|>")
+
+_MARKER = re.compile(r"<[^<>\s]+>|\[[A-Z_]+\]")
+
+_XML = Tagged(
+    before="<function=",
+    middle=">\n",
+    key="<parameter=",
+    value=">\n",
+    end="\n</parameter>\n",
+    after="</function>",
+    padding="\n",
+)
+
+# The first row whose signs a template has is taken: those with more particular signs stand first.
+FORMATS: tuple[ToolFormat, ...] = (
+    ToolFormat(
+        name="openai",
+        aliases=("harmony", "gptoss", "gpt-oss"),
+        rule=Harmony(),
+        signs=("<|channel|>", "<|message|>", "functions."),
+    ),
+    ToolFormat(
+        name="deepseek_v3",
+        aliases=("deepseek_r1",),
+        start="<｜tool▁calls▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+        rule=NamedJson(
+            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>", separator="\n"
+        ),
+        signs=("<｜tool▁calls▁begin｜>", "```json"),
+    ),
+    ToolFormat(
+        name="deepseek_v31",
+        start="<｜tool▁calls▁begin｜>",
+        end="<｜tool▁calls▁end｜>",
+        rule=NamedJson("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        signs=("<｜tool▁calls▁begin｜>",),
+    ),
+    ToolFormat(
+        name="deepseek_v32",
+        start="<｜DSML｜function_calls>",
+        end="</｜DSML｜function_calls>",
+        gap="\n",
+        rule=Tagged(
+            before='<｜DSML｜invoke name="',
+            middle='">\n',
+            key='<｜DSML｜parameter name="',
+            value='" string="true">',
+            json_value='" string="false">',
+            end="</｜DSML｜parameter>\n",
+            after="</｜DSML｜invoke>",
+            separator="\n",
+        ),
+        signs=("｜DSML｜", "function_calls>"),
+    ),
+    ToolFormat(
+        name="kimi_k2",
+        start="<|tool_calls_section_begin|>",
+        end="<|tool_calls_section_end|>",
+        rule=NamedJson(
+            "<|tool_call_begin|>",
+            "<|tool_call_argument_begin|>",
+            "<|tool_call_end|>",
+            prefix="functions.",
+            numbered=True,
+        ),
+        ids="number",
+        signs=("<|tool_calls_section_begin|>",),
+    ),
+    ToolFormat(
+        name="glm47",
+        start="<tool_call>",
+        each="",
+        rule=Tagged(
+            before="",
+            middle="",
+            key="<arg_key>",
+            value="</arg_key><arg_value>",
+            end="</arg_value>",
+            after="</tool_call>",
+        ),
+        signs=("<tool_call>", "</arg_key><arg_value>"),
+    ),
+    ToolFormat(
+        name="glm45",
+        start="<tool_call>",
+        each="\n",
+        rule=Tagged(
+            before="",
+            middle="\n",
+            key="<arg_key>",
+            value="</arg_key>\n<arg_value>",
+            end="</arg_value>\n",
+            after="</tool_call>",
+        ),
+        signs=("<tool_call>", "<arg_key>"),
+    ),
+    ToolFormat(
+        name="seed_oss",
+        start="<seed:tool_call>",
+        end="</seed:tool_call>",
+        gap="\n",
+        rule=Tagged(
+            before="<function=",
+            middle=">\n",
+            key="<parameter=",
+            value=">",
+            end="</parameter>\n",
+            after="</function>",
+            separator="\n",
+        ),
+        signs=("<seed:tool_call>", "<parameter="),
+    ),
+    ToolFormat(
+        name="minimax_m2",
+        start="<minimax:tool_call>",
+        end="</minimax:tool_call>",
+        gap="\n",
+        rule=Tagged(
+            before='<invoke name="',
+            middle='">\n',
+            key='<parameter name="',
+            value='">',
+            end="</parameter>\n",
+            after="</invoke>",
+            separator="\n",
+        ),
+        signs=("<minimax:tool_call>", "<invoke name="),
+    ),
+    ToolFormat(
+        name="qwen3_coder",
+        aliases=("qwen3_xml", "qwen3_5", "step3p5", "nemotron_v3"),
+        start="<tool_call>",
+        end="</tool_call>",
+        gap="\n",
+        each="\n",
+        rule=_XML,
+        signs=("<tool_call>", "<function=", "<parameter="),
+    ),
+    ToolFormat(
+        name="functionary_v3",
+        start="<function=",
+        each="",
+        rule=NamedJson("", ">", "</function>"),
+        signs=("<function=", "</function>"),
+    ),
+    ToolFormat(
+        name="mistral",
+        start="[TOOL_CALLS]",
+        each="",
+        rule=NamedJson("", "[ARGS]", "", tight=True, or_json=True),
+        ids="nine",
+        signs=("[TOOL_CALLS]", "[ARGS]"),
+    ),
+    ToolFormat(
+        name="mistral_old",
+        start="[TOOL_CALLS]",
+        rule=JsonCalls(listed=True),
+        ids="nine",
+        signs=("[TOOL_CALLS]",),
+    ),
+    ToolFormat(
+        name="granite",
+        start="<|tool_call|>",
+        rule=JsonCalls(listed=True),
+        signs=("<|tool_call|>",),
+    ),
+    ToolFormat(
+        name="nemotron",
+        start="<TOOLCALL>",
+        end="</TOOLCALL>",
+        rule=JsonCalls(listed=True),
+        signs=("<TOOLCALL>",),
+    ),
+    ToolFormat(
+        name="lfm2",
+        aliases=("pythonic_tagged",),
+        start="<|tool_call_start|>",
+        end="<|tool_call_end|>",
+        rule=Pythonic(),
+        signs=("<|tool_call_start|>",),
+    ),
+    ToolFormat(
+        name="minimax",
+        aliases=("minimax_m1",),
+        start="<tool_calls>",
+        end="</tool_calls>",
+        gap="\n",
+        rule=JsonCalls(separator="\n"),
+        signs=("<tool_calls>",),
+    ),
+    ToolFormat(
+        name="olmo3",
+        start="<function_calls>",
+        end="</function_calls>",
+        gap="\n",
+        rule=Pythonic(listed=False),
+        signs=("<function_calls>",),
+    ),
+    ToolFormat(
+        name="smollm2",
+        start="<tool_call>",
+        end="</tool_call>",
+        rule=JsonCalls(listed=True),
+        signs=("<tool_call>[",),
+    ),
+    ToolFormat(
+        name="hermes",
+        aliases=("qwen", "qwen25", "qwen2_5", "qwen3", "longcat", "granite4"),
+        start="<tool_call>",
+        end="</tool_call>",
+        gap="\n",
+        each="\n",
+        rule=JsonCalls(),
+        signs=("<tool_call>", "</tool_call>", "arguments"),
+    ),
+    ToolFormat(
+        name="llama3_json",
+        aliases=("llama3", "llama4_json", "llama"),
+        start="<|python_tag|>",
+        optional_start=True,
+        rule=JsonCalls(arguments="parameters", separator="; "),
+        signs=('{"name": function name, "parameters"',),
+    ),
+    ToolFormat(
+        name="llama4_pythonic",
+        aliases=("llama4",),
+        start="<|python_start|>",
+        end="<|python_end|>",
+        optional_start=True,
+        rule=Pythonic(),
+        signs=("<|python_start|>",),
+    ),
+    ToolFormat(name="pythonic", rule=Pythonic(), signs=("[func_name1(params_name1=",)),
+    ToolFormat(name="json", aliases=("generic",), rule=JsonCalls(listed=True)),
+)
+
+GENERIC = "json"
+"""The format for models that know none: a list of JSON objects. It is read only where it is forced."""
+
+
+def tool_format(name: str) -> ToolFormat:
+    """Returns the format of a name or alias.
+
+    Raises:
+        RequestError: there is none.
+    """
+    for each in FORMATS:
+        if name == each.name or name in each.aliases:
+            return each
+    names = ", ".join(each.name for each in FORMATS)
+    raise RequestError(f"tool_call_parser={name!r:.60}: expected one of {names}")
+
+
+def format_of_template(template: str) -> ToolFormat | None:
+    """Returns the format of the calls that a chat template shows; None if it shows none that is known."""
+    return next((each for each in FORMATS if each.signs and all(sign in template for sign in each.signs)), None)
+
+
+def need_special_tokens(markers: Iterable[str], special_tokens: Iterable[str]) -> bool:
+    """Checks whether a model writes some of these markers as special tokens, which text leaves out unless asked."""
+    return not set(special_tokens).isdisjoint(markers)
