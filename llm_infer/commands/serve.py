@@ -41,6 +41,12 @@ def serve(
     default_chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="Variables of the chat template.")
     ] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Form of the model's tool calls; else its template's.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Form of the model's reasoning; else its template's.")
+    ] = None,
     max_num_queued_reqs: Annotated[int, typer.Option(metavar="N", help="Most requests that wait.")] = 512,
     max_num_queued_tokens: Annotated[int, typer.Option(metavar="N", help="Most prompt tokens that wait.")] = 1 << 20,
     overload_status: Annotated[int, typer.Option(metavar="429|503", help="Status when too much waits.")] = 429,
@@ -88,6 +94,8 @@ def serve(
         allowed_origins=tuple(allowed_origin or ()),
         chat_template=None if chat_template is None else read_text(chat_template, f"--chat-template {chat_template}"),
         default_chat_template_kwargs=_mapping(default_chat_template_kwargs),
+        tool_call_parser=tool_call_parser,
+        reasoning_parser=reasoning_parser,
         max_num_queued_requests=max_num_queued_reqs,
         max_num_queued_tokens=max_num_queued_tokens,
         overload_status=overload_status,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from llm_infer.base.outputs import CompletionOutput, RequestOutput
+from llm_infer.decoding.structured import StructuredOutputsParams
 from llm_infer.frontend.prompts import Asked
+from llm_infer.server.answers import Message, Reading, reading_of, wanted_tools
 from llm_infer.server.choices import Gathered, TokenTexts, usage_of
 from llm_infer.server.completions import salted
 from llm_infer.server.errors import bad_request
 from llm_infer.server.exchange import Exchange
 from llm_infer.server.generation import finished, reply_head, stream
-from llm_infer.server.protocol import ChatRequest, Message
+from llm_infer.server.protocol import ChatRequest
+from llm_infer.server.protocol import Message as ChatMessage
 from llm_infer.server.sampling import sampling_params
 from llm_infer.server.service import Service
 from llm_infer.text.chat_prompt import chat_ids
@@ -28,23 +32,43 @@ async def chat_completions(exchange: Exchange, data: bytes) -> None:
     salt = salted(exchange, body.cache_salt)
     service.admit(1)
 
-    def read() -> list[Asked]:
-        ids = conversation_ids(service, messages, body)
-        return service.prompts.read([ids], [params], priority=body.priority, cache_salt=salt)
+    tools = wanted_tools(body)
 
-    asked = await service.in_worker(read)
+    def read() -> tuple[list[Asked], Reading]:
+        ids = conversation_ids(service, messages, body, tools)
+        reading, grammar = reading_of(body, service.formats, service.tokenizer, ids)
+        changed = params
+        if grammar is not None:
+            changed = replace(changed, structured_outputs=StructuredOutputsParams(grammar=grammar))
+        if reading.with_special_tokens:
+            changed = replace(changed, skip_special_tokens=False)
+        return service.prompts.read([ids], [changed], priority=body.priority, cache_salt=salt), reading
+
+    asked, reading = await service.in_worker(read)
     texts = TokenTexts(service.tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
     if body.stream:
         head = reply_head("chatcmpl", "chat.completion.chunk", body, exchange)
-        await _stream(exchange, body, asked, head, texts)
+        await _stream(exchange, body, asked, reading, head, texts)
         return
     head = reply_head("chatcmpl", "chat.completion", body, exchange)
     (result,) = await finished(exchange, asked)
-    choices = [_choice(body, texts, output) for output in result.outputs]
-    await exchange.reply({**head, "choices": choices, "usage": usage_of([result]), **_of_prompt(body, texts, result)})
+    answers = [_message(reading, output) for output in result.outputs]
+    choices = [_choice(body, texts, *pair) for pair in zip(result.outputs, answers, strict=True)]
+    counts = usage_of([result])
+    if reading.reasoning is not None:
+        thoughts = [service.tokenizer.encode(one.reasoning, add_special_tokens=False) for one in answers]
+        counts["completion_tokens_details"] = {"reasoning_tokens": sum(map(len, thoughts))}
+    await exchange.reply({**head, "choices": choices, "usage": counts, **_of_prompt(body, texts, result)})
 
 
-def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
+def _message(reading: Reading, output: CompletionOutput) -> Message:
+    message, scanner = Message(), reading.scanner()
+    message.add(scanner.push(reading.shown(output.text, output.finish_reason)))
+    message.add(scanner.finish())
+    return message
+
+
+def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
     """Returns messages as templates take them.
 
     Raises:
@@ -61,13 +85,16 @@ def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
     return found
 
 
-def conversation_ids(service: Service, messages: list[dict[str, Any]], body: Any) -> list[int]:
+def conversation_ids(
+    service: Service, messages: list[dict[str, Any]], body: Any, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """Returns the ids of a conversation; for a worker thread.
 
     Args:
         service: knows the model and the template.
         messages: the conversation.
         body: has wishes about the template; null stands for what the server does.
+        tools: what the model may call.
     """
     given: Mapping[str, Any] = body.chat_template_kwargs or {}
     continues = bool(body.continue_final_message)
@@ -75,6 +102,7 @@ def conversation_ids(service: Service, messages: list[dict[str, Any]], body: Any
     return chat_ids(
         service.tokenizer,
         messages,
+        tools=tools or None,
         add_generation_prompt=(not continues) if begins is None else begins,
         continue_final_message=continues,
         chat_template=service.options.chat_template,
@@ -91,36 +119,43 @@ def _of_prompt(body: ChatRequest, texts: TokenTexts, result: RequestOutput) -> d
     return found
 
 
-def _choice(body: ChatRequest, texts: TokenTexts, output: CompletionOutput) -> dict[str, Any]:
+def _choice(body: ChatRequest, texts: TokenTexts, output: CompletionOutput, message: Message) -> dict[str, Any]:
     logprobs = texts.chat(output.token_ids, output.logprobs or [], body.top_logprobs or 0) if body.logprobs else None
     return {
         "index": output.index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": message.content(),
         "logprobs": logprobs,
-        "finish_reason": output.finish_reason,
+        "finish_reason": message.finish_reason(output.finish_reason),
         "stop_reason": output.stop_reason,
         **({"token_ids": list(output.token_ids)} if body.return_token_ids else {}),
     }
 
 
 async def _stream(
-    exchange: Exchange, body: ChatRequest, asked: list[Asked], head: dict[str, Any], texts: TokenTexts
+    exchange: Exchange, body: ChatRequest, asked: list[Asked], reading: Reading, head: dict[str, Any], texts: TokenTexts
 ) -> None:
+    answers = [(Message(), reading.scanner()) for _ in range(body.n or 1)]
+
     def piece(index: int, delta: dict[str, Any], **others: Any) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **others}
 
     def first() -> list[dict[str, Any]]:
-        return [piece(index, {"role": "assistant", "content": ""}) for index in range(body.n or 1)]
+        return [piece(index, {"role": "assistant", "content": ""}) for index in range(len(answers))]
 
     def choices(index: int, new: Gathered) -> list[dict[str, Any]]:
-        found = []
+        message, scanner = answers[index]
+        deltas = message.add(scanner.push(reading.shown(new.text, new.finish_reason)))
+        if new.finish_reason is not None:
+            deltas += message.add(scanner.finish())
         others: dict[str, Any] = {"token_ids": new.token_ids} if body.return_token_ids else {}
         if body.logprobs and new.token_ids:
             others["logprobs"] = texts.chat(new.token_ids, new.positions, body.top_logprobs or 0)
-        if new.text or others:
-            found.append(piece(index, {"content": new.text}, **others))
+        if others and not deltas:
+            deltas.append({"content": ""})
+        found = [piece(index, delta, **(others if number == 0 else {})) for number, delta in enumerate(deltas)]
         if new.finish_reason is not None:
-            found.append(piece(index, {}, finish_reason=new.finish_reason, stop_reason=new.stop_reason))
+            reason = message.finish_reason(new.finish_reason)
+            found.append(piece(index, {}, finish_reason=reason, stop_reason=new.stop_reason))
         return found
 
     await stream(exchange, asked, head, body, first=first, choices=choices)

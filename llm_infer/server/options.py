@@ -30,6 +30,8 @@ class ServerOptions:
         allowed_origins: web pages (scheme, name and port) whose scripts may ask.
         chat_template: Jinja source in place of the model's template; None takes the model's.
         default_chat_template_kwargs: variables of the template that requests need not give.
+        tool_call_parser, reasoning_parser: names of the formats in which the model writes calls and reasoning; None takes
+            what its template shows, "none" leaves all in the text.
         max_num_queued_requests: most requests that wait for their first step.
         max_num_queued_tokens: most prompt tokens of those.
         overload_status: status of a request that is one too many, 429 or 503.
@@ -61,6 +63,8 @@ class ServerOptions:
     allowed_origins: tuple[str, ...] = ()
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    tool_call_parser: str | None = None
+    reasoning_parser: str | None = None
     max_num_queued_requests: int = 512
     max_num_queued_tokens: int = 1 << 20
     overload_status: int = 429

@@ -17,6 +17,7 @@ from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.frontend.prompts import Asked, PromptReader
 from llm_infer.frontend.session import Session
 from llm_infer.options import EngineOptions
+from llm_infer.server.answers import Formats
 from llm_infer.server.engine_thread import EngineStats, EngineThread, Job, Update
 from llm_infer.server.errors import ApiError, bad_request
 from llm_infer.server.metrics import Metrics
@@ -81,6 +82,7 @@ class Service:
         prepare: makes the session; by default from the engine's options.
 
     Attributes:
+        formats: how the model writes calls and reasoning.
         state: "loading" and "compiling" come before "ready"; "draining" and "dead" after it.
         done, total: programs that were compiled before it is ready, and how many there are.
         stats: figures of the engine after its last step with news.
@@ -97,6 +99,7 @@ class Service:
         self.engine_options = engine_options
         self.state: State = "loading"
         self.failure: str | None = None
+        self.formats = Formats(None, options.tool_call_parser, options.reasoning_parser)
         self.done = self.total = 0
         self.created = int(time.time())
         self.names = options.served_model_names or (shown_name(engine_options.model),)
@@ -130,6 +133,8 @@ class Service:
     def _load(self) -> None:
         try:
             self.tokenizer, self.session = self._prepare(self.engine_options)
+            template = self.options.chat_template or self.tokenizer.chat_templates.get("tool_use", self.tokenizer.chat_template)
+            self.formats = Formats(template, self.options.tool_call_parser, self.options.reasoning_parser)
             self._tell(self._set_state, "compiling")
             self._warm_up()
             self.engine = EngineThread(self.session, self._deliver)
