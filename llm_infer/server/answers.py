@@ -194,7 +194,11 @@ class Message:
 
     def content(self) -> dict[str, Any]:
         """Returns the message."""
-        found: dict[str, Any] = {"role": "assistant", "content": self.text or (None if self.calls else ""), "refusal": None}
+        found: dict[str, Any] = {
+            "role": "assistant",
+            "content": self.text or (None if self.calls else ""),
+            "refusal": None,
+        }
         if self.reasoning:
             found |= {"reasoning": self.reasoning, "reasoning_content": self.reasoning}
         if self.calls:
@@ -208,5 +212,3 @@ class Message:
 
 def _copied(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": dict(call["function"])}
-
-

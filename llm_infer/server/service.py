@@ -133,7 +133,9 @@ class Service:
     def _load(self) -> None:
         try:
             self.tokenizer, self.session = self._prepare(self.engine_options)
-            template = self.options.chat_template or self.tokenizer.chat_templates.get("tool_use", self.tokenizer.chat_template)
+            template = self.options.chat_template or self.tokenizer.chat_templates.get(
+                "tool_use", self.tokenizer.chat_template
+            )
             self.formats = Formats(template, self.options.tool_call_parser, self.options.reasoning_parser)
             self._tell(self._set_state, "compiling")
             self._warm_up()

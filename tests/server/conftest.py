@@ -14,7 +14,6 @@ import pytest
 import uvicorn
 
 from llm_infer import LLM
-from llm_infer.frontend.session import Session
 from llm_infer.options import EngineOptions
 from llm_infer.server.app import make_app
 from llm_infer.server.options import ServerOptions
@@ -36,7 +35,7 @@ class Served:
     Attributes:
         url: where it is.
         service: what its routes share; to be looked at only.
-        llm: the same model offline. It shares the programs, and must not be asked while the server computes.
+        llm: the same model offline. It shares the session, so both take turns at the engine.
     """
 
     def __init__(self, llm: LLM, **options: Any) -> None:
@@ -50,8 +49,7 @@ class Served:
 
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
-        session = Session(self.llm.engine, self.llm.tokenizer, self.llm._progress)
-        prepared = lambda _: (self.llm.tokenizer, session)  # noqa: E731
+        prepared = lambda _: (self.llm.tokenizer, self.llm._session)  # noqa: E731
         self.service = Service(EngineOptions(model=NAME), self.options, prepare=prepared)
         config = uvicorn.Config(
             make_app(self.service),  # type: ignore[arg-type]
