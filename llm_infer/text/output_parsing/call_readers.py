@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 
-from llm_infer.text.output_parsing.casting import cast, parameter_schema
+from llm_infer.text.output_parsing.casting import cast, is_bare, parameter_schema
 from llm_infer.text.output_parsing.formats import ARGUMENT_KEYS, JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 from llm_infer.text.output_parsing.incoming import Incoming, NotACallError, Reading
 from llm_infer.text.output_parsing.literals import json_text, read_string, read_value
@@ -191,19 +191,21 @@ class CallReader:
             yield from source.skip_space()
             if not (yield from source.skip(rule.key)):
                 break
-            key, text, is_json = yield from self._read_parameter(rule)
+            key, is_json = yield from self._read_key(rule)
             if key in seen:
                 raise NotACallError
             known = parameter_schema(schema, key)
-            value = cast(text, {"type": "string"} if rule.json_value and not is_json else {} if is_json else known)
-            self._argument(f"{', ' if seen else '{'}{json_text(key)}: {value}")
+            if rule.json_value:  # the format says it
+                known = {} if is_json else {"type": "string"}
+            text = yield from self._read_parameter(rule, is_bare(known))
+            self._argument(f"{', ' if seen else '{'}{json_text(key)}: {cast(text, known)}")
             seen.add(key)
         yield from source.expect(rule.after)
         self._argument("}" if seen else "")
         self._closed()
 
-    def _read_parameter(self, rule: Tagged) -> Reading[tuple[str, str, bool]]:
-        """Returns name and text of a parameter, and whether its text was said to be JSON."""
+    def _read_key(self, rule: Tagged) -> Reading[tuple[str, bool]]:
+        """Reads up to the value; returns the name of a parameter and whether its text was said to be JSON."""
         source = self._source
         first, *rest = _units(rule.value)
         key: list[str] = []
@@ -216,10 +218,25 @@ class CallReader:
             is_json = bool(json_rest) and (yield from source.skip(json_rest[0]))
             if not is_json:
                 yield from self._expect(" ".join(rest))
-        text: list[str] = []
-        if not (yield from source.until((rule.end.strip(),), text.append)):
+        return "".join(key).strip(), is_json
+
+    def _read_parameter(self, rule: Tagged, bare: bool) -> Reading[str]:
+        """Reads a parameter's value and the marker after it; one that is no bare text may hold this marker in strings."""
+        source, end = self._source, rule.end.strip()
+        start = source.mark()
+        yield from source.skip_space()
+        if not bare and (yield from source.peek()) in ("{", "[", '"'):
+            value: list[str] = []
+            try:
+                yield from read_value(source, value.append)
+                yield from source.skip_space()
+                if (yield from source.skip(end)):
+                    return "".join(value)
+            except NotACallError:
+                pass  # it is text
+        if not (yield from source.until((end,), _ignore)):
             raise NotACallError
-        return "".join(key).strip(), _without("".join(text), rule.padding), is_json
+        return _without(source.since(start).removesuffix(end), rule.padding)
 
     def _read_python_call(self) -> Reading[None]:
         source, writer = self._source, self._writer
@@ -290,7 +307,7 @@ def _without(text: str, padding: str) -> str:
 
 
 def _ignore(text: str) -> None:
-    """Drops the text of a value that nobody needs."""
+    """Drops text that nobody needs, or that the record has."""
 
 
 def _refuse(word: str) -> None:

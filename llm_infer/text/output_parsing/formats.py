@@ -102,7 +102,7 @@ class ToolFormat:
         each: what stands between sections where each call has a `start` and `end` of its own; None for one pair around all.
         ids: how calls get their ids: "call" (`call_` and 24 hexadecimal digits), "nine" (nine letters and digits), "number" (the
             text that names the function and counts the call).
-        signs: texts of which a chat template for this format has all.
+        signs, others: a chat template for this format has all of the first and none of the second.
     """
 
     name: str
@@ -115,6 +115,7 @@ class ToolFormat:
     each: str | None = None
     ids: str = "call"
     signs: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
 
     @property
     def bare(self) -> bool:
@@ -327,6 +328,14 @@ FORMATS: tuple[ToolFormat, ...] = (
         signs=("<|tool_call_start|>",),
     ),
     ToolFormat(
+        name="apriel",
+        aliases=("jamba",),
+        start="<tool_calls>",
+        end="</tool_calls>",
+        rule=JsonCalls(listed=True),
+        signs=("<tool_calls>[",),
+    ),
+    ToolFormat(
         name="minimax",
         aliases=("minimax_m1",),
         start="<tool_calls>",
@@ -359,6 +368,7 @@ FORMATS: tuple[ToolFormat, ...] = (
         each="\n",
         rule=JsonCalls(),
         signs=("<tool_call>", "</tool_call>", "arguments"),
+        others=("<invoke name=",),
     ),
     ToolFormat(
         name="llama3_json",
@@ -400,7 +410,12 @@ def tool_format(name: str) -> ToolFormat:
 
 def format_of_template(template: str) -> ToolFormat | None:
     """Returns the format of the calls that a chat template shows; None if it shows none that is known."""
-    return next((each for each in FORMATS if each.signs and all(sign in template for sign in each.signs)), None)
+
+    def shows(each: ToolFormat) -> bool:
+        wrong = any(sign in template for sign in each.others)
+        return bool(each.signs) and not wrong and all(sign in template for sign in each.signs)
+
+    return next(filter(shows, FORMATS), None)
 
 
 def need_special_tokens(markers: Iterable[str], special_tokens: Iterable[str]) -> bool:

@@ -42,6 +42,14 @@ class Incoming:
         """Starts to remember what is read."""
         self._record = []
 
+    def mark(self) -> int:
+        """Returns a place in the record, for `since`."""
+        return len(self._record or [])
+
+    def since(self, mark: int) -> str:
+        """Returns the text that was read since then, and goes on with the record."""
+        return "".join((self._record or [])[mark:])
+
     def recorded(self) -> str:
         """Ends a record and returns the text that was read since its start."""
         record, self._record = self._record or [], None

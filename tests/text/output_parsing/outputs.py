@@ -242,6 +242,7 @@ OUTPUTS: dict[str, Output] = {
     ),
     "granite": Output("granite", f"<|tool_call|>[{_OBJECT}]", (W,)),
     "nemotron": Output("nemotron", f"<TOOLCALL>[{_OBJECT}, {_NOW}]</TOOLCALL>", (W, N)),
+    "apriel": Output("apriel", f"<tool_calls>[{_OBJECT}, {_NOW}]</tool_calls>", (W, N)),
     "minimax": Output("minimax", f"<tool_calls>\n{_OBJECT}\n{_NOW}\n</tool_calls>", (W, N)),
     "functionary_v3": Output(
         "functionary_v3", f"<function=get_weather>{_ARGS}</function><function=now>{{}}</function>", (W, N)

@@ -270,7 +270,7 @@ LONG = {
     "space in a call": "<tool_call>" + " " * MEGABYTE,
     "a string": '<tool_call>{"name": "now", "arguments": {"a": "' + "b" * MEGABYTE,
     "a string that waits for a name": '<tool_call>{"arguments": {"a": "' + "b" * MEGABYTE,
-    "lists": '<tool_call>{"name": "now", "arguments": {"a": [' + "[1], " * (MEGABYTE // 5),
+    "lists": '<tool_call>{"name": "now", "arguments": {"a": [' + "[1], " * (MEGABYTE // 25),
     "reasoning": "<think>" + "a </thin " * (MEGABYTE // 9),
 }
 
