@@ -81,9 +81,13 @@ class WarmUp:
         return len(self._programs)
 
     def __iter__(self) -> Iterator[int]:
+        return self.compiled(min(4, os.cpu_count() or 1))
+
+    def compiled(self, threads: int) -> Iterator[int]:
+        """Compiles the programs with so many threads and yields the token bucket of each when it is done."""
         compile_ = {True: Runner.program, False: Runner.compile}
         # XLA compiles outside Python's lock, so a second core halves the time of a start.
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(threads) as pool:
             done = pool.map(lambda key: compile_[bool(key[2])](*key), self._programs)
             for (_, bucket, _), _ in zip(self._programs, done, strict=True):
                 yield bucket

@@ -122,8 +122,14 @@ class PromptReader:
         return [self.tokenizer.encode(each, add_special_tokens=False, begins=False) for each in sorted(texts)]
 
     def _grammar(self, params: SamplingParams) -> CompiledGrammar | None:
-        if params.structured_outputs is None:
-            return None
+        return None if params.structured_outputs is None else self.grammars().compile(params.structured_outputs)
+
+    def grammars(self) -> GrammarCompiler:
+        """Returns what compiles grammars; the first call takes a moment, for a large vocabulary a quarter of a second.
+
+        Raises:
+            UserError: the library for it is not installed, or no token ends an output.
+        """
         with self._grammar_lock:
             if self._grammars is None:
                 tokenizer, vocab_size = self.tokenizer, self._vocab_size
@@ -133,7 +139,7 @@ class PromptReader:
                     sorted(tokenizer.eos_token_ids),
                     tokenizer.exact_tokens,
                 )
-        return self._grammars.compile(params.structured_outputs)
+            return self._grammars
 
 
 def _parts(prompt: Prompt) -> tuple[str | None, list[int] | None, object]:

@@ -118,7 +118,9 @@ class Session:
             raise RequestError(f"token_counts={token_counts!r:.60}: expected whole numbers above 0, or None for all")
         self.compile(self.engine.warm_up(counts, [PLAIN, union(map(features_of, params))]))
 
-    def compile(self, programs: WarmUp, compiled: Callable[[int], None] = lambda bucket: None) -> None:
+    def compile(
+        self, programs: WarmUp, compiled: Callable[[int], None] = lambda bucket: None, *, threads: int | None = None
+    ) -> None:
         """Compiles step programs, side by side, and with a word about it; steps go on meanwhile.
 
         Threads that need the same programs at once wait for the first: then all are there.
@@ -126,9 +128,10 @@ class Session:
         Args:
             programs: those.
             compiled: is told the token bucket of each when it is there.
+            threads: that compile; by default as many as there are cores.
         """
         with self._compiling, self._progress.task(f"Compiling {programs}", total=len(programs)) as bar:
-            for bucket in programs:
+            for bucket in programs if threads is None else programs.compiled(threads):
                 bar.advance(1)
                 compiled(bucket)
 

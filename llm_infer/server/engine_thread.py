@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -113,7 +115,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._running: dict[int, _Running] = {}
         self._compiling: dict[int, Job] = {}
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=_give_way)
         self._updates: list[Update] = []
         self._figures_changed = False  # though nobody has news
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -218,7 +220,7 @@ class EngineThread:
 
     def _compile(self, programs: WarmUp) -> Exception | None:
         try:
-            self._session.compile(programs)
+            self._session.compile(programs, threads=1)  # the steps need the other cores
         except Exception as error:
             return error
         return None
@@ -276,6 +278,12 @@ class EngineThread:
             device_seconds=times.device,
             commit_seconds=times.commit,
         )
+
+
+def _give_way() -> None:
+    """Lowers the priority of this thread, and of those that it starts, where each has one of its own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
 def _news(running: _Running) -> Update | None:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal, TypeVar
 
-from llm_infer.base.errors import RequestError
+from llm_infer.base.errors import UserError
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.frontend.prompts import Asked, PromptReader
 from llm_infer.frontend.session import Session
@@ -139,6 +139,8 @@ class Service:
             self.formats = Formats(template, self.options.tool_call_parser, self.options.reasoning_parser)
             self._tell(self._set_state, "compiling")
             self._warm_up()
+            with suppress(UserError):  # without the library for them requests with grammars are refused
+                self.session.prompts.grammars()
             self.engine = EngineThread(self.session, self._deliver)
             self.engine.start()
             self._tell(self._set_state, "ready")
@@ -201,11 +203,11 @@ class Service:
         """Runs something that computes for long, such as a tokenizer, on another thread.
 
         Raises:
-            ApiError: it raised RequestError.
+            ApiError: it raised UserError: the request cannot be done.
         """
         try:
             return await self._loop.run_in_executor(self._workers, work, *args)
-        except RequestError as error:
+        except UserError as error:
             raise bad_request(str(error)) from None
 
     @property
