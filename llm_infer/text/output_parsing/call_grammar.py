@@ -95,8 +95,8 @@ class _Builder:
         """Returns an expression for one call or more, and nothing else."""
         section = self._lark.rule(self._section())
         if self._format.each is None or not self._parallel:
-            return section
-        return f"{section} ({self._lark.literal(self._format.each)} {section})*"
+            return rf"/\n{{0,2}}/ {section}"
+        return rf"/\n{{0,2}}/ {section} ({self._lark.literal(self._format.each)} {section})*"
 
     def _section(self, started: bool = False) -> str:
         format, lark, rule = self._format, self._lark, self._format.rule
@@ -134,14 +134,19 @@ class _Builder:
 
     def _harmony(self, required: bool) -> str:
         lark = self._lark
+
+        def call(function: Function) -> str:
+            to, space = f"to=functions.{function.name}", '" "?'
+            head = f"{lark.literal(f'<|channel|>commentary {to}')} {space} {lark.literal('<|constrain|>json')}"
+            other = lark.literal(f" {to}<|channel|>commentary ")
+            other += f' ({lark.literal("<|constrain|>json")} | "json")'
+            return f"({head} | {other}) {lark.literal('<|message|>')} {self._object(function)}"
+
         over = "<|end|>"
         again = lark.literal("<|start|>assistant")
         head = lark.literal("<|channel|>analysis<|message|>")
         thoughts = f"({head} {lark.until(over)} {again})*"
-        calls = [
-            f"{lark.literal(f'<|channel|>commentary to=functions.{each.name} <|constrain|>json<|message|>')} {self._object(each)}"
-            for each in self._functions
-        ]
+        calls = [lark.rule(call(each)) for each in self._functions]
         if required:
             return f"{thoughts} ({' | '.join(calls)})"
         preamble = f"({lark.literal('<|channel|>commentary<|message|>')} {lark.until(over)} {again})?"

@@ -44,8 +44,14 @@ class OutputScanner:
         self._source = Incoming()
         self._writer = Writer(functions, new_id or (tools.new_id if tools else str))
         self._plain = tools is None and reasoning is None
+        self._writer.thinking = in_reasoning
         self._program = self._read()
         self._done = False
+
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next is, so far, part of the reasoning."""
+        return self._writer.thinking
 
     def push(self, text: str) -> list[Piece]:
         """Returns the pieces that more text of the output makes sure."""
@@ -99,5 +105,6 @@ class OutputScanner:
         if not (yield from source.skip(reasoning.start)) and not self._in_reasoning:
             writer.text(space)
             return
+        writer.thinking = True
         yield from source.until((reasoning.end,), writer.reasoning)
-        writer.border()
+        writer.end_reasoning()

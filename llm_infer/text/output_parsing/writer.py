@@ -18,11 +18,13 @@ class Writer:
     Attributes:
         functions: name → schema of the parameters, of all that may be called; None for any.
         pieces: what has been found.
+        thinking: whether reasoning goes on.
     """
 
     def __init__(self, functions: Mapping[str, Mapping[str, Any] | None] | None, new_id: Callable[[], str]) -> None:
         self.functions = functions
         self.pieces: list[Piece] = []
+        self.thinking = False
         self._new_id = new_id
         self._ids: set[str] = set()
         self._index = -1
@@ -64,9 +66,9 @@ class Writer:
         self._thought_space = [text[len(body) :]]
         self._thought = True
 
-    def border(self) -> None:
-        """Notes that a call or reasoning has ended here."""
-        self._at_border = True
+    def end_reasoning(self) -> None:
+        """Notes that reasoning has ended here."""
+        self._at_border, self.thinking = True, False
 
     def finish(self) -> None:
         """Adds the white space at the end of the answer."""

@@ -292,6 +292,21 @@ def test_time_is_linear_also_in_single_characters(written: str) -> None:
     assert time.process_time() - start < 60
 
 
+def test_the_scanner_knows_while_reasoning_goes_on() -> None:
+    scanner = OutputScanner(None, reasoning_format("qwen3"))
+    told = []
+    for bit in ("<thi", "nk>a", "b</thi", "nk>", "c"):
+        scanner.push(bit)
+        told.append(scanner.thinking)
+    assert told == [False, True, True, False, False]
+    assert OutputScanner(None, reasoning_format("qwen3"), in_reasoning=True).thinking
+    harmony = OutputScanner(None, reasoning_format("openai"))
+    harmony.push("<|channel|>analysis<|message|>a")
+    assert harmony.thinking
+    harmony.push("<|end|>")
+    assert not harmony.thinking
+
+
 def test_ids_have_the_form_that_the_family_uses() -> None:
     assert tool_format("hermes").new_id() != tool_format("hermes").new_id()
     assert tool_format("hermes").new_id().startswith("call_") and len(tool_format("hermes").new_id()) == 29
