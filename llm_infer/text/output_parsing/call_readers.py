@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 
 from llm_infer.text.output_parsing.casting import cast, is_bare, parameter_schema
-from llm_infer.text.output_parsing.formats import ARGUMENT_KEYS, JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 from llm_infer.text.output_parsing.incoming import Incoming, NotACallError, Reading
 from llm_infer.text.output_parsing.literals import json_text, read_string, read_value
+from llm_infer.text.output_parsing.rules import ARGUMENT_KEYS, JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 from llm_infer.text.output_parsing.writer import Writer
 
 MAX_NAME = 256

@@ -37,6 +37,8 @@ class Writer:
     def take(self) -> list[Piece]:
         """Returns the pieces since the last time; parts of one thing are put together."""
         pieces, self.pieces = self.pieces, []
+        if len(pieces) < 2:
+            return pieces
         return [piece for key, run in groupby(pieces, _kind) for piece in _joined(key, list(run))]
 
     def text(self, text: str) -> None:

@@ -17,7 +17,7 @@ from llm_infer.text.output_parsing.formats import FORMATS, need_special_tokens, 
 from llm_infer.text.output_parsing.pieces import CallArguments, CallStart, Text
 from llm_infer.text.output_parsing.reasoning import reasoning_format, starts_in_reasoning
 from llm_infer.text.output_parsing.scanner import OutputScanner
-from tests.text.output_parsing.outputs import FUNCTIONS, OUTPUTS, Output, scan
+from tests.text.output_parsing.outputs import FUNCTIONS, OUTPUTS, Output, put_together, scan
 
 WORDS = sorted(
     {marker for each in FORMATS for marker in each.markers}
@@ -305,6 +305,16 @@ def test_the_scanner_knows_while_reasoning_goes_on() -> None:
     assert harmony.thinking
     harmony.push("<|end|>")
     assert not harmony.thinking
+
+
+@pytest.mark.parametrize("bits", [1, 7, 1000])
+def test_an_output_may_have_one_call_only(bits: int) -> None:
+    scanner = OutputScanner(tool_format("hermes"), parallel=False, functions=FUNCTIONS)
+    written = "Hi" + OUTPUTS["hermes, nothing around"].written + "Bye"
+    pieces = [piece for i in range(0, len(written), bits) for piece in scanner.push(written[i : i + bits])]
+    assert scanner.ended
+    found = put_together([*pieces, *scanner.finish()])
+    assert (found.text, found.values) == ("Hi", [OUTPUTS["hermes"].calls[0]])
 
 
 def test_ids_have_the_form_that_the_family_uses() -> None:
