@@ -79,7 +79,7 @@ def deepseek_v31(calls: Calls) -> str:
     return f"<｜tool▁calls▁begin｜>{inner}<｜tool▁calls▁end｜>"
 
 
-def deepseek_v32(calls: Calls) -> str:
+def deepseek_v32(calls: Calls, name: str = "function_calls") -> str:
     def one(name: str, arguments: dict[str, Any]) -> str:
         inner = "".join(
             f'<｜DSML｜parameter name="{key}" string="{str(isinstance(v, str)).lower()}">{value(v)}</｜DSML｜parameter>\n'
@@ -87,7 +87,11 @@ def deepseek_v32(calls: Calls) -> str:
         )
         return f'<｜DSML｜invoke name="{name}">\n{inner}</｜DSML｜invoke>\n'
 
-    return f"\n\n<｜DSML｜function_calls>\n{''.join(one(*call) for call in calls)}</｜DSML｜function_calls>"
+    return f"\n\n<｜DSML｜{name}>\n{''.join(one(*call) for call in calls)}</｜DSML｜{name}>"
+
+
+def deepseek_v4(calls: Calls) -> str:
+    return deepseek_v32(calls, "tool_calls")
 
 
 def kimi(calls: Calls) -> str:
@@ -120,6 +124,7 @@ FORMS: dict[str, tuple[str, Callable[[Calls], str]]] = {
     "qwen_3_coder": ("qwen3_coder", qwen_coder),
     "deepseek_v3_1": ("deepseek_v31", deepseek_v31),
     "deepseek_v3_2": ("deepseek_v32", deepseek_v32),
+    "deepseek_v4": ("deepseek_v4", deepseek_v4),
     "kimi": ("kimi_k2", kimi),
     "harmony": ("openai", harmony),
     "glm_4_7": ("glm47", glm),

@@ -123,6 +123,8 @@ class _Builder:
         if isinstance(rule, NamedJson):
             head = lark.literal(f"{rule.before}{rule.prefix}{function.name}")
             number = '":" /0|[1-9][0-9]{0,2}/' if rule.numbered else ""
+            if rule.id_mark:
+                number = f"({lark.literal(rule.id_mark)} /[a-zA-Z0-9]{{9}}/)?"
             tail = lark.literal(rule.after)
             return lark.rule(f"{head} {number} {lark.literal(rule.middle)} {self._object(function)} {tail}")
         if isinstance(rule, Tagged):

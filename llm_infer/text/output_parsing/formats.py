@@ -18,6 +18,17 @@ _XML = Tagged(
     padding="\n",
 )
 
+_DSML = Tagged(
+    before='<｜DSML｜invoke name="',
+    middle='">\n',
+    key='<｜DSML｜parameter name="',
+    value='" string="true">',
+    json_value='" string="false">',
+    end="</｜DSML｜parameter>\n",
+    after="</｜DSML｜invoke>",
+    separator="\n",
+)
+
 # The first row whose signs a template has is taken: those with more particular signs stand first.
 FORMATS: tuple[ToolFormat, ...] = (
     ToolFormat(
@@ -48,17 +59,16 @@ FORMATS: tuple[ToolFormat, ...] = (
         start="<｜DSML｜function_calls>",
         end="</｜DSML｜function_calls>",
         gap="\n",
-        rule=Tagged(
-            before='<｜DSML｜invoke name="',
-            middle='">\n',
-            key='<｜DSML｜parameter name="',
-            value='" string="true">',
-            json_value='" string="false">',
-            end="</｜DSML｜parameter>\n",
-            after="</｜DSML｜invoke>",
-            separator="\n",
-        ),
+        rule=_DSML,
         signs=("｜DSML｜", "function_calls>"),
+    ),
+    ToolFormat(
+        name="deepseek_v4",
+        start="<｜DSML｜tool_calls>",
+        end="</｜DSML｜tool_calls>",
+        gap="\n",
+        rule=_DSML,
+        signs=("｜DSML｜", "tool_calls>"),
     ),
     ToolFormat(
         name="kimi_k2",
@@ -155,7 +165,7 @@ FORMATS: tuple[ToolFormat, ...] = (
         name="mistral",
         start="[TOOL_CALLS]",
         each="",
-        rule=NamedJson("", "[ARGS]", "", tight=True, or_json=True),
+        rule=NamedJson("", "[ARGS]", "", id_mark="[CALL_ID]", tight=True, or_json=True),
         ids="nine",
         signs=("[TOOL_CALLS]", "[ARGS]"),
     ),

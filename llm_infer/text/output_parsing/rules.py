@@ -32,6 +32,7 @@ class NamedJson:
             them may vary where it is read.
         separator: what stands between calls.
         prefix, numbered: what the name starts with, and whether `:` and the call's number follow it.
+        id_mark: what stands between the name and an id of nine letters and digits, if the model writes one.
         tight: whether `middle` may be missing.
         or_json: whether `JsonCalls` are read as well.
     """
@@ -42,6 +43,7 @@ class NamedJson:
     separator: str = ""
     prefix: str = ""
     numbered: bool = False
+    id_mark: str = ""
     tight: bool = False
     or_json: bool = False
 
@@ -126,6 +128,8 @@ class ToolFormat:
         found = [self.start, self.end]
         if isinstance(self.rule, NamedJson | Tagged):
             found += [self.rule.before, self.rule.middle, self.rule.after]
+        if isinstance(self.rule, NamedJson):
+            found.append(self.rule.id_mark)
         if isinstance(self.rule, Tagged):
             found += [self.rule.key, self.rule.value, self.rule.end]
         return tuple(dict.fromkeys(part for text in found for part in _MARKER.findall(text)))

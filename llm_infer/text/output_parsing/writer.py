@@ -88,7 +88,8 @@ class Writer:
             raise NotACallError
         count = len(self._ids)
         while id is not None and id in self._ids:
-            id, count = f"{id.rpartition(':')[0]}:{count}", count + 1
+            name_part, colon, _ = id.rpartition(":")
+            id, count = f"{name_part}:{count}" if colon else None, count + 1
         while id is None or id in self._ids:
             id = self._new_id()
         self._call = (id, name)

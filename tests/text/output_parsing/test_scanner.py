@@ -326,6 +326,12 @@ def test_ids_have_the_form_that_the_family_uses() -> None:
     assert [id for id, *_ in found.calls] == ["functions.now:0", "functions.now:1"]
 
 
+def test_ids_that_a_model_writes_are_kept_if_they_are_well_formed_and_new() -> None:
+    written = "[TOOL_CALLS]now[CALL_ID]{}[ARGS]{{}}"
+    found = scan("".join(map(written.format, ("abcDEF123", "abcDEF123", "no", "xyzDEF123"))), "mistral")
+    assert [id for id, *_ in found.calls] == ["abcDEF123", "id0", "id1", "xyzDEF123"]
+
+
 def test_special_tokens_are_needed_where_markers_are_such() -> None:
     assert need_special_tokens(tool_format("mistral").markers, ["[TOOL_CALLS]", "</s>"])
     assert not need_special_tokens(tool_format("hermes").markers, ["<|im_end|>"])

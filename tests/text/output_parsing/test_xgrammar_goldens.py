@@ -28,6 +28,7 @@ OURS = {
     ("qwen_3_coder", "two"): True,
     ("qwen_3_coder", "three"): True,
     ("deepseek_v3_2", "all, without a beginning"): True,
+    ("deepseek_v4", "all, without a beginning"): True,
     ("harmony", "all, nothing"): False,
 }
 END = 256
