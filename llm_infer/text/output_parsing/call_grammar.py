@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from llm_infer.base.errors import RequestError
 from llm_infer.text.output_parsing.casting import is_bare
-from llm_infer.text.output_parsing.formats import JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 from llm_infer.text.output_parsing.functions import Function
 from llm_infer.text.output_parsing.lark import Lark, string_bodies
 from llm_infer.text.output_parsing.literals import json_text
 from llm_infer.text.output_parsing.reasoning import ReasoningFormat
+from llm_infer.text.output_parsing.rules import Harmony, JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 
 _COMPOSED = ("allOf", "anyOf", "oneOf", "$ref", "if", "patternProperties")
 _PLAIN = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "title", "description"}
@@ -68,7 +68,7 @@ class _Builder:
     def grammar(self, choice: str, reasoning: ReasoningFormat | None, in_reasoning: bool) -> str:
         """Returns the whole grammar."""
         rule, required = self._format.rule, choice == "required"
-        if not isinstance(rule, JsonCalls | NamedJson | Tagged | Pythonic):
+        if isinstance(rule, Harmony):
             return self._lark.finish(self._harmony(required))
         thoughts = self._thoughts(reasoning, in_reasoning)
         return self._lark.finish(f"{thoughts} {self._calls() if required else self._answer()}")
@@ -95,8 +95,8 @@ class _Builder:
         """Returns an expression for one call or more, and nothing else."""
         section = self._lark.rule(self._section())
         if self._format.each is None or not self._parallel:
-            return section
-        return f"{section} ({self._lark.literal(self._format.each)} {section})*"
+            return rf"/\n{{0,2}}/ {section}"
+        return rf"/\n{{0,2}}/ {section} ({self._lark.literal(self._format.each)} {section})*"
 
     def _section(self, started: bool = False) -> str:
         format, lark, rule = self._format, self._lark, self._format.rule
@@ -106,7 +106,7 @@ class _Builder:
             more = f'(", " {call})*' if several else ""
             calls = f'"[" {call} {more} "]"'
         else:
-            separator = "\n" if isinstance(rule, Pythonic) else rule.separator
+            separator = rule.separator if isinstance(rule, JsonCalls | NamedJson | Tagged) else "\n"
             more = f"({lark.literal(separator)} {call})*" if several and (separator or format.start) else ""
             calls = f"{call} {more}"
         skip_start = started or format.optional_start
@@ -123,6 +123,8 @@ class _Builder:
         if isinstance(rule, NamedJson):
             head = lark.literal(f"{rule.before}{rule.prefix}{function.name}")
             number = '":" /0|[1-9][0-9]{0,2}/' if rule.numbered else ""
+            if rule.id_mark:
+                number = f"({lark.literal(rule.id_mark)} /[a-zA-Z0-9]{{9}}/)?"
             tail = lark.literal(rule.after)
             return lark.rule(f"{head} {number} {lark.literal(rule.middle)} {self._object(function)} {tail}")
         if isinstance(rule, Tagged):
@@ -134,14 +136,19 @@ class _Builder:
 
     def _harmony(self, required: bool) -> str:
         lark = self._lark
+
+        def call(function: Function) -> str:
+            to, space = f"to=functions.{function.name}", '" "?'
+            head = f"{lark.literal(f'<|channel|>commentary {to}')} {space} {lark.literal('<|constrain|>json')}"
+            other = lark.literal(f" {to}<|channel|>commentary ")
+            other += f' ({lark.literal("<|constrain|>json")} | "json")'
+            return f"({head} | {other}) {lark.literal('<|message|>')} {self._object(function)}"
+
         over = "<|end|>"
         again = lark.literal("<|start|>assistant")
         head = lark.literal("<|channel|>analysis<|message|>")
         thoughts = f"({head} {lark.until(over)} {again})*"
-        calls = [
-            f"{lark.literal(f'<|channel|>commentary to=functions.{each.name} <|constrain|>json<|message|>')} {self._object(each)}"
-            for each in self._functions
-        ]
+        calls = [lark.rule(call(each)) for each in self._functions]
         if required:
             return f"{thoughts} ({' | '.join(calls)})"
         preamble = f"({lark.literal('<|channel|>commentary<|message|>')} {lark.until(over)} {again})?"
@@ -154,7 +161,7 @@ class _Builder:
         where = f"{function.where}.parameters"
         if schema.setdefault("type", "object") != "object":
             raise RequestError(f"{where}.type={schema['type']!r:.60}: expected 'object'")
-        if not any(key in schema for key in _COMPOSED):
+        if "properties" in schema and not any(key in schema for key in _COMPOSED):
             # A name that the function does not declare helps nobody.
             schema.setdefault("additionalProperties", False)
         return self._lark.json(schema, where)
@@ -174,7 +181,7 @@ class _Builder:
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         lark = self._lark
         first = rest = ""  # what may follow where nothing, or something, stands before
-        for name, value in reversed(properties.items()):
+        for name, value in reversed(list(properties.items())):
             known = value if isinstance(value, Mapping) else {}
             one = lark.rule(write(name, known, definitions, f"{where}.properties.{name}"))
             then = f"{one} {rest}"

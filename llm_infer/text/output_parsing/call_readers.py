@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable
 
 from llm_infer.text.output_parsing.casting import cast, is_bare, parameter_schema
-from llm_infer.text.output_parsing.formats import ARGUMENT_KEYS, JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 from llm_infer.text.output_parsing.incoming import Incoming, NotACallError, Reading
 from llm_infer.text.output_parsing.literals import json_text, read_string, read_value
+from llm_infer.text.output_parsing.rules import ARGUMENT_KEYS, JsonCalls, NamedJson, Pythonic, Tagged, ToolFormat
 from llm_infer.text.output_parsing.writer import Writer
 
 MAX_NAME = 256
@@ -18,6 +18,7 @@ MAX_NAME = 256
 _NAME = re.compile(r"[\w.:/-]+", re.ASCII)
 _KEYWORD = re.compile(r"\w+")
 _NUMBERED = re.compile(r"(.+?):[0-9]+")
+_NINE = re.compile("[a-zA-Z0-9]{9}")
 _SILENT_KEYS = ("type", "id")
 
 
@@ -167,9 +168,13 @@ class CallReader:
         full = yield from self._read_name(_NAME)
         found = _NUMBERED.fullmatch(full) if rule.numbered else None
         name = found[1] if found else full
-        numbered = full if found and self._format.ids == "number" else None
-        self._writer.open_call(name.removeprefix(rule.prefix), numbered)
+        id = full if found and self._format.ids == "number" else None
         yield from source.skip_space()
+        if rule.id_mark and (yield from source.skip(rule.id_mark)):
+            given = yield from self._read_name(_NAME)
+            id = given if _NINE.fullmatch(given) else None
+            yield from source.skip_space()
+        self._writer.open_call(name.removeprefix(rule.prefix), id)
         if not (rule.tight and (yield from source.peek()) == "{"):
             yield from self._expect(rule.middle)
         yield from source.skip_space()

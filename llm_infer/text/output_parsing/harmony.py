@@ -60,9 +60,10 @@ def _read_body(source: Incoming, writer: Writer, header: str, calls: bool) -> Re
     elif recipient or (channel and channel[1] == "analysis"):
         write = writer.reasoning
         write("\n")
+        writer.thinking = True
     else:
         writer.new_line()
     end = yield from source.until(_ENDS, write)
-    if write == writer.reasoning:
-        writer.border()
+    if writer.thinking:
+        writer.end_reasoning()
     return end if end in ("<|start|>", "<|channel|>") else ""

@@ -134,9 +134,9 @@ class Incoming:
     def _sure(self, ends: tuple[str, ...], longest: int) -> int:
         """Returns where the longest part at the end of the text begins that may be the beginning of one of `ends`."""
         size = len(self._text)
+        firsts = {end[0] for end in ends}
         for start in range(max(self._at, size - longest + 1), size):
-            tail = self._text[start:]
-            if any(end.startswith(tail) for end in ends):
+            if self._text[start] in firsts and any(end.startswith(self._text[start:]) for end in ends):
                 return start
         return size
 

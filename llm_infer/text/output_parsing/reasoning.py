@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_infer.base.errors import RequestError
-from llm_infer.text.output_parsing.formats import HARMONY_MARKERS
+from llm_infer.text.output_parsing.rules import HARMONY_MARKERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

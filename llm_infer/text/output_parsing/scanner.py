@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llm_infer.text.output_parsing.call_readers import CallReader
-from llm_infer.text.output_parsing.formats import Harmony, ToolFormat
 from llm_infer.text.output_parsing.harmony import read_harmony
 from llm_infer.text.output_parsing.incoming import Incoming, Reading
-from llm_infer.text.output_parsing.pieces import Piece, Text
+from llm_infer.text.output_parsing.pieces import CallEnd, Piece, Text
 from llm_infer.text.output_parsing.reasoning import ReasoningFormat
+from llm_infer.text.output_parsing.rules import Harmony, ToolFormat
 from llm_infer.text.output_parsing.writer import Writer
 
 Functions = Mapping[str, Mapping[str, Any] | None]
@@ -27,8 +27,12 @@ class OutputScanner:
         tools: how the model writes calls; None leaves them in the text.
         reasoning: how it writes its reasoning; None leaves it in the text.
         in_reasoning: whether the output begins within the reasoning (`reasoning.starts_in_reasoning`).
+        parallel: whether there may be several calls; if not, the output ends with the first complete one.
         functions: all functions that may be called; calls of others are text. None allows any.
         new_id: makes the id of a call; by default as the format wants it.
+
+    Attributes:
+        ended: whether the output is to end here: what is pushed from now on is dropped.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class OutputScanner:
         reasoning: ReasoningFormat | None = None,
         *,
         in_reasoning: bool = False,
+        parallel: bool = True,
         functions: Functions | None = None,
         new_id: Callable[[], str] | None = None,
     ) -> None:
@@ -44,8 +49,16 @@ class OutputScanner:
         self._source = Incoming()
         self._writer = Writer(functions, new_id or (tools.new_id if tools else str))
         self._plain = tools is None and reasoning is None
+        self._writer.thinking = in_reasoning
         self._program = self._read()
         self._done = False
+        self._parallel = parallel
+        self.ended = False
+
+    @property
+    def thinking(self) -> bool:
+        """Whether what comes next is, so far, part of the reasoning."""
+        return self._writer.thinking
 
     def push(self, text: str) -> list[Piece]:
         """Returns the pieces that more text of the output makes sure."""
@@ -61,12 +74,23 @@ class OutputScanner:
         self._source.ended = True
         pieces = self._go_on()
         self._writer.finish()
-        return pieces + self._writer.take()
+        return pieces + self._up_to_end(self._writer.take())
 
     def _go_on(self) -> list[Piece]:
         if not self._done:
             self._done = next(self._program, True) is True
-        return self._writer.take()
+        return self._up_to_end(self._writer.take())
+
+    def _up_to_end(self, pieces: list[Piece]) -> list[Piece]:
+        if self._parallel:
+            return pieces
+        kept: list[Piece] = []
+        for piece in pieces:
+            if self.ended:
+                break
+            kept.append(piece)
+            self.ended = isinstance(piece, CallEnd) and piece.complete
+        return kept
 
     def _read(self) -> Reading[None]:
         source, writer, tools = self._source, self._writer, self._tools
@@ -99,5 +123,6 @@ class OutputScanner:
         if not (yield from source.skip(reasoning.start)) and not self._in_reasoning:
             writer.text(space)
             return
+        writer.thinking = True
         yield from source.until((reasoning.end,), writer.reasoning)
-        writer.border()
+        writer.end_reasoning()

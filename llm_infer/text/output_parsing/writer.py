@@ -18,11 +18,13 @@ class Writer:
     Attributes:
         functions: name → schema of the parameters, of all that may be called; None for any.
         pieces: what has been found.
+        thinking: whether reasoning goes on.
     """
 
     def __init__(self, functions: Mapping[str, Mapping[str, Any] | None] | None, new_id: Callable[[], str]) -> None:
         self.functions = functions
         self.pieces: list[Piece] = []
+        self.thinking = False
         self._new_id = new_id
         self._ids: set[str] = set()
         self._index = -1
@@ -35,6 +37,8 @@ class Writer:
     def take(self) -> list[Piece]:
         """Returns the pieces since the last time; parts of one thing are put together."""
         pieces, self.pieces = self.pieces, []
+        if len(pieces) < 2:
+            return pieces
         return [piece for key, run in groupby(pieces, _kind) for piece in _joined(key, list(run))]
 
     def text(self, text: str) -> None:
@@ -64,9 +68,9 @@ class Writer:
         self._thought_space = [text[len(body) :]]
         self._thought = True
 
-    def border(self) -> None:
-        """Notes that a call or reasoning has ended here."""
-        self._at_border = True
+    def end_reasoning(self) -> None:
+        """Notes that reasoning has ended here."""
+        self._at_border, self.thinking = True, False
 
     def finish(self) -> None:
         """Adds the white space at the end of the answer."""
@@ -84,7 +88,8 @@ class Writer:
             raise NotACallError
         count = len(self._ids)
         while id is not None and id in self._ids:
-            id, count = f"{id.rpartition(':')[0]}:{count}", count + 1
+            name_part, colon, _ = id.rpartition(":")
+            id, count = f"{name_part}:{count}" if colon else None, count + 1
         while id is None or id in self._ids:
             id = self._new_id()
         self._call = (id, name)

@@ -203,6 +203,11 @@ OUTPUTS: dict[str, Output] = {
         '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
         (W, N),
     ),
+    "deepseek_v4": Output(
+        "deepseek_v4",
+        '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+        (N,),
+    ),
     "glm45": Output(
         "glm45",
         "So.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
@@ -235,6 +240,7 @@ OUTPUTS: dict[str, Output] = {
     "olmo3": Output("olmo3", "<function_calls>\nget_weather(city='Paris', days=2)\nnow()\n</function_calls>", (W, N)),
     "mistral": Output("mistral", f"[TOOL_CALLS]get_weather[ARGS]{_ARGS}[TOOL_CALLS]now[ARGS]{{}}", (W, N)),
     "mistral, no [ARGS]": Output("mistral", f"[TOOL_CALLS]get_weather{_ARGS}", (W,)),
+    "mistral, ids": Output("mistral", f"[TOOL_CALLS]get_weather[CALL_ID]abcDEF123[ARGS]{_ARGS}", (W,)),
     "mistral, old form": Output("mistral", f"[TOOL_CALLS] [{_OBJECT}, {_NOW}]", (W, N)),
     "mistral_old": Output("mistral_old", f"[TOOL_CALLS] [{_OBJECT}, {_NOW}]", (W, N)),
     "mistral, thinking": Output(

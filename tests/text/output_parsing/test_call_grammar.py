@@ -62,6 +62,7 @@ SPECIAL = {text: 257 + index for index, text in enumerate(MARKERS)}
 TOKENS = [*(bytes([i]) for i in range(256)), b"<eos>", *(text.encode() for text in MARKERS)]
 END = 256
 ENDS = [
+    "\n",
     "</parameter>",
     "</｜DSML｜parameter>",
     "\n</parameter>\n",

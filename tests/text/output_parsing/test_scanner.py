@@ -17,7 +17,7 @@ from llm_infer.text.output_parsing.formats import FORMATS, need_special_tokens, 
 from llm_infer.text.output_parsing.pieces import CallArguments, CallStart, Text
 from llm_infer.text.output_parsing.reasoning import reasoning_format, starts_in_reasoning
 from llm_infer.text.output_parsing.scanner import OutputScanner
-from tests.text.output_parsing.outputs import FUNCTIONS, OUTPUTS, Output, scan
+from tests.text.output_parsing.outputs import FUNCTIONS, OUTPUTS, Output, put_together, scan
 
 WORDS = sorted(
     {marker for each in FORMATS for marker in each.markers}
@@ -292,6 +292,31 @@ def test_time_is_linear_also_in_single_characters(written: str) -> None:
     assert time.process_time() - start < 60
 
 
+def test_the_scanner_knows_while_reasoning_goes_on() -> None:
+    scanner = OutputScanner(None, reasoning_format("qwen3"))
+    told = []
+    for bit in ("<thi", "nk>a", "b</thi", "nk>", "c"):
+        scanner.push(bit)
+        told.append(scanner.thinking)
+    assert told == [False, True, True, False, False]
+    assert OutputScanner(None, reasoning_format("qwen3"), in_reasoning=True).thinking
+    harmony = OutputScanner(None, reasoning_format("openai"))
+    harmony.push("<|channel|>analysis<|message|>a")
+    assert harmony.thinking
+    harmony.push("<|end|>")
+    assert not harmony.thinking
+
+
+@pytest.mark.parametrize("bits", [1, 7, 1000])
+def test_an_output_may_have_one_call_only(bits: int) -> None:
+    scanner = OutputScanner(tool_format("hermes"), parallel=False, functions=FUNCTIONS)
+    written = "Hi" + OUTPUTS["hermes, nothing around"].written + "Bye"
+    pieces = [piece for i in range(0, len(written), bits) for piece in scanner.push(written[i : i + bits])]
+    assert scanner.ended
+    found = put_together([*pieces, *scanner.finish()])
+    assert (found.text, found.values) == ("Hi", [OUTPUTS["hermes"].calls[0]])
+
+
 def test_ids_have_the_form_that_the_family_uses() -> None:
     assert tool_format("hermes").new_id() != tool_format("hermes").new_id()
     assert tool_format("hermes").new_id().startswith("call_") and len(tool_format("hermes").new_id()) == 29
@@ -299,6 +324,12 @@ def test_ids_have_the_form_that_the_family_uses() -> None:
     call = "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{}<|tool_call_end|>"
     found = scan(f"<|tool_calls_section_begin|>{call}{call}<|tool_calls_section_end|>", "kimi_k2")
     assert [id for id, *_ in found.calls] == ["functions.now:0", "functions.now:1"]
+
+
+def test_ids_that_a_model_writes_are_kept_if_they_are_well_formed_and_new() -> None:
+    written = "[TOOL_CALLS]now[CALL_ID]{}[ARGS]{{}}"
+    found = scan("".join(map(written.format, ("abcDEF123", "abcDEF123", "no", "xyzDEF123"))), "mistral")
+    assert [id for id, *_ in found.calls] == ["abcDEF123", "id0", "id1", "xyzDEF123"]
 
 
 def test_special_tokens_are_needed_where_markers_are_such() -> None:
