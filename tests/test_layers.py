@@ -24,7 +24,9 @@ ONLY_IN = {
     "jinja2": ("llm_infer/text/",),
     "typer": ("llm_infer/commands/",),
     "llguidance": ("llm_infer/decoding/grammar.py",),
-    **dict.fromkeys(("starlette", "uvicorn", "uvloop", "pydantic", "prometheus_client"), ("llm_infer/server/",)),
+    **dict.fromkeys(
+        ("starlette", "uvicorn", "uvloop", "pydantic", "prometheus_client", "opentelemetry"), ("llm_infer/server/",)
+    ),
 }
 
 # These run without JAX: they can be read, tested and reused on their own.

@@ -68,6 +68,9 @@ def serve(
         str, typer.Option(metavar="NAME", help="What names of metrics begin with.")
     ] = "llm_infer",
     log_format: Annotated[str, typer.Option(metavar="text|json", help="How lines about requests look.")] = "text",
+    otlp_traces_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help="Collector of traces (OTLP over HTTP).")
+    ] = None,
     ssl_certfile: Annotated[str | None, typer.Option(metavar="FILE", help="Certificate for TLS.")] = None,
     ssl_keyfile: Annotated[str | None, typer.Option(metavar="FILE", help="Key of the certificate.")] = None,
     threads: Threads = None,
@@ -110,6 +113,7 @@ def serve(
         metrics_prefix=metrics_prefix,
         log_format=log_format,
         log_requests=not quiet,
+        otlp_traces_endpoint=otlp_traces_endpoint,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
     )

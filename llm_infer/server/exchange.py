@@ -43,6 +43,7 @@ class Exchange:
     Attributes:
         request_id: the client's, or one of ours; in the answer's header.
         salt: what separates cached prefixes of clients with different keys.
+        facts: what a trace tells of the request, by OpenTelemetry's names.
         started: the status has been sent, so an error can only be an event.
     """
 
@@ -55,6 +56,7 @@ class Exchange:
         self.headers: dict[str, str] = {}
         self.started = False
         self.status = 0
+        self.facts: dict[str, Any] = {}
 
     async def read(self) -> bytes:
         """Returns the whole body.
@@ -225,6 +227,9 @@ class Endpoint:
             self._service.metrics.answered(self.name, status)
             if self.name not in QUIET:
                 seconds = time.monotonic() - began
+                if exchange.facts:
+                    sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+                    self._service.tracing.ended(self.name, sent, exchange.facts, status, seconds)
                 logs.request_ended(
                     log, id=exchange.request_id, method=scope["method"], route=self.name, status=status, seconds=seconds
                 )

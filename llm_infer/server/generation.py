@@ -38,11 +38,34 @@ async def finished(exchange: Exchange, asked: Sequence[Asked]) -> list[RequestOu
         ApiError: one of them failed, or is not acceptable.
     """
     async with exchange.service.running(asked, stream=False) as ticket:
+        _note(exchange, ticket)
         while True:
             for update in await ticket.news():
                 require_success(update)
                 if update.results is not None:
-                    return [one for one in update.results if isinstance(one, RequestOutput)]
+                    found = [one for one in update.results if isinstance(one, RequestOutput)]
+                    _note(exchange, ticket, found)
+                    return found
+
+
+def _note(exchange: Exchange, ticket: Ticket, results: Sequence[RequestOutput] = ()) -> None:
+    """Notes what a trace tells of a request, by the semantic conventions for generative models."""
+    exchange.facts |= {
+        "gen_ai.request.model": exchange.service.names[0],
+        "gen_ai.usage.input_tokens": ticket.prompt_tokens,
+        "llm_infer.request_id": exchange.request_id,
+    }
+    if results:
+        outputs = [output for one in results for output in one.outputs]
+        exchange.facts |= {
+            "gen_ai.usage.output_tokens": sum(len(output.token_ids) for output in outputs),
+            "gen_ai.response.finish_reasons": [str(output.finish_reason) for output in outputs],
+        }
+        if (times := results[0].metrics) is not None:
+            exchange.facts |= {
+                "llm_infer.queue_seconds": times.queue,
+                "gen_ai.server.time_to_first_token": times.time_to_first_token,
+            }
 
 
 Choices = Callable[[int, Gathered], list[dict[str, Any]]]
@@ -82,6 +105,7 @@ async def stream(
         return prefix + text + (b'],"usage":null}\n\n' if with_usage else b"]}\n\n")
 
     async with service.running(asked, stream=True) as ticket:
+        _note(exchange, ticket)
         # A request that is refused, or ends at once, gets a status of its own: so the first news are awaited.
         updates = await ticket.news(service.options.sse_keep_alive)
         found = gathered(updates, n)
@@ -95,6 +119,7 @@ async def stream(
             results = next((one.results for one in updates if one.results is not None), None)
             if results is not None:
                 whole = [one for one in results if isinstance(one, RequestOutput)]
+                _note(exchange, ticket, whole)
                 if with_usage:
                     out.append(event({**head, "choices": [], "usage": usage_of(whole, new_tokens=new_tokens)}))
                 await exchange.end_stream(b"".join(out) + DONE)

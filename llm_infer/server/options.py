@@ -48,6 +48,7 @@ class ServerOptions:
         metrics_prefix: what names of metrics begin with.
         log_format: "text" or "json".
         log_requests: write a line for each request.
+        otlp_traces_endpoint: address of a collector of traces.
         ssl_certfile, ssl_keyfile: files for TLS.
 
     Raises:
@@ -81,6 +82,7 @@ class ServerOptions:
     metrics_prefix: str = "llm_infer"
     log_format: str = "text"
     log_requests: bool = True
+    otlp_traces_endpoint: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
 

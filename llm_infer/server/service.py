@@ -22,6 +22,7 @@ from llm_infer.server.engine_thread import EngineStats, EngineThread, Job, Updat
 from llm_infer.server.errors import ApiError, bad_request
 from llm_infer.server.metrics import Metrics
 from llm_infer.server.options import ServerOptions, shown_name
+from llm_infer.server.tracing import Tracing
 from llm_infer.starting import start
 from llm_infer.text.tokenizer import Tokenizer
 
@@ -104,6 +105,7 @@ class Service:
         self.created = int(time.time())
         self.names = options.served_model_names or (shown_name(engine_options.model),)
         self.metrics = Metrics(options.metrics_prefix, self.names[0])
+        self.tracing = Tracing(options.otlp_traces_endpoint)
         self.stats = EngineStats()
         self.num_active = 0
         self.ended: asyncio.Event = asyncio.Event()
@@ -184,6 +186,7 @@ class Service:
         if hasattr(self, "engine"):
             await asyncio.get_running_loop().run_in_executor(None, self.engine.stop, 10.0)
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self.tracing.close()
 
     def require_ready(self) -> None:
         """Raises ApiError unless requests are taken."""
