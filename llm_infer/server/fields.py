@@ -56,7 +56,6 @@ REFUSED = {
     "guided_regex": 'write structured_outputs: {"regex": …}',
     "guided_choice": 'write structured_outputs: {"choice": […]}',
     "guided_grammar": 'write structured_outputs: {"grammar": …}',
-    "best_of": "only completions have it",
 }
 """Fields that are refused whatever they hold but null, and what to do instead."""
 

@@ -113,6 +113,9 @@ async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
         nonlocal signals
         signals += 1
         service.drain()
+        if signals == 1 and service.num_active:
+            limit = f"{options.shutdown_timeout:g} s to end"
+            print(f"stopping: {service.num_active} requests have {limit}; again stops at once", file=sys.stderr)
         if signals > 1:
             server.force_exit = True
         stop.set()
@@ -176,6 +179,8 @@ async def _say_when_ready(service: Service, options: ServerOptions, listening: s
     scheme = "http" if options.ssl_certfile is None else "https"
     where = f"unix:{options.uds}" if options.uds is not None else f"{scheme}://{_shown_address(listening)}"
     print(f"serving {service.names[0]} at {where} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    if not (options.on_loopback or options.api_keys or options.uds):
+        print("note: whoever reaches this machine may ask; --api-key KEY asks for a key", file=sys.stderr, flush=True)
 
 
 async def _drained(service: Service, options: ServerOptions, server: Server) -> None:
