@@ -20,6 +20,38 @@ TOOL = {
 }
 
 
+def openai(url):
+    from openai import OpenAI
+    from openai.types.chat import ChatCompletion
+
+    client = OpenAI(base_url=url, api_key="none")
+    how = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 60,
+        "seed": 1,
+        "temperature": 0,
+    }
+    forced = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}}
+    plain = client.chat.completions.create(**how)
+    ChatCompletion.model_validate(plain.model_dump())
+    chunks = client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **how)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    called = client.chat.completions.create(**forced, **how).choices[0].message.tool_calls
+    name, arguments = "", ""
+    for chunk in client.chat.completions.create(stream=True, **forced, **how):
+        for call in chunk.choices[0].delta.tool_calls or ():
+            name += call.function.name or ""
+            arguments += call.function.arguments or ""
+    return {
+        "plain": plain.choices[0].message.content,
+        "streamed": streamed,
+        "called": [[call.function.name, json.loads(call.function.arguments)] for call in called],
+        "called in a stream": [[name, json.loads(arguments)]],
+        "embedded": len(client.embeddings.create(model=MODEL, input="Hi").data[0].embedding),
+    }
+
+
 def langchain(url):
     from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 

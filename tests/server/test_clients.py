@@ -17,8 +17,10 @@ from llm_infer import LLM, SamplingParams
 from tests.server.conftest import Served
 
 PYTHON = os.environ.get("LLM_INFER_CLIENTS_PYTHON", sys.executable)
+NODE_MODULES = os.environ.get("LLM_INFER_CLIENTS_NODE", "")
 SCRIPTS = Path(__file__).with_name("client_scripts.py")
 PACKAGES = {
+    "openai": "openai",
     "langchain": "langchain_openai",
     "litellm": "litellm",
     "instructor": "instructor",
@@ -40,11 +42,8 @@ def require(name: str) -> None:
         pytest.skip(f"{PACKAGES[name]} is not installed")
 
 
-@pytest.mark.parametrize("name", ["langchain", "litellm", "instructor", "pydantic_ai"])
-def test_a_conversation(tools_served: Served, name: str) -> None:
-    require(name)
-    command = [PYTHON, str(SCRIPTS), name, f"{tools_served.url}/v1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    """What a script printed is a conversation as it should be."""
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if "streamed" in found:
@@ -55,6 +54,19 @@ def test_a_conversation(tools_served: Served, name: str) -> None:
         assert found["called in a stream"] == found["called"]
     assert set(found.get("typed", ["bool"])) == {"bool"}
     assert found.get("embedded", 64) == 64
+
+
+@pytest.mark.parametrize("name", ["openai", "langchain", "litellm", "instructor", "pydantic_ai"])
+def test_a_conversation(tools_served: Served, name: str) -> None:
+    require(name)
+    command = [PYTHON, str(SCRIPTS), name, f"{tools_served.url}/v1"]
+    check(subprocess.run(command, capture_output=True, text=True, timeout=120))
+
+
+@pytest.mark.skipif(not NODE_MODULES, reason="LLM_INFER_CLIENTS_NODE names no folder with node_modules of the AI SDK")
+def test_a_conversation_of_the_ai_sdk(tools_served: Served) -> None:
+    command = ["node", str(SCRIPTS.with_name("client_ai_sdk.mjs")), f"{tools_served.url}/v1", NODE_MODULES]
+    check(subprocess.run(command, capture_output=True, text=True, timeout=120))
 
 
 def test_lm_eval_scores_what_llm_scores(served: Served, tmp_path: Path) -> None:
