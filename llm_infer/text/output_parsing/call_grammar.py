@@ -173,17 +173,19 @@ class _Builder:
         schema, where = function.parameters or {}, f"{function.where}.parameters"
         if other := sorted(set(schema) - _PLAIN):
             raise RequestError(f"{where}.{other[0]}: this model's form of tool calls cannot force it: leave it out")
-        properties, required = schema.get("properties") or {}, schema.get("required") or []
+        properties, required = schema.get("properties", {}), schema.get("required", [])
         if not isinstance(properties, Mapping) or not isinstance(required, list):
             raise RequestError(f"{where}: expected properties as an object and required as a list")
-        if unknown := [name for name in required if name not in properties]:
+        if unknown := [name for name in required if name not in list(properties)]:
             raise RequestError(f"{where}.required names {unknown[0]!r:.60}, which properties does not have")
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         lark = self._lark
         first = rest = ""  # what may follow where nothing, or something, stands before
         for name, value in reversed(list(properties.items())):
-            known = value if isinstance(value, Mapping) else {}
-            one = lark.rule(write(name, known, definitions, f"{where}.properties.{name}"))
+            place = f"{where}.properties.{name}"
+            if not isinstance(value, Mapping):
+                raise RequestError(f"{place}={value!r:.60}: expected a JSON schema, an object")
+            one = lark.rule(write(name, value, definitions, place))
             then = f"{one} {rest}"
             after = f"{lark.literal(separator)} {then}"
             if name in required:

@@ -231,7 +231,7 @@ FORMATS: tuple[ToolFormat, ...] = (
     ),
     ToolFormat(
         name="hermes",
-        aliases=("qwen", "qwen25", "qwen2_5", "qwen3", "longcat", "granite4"),
+        aliases=("qwen", "qwen25", "qwen2_5", "qwen3", "granite4"),
         start="<tool_call>",
         end="</tool_call>",
         gap="\n",

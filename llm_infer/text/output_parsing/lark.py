@@ -56,10 +56,14 @@ class Lark:
         assert isinstance(checked, str), "kept as text"
         return self.rule("%json " + json.dumps({**json.loads(checked), "x-guidance": JSON_FORM}))
 
-    def until(self, end: str, bodies: Sequence[str] = (ANY,)) -> str:
-        """Returns an expression for text that matches all of `bodies`, and `end` after it, which the text does not hold."""
+    def until(self, end: str, bodies: Sequence[str] = (f"/{ANY}/",)) -> str:
+        """Returns an expression for text and `end` after it, which the text does not hold.
+
+        Args:
+            bodies: expressions of terminals; the text matches all of them.
+        """
         before, *special = self._special.split(end, maxsplit=1) if self._special else [end]
-        body = " & ".join(f"/{each}/" for each in bodies)
+        body = " & ".join(f"({each})" for each in bodies)
         marker = exactly(end.strip())
         if special:  # text cannot hold the special token, but spell it
             body = f"({body}) /{exactly(before)}/" if before else f"({body})"
@@ -92,21 +96,24 @@ def exactly(text: str) -> str:
 
 
 def string_bodies(schema: Mapping[str, Any], where: str) -> list[str]:
-    """Returns regular expressions that together match the strings of a schema, for text without quotes.
+    """Returns expressions of terminals for text without quotes; all of them together match the strings of a schema.
 
     Raises:
         RequestError: a keyword of the schema cannot be followed.
     """
-    known = {"type", "enum", "const", "minLength", "maxLength", "pattern", "format", *_NOTES}
-    if unknown := sorted(set(schema) - known):
-        raise RequestError(f"{where}.{unknown[0]}: this model's form of tool calls cannot force it: leave it out")
+    for key, value in schema.items():
+        if key not in _STRING_KEYS:
+            raise RequestError(f"{where}.{key}: this model's form of tool calls cannot force it: leave it out")
+        if (kind := _STRING_KEYS[key]) and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise RequestError(f"{where}.{key}={value!r:.60}: expected {_WORDS[kind]}")
     constants = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if constants is not None:
-        return ["|".join(exactly(each) for each in constants if isinstance(each, str))]
-    bodies = [ANY]
+        texts = [each for each in constants if isinstance(each, str)]
+        if not texts:
+            raise RequestError(f"{where}.enum={constants!r:.60}: expected at least one text")
+        return [f"/{'|'.join(map(exactly, texts))}/"]
     least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-    if least or most != "":
-        bodies = [f"(?s:.{{{least},{most}}})"]
+    bodies = [f"/(?s:.{{{least},{most}}})/"] if least or most != "" else [f"/{ANY}/"]
     if "format" in schema and schema["format"] not in PATTERNS:
         names = ", ".join(sorted(PATTERNS))
         raise RequestError(f"{where}.format={schema['format']!r:.60}: expected one of {names}: leave it out")
@@ -115,11 +122,24 @@ def string_bodies(schema: Mapping[str, Any], where: str) -> list[str]:
 
 
 _NOTES = ("title", "description", "default", "example", "examples", "$comment")
+_STRING_KEYS: dict[str, type | None] = {
+    **dict.fromkeys((*_NOTES, "type", "const")),
+    "enum": list,
+    "minLength": int,
+    "maxLength": int,
+    "pattern": str,
+    "format": str,
+}
+"""Keywords of schemas for strings that are understood, and the types of their values where these matter."""
+
+_WORDS: dict[type, str] = {list: "a list", int: "a whole number", str: "a text"}
 
 
 def _searched(pattern: str) -> str:
-    """Returns an expression for texts in which `pattern` is found."""
-    before, after = "" if pattern.startswith("^") else ANY, "" if pattern.endswith("$") else ANY
-    inner = pattern.removeprefix("^").removesuffix("$").replace("\n", "\\n")
+    """Returns an expression for texts in which `pattern` is found; it stands alone, so that it must be whole."""
+    before = "" if pattern.startswith("^") else f"/{ANY}/"
+    closed = re.search(r"(?<!\\)(?:\\\\)*\$\Z", pattern)
+    after = "" if closed else f"/{ANY}/"
+    inner = pattern.removeprefix("^")[: -1 if closed else None].replace("\n", "\\n") or "(?:)"
     inner = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\\/", inner)
-    return f"{before}(?:{inner}){after}"
+    return f"{before} /{inner}/ {after}"

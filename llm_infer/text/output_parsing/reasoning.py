@@ -50,7 +50,7 @@ REASONING_FORMATS: tuple[ReasoningFormat, ...] = (
                 "minimax_m2",
                 "smollm3",
             ),
-            *("nemotron_v3", "olmo3", "step3p5", "hunyuan_a13b", "ernie45"),
+            *("nemotron_v3", "olmo3", "step3p5"),
         ),
     ),
     ReasoningFormat(name="deepseek_r1", start="<think>", end="</think>", aliases=("qwq",), assumed=True),

@@ -49,7 +49,7 @@ class OutputScanner:
         self._source = Incoming()
         self._writer = Writer(functions, new_id or (tools.new_id if tools else str))
         self._plain = tools is None and reasoning is None
-        self._writer.thinking = in_reasoning
+        self._writer.thinking = in_reasoning and reasoning is not None
         self._program = self._read()
         self._done = False
         self._parallel = parallel

@@ -244,6 +244,26 @@ def test_calls_are_forced_after_the_reasoning(
         check_calls(found)
 
 
+@pytest.mark.parametrize("in_reasoning", [True, False])
+def test_a_model_may_think_and_answer_where_calls_are_strict(compiler: GrammarCompiler, in_reasoning: bool) -> None:
+    grammar = compiled(
+        compiler,
+        call_grammar(
+            tool_format("hermes"),
+            FOUND,
+            choice="auto",
+            reasoning=reasoning_format("qwen3"),
+            in_reasoning=in_reasoning,
+        ),
+    )
+    thoughts = f"{'' if in_reasoning else '<think>'}Hm.\n</think>\n\n"
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    for right in ("Hello.", call, f"I look.\n{call}\n{call}", f"{call}\nDone."):
+        assert accepts(grammar, thoughts + right, {}), right
+    for wrong in ("<tool_call>", call.replace("now", "rm"), f"Hello.\n{call[:-1]}", call.replace("{}", '{"a": 1}')):
+        assert not accepts(grammar, thoughts + wrong, {}), wrong
+
+
 @pytest.mark.parametrize("name", FORMAT_NAMES)
 def test_the_form_that_models_were_trained_on_is_allowed(compiler: GrammarCompiler, name: str) -> None:
     functions = [Function("get_weather", SCHEMAS["get_weather"]), Function("now", {"type": "object"})]
@@ -264,6 +284,43 @@ FORCED = {
     "llama4_pythonic": '[get_weather(city="Paris", days=2)]',
     "mistral_old": OUTPUTS["mistral_old"].written.replace("] [", "][", 1),
 }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        ("^a/b$", ["a/b"], ["a/", "xa/b"]),
+        (r"^a\/b$", ["a/b"], [r"a\/b"]),
+        ("b", ["abc", "b"], ["a"]),
+        ("^a", ["ab"], ["ba"]),
+        ("a|b", ["xa", "bx"], ["x"]),
+        ("^\n$", ["\n"], ["n"]),
+        (r"^\\/$", [r"\/"], ["/"]),
+        ("^$", [""], ["a"]),
+        ("^", ["", "a"], ["</arg_value>"]),
+        (r"a\$", ["a$", "xa$y"], ["a"]),
+        (r"a\\$", ["xa\\"], ["a", "a\\b"]),
+        ("^a/\nx: /b$", ["a/\nx: /b"], ["a", "b", "a/"]),
+        ('^" | "x$', ['" ', ' "x'], ["x", "</arg_value>", ""]),
+    ],
+)
+def test_patterns_are_followed_by_bare_text(
+    compiler: GrammarCompiler, pattern: str, right: list[str], wrong: list[str]
+) -> None:
+    schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+    grammar = compiled(compiler, call_grammar(tool_format("glm47"), [Function("f", schema)], choice="required"))
+    for texts, allowed in ((right, True), (wrong, False)):
+        for text in texts:
+            written = f"<tool_call>f<arg_key>a</arg_key><arg_value>{text}</arg_value></tool_call>"
+            assert accepts(grammar, written, {}) == allowed, text
+
+
+@pytest.mark.parametrize("pattern", ["\\", "(", "(?=a)", "[", "a)|(b"])
+def test_patterns_that_are_none_are_refused(compiler: GrammarCompiler, pattern: str) -> None:
+    schema = {"properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
+    text = call_grammar(tool_format("glm47"), [Function("f", schema)], choice="required")
+    with pytest.raises(RequestError):
+        compiled(compiler, text)
 
 
 def test_nothing_is_forced_where_the_model_may_answer_and_no_function_is_strict() -> None:
@@ -288,6 +345,22 @@ def test_nothing_is_forced_where_the_model_may_answer_and_no_function_is_strict(
             {"properties": {"a": {"type": "string", "format": "x"}}},
             r"a.format='x': expected one of date",
         ),
+        ("qwen3_coder", {"properties": {"a": {"type": "string", "pattern": 5}}}, r"a.pattern=5: expected a text"),
+        ("qwen3_coder", {"properties": {"a": {"type": "string", "enum": 5}}}, r"a.enum=5: expected a list"),
+        ("qwen3_coder", {"properties": {"a": {"type": "string", "enum": []}}}, r"a.enum=\[\]: expected at least one"),
+        (
+            "qwen3_coder",
+            {"properties": {"a": {"type": "string", "minLength": "1"}}},
+            r"a.minLength='1': expected a whole",
+        ),
+        (
+            "qwen3_coder",
+            {"properties": {"a": {"type": "string", "format": ["date"]}}},
+            r"format=\['date'\]: expected a text",
+        ),
+        ("qwen3_coder", {"properties": {"a": False}}, r"properties.a=False: expected a JSON schema"),
+        ("qwen3_coder", {"properties": []}, r"function.parameters: expected properties as an object"),
+        ("pythonic", {"properties": {}, "required": [[]]}, r"required names \[\], which properties"),
         ("glm45", {"properties": {}, "required": ["b"]}, r"parameters.required names 'b', which properties"),
         ("pythonic", {"properties": {"a-b": {}}}, r"parameters.properties.a-b: this model's form"),
     ],

@@ -222,6 +222,12 @@ def test_what_is_no_call_stays_text(written: str, format: str) -> None:
     assert (found.text, found.calls) == (written, [])
 
 
+def test_a_message_to_an_unknown_function_of_harmony_is_text() -> None:
+    header = "<|channel|>commentary to=functions.{}<|constrain|>json<|message|>"
+    found = scan(list(header.format("rm") + '{"a": 1}<|call|>' + header.format("now") + "[1]"), "openai")
+    assert (found.text, found.calls) == ('{"a": 1}[1]', [])
+
+
 def test_a_call_after_one_that_is_none_is_found() -> None:
     found = scan('<tool_call><tool_call>{"name": "now", "arguments": {}}</tool_call>', "hermes")
     assert (found.text, found.values) == ("<tool_call>", [("now", {})])
