@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from llm_infer.text.output_parsing.formats import (
     tool_format,
 )
 from llm_infer.text.output_parsing.functions import Function, functions_of
-from llm_infer.text.output_parsing.pieces import CallArguments, CallEnd, CallStart, Piece, ReasoningText, Text
 from llm_infer.text.output_parsing.reasoning import (
     ReasoningFormat,
     reasoning_format,
@@ -64,6 +63,7 @@ class Reading:
         reasoning: how reasoning is written; None if it stays in the text.
         in_reasoning: the answer begins within it.
         functions: what may be called.
+        parallel: there may be several calls.
         with_special_tokens: the text has to be asked for with special tokens.
         endings: texts of the tokens that end an answer, which are then in it.
     """
@@ -72,6 +72,7 @@ class Reading:
     reasoning: ReasoningFormat | None = None
     in_reasoning: bool = False
     functions: Mapping[str, Function] = field(default_factory=dict)
+    parallel: bool = True
     with_special_tokens: bool = False
     endings: tuple[str, ...] = ()
 
@@ -83,11 +84,13 @@ class Reading:
     def scanner(self) -> OutputScanner:
         """Makes what takes one answer apart."""
         functions = {name: each.parameters for name, each in self.functions.items()} if self.tools else None
-        return OutputScanner(self.tools, self.reasoning, in_reasoning=self.in_reasoning, functions=functions)
+        return OutputScanner(
+            self.tools, self.reasoning, in_reasoning=self.in_reasoning, parallel=self.parallel, functions=functions
+        )
 
     def shown(self, text: str, finish_reason: str | None) -> str:
         """Returns the text without the token that ended it."""
-        if self.with_special_tokens and finish_reason == "stop":
+        if finish_reason == "stop" and not self.is_plain:
             for ending in self.endings:
                 if text.endswith(ending):
                     return text.removesuffix(ending)
@@ -143,7 +146,8 @@ def reading_of(
     markers = [*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ())]
     with_special = need_special_tokens(markers, tokenizer.special_tokens)
     endings = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in sorted(tokenizer.eos_token_ids))
-    return Reading(tools, reasoning, in_reasoning, functions, with_special, endings), grammar
+    parallel = body.parallel_tool_calls is not False
+    return Reading(tools, reasoning, in_reasoning, functions, parallel, with_special, endings), grammar
 
 
 def wanted_tools(body: ChatRequest) -> list[dict[str, Any]]:
@@ -160,55 +164,3 @@ def _choice(body: ChatRequest) -> tuple[Any, str | None]:
     if choice is None or isinstance(choice, str):
         return choice or "auto", None
     return "required", choice.function.name
-
-
-@dataclass(slots=True)
-class Message:
-    """An answer as OpenAI's message, put together from pieces."""
-
-    text: str = ""
-    reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    num_complete: int = 0
-
-    def add(self, pieces: Iterable[Piece]) -> list[dict[str, Any]]:
-        """Takes in pieces and returns the deltas of a stream that say the same."""
-        deltas: list[dict[str, Any]] = []
-        for piece in pieces:
-            match piece:
-                case Text(text):
-                    self.text += text
-                    deltas.append({"content": text})
-                case ReasoningText(text):
-                    self.reasoning += text
-                    deltas.append({"reasoning": text, "reasoning_content": text})
-                case CallStart(index, id, name):
-                    self.calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": ""}})
-                    deltas.append({"tool_calls": [{"index": index, **_copied(self.calls[index])}]})
-                case CallArguments(index, text):
-                    self.calls[index]["function"]["arguments"] += text
-                    deltas.append({"tool_calls": [{"index": index, "function": {"arguments": text}}]})
-                case CallEnd(_, complete):
-                    self.num_complete += complete
-        return deltas
-
-    def content(self) -> dict[str, Any]:
-        """Returns the message."""
-        found: dict[str, Any] = {
-            "role": "assistant",
-            "content": self.text or (None if self.calls else ""),
-            "refusal": None,
-        }
-        if self.reasoning:
-            found |= {"reasoning": self.reasoning, "reasoning_content": self.reasoning}
-        if self.calls:
-            found["tool_calls"] = self.calls
-        return found
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """Returns why the answer ended, as clients of tools expect it."""
-        return "tool_calls" if reason == "stop" and self.num_complete else reason
-
-
-def _copied(call: dict[str, Any]) -> dict[str, Any]:
-    return {**call, "function": dict(call["function"])}

@@ -9,17 +9,17 @@ from typing import Any
 from llm_infer.base.outputs import CompletionOutput, RequestOutput
 from llm_infer.decoding.structured import StructuredOutputsParams
 from llm_infer.frontend.prompts import Asked
-from llm_infer.server.answers import Message, Reading, reading_of, wanted_tools
+from llm_infer.server.answers import Reading, reading_of, wanted_tools
 from llm_infer.server.choices import Gathered, TokenTexts, usage_of
 from llm_infer.server.completions import salted
 from llm_infer.server.errors import bad_request
 from llm_infer.server.exchange import Exchange
 from llm_infer.server.generation import finished, reply_head, stream
-from llm_infer.server.protocol import ChatRequest
-from llm_infer.server.protocol import Message as ChatMessage
+from llm_infer.server.protocol import ChatRequest, Message
 from llm_infer.server.sampling import sampling_params
 from llm_infer.server.service import Service
 from llm_infer.text.chat_prompt import chat_ids
+from llm_infer.text.output_parsing.chat_output import ChatOutput
 
 
 async def chat_completions(exchange: Exchange, data: bytes) -> None:
@@ -39,7 +39,9 @@ async def chat_completions(exchange: Exchange, data: bytes) -> None:
         reading, grammar = reading_of(body, service.formats, service.tokenizer, ids)
         changed = params
         if grammar is not None:
-            changed = replace(changed, structured_outputs=StructuredOutputsParams(grammar=grammar))
+            # What ends a forced call is its form: a stop string inside its arguments would only break it.
+            form = StructuredOutputsParams(grammar=grammar)
+            changed = replace(changed, structured_outputs=form, stop=(), include_stop_str_in_output=False)
         if reading.with_special_tokens:
             changed = replace(changed, skip_special_tokens=False)
         return service.prompts.read([ids], [changed], priority=body.priority, cache_salt=salt), reading
@@ -52,23 +54,24 @@ async def chat_completions(exchange: Exchange, data: bytes) -> None:
         return
     head = reply_head("chatcmpl", "chat.completion", body, exchange)
     (result,) = await finished(exchange, asked)
-    answers = [_message(reading, output) for output in result.outputs]
+    answers = [_answer(reading, output) for output in result.outputs]
     choices = [_choice(body, texts, *pair) for pair in zip(result.outputs, answers, strict=True)]
     counts = usage_of([result])
     if reading.reasoning is not None:
-        thoughts = [service.tokenizer.encode(one.reasoning, add_special_tokens=False) for one in answers]
-        counts["completion_tokens_details"] = {"reasoning_tokens": sum(map(len, thoughts))}
+        thoughts = [str(one.message().get("reasoning", "")) for one in answers]
+        numbers = [len(service.tokenizer.encode(text, add_special_tokens=False)) for text in thoughts]
+        counts["completion_tokens_details"] = {"reasoning_tokens": sum(numbers)}
     await exchange.reply({**head, "choices": choices, "usage": counts, **_of_prompt(body, texts, result)})
 
 
-def _message(reading: Reading, output: CompletionOutput) -> Message:
-    message, scanner = Message(), reading.scanner()
-    message.add(scanner.push(reading.shown(output.text, output.finish_reason)))
-    message.add(scanner.finish())
-    return message
+def _answer(reading: Reading, output: CompletionOutput) -> ChatOutput:
+    answer, scanner = ChatOutput(), reading.scanner()
+    answer.push(scanner.push(reading.shown(output.text, output.finish_reason)))
+    answer.push(scanner.finish())
+    return answer
 
 
-def plain_messages(messages: list[ChatMessage]) -> list[dict[str, Any]]:
+def plain_messages(messages: list[Message]) -> list[dict[str, Any]]:
     """Returns messages as templates take them.
 
     Raises:
@@ -119,13 +122,13 @@ def _of_prompt(body: ChatRequest, texts: TokenTexts, result: RequestOutput) -> d
     return found
 
 
-def _choice(body: ChatRequest, texts: TokenTexts, output: CompletionOutput, message: Message) -> dict[str, Any]:
+def _choice(body: ChatRequest, texts: TokenTexts, output: CompletionOutput, answer: ChatOutput) -> dict[str, Any]:
     logprobs = texts.chat(output.token_ids, output.logprobs or [], body.top_logprobs or 0) if body.logprobs else None
     return {
         "index": output.index,
-        "message": message.content(),
+        "message": answer.message(),
         "logprobs": logprobs,
-        "finish_reason": message.finish_reason(output.finish_reason),
+        "finish_reason": answer.finish_reason(output.finish_reason or "abort"),
         "stop_reason": output.stop_reason,
         **({"token_ids": list(output.token_ids)} if body.return_token_ids else {}),
     }
@@ -134,7 +137,7 @@ def _choice(body: ChatRequest, texts: TokenTexts, output: CompletionOutput, mess
 async def _stream(
     exchange: Exchange, body: ChatRequest, asked: list[Asked], reading: Reading, head: dict[str, Any], texts: TokenTexts
 ) -> None:
-    answers = [(Message(), reading.scanner()) for _ in range(body.n or 1)]
+    answers = [(ChatOutput(), reading.scanner()) for _ in range(body.n or 1)]
 
     def piece(index: int, delta: dict[str, Any], **others: Any) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **others}
@@ -143,10 +146,10 @@ async def _stream(
         return [piece(index, {"role": "assistant", "content": ""}) for index in range(len(answers))]
 
     def choices(index: int, new: Gathered) -> list[dict[str, Any]]:
-        message, scanner = answers[index]
-        deltas = message.add(scanner.push(reading.shown(new.text, new.finish_reason)))
+        answer, scanner = answers[index]
+        deltas = answer.push(scanner.push(reading.shown(new.text, new.finish_reason)))
         if new.finish_reason is not None:
-            deltas += message.add(scanner.finish())
+            deltas += answer.push(scanner.finish())
         others: dict[str, Any] = {"token_ids": new.token_ids} if body.return_token_ids else {}
         if body.logprobs and new.token_ids:
             others["logprobs"] = texts.chat(new.token_ids, new.positions, body.top_logprobs or 0)
@@ -154,7 +157,7 @@ async def _stream(
             deltas.append({"content": ""})
         found = [piece(index, delta, **(others if number == 0 else {})) for number, delta in enumerate(deltas)]
         if new.finish_reason is not None:
-            reason = message.finish_reason(new.finish_reason)
+            reason = answer.finish_reason(new.finish_reason)
             found.append(piece(index, {}, finish_reason=reason, stop_reason=new.stop_reason))
         return found
 

@@ -13,7 +13,8 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from llm_infer import LLM
-from llm_infer.server.answers import Formats, Message, Reading
+from llm_infer.server.answers import Formats, Reading
+from llm_infer.text.output_parsing.chat_output import ChatOutput
 from llm_infer.text.output_parsing.formats import tool_format
 from llm_infer.text.output_parsing.functions import functions_of
 from llm_infer.text.output_parsing.reasoning import reasoning_format
@@ -137,13 +138,20 @@ def test_a_template_without_tools_forces_calls_but_looks_for_none(served: Served
 def test_reasoning_and_calls_are_told_apart() -> None:
     text = '<think>Hm.</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call><|im_end|>'
     functions = functions_of(TOOLS)
-    reading = Reading(tool_format("hermes"), reasoning_format("qwen3"), False, functions, True, ("<|im_end|>",))
-    message, scanner = Message(), reading.scanner()
-    message.add(scanner.push(reading.shown(text, "stop")) + scanner.finish())
-    found = message.content()
+    reading = Reading(tool_format("hermes"), reasoning_format("qwen3"), functions=functions, endings=("<|im_end|>",))
+    answer, scanner = ChatOutput(), reading.scanner()
+    answer.push(scanner.push(reading.shown(text, "stop")) + scanner.finish())
+    found = answer.message()
     assert found["reasoning"] == found["reasoning_content"] == "Hm."
     assert found["content"] is None and found["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
-    assert message.finish_reason("stop") == "tool_calls" and message.finish_reason("length") == "length"
+    assert answer.finish_reason("stop") == "tool_calls"
+
+
+def test_a_stop_string_does_not_break_a_forced_call(client: OpenAI) -> None:
+    body: Any = dict(model=NAME, messages=ASK, tools=TOOLS, tool_choice=NAMED, max_tokens=90, seed=1)
+    answer = client.chat.completions.create(stop=["}", '"', ")", "e"], **body).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    jsonschema.validate(json.loads(answer.message.tool_calls[0].function.arguments), PARAMETERS)
 
 
 def test_formats_come_from_the_template_or_by_name() -> None:
