@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from llm_infer.text.output_parsing.formats import (
     tool_format,
 )
 from llm_infer.text.output_parsing.functions import Function, functions_of
+from llm_infer.text.output_parsing.pieces import Piece, ReasoningText
 from llm_infer.text.output_parsing.reasoning import (
     ReasoningFormat,
     reasoning_format,
@@ -63,6 +64,7 @@ class Reading:
         reasoning: how reasoning is written; None if it stays in the text.
         in_reasoning: the answer begins within it.
         functions: what may be called.
+        hides_reasoning: nobody wants to see it.
         parallel: there may be several calls.
         with_special_tokens: the text has to be asked for with special tokens.
         endings: texts of the tokens that end an answer, which are then in it.
@@ -72,6 +74,7 @@ class Reading:
     reasoning: ReasoningFormat | None = None
     in_reasoning: bool = False
     functions: Mapping[str, Function] = field(default_factory=dict)
+    hides_reasoning: bool = False
     parallel: bool = True
     with_special_tokens: bool = False
     endings: tuple[str, ...] = ()
@@ -80,6 +83,10 @@ class Reading:
     def is_plain(self) -> bool:
         """Whether everything is text."""
         return self.tools is None and self.reasoning is None
+
+    def wanted(self, pieces: Iterable[Piece]) -> list[Piece]:
+        """Returns the pieces that the client is to see."""
+        return [piece for piece in pieces if not (self.hides_reasoning and isinstance(piece, ReasoningText))]
 
     def scanner(self) -> OutputScanner:
         """Makes what takes one answer apart."""
@@ -114,7 +121,7 @@ def reading_of(
     """
     wanted = wanted_tools(body)
     tools, grammar, functions = None, None, {}
-    reasoning = None if body.include_reasoning is False else formats.reasoning
+    reasoning = formats.reasoning
     tail = tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False)
     in_reasoning = starts_in_reasoning(tail, formats.reasoning)
     if wanted:
@@ -146,8 +153,16 @@ def reading_of(
     markers = [*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ())]
     with_special = need_special_tokens(markers, tokenizer.special_tokens)
     endings = tuple(tokenizer.decode([token], skip_special_tokens=False) for token in sorted(tokenizer.eos_token_ids))
-    parallel = body.parallel_tool_calls is not False
-    return Reading(tools, reasoning, in_reasoning, functions, parallel, with_special, endings), grammar
+    return Reading(
+        tools,
+        reasoning,
+        in_reasoning,
+        functions,
+        hides_reasoning=body.include_reasoning is False,
+        parallel=body.parallel_tool_calls is not False,
+        with_special_tokens=with_special,
+        endings=endings,
+    ), grammar
 
 
 def wanted_tools(body: ChatRequest) -> list[dict[str, Any]]:

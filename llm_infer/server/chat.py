@@ -66,8 +66,8 @@ async def chat_completions(exchange: Exchange, data: bytes) -> None:
 
 def _answer(reading: Reading, output: CompletionOutput) -> ChatOutput:
     answer, scanner = ChatOutput(), reading.scanner()
-    answer.push(scanner.push(reading.shown(output.text, output.finish_reason)))
-    answer.push(scanner.finish())
+    pieces = scanner.push(reading.shown(output.text, output.finish_reason)) + scanner.finish()
+    answer.push(reading.wanted(pieces))
     return answer
 
 
@@ -147,9 +147,10 @@ async def _stream(
 
     def choices(index: int, new: Gathered) -> list[dict[str, Any]]:
         answer, scanner = answers[index]
-        deltas = answer.push(scanner.push(reading.shown(new.text, new.finish_reason)))
+        pieces = scanner.push(reading.shown(new.text, new.finish_reason))
         if new.finish_reason is not None:
-            deltas += answer.push(scanner.finish())
+            pieces += scanner.finish()
+        deltas = answer.push(reading.wanted(pieces))
         others: dict[str, Any] = {"token_ids": new.token_ids} if body.return_token_ids else {}
         if body.logprobs and new.token_ids:
             others["logprobs"] = texts.chat(new.token_ids, new.positions, body.top_logprobs or 0)
