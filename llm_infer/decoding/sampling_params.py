@@ -202,8 +202,11 @@ class SamplingParams:
         bias = {}
         for key, value in self.logit_bias.items():
             # JSON's keys are texts, so the OpenAI API writes ids as texts.
-            token = int(key) if isinstance(key, str) and key.isdecimal() else plain(key)
+            short = isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20
+            token = int(key) if short else plain(key)
             value = plain(value)
+            if not short and isinstance(token, str):
+                raise RequestError(f"logit_bias has the token {token!r:.60}: expected a token id")
             _integer("logit_bias token", token, 0)
             _number(f"logit_bias[{token}]", value, -100.0, 100.0)
             bias[token] = float(value)

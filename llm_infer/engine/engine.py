@@ -54,6 +54,10 @@ class Engine:
         channel: connects the processes of several hosts, which all make the same engine: the first one uses it, the
             others `follow`.
 
+    Attributes:
+        levels: sets of features for which programs are made, so that mixed requests need no program for each mixture; with
+            none, each mixture has its own.
+
     Raises:
         UserError: the configuration does not fit the model, or the draft model does not.
     """
@@ -91,6 +95,7 @@ class Engine:
         self.scheduler = self._new_scheduler()
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
+        self.levels: SequenceOf[StepFeatures] = ()
         self._unsettled = False  # see _as_a_whole
         self._lost: str | None = None  # which process of another host is gone
 
@@ -138,7 +143,7 @@ class Engine:
         sequence ends; also together with what else runs, whose rows are then in the same steps.
         """
         limits, shards = self.config.scheduler, self._num_shards
-        features = self.features | self._features_of(requests)
+        features = self._level(self.features | self._features_of(requests))
         prompts = [self.scheduler.num_uncached(request) for request in requests]
         beside = Company.of(set(self.scheduler.requests.values()) - set(requests), shards)
         # Of a sample after the first, the last token of the prompt is a step of its own.
@@ -156,10 +161,17 @@ class Engine:
             decoding = min(decoding + beside.rows, limits.max_num_seqs)
             drafts = 0 if self.speculator is None else min(MAX_DRAFTS, decoding * (self.speculator.max_tokens - 1))
             decode = up_to(self.runner, min(most, decoding + drafts))
-            programs.add(self.runner, decode, [features & ~FOR_PROMPT], up_to(self.runner, decoding))
+            features = self._level(features & ~FOR_PROMPT)
+            programs.add(self.runner, decode, [features], up_to(self.runner, decoding))
         if decoding and self._draft_model is not None:
             self._draft_model.warm_up(programs, [len(request.prompt) for request in requests], decoding)
         return programs
+
+    def _level(self, features: StepFeatures) -> StepFeatures:
+        """Returns the least of `levels` that has these features; themselves if there is none."""
+        drafts = features & StepFeatures.DRAFTS
+        fitting = [level for level in self.levels if (features & ~drafts) in level]
+        return min(fitting, key=lambda level: len(list(level)), default=features) | drafts
 
     def add_request(
         self,

@@ -213,7 +213,8 @@ class EngineThread:
                 self._updates.append(Update(job.number, error=why, fault=True))
 
         def compile_and_return() -> None:
-            error = self._compile(missing)
+            # Who has left meanwhile needs no programs, and those behind should not wait for them.
+            error = self._compile(missing) if job.number in self._compiling else None
             self._commands.put(lambda: again(error))
 
         self._compiler.submit(compile_and_return)

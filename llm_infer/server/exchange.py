@@ -163,7 +163,7 @@ class Exchange:
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.started, self.status = True, status
         pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": pairs})
+        await self._sent({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def _write(self, data: bytes, *, more: bool) -> None:
         """Hands bytes to the connection; whoever takes none for too long is given up.
@@ -173,9 +173,19 @@ class Exchange:
         """
         try:
             async with asyncio.timeout(self.service.options.stall_timeout):
-                await self._send({"type": "http.response.body", "body": data, "more_body": more})
+                await self._sent({"type": "http.response.body", "body": data, "more_body": more})
         except TimeoutError:
             raise ClientGoneError from None
+
+    async def _sent(self, message: MutableMapping[str, Any]) -> None:
+        try:
+            await self._send(message)
+        except OSError:
+            raise ClientGoneError from None
+        except RuntimeError as error:  # uvloop's word for a connection that was closed between two events
+            if "closed" in str(error):
+                raise ClientGoneError from None
+            raise
 
 
 def event(content: Any) -> bytes:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from llm_infer.base.errors import UserError
 from llm_infer.options import EngineOptions
@@ -31,16 +31,23 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _header_bytes = _num_headers = 0
     _waiting: asyncio.TimerHandle | None = None
+    _cycles: list[RequestResponseCycle]
 
     def connection_made(self, transport: Any) -> None:
         """Starts to wait for the first request."""
         super().connection_made(transport)
+        self._cycles = []
         self._waiting = self.loop.call_later(HEADER_SECONDS, transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stops to wait."""
+        """Tells all requests of the connection; uvicorn tells the one that came last, which may wait behind others."""
         self._stop_waiting()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        for cycle in self._cycles:
+            if not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     def on_message_begin(self) -> None:
         """Counts headers anew."""
@@ -61,6 +68,9 @@ class BoundedProtocol(HttpToolsProtocol):
         """Lets the request begin."""
         self._stop_waiting()
         super().on_headers_complete()
+        self._cycles = [cycle for cycle in self._cycles if not cycle.response_complete]
+        if self.cycle is not None:
+            self._cycles.append(self.cycle)
 
     def _count(self, size: int, number: int) -> None:
         self._header_bytes += size

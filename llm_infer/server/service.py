@@ -32,6 +32,10 @@ GENERATION = StepFeatures.LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKE
 """What rows of a generation may need: with these programs and the plain ones no such request waits for a compiler."""
 
 EVERYTHING = GENERATION | StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED | StepFeatures.BEAMS
+SCORING = StepFeatures.LOGPROBS | StepFeatures.PROMPT_LOGPROBS
+
+LEVELS = (PLAIN, StepFeatures.POOLED, StepFeatures.BEAMS, SCORING, GENERATION, EVERYTHING)
+"""Programs that there may be of each size: with one for each mixture of requests, some client would always wait."""
 
 WORKERS = 2
 """Threads that read prompts: tokenizers, templates and grammars compute outside Python's lock."""
@@ -139,6 +143,7 @@ class Service:
                 "tool_use", self.tokenizer.chat_template
             )
             self.formats = Formats(template, self.options.tool_call_parser, self.options.reasoning_parser)
+            self.session.engine.levels = LEVELS
             self._tell(self._set_state, "compiling")
             self._warm_up()
             with suppress(UserError):  # without the library for them requests with grammars are refused
