@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -162,6 +164,29 @@ def test_what_cannot_be_used_is_said_in_one_line(
 ) -> None:
     code, _, err = run(monkeypatch, capsys, *flags)
     assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_ctrl_c_reports_what_is_done(tmp_path: Path) -> None:
+    async def fourth_stalls(fake: FakeServer, body: Any, writer: asyncio.StreamWriter) -> None:
+        if len(fake.bodies) > 3:
+            await asyncio.sleep(60)
+        await three_words(fake, body, writer)
+
+    file = tmp_path / "figures.json"
+    with running(fourth_stalls) as fake:
+        words = [sys.executable, "-m", "llm_infer", "bench", "serving", "--base-url", fake.url, *SMALL]
+        words += ["--max-concurrency", "1", "--json", str(file)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(6000):
+            if len(fake.bodies) == 4:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "error: interrupted\n")
+    assert out.startswith("interrupted: figures of what had ended by then")
+    found = json.loads(file.read_text())
+    assert found["interrupted"] and found["completed"] == 3 and found["failed"] == 0
 
 
 def test_the_command_imports_no_jax() -> None:

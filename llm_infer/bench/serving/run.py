@@ -28,9 +28,10 @@ from llm_infer.bench.serving.vocabulary import Vocabulary
 
 
 def run(settings: Settings, json_file: str | None = None, html_file: str | None = None) -> None:
-    """Puts a load on a server, prints the figures and writes the reports. Ctrl-C ends the load early, and the rest is done.
+    """Puts a load on a server, prints the figures and writes the reports; also of what is done when Ctrl-C ends it.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C was pressed.
         UserError: the server cannot be used, or no request succeeded.
     """
     model, load = asyncio.run(measure(settings))
@@ -42,8 +43,10 @@ def run(settings: Settings, json_file: str | None = None, html_file: str | None 
     if html_file:
         html = page(load, found, shown, settings.metrics, settings.percentiles)
         Path(html_file).write_text(html, encoding="utf-8")
+    if load.interrupted:
+        raise KeyboardInterrupt
     if not found["completed"]:
-        first = next((each for each in found["errors"] if each), "interrupted before the first answer")
+        first = next(each for each in found["errors"] if each)
         raise UserError(f"no request succeeded; the first ended with {first}")
 
 

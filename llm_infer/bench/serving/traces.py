@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -42,10 +43,10 @@ def read_trace(path: str) -> list[Recorded]:
         UserError: it is no such file.
     """
     said = f"--dataset-path {path}"
-    lines = [line for line in read_text(path, said).lstrip("\ufeff").splitlines() if line.strip()]
+    lines = read_text(path, said).lstrip("\ufeff").splitlines()
     first = lines[0].strip() if lines else ""
     if first.startswith("{"):
-        found = _rows(said, enumerate(lines, 1), _mooncake)
+        found = _rows(said, ((number, line) for number, line in enumerate(lines, 1) if line.strip()), _mooncake)
     else:
         names = [name.strip().lower() for name in first.split(",")]
         columns = next((each for each in _COLUMNS if set(each) <= set(names)), None)
@@ -56,7 +57,7 @@ def read_trace(path: str) -> list[Recorded]:
                 f"output_length and hash_ids (Mooncake); its first line is {first[:80]!r}"
             )
         places = [names.index(column) for column in columns]
-        found = _rows(said, ((number, row) for number, row in enumerate(csv.reader(lines[1:]), 2)), _csv(places))
+        found = _rows(said, ((number, row) for number, row in enumerate(csv.reader(lines[1:]), 2) if row), _csv(places))
     found = [each for each in found if each.input_tokens > 0 and each.output_tokens > 0]
     if not found:
         raise UserError(f"{said}: no request in it")
@@ -76,7 +77,9 @@ def _rows(said: str, numbered: Iterable[tuple[int, object]], read) -> list[Recor
     for number, row in numbered:
         try:
             found.append(read(row))
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            if not math.isfinite(found[-1].at):
+                raise ValueError("its time is not finite")
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{said}: line {number} cannot be read: {error}") from None
     return found
 
@@ -148,7 +151,7 @@ def _parts(recorded: Recorded, index: int, vocabulary: Vocabulary, seed: int, le
     for block in recorded.blocks:
         if covered >= length:
             return
-        yield vocabulary.draw(np.random.default_rng([seed, 1, block]), BLOCK)
+        yield vocabulary.draw(np.random.default_rng([seed, 1, block % 2**64]), BLOCK)
         covered += BLOCK
     if covered < length:
         yield vocabulary.draw(np.random.default_rng([seed, 2, index]), length - covered)
