@@ -46,6 +46,9 @@ class FakeServer:
         url: where it is.
         bodies: of the generations it was asked for, in order.
         connections: how many it had.
+        not_ready: how often it says so before it is ready.
+        tokens: what its tokenizer gives for any text; None where it has none.
+        running, most: generations that run now, and most of them at once.
     """
 
     def __init__(self, answer: Callable[[FakeServer, dict[str, Any], asyncio.StreamWriter], Any]) -> None:
@@ -53,6 +56,7 @@ class FakeServer:
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
         self.connections = 0
+        self.not_ready = 0
         self.tokens: list[int] | None = None
         self.running = self.most = 0
 
@@ -65,7 +69,10 @@ class FakeServer:
                     (int(line[15:]) for line in head.split(b"\r\n") if line.startswith(b"Content-Length:")), 0
                 )
                 body = json.loads(await reader.readexactly(length) or b"{}")
-                if head.startswith(b"GET /v1/models "):
+                if head.startswith(b"GET /health "):
+                    self.not_ready -= 1
+                    writer.write(plain(503 if self.not_ready >= 0 else 404, {"status": "compiling"}))
+                elif head.startswith(b"GET /v1/models "):
                     writer.write(plain(200, {"data": [{"id": "fake"}, {"id": "other"}]}))
                 elif head.startswith(b"POST /tokenize "):
                     writer.write(

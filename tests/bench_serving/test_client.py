@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,16 @@ def test_a_stream_reads_the_same_wherever_it_is_cut(size: int) -> None:
         assert len(events.times) == 3 and events.done and events.error is None
         assert events.usage == {"prompt_tokens": 5, "completion_tokens": 3}
         assert events.text() == 'a "text":"x" \\bć\n\n'
+
+
+def test_events_with_text_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+    decode = json.loads
+    monkeypatch.setattr("llm_infer.bench.serving.events.json.loads", lambda data: decoded.append(data) or decode(data))
+    events = Events()
+    for data in [*([word(" and")] * 512), usage(3, 512), DONE]:
+        events.feed(data)
+    assert len(events.times) == 512 and events.done and len(decoded) == 1
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,15 @@ def test_a_server_without_the_model_says_which_it_has(monkeypatch: pytest.Monkey
     assert code == 1 and err == f"error: --model another: the server at {fake.url} has fake, other\n"
 
 
+def test_a_server_that_is_not_ready_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
+    with running() as fake:
+        fake.not_ready = 2
+        code, _, err = run(monkeypatch, capsys, "--base-url", fake.url, *SMALL)
+        assert code == 1 and "answers 503 to GET /health: compiling" in err and "--ready-check-timeout-sec" in err
+        assert run(monkeypatch, capsys, "--base-url", fake.url, *SMALL, "--ready-check-timeout-sec", "60")[0] == 0
+    assert fake.not_ready < 0 and len(fake.bodies) == 6
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

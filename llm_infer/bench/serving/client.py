@@ -174,8 +174,9 @@ class Client:
         except MalformedResponse as error:
             outcome.fail("malformed response", str(error))
         except OSError as error:
-            refused = isinstance(error, ConnectionRefusedError)
-            outcome.fail("connection refused" if refused else "connection lost", str(error))
+            kinds = {ConnectionRefusedError: "connection refused", ConnectionError: "connection lost"}
+            kind = next((kind for each, kind in kinds.items() if isinstance(error, each)), "no connection")
+            outcome.fail(kind, str(error))
         outcome.end = time.perf_counter()
         outcome.times = events.times
         if streams:

@@ -93,10 +93,12 @@ def sharegpt(path: str, count: int, output: int | None, turns: int, seed: int) -
 def _questions(said: list[Any]) -> Iterator[tuple[str, str]]:
     """Finds the questions and answers that follow each other from the start."""
     for asked, answer in zip(said[::2], said[1::2], strict=False):
-        texts = [each.get("value") if isinstance(each, dict) else None for each in (asked, answer)]
-        if not all(isinstance(text, str) and text for text in texts) or asked.get("from") not in ("human", "user"):
+        if not isinstance(asked, dict) or not isinstance(answer, dict) or asked.get("from") not in ("human", "user"):
             return
-        yield texts[0], texts[1]
+        question, reply = asked.get("value"), answer.get("value")
+        if not (isinstance(question, str) and question and isinstance(reply, str)):
+            return
+        yield question, reply
 
 
 def _lines(path: str) -> Iterator[tuple[int, Any]]:

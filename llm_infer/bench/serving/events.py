@@ -91,7 +91,8 @@ def message_of(answer: Any) -> str:
     """Returns the words of an error's JSON body, as OpenAI's, vLLM's and FastAPI's are."""
     if not isinstance(answer, dict):
         return str(answer)
-    error = answer.get("error") or answer.get("message") or answer.get("detail") or answer
+    named = (answer.get(name) for name in ("error", "message", "detail", "status"))
+    error = next(filter(None, named), answer)
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 

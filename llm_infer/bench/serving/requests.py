@@ -60,7 +60,9 @@ class Form:
 
     def first(self, turn: Turn) -> bytes:
         """Returns the body of a conversation's first request."""
-        return self._body(turn, self.vocabulary.encoded(turn.prompt) if self._sends_ids(turn) else None, ())
+        if self.chat or isinstance(turn.prompt, str):
+            return self._body(turn, None, ())
+        return self._body(turn, self.vocabulary.encoded(turn.prompt), ())
 
     def next(self, turn: Turn, said: Sequence[tuple[str, str]]) -> bytes:
         """Returns the body of a later request, after questions and their answers."""
@@ -69,9 +71,6 @@ class Form:
     def question(self, turn: Turn) -> str:
         """Returns a turn's text."""
         return turn.prompt if isinstance(turn.prompt, str) else self.vocabulary.text(turn.prompt)
-
-    def _sends_ids(self, turn: Turn) -> bool:
-        return not self.chat and not isinstance(turn.prompt, str)
 
     def _body(self, turn: Turn, prompt: bytes | None, said: Sequence[tuple[str, str]]) -> bytes:
         name = "messages" if self.chat else "prompt"

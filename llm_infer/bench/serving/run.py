@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ def run(settings: Settings, json_file: str | None = None, html_file: str | None 
         KeyboardInterrupt: Ctrl-C was pressed.
         UserError: the server cannot be used, or no request succeeded.
     """
+    _allow_connections()
     model, load = asyncio.run(measure(settings))
     found = figures(load, settings.metrics, settings.percentiles, settings.goodput)
     shown = shown_settings(settings, model)
@@ -48,6 +49,17 @@ def run(settings: Settings, json_file: str | None = None, html_file: str | None 
     if not found["completed"]:
         first = next(each for each in found["errors"] if each)
         raise UserError(f"no request succeeded; the first ended with {first}")
+
+
+def _allow_connections() -> None:
+    """Raises the number of files that this process may open to its limit: each running request has a connection."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such number
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def measure(settings: Settings) -> tuple[str, Load]:
@@ -77,8 +89,10 @@ async def find_model(client: Client, settings: Settings) -> str:
     url, end = client.target.url, time.monotonic() + settings.ready_seconds
     while True:
         try:
-            status, answer = await client.fetch("GET", "/v1/models")
-            problem = f"answers {status} to GET /v1/models: {message_of(answer)[:200]}" if status >= 500 else ""
+            path, (status, answer) = "/health", await client.fetch("GET", "/health")
+            if status != 503:  # servers that have no such route are asked for their models all the same
+                path, (status, answer) = "/v1/models", await client.fetch("GET", "/v1/models")
+            problem = f"answers {status} to GET {path}: {message_of(answer)[:200]}" if status >= 500 else ""
         except (OSError, MalformedResponse) as error:
             status, answer = 0, None
             problem = f"cannot be asked ({error or 'no answer in 30 s'})"
@@ -127,7 +141,22 @@ def due(settings: Settings, conversations: list[Conversation]) -> list[float]:
 
 def shown_settings(settings: Settings, model: str) -> dict[str, Any]:
     """Returns the settings of a load as the reports show them; a key is not shown."""
-    arrivals = settings.arrivals
+    arrivals, lengths = settings.arrivals, {}
+    if settings.dataset == "random":
+        of = settings.lengths
+        lengths = {
+            "input_len": of.input,
+            "output_len": of.output,
+            "range_ratio": of.range_ratio,
+            "prefix_len": of.prefix,
+        }
+    elif settings.dataset == "prefix_repetition":
+        lengths = {
+            "num_prefixes": settings.prefixes,
+            "prefix_len": settings.prefix,
+            "suffix_len": settings.suffix,
+        }
+    lengths = {f"{settings.dataset}_{name}": value for name, value in lengths.items()}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "base_url": settings.base_url,
@@ -137,6 +166,10 @@ def shown_settings(settings: Settings, model: str) -> dict[str, Any]:
         "dataset_name": settings.dataset,
         "dataset_path": settings.path,
         "num_prompts": settings.num_prompts,
+        **lengths,
+        "max_turns": settings.lengths.turns,
+        "max_input_len": settings.max_input,
+        "max_output_len": settings.max_output,
         "request_rate": "inf" if arrivals.rate == float("inf") else arrivals.rate,
         "burstiness": arrivals.burstiness,
         "ramp_up_strategy": arrivals.ramp,
