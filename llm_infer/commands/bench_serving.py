@@ -26,7 +26,7 @@ def serving(
         str | None, typer.Option(metavar="PATH", help="Path of requests; default: the backend's under /v1.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="Key of the server.", envvar="OPENAI_API_KEY", show_envvar=True)
+        str | None, typer.Option(metavar="KEY", help="Key of the server.", envvar="LLM_INFER_API_KEY", show_envvar=True)
     ] = None,
     dataset_name: Annotated[
         str,
@@ -59,7 +59,7 @@ def serving(
         "inf"
     ),
     burstiness: Annotated[
-        float, typer.Option(help="Shape of the gaps' gamma distribution: 1 is Poisson, less is burstier.")
+        float, typer.Option(help="Shape of the gaps' gamma distribution: 1 is Poisson, less burstier, inf even.")
     ] = 1.0,
     max_concurrency: Annotated[int | None, typer.Option(help="Most conversations at once.", min=1)] = None,
     ramp_up_strategy: Annotated[

@@ -44,7 +44,7 @@ class FakeServer:
 
     Attributes:
         url: where it is.
-        bodies: of the generations it was asked for, in order.
+        bodies, heads: of the generations it was asked for, in order.
         connections: how many it had.
         not_ready: how often it says so before it is ready.
         tokens: what its tokenizer gives for any text; None where it has none.
@@ -55,6 +55,7 @@ class FakeServer:
         self.answer = answer
         self.url = ""
         self.bodies: list[dict[str, Any]] = []
+        self.heads: list[bytes] = []
         self.connections = 0
         self.not_ready = 0
         self.tokens: list[int] | None = None
@@ -82,6 +83,7 @@ class FakeServer:
                     )
                 else:
                     self.bodies.append(body)
+                    self.heads.append(head)
                     self.running += 1
                     self.most = max(self.most, self.running)
                     try:

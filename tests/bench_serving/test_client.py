@@ -205,7 +205,15 @@ def test_counts_that_are_none_are_left_out(counts: Any) -> None:
 
 
 def test_an_address_has_a_scheme_and_a_host() -> None:
-    for url in ("127.0.0.1:8000", "ftp://x", "http://", "http://x:port", "http://[x"):
+    for url in (
+        "127.0.0.1:8000",
+        "ftp://x",
+        "http://",
+        "http://x:port",
+        "http://[x",
+        "http://x y",
+        f"http://{'x' * 300}.org",
+    ):
         with pytest.raises(UserError, match="--base-url"):
             Target(url)
     with pytest.raises(UserError, match="--api-key"):

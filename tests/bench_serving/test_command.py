@@ -136,6 +136,16 @@ def test_a_server_without_the_model_says_which_it_has(monkeypatch: pytest.Monkey
     assert code == 1 and err == f"error: --model another: the server at {fake.url} has fake, other\n"
 
 
+def test_a_key_is_sent_and_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
+    monkeypatch.setenv("LLM_INFER_API_KEY", "s3cret")
+    reports = [tmp_path / "x.json", tmp_path / "x.html"]
+    with running() as fake:
+        flags = ("--base-url", fake.url, *SMALL, "--json", str(reports[0]), "--html", str(reports[1]))
+        code, out, err = run(monkeypatch, capsys, *flags)
+    assert code == 0 and all(b"Authorization: Bearer s3cret\r\n" in head for head in fake.heads)
+    assert not any("s3cret" in text for text in (out, err, *(file.read_text() for file in reports)))
+
+
 def test_a_server_that_is_not_ready_is_waited_for(monkeypatch: pytest.MonkeyPatch, capsys: Capsys) -> None:
     with running() as fake:
         fake.not_ready = 2
@@ -155,10 +165,12 @@ def test_a_server_that_is_not_ready_is_waited_for(monkeypatch: pytest.MonkeyPatc
         (("--dataset-name", "sharegpt"), "--dataset-path FILE"),
         (("--request-rate", "0"), "--request-rate 0: expected a number above 0"),
         (("--request-rate", "nan"), "--request-rate nan"),
-        (("--burstiness", "inf"), "--burstiness"),
+        (("--burstiness", "-1"), "--burstiness -1: expected a number above 0"),
+        (("--trace-scale", "inf"), "--trace-scale inf: expected a finite number"),
         (("--random-range-ratio", "2"), "--random-range-ratio 2"),
         (("--ramp-up-strategy", "steep"), "--ramp-up-strategy steep: expected linear or exponential"),
         (("--ramp-up-strategy", "linear"), "--ramp-up-start-rps"),
+        (("--endpoint", "/v1 HTTP/1.1"), "--endpoint /v1 HTTP/1.1: expected a path"),
         (("--goodput", "ttft"), "--goodput ttft: expected"),
         (("--goodput", "itl:5"), "--goodput itl:5: expected"),
         (("--percentile-metrics", "ttft,x"), "--percentile-metrics x: expected"),

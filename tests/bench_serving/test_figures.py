@@ -91,6 +91,11 @@ def test_gaps_have_the_asked_rate_and_burstiness() -> None:
     assert again.tolist() == Arrivals(rate=10.0).times(5, np.random.default_rng(1)).tolist()
 
 
+def test_gaps_of_infinite_burstiness_are_all_the_same() -> None:
+    times = Arrivals(rate=4.0, burstiness=float("inf")).times(5, np.random.default_rng(0))
+    assert times.tolist() == [0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_without_a_rate_all_come_at_once() -> None:
     assert Arrivals().times(3, np.random.default_rng(0)).tolist() == [0, 0, 0]
 

@@ -70,13 +70,13 @@ class Target:
         """
         try:
             parts = urlsplit(url)
-            port = parts.port
-        except ValueError:
-            parts, port = urlsplit(""), None
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+            port, host = parts.port, (parts.hostname or "").encode("idna")
+        except ValueError:  # also of a host that no name can have
+            parts, port, host = urlsplit(""), None, b""
+        if parts.scheme not in ("http", "https") or not host or not (url.isascii() and url.isprintable()) or " " in url:
             raise UserError(f"--base-url {url}: expected an address such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
-        self.host = parts.hostname
+        self.host = host.decode()
         self.port = port or (443 if parts.scheme == "https" else 80)
         self.path = parts.path.rstrip("/")
         self.tls = ssl.create_default_context() if parts.scheme == "https" else None

@@ -19,8 +19,9 @@ class Arrivals:
 
     Attributes:
         rate: requests per second on average; infinite for all at once.
-        burstiness: shape of the gamma distribution of the gaps: 1 makes arrivals a Poisson process, less makes them burstier.
-        ramp: "linear" or "exponential" growth of the rate from `ramp_start` to `ramp_end`, or None.
+        burstiness: shape of the gamma distribution of the gaps: 1 makes arrivals a Poisson process, less makes them burstier, and
+            infinity makes all gaps the same.
+        ramp: "linear" or "exponential" growth of the rate from `ramp_start` at the first to `ramp_end` at the last, or None.
     """
 
     rate: float = float("inf")
@@ -38,7 +39,8 @@ class Arrivals:
             rates = self.ramp_start * (self.ramp_end / self.ramp_start) ** share
         else:
             rates = np.full(count, self.rate)
-        gaps = rng.gamma(self.burstiness, 1 / self.burstiness, count) / rates
+        even = np.isinf(self.burstiness)
+        gaps = (np.ones(count) if even else rng.gamma(self.burstiness, 1 / self.burstiness, count)) / rates
         return np.cumsum(gaps) - gaps[:1]
 
 

@@ -171,7 +171,7 @@ def shown_settings(settings: Settings, model: str) -> dict[str, Any]:
         "max_input_len": settings.max_input,
         "max_output_len": settings.max_output,
         "request_rate": "inf" if arrivals.rate == float("inf") else arrivals.rate,
-        "burstiness": arrivals.burstiness,
+        "burstiness": "inf" if arrivals.burstiness == float("inf") else arrivals.burstiness,
         "ramp_up_strategy": arrivals.ramp,
         "ramp_up_start_rps": arrivals.ramp_start if arrivals.ramp else None,
         "ramp_up_end_rps": arrivals.ramp_end if arrivals.ramp else None,

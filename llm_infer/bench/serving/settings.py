@@ -77,6 +77,8 @@ class Settings:
         _one_of("--dataset-name", self.dataset, DATASETS)
         if self.dataset in ("sharegpt", "spec_bench", "timed_trace") and self.path is None:
             raise UserError(f"--dataset-name {self.dataset} needs the file: --dataset-path FILE")
+        if not (self.url_path.isascii() and self.url_path.isprintable()) or " " in self.url_path:
+            raise UserError(f"--endpoint {self.endpoint}: expected a path such as /v1/completions")
         if not 0 <= self.lengths.range_ratio <= 1:
             raise UserError(f"--random-range-ratio {self.lengths.range_ratio:g}: expected 0 to 1")
         arrivals = self.arrivals
@@ -88,8 +90,8 @@ class Settings:
         ):
             if not value > 0:
                 raise UserError(f"{flag} {value:g}: expected a number above 0")
-        if math.isinf(arrivals.burstiness) or math.isinf(self.trace_scale):
-            raise UserError("--burstiness and --trace-scale are finite numbers")
+        if math.isinf(self.trace_scale):
+            raise UserError("--trace-scale inf: expected a finite number")
         if arrivals.ramp is not None:
             _one_of("--ramp-up-strategy", arrivals.ramp, ("linear", "exponential"))
             if not (0 < arrivals.ramp_start < math.inf and 0 < arrivals.ramp_end < math.inf):
