@@ -32,7 +32,7 @@ ONLY_IN = {
 # These run without JAX: they can be read, tested and reused on their own.
 HOST = (
     *("llm_infer/base/", "llm_infer/scheduler/", "llm_infer/kvcache/", "llm_infer/text/", "llm_infer/config.py"),
-    "llm_infer/options.py",
+    *("llm_infer/options.py", "llm_infer/bench/serving/"),
     *(f"llm_infer/decoding/{name}.py" for name in ("sampling_params", "features", "beam", "speculative", "structured")),
     *("llm_infer/decoding/token_rules.py", "llm_infer/planner/cost.py", "pallas_kernels/paged_attention/plan.py"),
 )

@@ -6,11 +6,13 @@ from typing import Annotated
 
 import typer
 
+from llm_infer.commands.bench_serving import serving
 from llm_infer.commands.command import Commands
 from llm_infer.commands.options import Debug, JsonFile, Model, Precision, takes_engine_options
 from llm_infer.options import DEFAULT_MODEL_NAME, EngineOptions
 
 bench = Commands(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
+bench.command()(serving)
 
 
 @bench.command()

@@ -58,7 +58,7 @@ def _set_threads(threads: int | None) -> int | None:
     return threads
 
 
-def writable_file(name: str | None) -> str | None:
+def writable_file(option: typer.CallbackParam, name: str | None) -> str | None:
     """Refuses a file that cannot be written before minutes are spent on what is to be in it."""
     if name is not None:
         existed = os.path.exists(name)
@@ -68,7 +68,7 @@ def writable_file(name: str | None) -> str | None:
             if not existed:
                 os.remove(name)
         except OSError as error:
-            raise UserError(f"--json {name} cannot be written: {error.strerror}") from None
+            raise UserError(f"{option.opts[0]} {name} cannot be written: {error.strerror}") from None
     return name
 
 

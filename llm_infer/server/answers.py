@@ -121,9 +121,11 @@ def reading_of(
     """
     wanted = wanted_tools(body)
     tools, grammar, functions = None, None, {}
-    reasoning = formats.reasoning
+    formed = body.structured_outputs or (body.response_format and body.response_format.type != "text")
+    # A form of the whole answer leaves no room for thoughts.
+    reasoning = None if formed else formats.reasoning
     tail = tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False)
-    in_reasoning = starts_in_reasoning(tail, formats.reasoning)
+    in_reasoning = starts_in_reasoning(tail, reasoning)
     if wanted:
         functions = functions_of(wanted)
         choice, name = _choice(body)
@@ -144,10 +146,9 @@ def reading_of(
             name=name,
             parallel=body.parallel_tool_calls is not False,
             special_tokens=tokenizer.special_tokens,
-            reasoning=formats.reasoning,
+            reasoning=reasoning,
             in_reasoning=in_reasoning,
         )
-        formed = body.structured_outputs or (body.response_format and body.response_format.type != "text")
         if grammar is not None and formed:
             raise bad_request("forced tool calls and a form of the answer exclude each other", "tools", "invalid_value")
     markers = [*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_text
 from llm_infer.server.logs import FORMATS
+from llm_infer.text.chat_prompt import checked_variables
 
 MIB = 1 << 20
 
@@ -100,6 +102,25 @@ class ServerOptions:
         for name in ("max_num_queued_requests", "max_num_queued_tokens", "max_body_bytes"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a whole number above 0")
+        for name in (
+            "body_timeout",
+            "stall_timeout",
+            "request_timeout",
+            "keep_alive",
+            "sse_keep_alive",
+            "shutdown_timeout",
+        ):
+            value = getattr(self, name)
+            if value is not None and not (
+                math.isfinite(value) and (value > 0 or (name, value) == ("shutdown_timeout", 0))
+            ):
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number of seconds above 0")
+        if not all(self.served_model_names) or not self.metrics_prefix:
+            raise UserError("--served-model-name and --metrics-prefix: expected names that are not empty")
+        try:
+            checked_variables(self.default_chat_template_kwargs)
+        except UserError as error:
+            raise UserError(f"--default-chat-template-kwargs: {error}") from None
         for key in self.api_keys:
             if not key or not key.isascii() or any(char.isspace() for char in key):
                 raise UserError("--api-key: expected printable ASCII characters without spaces")

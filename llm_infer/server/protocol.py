@@ -129,6 +129,25 @@ class CompletionRequest(Generation):
     add_special_tokens: bool | None = None
 
 
+class CalledFunction(BaseModel):
+    """The function of a call in the history; arguments that are no JSON stay text."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    name: str = Field(min_length=1, max_length=128)
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(BaseModel):
+    """A call in the history."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+    id: str | None = None
+    type: Literal["function"] | None = "function"
+    function: CalledFunction
+
+
 class Message(BaseModel):
     """One message of a conversation."""
 
@@ -137,7 +156,7 @@ class Message(BaseModel):
     role: str = Field(min_length=1, max_length=64)
     content: Text | list[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
 

@@ -55,7 +55,7 @@ def chat_ids(
         add_generation_prompt=add_generation_prompt,
         bos_token=bos,
         eos_token=eos,
-        **_checked_variables(variables),
+        **checked_variables(variables),
     )
     checked, definitions = checked_messages(messages), checked_tools(tools)
     text = render(checked, tools=definitions)
@@ -100,7 +100,8 @@ OURS = frozenset(
 """Names that no variable of a template may have: arguments of ours, and of those who render templates elsewhere."""
 
 
-def _checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+def checked_variables(variables: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Returns variables for a template; raises RequestError where one has a name of OURS."""
     if variables is None:
         return {}
     if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):

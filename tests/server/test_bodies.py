@@ -57,6 +57,7 @@ def test_every_number_out_of_its_range_is_refused_by_name(client: httpx.Client) 
         json.dumps({**CHAT, **COMPLETION, "stop": [""]}).encode(),
         json.dumps({**CHAT, **COMPLETION, "stop": ["a"] * 17}).encode(),
         json.dumps({**CHAT, **COMPLETION, "logit_bias": {"x": 1}}).encode(),
+        json.dumps({**CHAT, **COMPLETION, "logit_bias": {"1" * 5000: 1}}).encode(),
         json.dumps({**CHAT, **COMPLETION, "logit_bias": {"500": 1}}).encode(),
         json.dumps({**CHAT, **COMPLETION, "logit_bias": {str(i): 1 for i in range(2000)}}).encode(),
         json.dumps({**CHAT, **COMPLETION, "stop_token_ids": [500]}).encode(),

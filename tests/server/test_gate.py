@@ -165,6 +165,17 @@ def test_keys_come_from_flags_files_and_the_environment(tmp_path: Path, monkeypa
     ):
         with pytest.raises(UserError):
             ServerOptions(**wrong)  # type: ignore[arg-type]
+    for values in (
+        {"keep_alive": float("nan")},
+        {"sse_keep_alive": 0.0},
+        {"shutdown_timeout": -1.0},
+        {"metrics_prefix": ""},
+        {"served_model_names": ("",)},
+    ):
+        with pytest.raises(UserError):
+            ServerOptions(**values)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="messages"):
+        ServerOptions(default_chat_template_kwargs={"messages": 1})
     assert "sk-a" not in repr(ServerOptions(api_keys=("sk-a",)))
 
 

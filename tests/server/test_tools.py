@@ -165,3 +165,20 @@ def test_formats_come_from_the_template_or_by_name() -> None:
     template = "{% if tools %}<tool_call>{{ arguments }}</tool_call>{% endif %}<think></think>"
     assert Formats(template).tools is tool_format("hermes") and Formats(template).reasoning is reasoning_format("qwen3")
     assert Formats(template, "none", "none").tools is None and Formats(template, "none", "none").reasoning is None
+
+
+def test_a_form_of_the_answer_is_no_reasoning(tiny_llm: LLM) -> None:
+    served = Served(tiny_llm, reasoning_parser="deepseek_r1")
+    with OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        form: Any = {"structured_outputs": {"choice": ["New York", "Boston"]}}
+        message = client.chat.completions.create(model=NAME, messages=ASK, extra_body=form).choices[0].message
+        assert message.content in ("New York", "Boston")
+        free = client.chat.completions.create(model=NAME, messages=ASK, max_tokens=5, seed=1)
+        assert free.choices[0].message.content == "" and free.choices[0].message.reasoning_content
+        assert free.usage.completion_tokens_details.reasoning_tokens > 0
+        texts = ["", ""]
+        for chunk in client.chat.completions.create(model=NAME, messages=ASK, max_tokens=5, seed=1, stream=True):
+            texts[0] += chunk.choices[0].delta.content or ""
+            texts[1] += getattr(chunk.choices[0].delta, "reasoning", None) or ""
+        assert texts == ["", free.choices[0].message.reasoning_content]
+    served.stop()
