@@ -14,6 +14,7 @@ from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_text
 from llm_infer.server.logs import FORMATS
 from llm_infer.text.chat_prompt import checked_variables
+from llm_infer.text.chat_template import why_invalid
 
 MIB = 1 << 20
 
@@ -117,6 +118,8 @@ class ServerOptions:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a number of seconds above 0")
         if not all(self.served_model_names) or not self.metrics_prefix:
             raise UserError("--served-model-name and --metrics-prefix: expected names that are not empty")
+        if self.chat_template is not None and (problem := why_invalid(self.chat_template)) is not None:
+            raise UserError(f"--chat-template: {problem}")
         try:
             checked_variables(self.default_chat_template_kwargs)
         except UserError as error:

@@ -6,8 +6,10 @@ import asyncio
 import gc
 import os
 import socket
+import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -116,6 +118,7 @@ def serve(engine_options: EngineOptions, options: ServerOptions) -> int:
 async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
     logs.set_up(options.log_format, requests=options.log_requests)
     listening = _socket(options)
+    own = None if options.uds is None else os.stat(options.uds)
     service = Service(engine_options, options)
     signals = 0
 
@@ -171,8 +174,8 @@ async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
         await service.close()  # what still runs gets an error, and its answer ends
         server.should_exit = True
         await serving
-        if options.uds is not None:
-            _remove(options.uds)
+        if options.uds is not None and own is not None:
+            _remove_own(options.uds, listening, own)
     if service.is_loading:  # the end of the process would wait for its compilers
         sys.stderr.flush()
         os._exit(status)
@@ -208,7 +211,7 @@ def _socket(options: ServerOptions) -> socket.socket:
     """
     try:
         if options.uds is not None:
-            _remove(options.uds)
+            _remove_dead(options.uds)
             made = socket.socket(socket.AF_UNIX)
             made.bind(options.uds)
             os.chmod(options.uds, 0o660)
@@ -226,15 +229,24 @@ def _socket(options: ServerOptions) -> socket.socket:
         raise UserError(f"cannot listen at {where}: {error.strerror or error}; choose another with {flag}") from None
 
 
-def _remove(path: str) -> None:
-    """Removes the socket that a server before has left; nothing else."""
-    import stat
+def _remove_dead(path: str) -> None:
+    """Removes the socket that a server before has left; one that somebody answers at stays, and so does any other file."""
+    with suppress(OSError):
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+        with socket.socket(socket.AF_UNIX) as other:
+            try:
+                other.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
 
-    try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
+
+def _remove_own(path: str, listening: socket.socket, made: os.stat_result) -> None:
+    """Removes our socket, unless it is another's by now."""
+    listening.close()
+    with suppress(OSError):
+        if os.path.samestat(os.stat(path), made):
             os.unlink(path)
-    except OSError:
-        pass
 
 
 def _shown_address(listening: socket.socket) -> str:

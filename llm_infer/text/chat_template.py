@@ -56,6 +56,15 @@ def apply_chat_template(
     return PROCESSES.render(template, variables)
 
 
+def why_invalid(template: str) -> str | None:
+    """Returns what is wrong with a template that is no Jinja; None if it is, whatever it makes of messages."""
+    try:
+        PROCESSES.render(template, {"messages": [], "tools": None, "documents": None, "add_generation_prompt": True})
+    except RequestError as error:
+        return str(error) if "not valid Jinja" in str(error) else None
+    return None
+
+
 @lru_cache(maxsize=32)
 def _wants_parts(template: str) -> bool:
     """Checks whether the template reads `content` only as a list of parts, by trying a word in either form."""

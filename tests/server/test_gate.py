@@ -174,6 +174,8 @@ def test_keys_come_from_flags_files_and_the_environment(tmp_path: Path, monkeypa
     ):
         with pytest.raises(UserError):
             ServerOptions(**values)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="not valid Jinja"):
+        ServerOptions(chat_template="{% for m in messages %}")
     with pytest.raises(UserError, match="messages"):
         ServerOptions(default_chat_template_kwargs={"messages": 1})
     assert "sk-a" not in repr(ServerOptions(api_keys=("sk-a",)))

@@ -140,6 +140,9 @@ def test_a_socket_of_unix_is_removed_again(start, tmp_path: Path) -> None:
     assert server.url() == f"unix:{path}"
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
         assert client.get("/health").json()["status"] == "ready"
+    second = start("--uds", str(path), "--warm-up", "none")
+    assert second.end() == 1 and second.lines[-1].startswith(f"error: cannot listen at {path}: ")
+    assert path.exists()
     server.process.send_signal(signal.SIGINT)
     assert server.end() == 0 and not path.exists()
 
