@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import suppress
@@ -15,7 +16,7 @@ from pydantic import ValidationError
 from llm_infer.server import fields, logs
 from llm_infer.server.errors import MAX_VALIDATION_ERRORS, ApiError, bad_request
 from llm_infer.server.protocol import Body
-from llm_infer.server.service import Service
+from llm_infer.server.service import Service, Ticket
 
 B = TypeVar("B", bound=Body)
 Scope = MutableMapping[str, Any]
@@ -43,6 +44,7 @@ class Exchange:
     Attributes:
         request_id: the client's, or one of ours; in the answer's header.
         salt: what separates cached prefixes of clients with different keys.
+        ticket: what a stream waits for.
         facts: what a trace tells of the request, by OpenTelemetry's names.
         started: the status has been sent, so an error can only be an event.
     """
@@ -56,6 +58,8 @@ class Exchange:
         self.headers: dict[str, str] = {}
         self.started = False
         self.status = 0
+        self.ticket: Ticket | None = None
+        self._writing_since: float | None = None
         self.facts: dict[str, Any] = {}
 
     async def read(self) -> bytes:
@@ -128,13 +132,11 @@ class Exchange:
         if isinstance(content, bytes):
             body, kind = content, "text/plain; charset=utf-8"
         else:
-            body = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
-                "utf-8", "replace"
-            )
+            body = encoded(content)
             kind = "application/json"
         shown = {"content-type": kind, "content-length": str(len(body)), **self.headers, **(headers or {})}
         await self._begin(status, shown)
-        await self._write(b"" if self.scope["method"] == "HEAD" else body, more=False)
+        await self._write(b"" if self.scope["method"] == "HEAD" else body)
 
     async def begin_stream(self) -> None:
         """Sends the status and the headers of a stream of events."""
@@ -147,11 +149,20 @@ class Exchange:
 
     async def frames(self, data: bytes) -> None:
         """Sends events."""
-        await self._write(data, more=True)
+        self._writing_since = time.monotonic()  # and no timer for each: `tick` looks at it
+        await self._sent({"type": "http.response.body", "body": data, "more_body": True})
+        self._writing_since = None
 
     async def end_stream(self, data: bytes = DONE) -> None:
         """Sends the last events."""
-        await self._write(data, more=False)
+        await self._write(data)
+
+    def tick(self) -> bool:
+        """Does what time asks for, at most a second late; False says that the reader of a stream has stalled for too long."""
+        options, now = self.service.options, time.monotonic()
+        if self.ticket is not None and now - self.ticket.last_news > options.sse_keep_alive:
+            self.ticket.nudge()
+        return self._writing_since is None or now - self._writing_since < options.stall_timeout
 
     async def fail(self, error: ApiError) -> None:
         """Sends an error: as the answer, or as an event where the answer has begun."""
@@ -165,15 +176,15 @@ class Exchange:
         pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         await self._sent({"type": "http.response.start", "status": status, "headers": pairs})
 
-    async def _write(self, data: bytes, *, more: bool) -> None:
-        """Hands bytes to the connection; whoever takes none for too long is given up.
+    async def _write(self, data: bytes) -> None:
+        """Hands the last bytes to the connection; whoever takes none for too long is given up.
 
         Raises:
             ClientGoneError: the reader stalls.
         """
         try:
             async with asyncio.timeout(self.service.options.stall_timeout):
-                await self._sent({"type": "http.response.body", "body": data, "more_body": more})
+                await self._sent({"type": "http.response.body", "body": data, "more_body": False})
         except TimeoutError:
             raise ClientGoneError from None
 
@@ -190,8 +201,15 @@ class Exchange:
 
 def event(content: Any) -> bytes:
     """Returns a server-sent event of JSON."""
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+    return b"data: " + encoded(content) + b"\n\n"
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def encoded(content: Any) -> bytes:
+    """Returns JSON in UTF-8."""
+    return _encode(content).encode("utf-8", "replace")
 
 
 Handler = Callable[[Exchange, bytes], Awaitable[None]]
@@ -246,18 +264,25 @@ class Endpoint:
 
     async def _watched(self, exchange: Exchange, body: bytes) -> None:
         """Runs the handler; ends it when the client leaves."""
-        limit = self._service.options.request_timeout
+        options = self._service.options
+        limit = options.request_timeout
+        end = math.inf if limit is None else time.monotonic() + limit
+        interval = min(1.0, options.stall_timeout, options.sse_keep_alive)
         work = asyncio.ensure_future(self._handler(exchange, body))
         watch = asyncio.ensure_future(exchange.gone())
         try:
-            await asyncio.wait((work, watch), timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            stalls = False
+            while not (work.done() or watch.done() or stalls or time.monotonic() >= end):
+                wait = min(interval, end - time.monotonic())
+                await asyncio.wait((work, watch), timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                stalls = not exchange.tick()
             if work.done():
                 work.result()
                 return
             work.cancel()
             with suppress(asyncio.CancelledError):
                 await work
-            if watch.done():
+            if watch.done() or stalls:
                 raise ClientGoneError
             raise ApiError(504, f"the request took longer than {limit} s", code="timeout")
         finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any
 from llm_infer.base.outputs import RequestOutput
 from llm_infer.frontend.prompts import Asked
 from llm_infer.server.choices import Gathered, gathered, require_success, usage, usage_of
-from llm_infer.server.exchange import DONE, Exchange, event
+from llm_infer.server.exchange import DONE, Exchange, encoded, event
 from llm_infer.server.protocol import Generation
 from llm_infer.server.service import Ticket
 
@@ -93,21 +92,22 @@ async def stream(
     options = body.stream_options
     with_usage = options is not None and bool(options.include_usage)
     running_usage = options is not None and bool(options.continuous_usage_stats)
-    prefix = b"data: " + json.dumps(head, separators=(",", ":")).encode()[:-1] + b',"choices":['
+    prefix = b"data: " + encoded(head)[:-1] + b',"choices":['
     service, n = exchange.service, body.n or 1
     new_tokens = 0
 
     def frame(choice: dict[str, Any], ticket: Ticket) -> bytes:
-        text = json.dumps(choice, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "replace")
+        text = encoded(choice)
         if running_usage:
-            counts = json.dumps(usage(ticket.prompt_tokens, new_tokens), separators=(",", ":")).encode()
+            counts = encoded(usage(ticket.prompt_tokens, new_tokens))
             return prefix + text + b'],"usage":' + counts + b"}\n\n"
         return prefix + text + (b'],"usage":null}\n\n' if with_usage else b"]}\n\n")
 
     async with service.running(asked, stream=True) as ticket:
         _note(exchange, ticket)
+        exchange.ticket = ticket
         # A request that is refused, or ends at once, gets a status of its own: so the first news are awaited.
-        updates = await ticket.news(service.options.sse_keep_alive)
+        updates = await ticket.news()
         found = gathered(updates, n)
         await exchange.begin_stream()
         await exchange.frames(b"".join(frame(choice, ticket) for choice in first()) or KEEP_ALIVE)
@@ -126,7 +126,7 @@ async def stream(
                 return
             if out:
                 await exchange.frames(b"".join(out))
-            updates = await ticket.news(service.options.sse_keep_alive)
+            updates = await ticket.news()
             if not updates:
                 await exchange.frames(KEEP_ALIVE)
             found = gathered(updates, n)

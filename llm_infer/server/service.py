@@ -49,6 +49,7 @@ class Ticket:
     Attributes:
         prompt_tokens: tokens of all its prompts.
         started: its first token has been scheduled.
+        last_news: when somebody was last told something, in seconds of the monotonic clock.
     """
 
     def __init__(self, number: int, asked: Sequence[Asked]) -> None:
@@ -56,7 +57,7 @@ class Ticket:
         self.prompt_tokens = sum(len(one.ids) for one in asked)
         self.num_requests = len(asked)
         self.started = False
-        self.arrival = time.monotonic()
+        self.last_news = time.monotonic()
         self._updates: deque[Update] = deque()
         self._news = asyncio.Event()
 
@@ -65,15 +66,16 @@ class Ticket:
         self._updates.append(update)
         self._news.set()
 
-    async def news(self, timeout: float | None = None) -> list[Update]:
-        """Returns all updates that are there; waits for one if there is none, and returns none after `timeout` seconds."""
+    def nudge(self) -> None:
+        """Has who waits go on without news."""
+        self._news.set()
+
+    async def news(self) -> list[Update]:
+        """Returns all updates that are there; waits for one if there is none, and returns none after a nudge."""
         if not self._updates:
             self._news.clear()
-            try:
-                async with asyncio.timeout(timeout):  # wait_for may swallow a cancellation in Python 3.11
-                    await self._news.wait()
-            except TimeoutError:
-                return []
+            await self._news.wait()
+        self.last_news = time.monotonic()
         found = list(self._updates)
         self._updates.clear()
         return found
