@@ -274,7 +274,8 @@ def crowded(tiny_llm: LLM) -> Iterator[Served]:
     engine.scheduler = before
 
 
-def test_chaos_changes_no_text_and_loses_no_page(crowded: Served) -> None:
+@pytest.mark.parametrize(("clients", "visits"), [(24, 150), pytest.param(300, 1500, marks=pytest.mark.sweep)])
+def test_chaos_changes_no_text_and_loses_no_page(crowded: Served, clients: int, visits: int) -> None:
     draw = random.Random(5)
     bodies = [
         {
@@ -321,8 +322,8 @@ def test_chaos_changes_no_text_and_loses_no_page(crowded: Served) -> None:
             if texts != [choice["text"] for choice in alone[number % len(bodies)]["choices"]]:
                 wrong.append(f"{body}: {texts}")
 
-    with ThreadPoolExecutor(24) as pool:
-        list(pool.map(visit, range(150)))
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(visit, range(visits)))
     assert not wrong
     assert crowded.llm.engine.scheduler.num_preemptions > 20
     books_are_clean(crowded)
