@@ -163,6 +163,7 @@ async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
             if not hasattr(service, "engine"):  # it could not be loaded
                 server.should_exit = True
                 await serving
+                assert service.error is not None
                 raise service.error
             print(f"error: {service.failure}", file=sys.stderr)
             status = 1

@@ -91,6 +91,7 @@ class Service:
     Attributes:
         formats: how the model writes calls and reasoning.
         state: "loading" and "compiling" come before "ready"; "draining" and "dead" after it.
+        failure, error: why it is dead.
         done, total: programs that were compiled before it is ready, and how many there are.
         stats: figures of the engine after its last step with news.
     """
@@ -106,6 +107,7 @@ class Service:
         self.engine_options = engine_options
         self.state: State = "loading"
         self.failure: str | None = None
+        self.error: BaseException | None = None
         self.formats = Formats(None, options.tool_call_parser, options.reasoning_parser)
         self.done = self.total = 0
         self.created = int(time.time())
@@ -124,7 +126,6 @@ class Service:
         self._tickets: dict[int, Ticket] = {}
         self._numbers = itertools.count()
         self._queued_requests = self._queued_tokens = 0
-        self._reading_requests = 0
         self._workers = ThreadPoolExecutor(WORKERS, thread_name_prefix="prompts")
 
     # Its life.
