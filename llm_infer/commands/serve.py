@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import parsed_json, read_text
-from llm_infer.commands.options import Quiet, Threads, takes_engine_options
+from llm_infer.commands.options import Quiet, Threads, existing_model, takes_engine_options
 from llm_infer.options import EngineOptions
 
 NEEDED = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client")
@@ -19,6 +20,7 @@ NEEDED = ("starlette", "uvicorn", "httptools", "pydantic", "prometheus_client")
 
 @takes_engine_options()
 def serve(
+    model_name: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="The model, as --model names it.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all of this machine's.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at; 0 takes a free one.")] = 8000,
     uds: Annotated[str | None, typer.Option(metavar="PATH", help="Unix socket, in place of host and port.")] = None,
@@ -40,6 +42,9 @@ def serve(
     ] = None,
     default_chat_template_kwargs: Annotated[
         str | None, typer.Option(metavar="JSON", help="Variables of the chat template.")
+    ] = None,
+    override_generation_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Sampling of requests that do not name it.")
     ] = None,
     tool_call_parser: Annotated[
         str | None, typer.Option(metavar="NAME", help="Form of the model's tool calls; else its template's.")
@@ -87,6 +92,8 @@ def serve(
         raise UserError(f"serve needs {', '.join(missing)}: pip install 'llm-infer[server]'")
     from llm_infer.server.options import ServerOptions, read_api_keys
 
+    if model_name is not None:
+        options = replace(options, model=existing_model(model_name))
     server_options = ServerOptions(
         host=host,
         port=port,
@@ -96,7 +103,8 @@ def serve(
         allowed_hosts=tuple(allowed_host or ()),
         allowed_origins=tuple(allowed_origin or ()),
         chat_template=None if chat_template is None else read_text(chat_template, f"--chat-template {chat_template}"),
-        default_chat_template_kwargs=_mapping(default_chat_template_kwargs),
+        default_chat_template_kwargs=_mapping("--default-chat-template-kwargs", default_chat_template_kwargs),
+        default_sampling=_mapping("--override-generation-config", override_generation_config),
         tool_call_parser=tool_call_parser,
         reasoning_parser=reasoning_parser,
         max_num_queued_requests=max_num_queued_reqs,
@@ -117,8 +125,6 @@ def serve(
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
     )
-    from dataclasses import replace
-
     from llm_infer.parallel.distributed import on_cluster
 
     if options.coordinator_address is not None or on_cluster():
@@ -132,10 +138,10 @@ def serve(
         sys.exit(status)
 
 
-def _mapping(text: str | None) -> dict[str, Any]:
+def _mapping(flag: str, text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
-    found = parsed_json(text, "--default-chat-template-kwargs")
+    found = parsed_json(text, flag)
     if not isinstance(found, dict):
-        raise UserError(f"--default-chat-template-kwargs {json.dumps(found):.60}: expected a JSON object")
+        raise UserError(f"{flag} {json.dumps(found):.60}: expected a JSON object")
     return found

@@ -55,8 +55,8 @@ class Engine:
             others `follow`.
 
     Attributes:
-        levels: sets of features for which programs are made, so that mixed requests need no program for each mixture; with
-            none, each mixture has its own.
+        levels: sets of features for which programs are made, so that mixed requests need no program for each mixture: the
+            first that has all. With none, each mixture has its own.
 
     Raises:
         UserError: the configuration does not fit the model, or the draft model does not.
@@ -168,10 +168,9 @@ class Engine:
         return programs
 
     def _level(self, features: StepFeatures) -> StepFeatures:
-        """Returns the least of `levels` that has these features; themselves if there is none."""
+        """Returns the first of `levels` that has these features; themselves if there is none."""
         drafts = features & StepFeatures.DRAFTS
-        fitting = [level for level in self.levels if (features & ~drafts) in level]
-        return min(fitting, key=lambda level: len(list(level)), default=features) | drafts
+        return next((level for level in self.levels if (features & ~drafts) in level), features) | drafts
 
     def add_request(
         self,

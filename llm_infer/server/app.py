@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import NamedTuple
 
 from pydantic import BaseModel
@@ -9,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route, Router
 
-from llm_infer.server import operations, tokens
+from llm_infer.server import logs, operations, tokens
 from llm_infer.server.chat import chat_completions
 from llm_infer.server.completions import completions
 from llm_infer.server.embeddings import embeddings
@@ -88,6 +89,12 @@ class _Answering:
             await Exchange(scope, receive, send, self._service).fail(found)
 
 
+def _note_refusal(service: Service, method: str, request_id: str, error: ApiError) -> None:
+    service.metrics.answered("-", error.status)
+    log = logging.getLogger(logs.LOGGER)
+    logs.request_ended(log, id=request_id, method=method, route="-", status=error.status, seconds=0.0, code=error.code)
+
+
 def make_app(service: Service) -> object:
     """Returns the ASGI application over a service."""
     service.metrics.watch(service)
@@ -96,7 +103,8 @@ def make_app(service: Service) -> object:
         endpoint = Endpoint(route.handler, service, route.path)
         paths = [route.path, *([route.path.removeprefix("/v1")] if route.alias else [])]
         routes += [Route(path, endpoint, methods=[route.method]) for path in paths]
-    app: object = Gate(_Answering(Router(routes, redirect_slashes=False), service), service.options)
+    inner = _Answering(Router(routes, redirect_slashes=False), service)
+    app: object = Gate(inner, service.options, lambda *facts: _note_refusal(service, *facts))
     if service.options.allowed_origins:
         app = CORSMiddleware(
             app,  # type: ignore[arg-type]

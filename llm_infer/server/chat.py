@@ -27,7 +27,7 @@ async def chat_completions(exchange: Exchange, data: bytes) -> None:
     body = await exchange.parsed(ChatRequest, data)
     service = exchange.service
     service.require_ready()
-    params = sampling_params(body)
+    params = sampling_params(body, service.options.default_sampling)
     messages = plain_messages(body.messages)
     salt = salted(exchange, body.cache_salt)
     service.admit(1)

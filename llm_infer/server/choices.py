@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llm_infer.base.outputs import Logprob, RequestOutput
-from llm_infer.server.engine_thread import Update
+from llm_infer.server.engine_thread import STOPPING, Update
 from llm_infer.server.errors import ApiError, bad_request
 from llm_infer.text.tokenizer import Tokenizer
 
@@ -136,9 +136,12 @@ def gathered(updates: Iterable[Update], n: int) -> dict[int, Gathered]:
 def require_success(update: Update) -> None:
     """Raises ApiError if a job ended with an error, or one of its samples did."""
     if update.error is not None:
+        if update.error == STOPPING:
+            raise ApiError(503, update.error, code="server_stopping")
         if update.fault:
             raise ApiError(500, update.error, code="engine_error")
-        raise bad_request(update.error, None, "invalid_value")
+        too_long = "max_model_len" in update.error
+        raise bad_request(update.error, None, "context_length_exceeded" if too_long else "invalid_value")
     for result in update.results or ():
         if isinstance(result, RequestOutput):
             for output in result.outputs:

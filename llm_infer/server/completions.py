@@ -21,7 +21,7 @@ async def completions(exchange: Exchange, data: bytes) -> None:
     body = await exchange.parsed(CompletionRequest, data)
     service = exchange.service
     service.require_ready()
-    params = sampling_params(body)
+    params = sampling_params(body, service.options.default_sampling)
     prompts = as_prompts(body.prompt)
     if len(prompts) * params.num_sequences > MAX_SEQUENCES:
         raise bad_request(

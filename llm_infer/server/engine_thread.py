@@ -21,6 +21,12 @@ from llm_infer.frontend.session import MAX_TRIES, Session
 from llm_infer.frontend.tracking import TrackedRequest
 from llm_infer.scheduler.request import Request
 
+STOPPING = "the server stops"
+"""The error of what still runs when the server ends."""
+
+STATS_SECONDS = 1.0
+"""Seconds after which figures are delivered though nobody has news."""
+
 MAX_FAILED_STEPS = 3
 """Steps that may fail one after the other before the engine counts as dead: each has ended the requests that ran."""
 
@@ -54,6 +60,7 @@ class Update:
         results: one for each prompt, in the last update of a job that did not fail.
         error: why it ended otherwise.
         fault: the error is the server's, not the request's.
+        first_tokens: seconds from arrival to the first token, of prompts that have just got theirs.
     """
 
     number: int
@@ -62,6 +69,7 @@ class Update:
     results: list[RequestOutput] | list[EmbeddingOutput] | None = None
     error: str | None = None
     fault: bool = False
+    first_tokens: list[float] = field(default_factory=list)
 
     @property
     def last(self) -> bool:
@@ -82,6 +90,7 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     compiles: int = 0
+    new_tokens: int = 0
     schedule_seconds: float = 0.0
     prepare_seconds: float = 0.0
     dispatch_seconds: float = 0.0
@@ -94,6 +103,8 @@ class _Running:
     job: Job
     tracked: list[TrackedRequest]
     started: bool = False
+    without_token: set[int] = field(default_factory=set)
+    new_tokens: int = 0
 
 
 Deliver = Callable[[list[Update], EngineStats], None]
@@ -118,6 +129,7 @@ class EngineThread:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compile", initializer=_give_way)
         self._updates: list[Update] = []
         self._figures_changed = False  # though nobody has news
+        self._new_tokens, self._delivered = 0, 0.0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self.last_step = time.monotonic()
         self.dead: str | None = None
@@ -165,7 +177,7 @@ class EngineThread:
             self.dead = f"the engine has ended ({type(error).__name__}: {error!s:.300})"
             self._fail_all(self.dead)
         else:
-            self._fail_all("the server stops")
+            self._fail_all(STOPPING)
 
     def _obey(self, *, wait: bool) -> bool:
         """Carries out the commands that are there, or waits for one; False says that the thread is to end."""
@@ -197,7 +209,7 @@ class EngineThread:
             self._refuse(job, error)
             return
         if missing is None:
-            self._running[job.number] = _Running(job, tracked)
+            self._running[job.number] = _Running(job, tracked, without_token=set(range(len(tracked))))
             return
         self._compiling[job.number] = job
 
@@ -241,12 +253,15 @@ class EngineThread:
         updates, self._updates = self._updates, []
         for number, running in list(self._running.items()):
             update = _news(running)
+            self._new_tokens += running.new_tokens
             if update is not None:
                 updates.append(update)
                 if update.last:
                     del self._running[number]
                     self._session.leave(running.tracked)
-        if updates or self._figures_changed:
+        now = time.monotonic()
+        if updates or self._figures_changed or now - self._delivered > STATS_SECONDS:
+            self._delivered = now
             self._figures_changed = self._session.engine.has_work and not self._running
             self._deliver(updates, self.stats())
 
@@ -273,6 +288,7 @@ class EngineThread:
             prefix_queries=0 if cache is None else cache.num_queries,
             prefix_hits=0 if cache is None else cache.num_hits,
             compiles=runner.compiles,
+            new_tokens=self._new_tokens,
             schedule_seconds=times.schedule,
             prepare_seconds=runner.prepare,
             dispatch_seconds=runner.dispatch,
@@ -294,7 +310,12 @@ def _news(running: _Running) -> Update | None:
     if not running.started and any(one.request.first_scheduled_time is not None for one in running.tracked):
         running.started = update.started = True
     done = all(one.finished for one in running.tracked)
+    running.new_tokens = 0
     for index, one in enumerate(running.tracked):
+        running.new_tokens += sum(len(chunk.token_ids) for chunk in one.chunks)
+        if index in running.without_token and one.request.first_token_time is not None and job.kind == "generate":
+            running.without_token.discard(index)
+            update.first_tokens.append(one.request.first_token_time - (one.request.arrival_time or 0.0))
         if job.stream:
             update.chunks += [(index, chunk) for chunk in one.chunks]
             if done:
@@ -309,7 +330,7 @@ def _news(running: _Running) -> Update | None:
                 update.results = _results(job, running.tracked)
             except UserError as error:
                 update.error, update.fault = str(error), False
-    return update if update.started or update.chunks or update.last else None
+    return update if update.started or update.chunks or update.first_tokens or update.last else None
 
 
 def _results(job: Job, tracked: list[TrackedRequest]) -> Any:

@@ -44,6 +44,7 @@ class Exchange:
     Attributes:
         request_id: the client's, or one of ours; in the answer's header.
         salt: what separates cached prefixes of clients with different keys.
+        code: of the error that it ended with.
         ticket: what a stream waits for.
         facts: what a trace tells of the request, by OpenTelemetry's names.
         started: the status has been sent, so an error can only be an event.
@@ -58,6 +59,7 @@ class Exchange:
         self.headers: dict[str, str] = {}
         self.started = False
         self.status = 0
+        self.code: str | None = None
         self.ticket: Ticket | None = None
         self._writing_since: float | None = None
         self.facts: dict[str, Any] = {}
@@ -116,7 +118,7 @@ class Exchange:
         if found.model is not None and found.model not in self.service.names:
             raise ApiError(
                 404,
-                f"the model {found.model[:100]!a} is not served here: see /v1/models",
+                f"the model {found.model[:100]!a} is not served here: expected {self.service.names[0]!a} (see /v1/models)",
                 param="model",
                 code="model_not_found",
             )
@@ -166,6 +168,7 @@ class Exchange:
 
     async def fail(self, error: ApiError) -> None:
         """Sends an error: as the answer, or as an event where the answer has begun."""
+        self.code = error.code or "error"
         if self.started:
             await self.end_stream(event(error.body()))
         else:
@@ -258,8 +261,16 @@ class Endpoint:
                 if exchange.facts:
                     sent = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
                     self._service.tracing.ended(self.name, sent, exchange.facts, status, seconds)
+                counts = [exchange.facts.get(f"gen_ai.usage.{kind}_tokens", 0) for kind in ("input", "output")]
                 logs.request_ended(
-                    log, id=exchange.request_id, method=scope["method"], route=self.name, status=status, seconds=seconds
+                    log,
+                    id=exchange.request_id,
+                    method=scope["method"],
+                    route=self.name,
+                    status=status,
+                    seconds=seconds,
+                    code=exchange.code,
+                    tokens=(counts[0], counts[1]) if exchange.facts else None,
                 )
 
     async def _watched(self, exchange: Exchange, body: bytes) -> None:

@@ -7,7 +7,7 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llm_infer.server.errors import ApiError
 from llm_infer.server.exchange import Receive, Scope, Send
@@ -31,10 +31,11 @@ class Gate:
     Args:
         app: gets what is let in.
         options: keys and hosts.
+        refused: is told the method, the request's id and why, of each request that is not let in.
     """
 
-    def __init__(self, app: object, options: ServerOptions) -> None:
-        self._app, self._options = app, options
+    def __init__(self, app: object, options: ServerOptions, refused: Callable[[str, str, ApiError], None]) -> None:
+        self._app, self._options, self._refused = app, options, refused
         # Digests have one length, so the comparison says nothing about a key.
         self._keys = [hashlib.sha256(key.encode()).digest() for key in options.api_keys]
         self._hosts = _LOCAL_HOSTS | {host.lower() for host in options.allowed_hosts}
@@ -62,6 +63,7 @@ class Gate:
             self._check_host(headers)
             scope["llm_infer"]["salt"] = self._checked_key(scope, headers)
         except ApiError as error:
+            self._refused(scope["method"], request_id, error)
             body = json.dumps(error.body()).encode()
             shown = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
             shown += [(name.encode(), value.encode()) for name, value in error.headers.items()]

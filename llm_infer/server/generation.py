@@ -110,7 +110,8 @@ async def stream(
         updates = await ticket.news()
         found = gathered(updates, n)
         await exchange.begin_stream()
-        await exchange.frames(b"".join(frame(choice, ticket) for choice in first()) or KEEP_ALIVE)
+        if begin := b"".join(frame(choice, ticket) for choice in first()):
+            await exchange.frames(begin)
         while True:
             out = []
             for index, new in found.items():

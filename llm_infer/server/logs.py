@@ -28,12 +28,42 @@ def set_up(form: str, *, requests: bool) -> None:
     logging.getLogger(LOGGER).setLevel(logging.INFO if requests else logging.WARNING)
 
 
-def request_ended(log: logging.Logger, *, id: str, method: str, route: str, status: int, seconds: float) -> None:
-    """Writes that a request has ended; 499 is the status of one whose client left."""
+def request_ended(
+    log: logging.Logger,
+    *,
+    id: str,
+    method: str,
+    route: str,
+    status: int,
+    seconds: float,
+    code: str | None = None,
+    tokens: tuple[int, int] | None = None,
+) -> None:
+    """Writes that a request has ended.
+
+    Args:
+        log: where to.
+        id, method, route, seconds: the request's.
+        status: of HTTP; 499 stands for a client that left. A stream that failed later has 200 and a code.
+        code: of its error.
+        tokens: of its prompts, and new ones.
+    """
     if log.isEnabledFor(logging.INFO):
-        facts = {"id": id, "method": method, "route": route, "status": status, "seconds": round(seconds, 4)}
-        text = f"{ascii(method)[1:-1]} {route} {status} {seconds:.3f} s {ascii(id)[1:-1]}"
-        log.info(text, extra={"facts": facts})
+        facts: dict[str, object] = {
+            "id": id,
+            "method": method,
+            "route": route,
+            "status": status,
+            "seconds": round(seconds, 4),
+        }
+        text = f"{ascii(method)[1:-1]} {route} {status} {seconds:.3f} s"
+        if code is not None:
+            facts["code"] = code
+            text += f" {code}"
+        if tokens is not None:
+            facts |= {"prompt_tokens": tokens[0], "new_tokens": tokens[1]}
+            text += f" {tokens[0]} + {tokens[1]} tokens"
+        log.info(f"{text} {ascii(id)[1:-1]}", extra={"facts": facts})
 
 
 class _Text(logging.Formatter):

@@ -56,7 +56,6 @@ class Metrics:
         counters = {
             "prompt_tokens": "Tokens of prompts.",
             "prompt_tokens_cached": "Those of them that the prefix cache had.",
-            "generation_tokens": "New tokens.",
             "spec_decode_num_draft_tokens": "Tokens that speculation proposed.",
             "spec_decode_num_accepted_tokens": "Those of them that were right.",
         }
@@ -91,6 +90,8 @@ class Metrics:
 
     def observe(self, update: Update) -> None:
         """Takes in what an update says of requests that have ended."""
+        for seconds in update.first_tokens:
+            self._seconds["time_to_first_token_seconds"].observe(seconds)
         if update.error is not None:
             self.finished("error")
         for result in update.results or ():
@@ -111,7 +112,6 @@ class Metrics:
         new = sum(len(output.token_ids) for output in result.outputs)
         self._count_prompt(len(result.prompt_token_ids))
         self._counters["prompt_tokens_cached"].inc(result.num_cached_tokens)
-        self._counters["generation_tokens"].inc(new)
         self._tokens["request_generation_tokens"].observe(new)
         for output in result.outputs:
             self.finished(output.finish_reason or "abort")
@@ -122,7 +122,6 @@ class Metrics:
         self._counters["spec_decode_num_accepted_tokens"].inc(times.num_accepted_tokens)
         decode = times.total - times.time_to_first_token
         values = {
-            "time_to_first_token_seconds": times.time_to_first_token,
             "e2e_request_latency_seconds": times.total,
             "request_queue_time_seconds": times.queue,
             "request_prefill_time_seconds": times.time_to_first_token - times.queue,
@@ -168,6 +167,7 @@ class _Figures:
             "num_preemptions": ("Sequences that lost their pages and computed again.", stats.preemptions),
             "copied_pages": ("Pages copied on write.", stats.copied_pages),
             "compiles": ("Step programs compiled.", stats.compiles),
+            "generation_tokens": ("New tokens.", stats.new_tokens),
             "engine_steps": ("Steps of the engine.", stats.steps),
             "step_schedule_seconds": ("Seconds of planning steps.", stats.schedule_seconds),
             "step_prepare_seconds": ("Seconds of writing plans.", stats.prepare_seconds),

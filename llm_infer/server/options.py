@@ -13,6 +13,7 @@ from typing import Any
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_text
 from llm_infer.server.logs import FORMATS
+from llm_infer.server.sampling import checked_defaults
 from llm_infer.text.chat_prompt import checked_variables
 from llm_infer.text.chat_template import why_invalid
 
@@ -35,6 +36,7 @@ class ServerOptions:
         default_chat_template_kwargs: variables of the template that requests need not give.
         tool_call_parser, reasoning_parser: names of the formats in which the model writes calls and reasoning; None takes
             what its template shows, "none" leaves all in the text.
+        default_sampling: parameters for requests that do not name them, by the names of generation_config.json.
         max_num_queued_requests: most requests that wait for their first step.
         max_num_queued_tokens: most prompt tokens of those.
         overload_status: status of a request that is one too many, 429 or 503.
@@ -69,6 +71,7 @@ class ServerOptions:
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
     max_num_queued_requests: int = 512
     max_num_queued_tokens: int = 1 << 20
     overload_status: int = 429
@@ -124,6 +127,10 @@ class ServerOptions:
             checked_variables(self.default_chat_template_kwargs)
         except UserError as error:
             raise UserError(f"--default-chat-template-kwargs: {error}") from None
+        try:
+            checked_defaults(self.default_sampling)
+        except UserError as error:
+            raise UserError(f"--override-generation-config: {error}") from None
         for key in self.api_keys:
             if not key or not key.isascii() or any(char.isspace() for char in key):
                 raise UserError("--api-key: expected printable ASCII characters without spaces")

@@ -128,7 +128,7 @@ async def _serve(engine_options: EngineOptions, options: ServerOptions) -> int:
         service.drain()
         if signals == 1 and service.num_active:
             limit = f"{options.shutdown_timeout:g} s to end"
-            print(f"stopping: {service.num_active} requests have {limit}; again stops at once", file=sys.stderr)
+            print(f"stopping: {service.num_active} running have {limit}; again stops at once", file=sys.stderr)
         if signals > 1:
             server.force_exit = True
         stop.set()
@@ -193,6 +193,15 @@ async def _say_when_ready(service: Service, options: ServerOptions, listening: s
     scheme = "http" if options.ssl_certfile is None else "https"
     where = f"unix:{options.uds}" if options.uds is not None else f"{scheme}://{_shown_address(listening)}"
     print(f"serving {service.names[0]} at {where} (Ctrl-C stops)", file=sys.stderr, flush=True)
+    engine = service.session.engine
+    size = engine.config.cache.page_size
+    tools = "none" if service.formats.tools is None else service.formats.tools.name
+    limits = f"{engine.max_model_len} tokens of context, {engine.config.scheduler.max_num_seqs} sequences at once"
+    print(
+        f"{limits}, {engine.runner.num_pages} pages of {size} tokens; form of tool calls: {tools}",
+        file=sys.stderr,
+        flush=True,
+    )
     if not (options.on_loopback or options.api_keys or options.uds):
         print("note: whoever reaches this machine may ask; --api-key KEY asks for a key", file=sys.stderr, flush=True)
 
@@ -226,7 +235,7 @@ def _socket(options: ServerOptions) -> socket.socket:
         return made
     except OSError as error:
         where = options.uds if options.uds is not None else f"{options.host}:{options.port}"
-        flag = "--uds" if options.uds is not None else "--port"
+        flag = "--uds" if options.uds is not None else "--host or --port"
         raise UserError(f"cannot listen at {where}: {error.strerror or error}; choose another with {flag}") from None
 
 

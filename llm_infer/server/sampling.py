@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from llm_infer.base.errors import RequestError
+from llm_infer.base.errors import RequestError, UserError
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.structured import StructuredOutputsParams
 from llm_infer.frontend.prompts import require_streamable
@@ -19,13 +20,34 @@ AS_THEY_ARE = (
 """Fields that `SamplingParams` has by the same name; null stands for its default."""
 
 
-def sampling_params(body: Generation) -> SamplingParams:
-    """Returns the parameters that a body asks for.
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "max_new_tokens")
+"""Parameters that a server may have defaults of its own for, by the names of generation_config.json."""
+
+
+def checked_defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns defaults of parameters.
+
+    Raises:
+        UserError: one is unknown or out of range.
+    """
+    for name, value in defaults.items():
+        if name not in DEFAULTS or isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"{name}={value!r:.60}: expected numbers for some of {', '.join(DEFAULTS)}")
+    known = {name: value for name, value in defaults.items() if name != "max_new_tokens"}
+    SamplingParams(max_tokens=defaults.get("max_new_tokens", 16), **known)
+    return dict(defaults)
+
+
+def sampling_params(body: Generation, defaults: Mapping[str, Any]) -> SamplingParams:
+    """Returns the parameters that a body asks for; those that it does not name are `defaults`, then ours.
 
     Raises:
         ApiError: they contradict each other.
     """
     given: dict[str, Any] = {name: value for name in AS_THEY_ARE if (value := getattr(body, name)) is not None}
+    most = defaults.get("max_new_tokens")
+    if not body.use_beam_search:
+        given = {name: value for name, value in defaults.items() if name in AS_THEY_ARE} | given
     count = body.n or 1
     if body.use_beam_search:
         given["beam_width"] = count
@@ -36,7 +58,7 @@ def sampling_params(body: Generation) -> SamplingParams:
     if body.allowed_token_ids is not None:
         given["allowed_token_ids"] = tuple(body.allowed_token_ids)
     if isinstance(body, ChatRequest):
-        given["max_tokens"] = body.max_completion_tokens or body.max_tokens
+        given["max_tokens"] = body.max_completion_tokens or body.max_tokens or most
         given["logprobs"] = _chat_logprobs(body)
     elif isinstance(body, CompletionRequest):
         given["max_tokens"] = max(1, 16 if body.max_tokens is None else body.max_tokens)

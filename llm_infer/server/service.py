@@ -34,7 +34,7 @@ GENERATION = StepFeatures.LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKE
 EVERYTHING = GENERATION | StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED | StepFeatures.BEAMS
 SCORING = StepFeatures.LOGPROBS | StepFeatures.PROMPT_LOGPROBS
 
-LEVELS = (PLAIN, StepFeatures.POOLED, StepFeatures.BEAMS, SCORING, GENERATION, EVERYTHING)
+LEVELS = (PLAIN, GENERATION, StepFeatures.POOLED, StepFeatures.BEAMS, SCORING, EVERYTHING)
 """Programs that there may be of each size: with one for each mixture of requests, some client would always wait."""
 
 WORKERS = 2
@@ -152,6 +152,7 @@ class Service:
             with suppress(UserError):  # without the library for them requests with grammars are refused
                 self.session.prompts.grammars()
             self.engine = EngineThread(self.session, self._deliver)
+            self._tell(self._take, [], self.engine.stats())
             self.engine.start()
             self._tell(self._set_state, "ready")
         except BaseException as error:

@@ -171,6 +171,9 @@ def test_keys_come_from_flags_files_and_the_environment(tmp_path: Path, monkeypa
         {"shutdown_timeout": -1.0},
         {"metrics_prefix": ""},
         {"served_model_names": ("",)},
+        {"default_sampling": {"temperature": "hot"}},
+        {"default_sampling": {"top_p": 2}},
+        {"default_sampling": {"n": 2}},
     ):
         with pytest.raises(UserError):
             ServerOptions(**values)  # type: ignore[arg-type]

@@ -371,3 +371,26 @@ def test_long_work_keeps_no_one_from_asking_for_health(served: Served) -> None:
             slowest = max(slowest, time.perf_counter() - started)
         assert work.result().json()["count"] > 100_000
     assert slowest < 5.0  # generous: other tests run beside this one
+
+
+def test_figures_grow_while_a_request_runs(served: Served) -> None:
+    tokens, firsts = metric(served, "generation_tokens_total"), metric(served, "time_to_first_token_seconds_count")
+    prompts = [[9] * 4] * 400
+    connection = sent(served, {"prompt": prompts, "max_tokens": 100, "ignore_eos": True})
+    served.wait_until(lambda: served.service.stats.new_tokens > tokens + 100)
+    assert metric(served, "time_to_first_token_seconds_count") > firsts
+    connection.close()
+    books_are_clean(served)
+    assert metric(served, "generation_tokens_total") > tokens + 100  # though it was aborted
+
+
+def test_defaults_of_the_server_hold_for_who_names_none(tiny_llm: LLM) -> None:
+    served = Served(tiny_llm, default_sampling={"temperature": 0, "max_new_tokens": 5})
+    with served.client() as client:
+        chat = {"messages": [{"role": "user", "content": "The page"}], "ignore_eos": True}
+        texts = {
+            client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]["content"] for _ in range(3)
+        }
+        answer = client.post("/v1/chat/completions", json={**chat, "max_tokens": 7, "temperature": 1}).json()
+    assert len(texts) == 1 and answer["usage"]["completion_tokens"] == 7
+    served.stop()
