@@ -45,7 +45,7 @@ class Served:
         self._ready = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._run()), daemon=True)
         self._thread.start()
-        assert self._ready.wait(60)
+        assert self._ready.wait(300)
 
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
