@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 from llm_infer.base.errors import UserError
 from llm_infer.base.outputs import Logprob, StreamChunk
-
-DEFAULT_LIMITS = (256, 512)
-"""Most new tokens of `generate` and of `chat` where nothing is said."""
+from llm_infer.commands.sampling import CHAT_TOKENS, GENERATE_TOKENS
 
 if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
@@ -59,7 +57,7 @@ def _why_cut(num_tokens: int, params: SamplingParams) -> str:
     """Says why an answer is cut; nothing where the user has chosen the number of tokens of a plain text."""
     full = params.max_tokens is None or num_tokens < params.max_tokens
     structure = params.structured_outputs
-    if not full and structure is None and params.max_tokens not in DEFAULT_LIMITS:
+    if not full and structure is None and params.max_tokens not in (GENERATE_TOKENS, CHAT_TOKENS):
         return ""
     limit = "the context is full" if full else f"--max-tokens {params.max_tokens} is reached"
     raising = "give a shorter prompt or raise --max-model-len" if full else "raise --max-tokens (-n)"

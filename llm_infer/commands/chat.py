@@ -16,7 +16,7 @@ from llm_infer.commands.command import with_flags
 from llm_infer.commands.interactive import Messages, for_requests, interactive_llm, read_conversation
 from llm_infer.commands.line_input import LineInput
 from llm_infer.commands.options import ONE_USER, Quiet, System, Threads, Verbose, takes_engine_options
-from llm_infer.commands.sampling import FLAGS, sampling_params
+from llm_infer.commands.sampling import CHAT_TOKENS, FLAGS, sampling_params
 from llm_infer.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ Ctrl-C         stops an answer"""
 
 
 @takes_engine_options(**ONE_USER)
-@with_flags(FLAGS, before="threads", max_tokens=512)
+@with_flags(FLAGS, before="threads", max_tokens=CHAT_TOKENS)
 def chat(
     system: System = None,
     prompt_file: Annotated[

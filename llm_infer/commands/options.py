@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llm_infer.base.errors import UserError
+from llm_infer.base.files import typed_path
 from llm_infer.commands.completion import complete_model, model_names, nearest
 from llm_infer.options import EngineOptions, read_options, settings
 
@@ -42,7 +43,7 @@ def _existing_architecture(name: str) -> None:
     """Refuses a name that no random weights can have."""
     from llm_infer.models.architectures import architecture_names
 
-    if name in architecture_names() or os.path.isdir(os.path.expanduser(name)):
+    if name in architecture_names() or os.path.isdir(typed_path(name)):
         return
     near = nearest(name, architecture_names())
     meant = f"did you mean {near!r}? " if near else ""

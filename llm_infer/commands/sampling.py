@@ -11,8 +11,18 @@ if TYPE_CHECKING:
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.decoding.structured import StructuredOutputsParams
 
+GENERATE_TOKENS, CHAT_TOKENS = 256, 512
+"""Most new tokens of `generate` and of `chat` where nothing is said."""
+
 FIELDS = (
-    Flag("max_tokens", int, "Most new tokens; -1: until the context is full.", 256, "-n", aliases=("--n-predict",)),
+    Flag(
+        "max_tokens",
+        int,
+        "Most new tokens; -1: until the context is full.",
+        GENERATE_TOKENS,
+        "-n",
+        aliases=("--n-predict",),
+    ),
     Flag("temperature", float, "0 takes the most likely token each time.", 0.0, aliases=("--temp",)),
     Flag("top_k", int, "Keep the k most likely tokens; -1 keeps all.", -1),
     Flag("top_p", float, "Keep the most likely tokens with this probability mass.", 1.0),

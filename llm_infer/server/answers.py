@@ -105,12 +105,13 @@ class Reading:
 
 
 def reading_of(
-    body: ChatRequest, formats: Formats, tokenizer: Tokenizer, prompt: list[int]
+    body: ChatRequest, wanted: list[dict[str, Any]], formats: Formats, tokenizer: Tokenizer, prompt: list[int]
 ) -> tuple[Reading, str | None]:
     """Returns how answers to a request are read, and the grammar that they must follow, if any.
 
     Args:
         body: the request.
+        wanted: its tools, by `wanted_tools`.
         formats: those of the model.
         tokenizer: the model's.
         prompt: its ids; their end says whether the answer begins within reasoning.
@@ -119,11 +120,13 @@ def reading_of(
         RequestError: the tools are malformed.
         ApiError: the model knows no calls, or they cannot be combined with something else.
     """
-    wanted = wanted_tools(body)
     tools, grammar, functions = None, None, {}
     formed = body.structured_outputs or (body.response_format and body.response_format.type != "text")
     # A form of the whole answer leaves no room for thoughts.
     reasoning = None if formed else formats.reasoning
+    if not wanted and reasoning is None:
+        return Reading(), None
+    parallel = body.parallel_tool_calls is not False
     tail = tokenizer.decode(prompt[-TAIL:], skip_special_tokens=False)
     in_reasoning = starts_in_reasoning(tail, reasoning)
     if wanted:
@@ -144,7 +147,7 @@ def reading_of(
             list(functions.values()),
             choice=choice,
             name=name,
-            parallel=body.parallel_tool_calls is not False,
+            parallel=parallel,
             special_tokens=tokenizer.special_tokens,
             reasoning=reasoning,
             in_reasoning=in_reasoning,
@@ -160,7 +163,7 @@ def reading_of(
         in_reasoning,
         functions,
         hides_reasoning=body.include_reasoning is False,
-        parallel=body.parallel_tool_calls is not False,
+        parallel=parallel,
         with_special_tokens=with_special,
         endings=endings,
     ), grammar

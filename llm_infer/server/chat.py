@@ -36,7 +36,7 @@ async def chat_completions(exchange: Exchange, data: bytes) -> None:
 
     def read() -> tuple[list[Asked], Reading]:
         ids = conversation_ids(service, messages, body, tools)
-        reading, grammar = reading_of(body, service.formats, service.tokenizer, ids)
+        reading, grammar = reading_of(body, tools, service.formats, service.tokenizer, ids)
         changed = params
         if grammar is not None:
             # What ends a forced call is its form: a stop string inside its arguments would only break it.

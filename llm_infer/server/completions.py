@@ -99,9 +99,7 @@ def _choice(
     prompt = result.prompt_token_ids
     echoed = ""
     if body.echo:
-        echoed = (
-            result.prompt if result.prompt is not None else texts.tokenizer.decode(prompt, skip_special_tokens=False)
-        )
+        echoed = _shown(texts, result.prompt, prompt)
     logprobs = None
     if body.logprobs is not None:
         before = list(prompt) if body.echo else []
@@ -119,6 +117,11 @@ def _choice(
     }
 
 
+def _shown(texts: TokenTexts, text: str | None, ids: list[int]) -> str:
+    """Returns the text of a prompt as it is echoed."""
+    return texts.tokenizer.decode(ids, skip_special_tokens=False) if text is None else text
+
+
 async def _stream(
     exchange: Exchange, body: CompletionRequest, asked: list[Asked], head: dict[str, Any], texts: TokenTexts
 ) -> None:
@@ -127,10 +130,7 @@ async def _stream(
     def first() -> list[dict[str, Any]]:
         if not body.echo:
             return []
-        shown = [
-            one.text if one.text is not None else texts.tokenizer.decode(one.ids, skip_special_tokens=False)
-            for one in asked
-        ]
+        shown = [_shown(texts, one.text, one.ids) for one in asked]
         return [{"index": i, "text": text, "logprobs": None, "finish_reason": None} for i, text in enumerate(shown)]
 
     def choices(index: int, new: Gathered) -> list[dict[str, Any]]:

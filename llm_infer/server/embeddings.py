@@ -11,9 +11,9 @@ import numpy as np
 from llm_infer.base.outputs import EmbeddingOutput
 from llm_infer.frontend.prompts import Asked
 from llm_infer.frontend.scoring import FOR_EMBEDDINGS
-from llm_infer.server.choices import require_success
 from llm_infer.server.completions import as_prompts, salted
 from llm_infer.server.exchange import Exchange
+from llm_infer.server.generation import results_of
 from llm_infer.server.protocol import EmbeddingRequest
 
 
@@ -31,12 +31,7 @@ async def embeddings(exchange: Exchange, data: bytes) -> None:
 
     asked = await service.in_worker(read)
     async with service.running(asked, stream=False, kind="embed") as ticket:
-        found: list[EmbeddingOutput] | None = None
-        while found is None:
-            for update in await ticket.news():
-                require_success(update)
-                if update.results is not None:
-                    found = [one for one in update.results if isinstance(one, EmbeddingOutput)]
+        found = await results_of(ticket, EmbeddingOutput)
     shown = _base64 if body.encoding_format == "base64" else list
     counts = {"prompt_tokens": sum(len(one.prompt_token_ids) for one in found)}
     await exchange.reply(

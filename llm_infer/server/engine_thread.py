@@ -39,14 +39,13 @@ class Job:
         number: names the job in commands and messages.
         asked: the prompts.
         stream: new text is wanted step by step, and not only at the end.
-        kind: the result is a RequestOutput, or an EmbeddingOutput by `pooling`.
+        kind: the result is a RequestOutput, or an EmbeddingOutput: the mean, of length 1.
     """
 
     number: int
     asked: Sequence[Asked]
     stream: bool
     kind: Literal["generate", "embed"] = "generate"
-    pooling: str = "mean"
 
 
 @dataclass(slots=True)
@@ -145,10 +144,6 @@ class EngineThread:
     def abort(self, number: int) -> None:
         """Ends a job before the next step; no update of it comes any more."""
         self._commands.put(lambda: self._abort(number))
-
-    def compile(self, programs: WarmUp) -> None:
-        """Has programs compiled beside the steps."""
-        self._compiler.submit(self._compile, programs)
 
     def stop(self, timeout: float | None = None) -> None:
         """Ends the thread after the step that runs."""
@@ -335,5 +330,5 @@ def _news(running: _Running) -> Update | None:
 
 def _results(job: Job, tracked: list[TrackedRequest]) -> Any:
     if job.kind == "embed":
-        return [embedding_of(one, job.pooling, True) for one in tracked]
+        return [embedding_of(one, "mean", True) for one in tracked]
     return [one.result() for one in tracked]

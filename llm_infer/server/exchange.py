@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from llm_infer.server import fields, logs
 from llm_infer.server.errors import MAX_VALIDATION_ERRORS, ApiError, bad_request
+from llm_infer.server.options import OPEN
 from llm_infer.server.protocol import Body
 from llm_infer.server.service import Service, Ticket
 
@@ -28,7 +29,7 @@ log = logging.getLogger(logs.LOGGER)
 LARGE_BODY = 1 << 16
 """Bytes from which on a body is parsed by a worker thread."""
 
-QUIET = ("/health", "/ping", "/live", "/metrics")
+QUIET = OPEN | {"/metrics"}
 """Routes that are asked all the time by programs that watch: nothing is written about them."""
 
 DONE = b"data: [DONE]\n\n"

@@ -11,10 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llm_infer.server.errors import ApiError
 from llm_infer.server.exchange import Receive, Scope, Send
-from llm_infer.server.options import ServerOptions
-
-OPEN = frozenset({"/health", "/ping", "/live"})
-"""Routes that need no key: they carry no data."""
+from llm_infer.server.options import OPEN, ServerOptions
 
 MAX_HEADERS = 256
 MAX_HEADER_BYTES = 1 << 16

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from llm_infer.base.outputs import RequestOutput
 from llm_infer.frontend.prompts import Asked
@@ -13,6 +13,8 @@ from llm_infer.server.choices import Gathered, gathered, require_success, usage,
 from llm_infer.server.exchange import DONE, Exchange, encoded, event
 from llm_infer.server.protocol import Generation
 from llm_infer.server.service import Ticket
+
+R = TypeVar("R")
 
 KEEP_ALIVE = b": keep-alive\n\n"
 """A comment, which readers of streams skip; an event without choices breaks some."""
@@ -38,13 +40,22 @@ async def finished(exchange: Exchange, asked: Sequence[Asked]) -> list[RequestOu
     """
     async with exchange.service.running(asked, stream=False) as ticket:
         _note(exchange, ticket)
-        while True:
-            for update in await ticket.news():
-                require_success(update)
-                if update.results is not None:
-                    found = [one for one in update.results if isinstance(one, RequestOutput)]
-                    _note(exchange, ticket, found)
-                    return found
+        found = await results_of(ticket, RequestOutput)
+        _note(exchange, ticket, found)
+        return found
+
+
+async def results_of(ticket: Ticket, kind: type[R]) -> list[R]:
+    """Waits for the end of a job and returns its results, which are of this kind.
+
+    Raises:
+        ApiError: the job failed, or one of its samples did.
+    """
+    while True:
+        for update in await ticket.news():
+            require_success(update)
+            if update.results is not None:
+                return [one for one in update.results if isinstance(one, kind)]
 
 
 def _note(exchange: Exchange, ticket: Ticket, results: Sequence[RequestOutput] = ()) -> None:

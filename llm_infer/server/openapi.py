@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from llm_infer.server.options import OPEN
+
 if TYPE_CHECKING:
     from llm_infer.server.app import RouteInfo
 
@@ -41,7 +43,6 @@ ERRORS = {
     "503": "The server is not ready, or stops.",
     "504": "The request took too long.",
 }
-OPEN = ("/health", "/live", "/ping")
 
 
 def openapi(routes: Iterable[RouteInfo], names: Sequence[str]) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def _operation(route: RouteInfo, names: Sequence[str]) -> dict[str, Any]:
     responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
     for status, text in ERRORS.items():
         responses[status] = {"description": text, "content": error}
-    if route.path in ("/health", "/ping", "/live"):
+    if route.path in OPEN:
         responses["503"] = {"description": "Not ready.", "content": content}
     operation: dict[str, Any] = {
         "operationId": route.handler.__name__ + ("_ping" if route.path == "/ping" else ""),

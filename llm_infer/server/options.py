@@ -19,6 +19,9 @@ from llm_infer.text.chat_template import why_invalid
 
 MIB = 1 << 20
 
+OPEN = frozenset({"/health", "/ping", "/live"})
+"""Routes that need no key: they carry no data."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:

@@ -257,7 +257,6 @@ class Service:
         *,
         stream: bool,
         kind: Literal["generate", "embed"] = "generate",
-        pooling: str = "mean",
     ) -> AsyncIterator[Ticket]:
         """Has prompts computed; on leaving the `with` block what has not ended is aborted.
 
@@ -270,7 +269,7 @@ class Service:
         self._queued_requests += ticket.num_requests
         self._queued_tokens += ticket.prompt_tokens
         self._tickets[ticket.number] = ticket
-        self.engine.submit(Job(ticket.number, asked, stream, kind, pooling))
+        self.engine.submit(Job(ticket.number, asked, stream, kind))
         try:
             yield ticket
         finally:

@@ -15,8 +15,8 @@ from llm_infer import LLM
 from llm_infer.base.errors import UserError
 from llm_infer.server import logs
 from llm_infer.server.app import ROUTES
-from llm_infer.server.gate import MAX_HEADERS, OPEN
-from llm_infer.server.options import ServerOptions, read_api_keys
+from llm_infer.server.gate import MAX_HEADERS
+from llm_infer.server.options import OPEN, ServerOptions, read_api_keys
 from tests.server.conftest import NAME, Served
 
 KEY, OTHER = "sk-one", "sk-two"
