@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.bench.gpu.kernels import GPU_ATTENTION
-from llm_infer.bench.gpu.section import Row, Setting
+from llm_infer.bench.gpu.section import Row, Setting, in_threads
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.grouped_matmul import gpu_triton as grouped_triton
@@ -29,25 +29,40 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
 def correctness(setting: Setting) -> Iterator[Row]:
     """Yields each implementation's largest difference from the reference in each case; `ok` says whether it is small enough."""
     names = [name for name, case in CASES.items() if case.sizes.page_dtype != "uint16"]
-    for name in names[-1:] if setting.small else names:
-        inputs = build(CASES[name])
-        expected, expected_pages = _reference(inputs)
-        for implementation in GPU_ATTENTION:
-            yield {"op": "paged_attention", "case": name, "implementation": implementation.name} | _check(
-                setting, implementation, CASES[name], inputs, expected, expected_pages
-            )
-    yield {"op": "copy_pages", "case": "", "implementation": "gpu_triton"} | _check_copy(setting)
+    for rows in in_threads(functools.partial(_check_attention, setting), names[-1:] if setting.small else names):
+        yield from rows
+    yield {"op": "copy_pages", "case": "", "implementation": "gpu_triton"} | _reported(lambda: _check_copy(setting))
     for name in ("uneven_and_empty",) if setting.small else tuple(grouped_cases.CASES):
         x, weights, sizes = grouped_cases.build(grouped_cases.CASES[name])
         arguments = x, weights, sizes, np.int32(grouped_cases.LAYER)
         row = {"op": "grouped_matmul", "case": name, "implementation": "gpu_triton"}
-        yield row | _check_product(setting, grouped_triton.grouped_matmul, grouped_reference.grouped_matmul, arguments)
+        kernels = grouped_triton.grouped_matmul, grouped_reference.grouped_matmul
+        yield row | _reported(functools.partial(_check_product, setting, *kernels, arguments))
     for kind in ("int4",) if setting.small else ("int8", "int4", "float8_e4m3fn", "float8_e5m2"):
         x, weights = (jax.random.normal(jax.random.key(i), (n, 512), jnp.float32) for i, n in enumerate((33, 96)))
         stored, scales = quantise(weights[None], kind, 4)
         arguments = x.astype(jnp.bfloat16), stored, scales, np.int32(0)
         row = {"op": "scaled_matmul", "case": kind, "implementation": "gpu_triton"}
-        yield row | _check_product(setting, scaled_triton.scaled_matmul, scaled_reference.scaled_matmul, arguments)
+        kernels = scaled_triton.scaled_matmul, scaled_reference.scaled_matmul
+        yield row | _reported(functools.partial(_check_product, setting, *kernels, arguments))
+
+
+def _check_attention(setting: Setting, name: str) -> list[Row]:
+    inputs = build(CASES[name])
+    expected = _reference(inputs)
+    return [
+        {"op": "paged_attention", "case": name, "implementation": implementation.name}
+        | _reported(lambda each=implementation: _check(setting, each, CASES[name], inputs, *expected))
+        for implementation in GPU_ATTENTION
+    ]
+
+
+def _reported(check: Callable[[], Row]) -> Row:
+    """Returns what a check finds; an error is a finding of that check alone."""
+    try:
+        return check()
+    except Exception as error:
+        return {"ok": False, "error": None, "note": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
 def _check_product(setting: Setting, function: Any, oracle: Any, arguments: tuple[Any, ...]) -> Row:

@@ -21,8 +21,8 @@ from llm_infer.models.registry import family
 def throughput(setting: Setting) -> Iterator[Row]:
     """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
     architecture = read_architecture("llama-3.1-8b")
-    batches, prompt, new = ((1, 16, 64, 128), 512, 128)
-    limits = SchedulerConfig(max_num_seqs=128, max_num_batched_tokens=2048, max_model_len=2048)
+    batches, prompt, new = ((1, 16, 64, 256), 512, 128)
+    limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=2048)
     page_size, memory = 64, 24 << 30
     if setting.small:
         sizes = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
@@ -40,7 +40,7 @@ def throughput(setting: Setting) -> Iterator[Row]:
     buckets = {engine.runner.bucket_of(n) for n in (*batches, limits.max_num_batched_tokens)}
     engine.runner.buckets = tuple(sorted(buckets))
     started = time.monotonic()
-    for _ in engine.warm_up():
+    for _ in engine.warm_up().compiled(threads=8):
         pass
     yield {"batch": "all", "compile s": time.monotonic() - started, "programs": len(buckets)}
     rng = np.random.default_rng(0)

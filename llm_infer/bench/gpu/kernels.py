@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_infer.bench.gpu.section import Row, Setting, seconds_per_call
+from llm_infer.bench.gpu.section import Row, Setting, in_threads, seconds_per_call
 from llm_infer.engine.platform import query_rows
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import AttentionPlan, PlanShape, fill_plan, kv_pool_shape, plan_fields
-from pallas_kernels.paged_attention.gpu_blocks import choose_blocks, tuned_key
+from pallas_kernels.paged_attention.gpu_blocks import Blocks, choose_blocks, tuned_key
 from pallas_kernels.paged_attention.gpu_triton import dot_dtype
 from pallas_kernels.paged_attention.options import by_keyword
 
@@ -98,15 +98,30 @@ def _copy_rate(setting: Setting) -> float:
 def attention(setting: Setting) -> Iterator[Row]:
     """Measures the time of a layer (writing K and V included), the share of the copy's bandwidth, and the rate of the
     products."""
-    for shape in SMALL if setting.small else [*DECODE, *PREFILL, *VARIANTS]:
-        for implementation in GPU_ATTENTION:
-            if setting.seconds_left <= 0:
-                return
-            arguments = make_arguments(shape)
-            if reason := implementation.why_not(_case(setting, arguments)):
-                yield {"shape": shape.name, "implementation": implementation.name, "note": reason}
-            else:
-                yield _row(setting, shape, implementation.name, measure(setting, arguments, implementation.name))
+    shapes = SMALL if setting.small else [*DECODE, *PREFILL, *VARIANTS]
+    cases = [(shape, implementation) for shape in shapes for implementation in GPU_ATTENTION]
+    programs = list(in_threads(lambda case: _program(setting, *case), cases))
+    for (shape, implementation), program in zip(cases, programs, strict=True):
+        if setting.seconds_left <= 0:
+            return
+        if isinstance(program, str):
+            yield {"shape": shape.name, "implementation": implementation.name, "note": program}
+        else:
+            yield _row(setting, shape, implementation.name, measure(setting, make_arguments(shape), program))
+
+
+def _program(setting: Setting, shape: Shape, implementation: dispatch.Implementation) -> Any:
+    arguments = abstract_arguments(shape)
+    reason = implementation.why_not(_case(setting, arguments))
+    return reason or _compiled_or_why_not(setting, arguments, implementation.name)
+
+
+def _compiled_or_why_not(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> Any:
+    """Returns the program, or what the compiler says where it refuses: a finding, not a failure."""
+    try:
+        return compile_layers(setting, arguments, name, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _row(setting: Setting, shape: Shape, name: str, seconds: float) -> Row:
@@ -162,23 +177,27 @@ def _plan_shape(shape: Shape) -> PlanShape:
     )
 
 
-def measure(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> float:
-    """Returns the seconds of one layer, from a program of several whose outputs feed the next."""
+def compile_layers(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> jax.stages.Compiled:
+    """Compiles a program of several layers, whose outputs feed the next, for arguments as shapes and dtypes."""
     function = by_keyword(dispatch.implementation("paged_attention", name))
     if setting.interpret:
         options["interpret"] = True
-    pages, q, k, v, plan, scales = arguments
 
     def layers(pages, q, k, v, plan, scales):
         for layer in range(pages.shape[0]):
             q, pages = function(q, k, v, pages, plan, layer=jnp.int32(layer), scale=0.088, **scales, **options)
         return q, pages
 
-    program = jax.jit(layers, donate_argnums=0)
+    return jax.jit(layers, donate_argnums=0).lower(*arguments).compile()
+
+
+def measure(setting: Setting, arguments: Sequence[Any], program: jax.stages.Compiled) -> float:
+    """Returns the seconds of one layer of a program of `compile_layers`."""
+    pages, *others = arguments
     held = [pages]
 
     def call():
-        out, held[0] = program(held[0], q, k, v, plan, scales)
+        out, held[0] = program(held[0], *others)
         return out
 
     return seconds_per_call(call, rounds=1 if setting.small else 5) / pages.shape[0]
@@ -212,33 +231,30 @@ def block_sizes(setting: Setting) -> Iterator[Row]:
         {"programs": 33},
     ]
     shapes = SMALL[:1] if setting.small else [DECODE[0], B64, *VARIANTS[:2], PREFILL[0]]
-    for shape in shapes:
-        arguments = make_arguments(shape)
-        pages, q, plan = arguments[0], arguments[1], arguments[4]
-        sizes = dict(
-            num_kv_heads=shape.kv_heads,
-            group=shape.heads // shape.kv_heads,
-            head_dim=shape.head_dim,
-            page_size=shape.page_size,
-            item_bytes=dot_dtype(q.dtype, pages.dtype).itemsize,
-        )
-        first = choose_blocks(plan, jax.devices()[0].device_kind, shape.page_dtype, **sizes)
-        for change in changes[3:4] if setting.small else changes:
-            if setting.seconds_left <= 0:
-                return
-            arguments = make_arguments(shape)  # the last measurement used up the pages
-            row = {
-                "shape": shape.name,
-                "key": tuned_key(shape.page_dtype, shape.head_dim, q.shape[0]),
-                "change": str(change),
-            }
-            try:
-                seconds = measure(setting, arguments, "gpu_triton", blocks=replace(first, **change))
-            except Exception as error:  # that the compiler refuses a size is a finding, not a failure
-                yield row | {"µs": None, "note": str(error).splitlines()[0][:120]}
-                continue
-            yield row | {
-                "µs": 1e6 * seconds,
-                "GB/s": shape.kv_bytes / seconds / 1e9,
-                **asdict(replace(first, **change)),
-            }
+    cases = [(shape, change) for shape in shapes for change in (changes[3:4] if setting.small else changes)]
+    programs = list(in_threads(lambda case: _compiled_with(setting, *case), cases))
+    for (shape, change), (blocks, program) in zip(cases, programs, strict=True):
+        if setting.seconds_left <= 0:
+            return
+        key = tuned_key(shape.page_dtype, shape.head_dim, shape.sequences * shape.rows)
+        row = {"shape": shape.name, "key": key, "change": str(change)}
+        if isinstance(program, str):
+            yield row | {"µs": None, "note": program}
+            continue
+        seconds = measure(setting, make_arguments(shape), program)
+        yield row | {"µs": 1e6 * seconds, "GB/s": shape.kv_bytes / seconds / 1e9, **asdict(blocks)}
+
+
+def _compiled_with(setting: Setting, shape: Shape, change: dict[str, int]) -> tuple[Blocks, Any]:
+    """Returns the block sizes and the program, or why the compiler refuses them: a finding, not a failure."""
+    arguments = abstract_arguments(shape)
+    pages, q, plan = arguments[0], arguments[1], arguments[4]
+    sizes = dict(
+        num_kv_heads=shape.kv_heads,
+        group=shape.heads // shape.kv_heads,
+        head_dim=shape.head_dim,
+        page_size=shape.page_size,
+        item_bytes=dot_dtype(q.dtype, pages.dtype).itemsize,
+    )
+    blocks = replace(choose_blocks(plan, jax.devices()[0].device_kind, shape.page_dtype, **sizes), **change)
+    return blocks, _compiled_or_why_not(setting, arguments, "gpu_triton", blocks=blocks)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from llm_infer.bench.gpu import checks, draws, engine, kernels, peers, products
+from llm_infer.bench.gpu import checks, draws, engine, kernels, peers, products, tokens
 from llm_infer.bench.gpu.section import Section, Setting
 
 
@@ -26,6 +26,7 @@ def sections() -> dict[str, Section]:
     return {
         "correctness": checks.correctness,
         "machine": kernels.machine,
+        "tokens": tokens.tokens,
         "draws": draws.draws,
         "attention": kernels.attention,
         "engine": engine.throughput,

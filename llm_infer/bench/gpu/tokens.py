@@ -1,0 +1,115 @@
+"""Section of the GPU run: a small model's tokens and log-probabilities, from the engine here and on this machine's CPU.
+
+`python -m llm_infer.bench.gpu.tokens ENGINE …` prints those of the process's own platform as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_infer.bench.gpu.section import Row, Setting
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.engine import Engine
+from llm_infer.models.architectures import read_architecture
+from llm_infer.models.load import dummy_model
+from llm_infer.models.registry import family
+
+SHAPE = dict(num_hidden_layers=4, hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=4096)
+SHAPE |= dict(num_key_value_heads=2, head_dim=64)
+ENGINES = {
+    "float32": ("float32", 16, None),
+    "float32, n-gram": ("float32", 64, SpeculativeConfig(method="ngram", num_speculative_tokens=4)),
+    "bfloat16": ("bfloat16", 16, None),
+    "bfloat16, pages of 64": ("bfloat16", 64, None),
+}
+"""Name → dtype, page size, proposals."""
+NEW = 24
+REQUESTS = {
+    "greedy": SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=1),
+    "seeded": SamplingParams(temperature=0.9, top_p=0.95, top_k=50, seed=1, max_tokens=NEW, ignore_eos=True),
+    "samples": SamplingParams(temperature=1.0, min_p=0.02, n=3, seed=2, max_tokens=NEW, ignore_eos=True),
+    "penalties": SamplingParams(temperature=0.0, repetition_penalty=1.3, max_tokens=NEW, ignore_eos=True),
+    "beams": SamplingParams(temperature=0.0, beam_width=3, max_tokens=NEW, ignore_eos=True),
+    "prompt logprobs": SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0),
+}
+PROMPTS = 7, 150, 300
+"""Lengths: within a page, and longer than a step."""
+NEAR = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest difference of a log-probability: of sums in another order, and of roundings to bfloat16."""
+
+
+def tokens(setting: Setting) -> Iterator[Row]:
+    """Compares both; `ok` where float32 gives the same tokens, and the log-probabilities of a prompt are near in both dtypes."""
+    engines = list(ENGINES)[: 1 if setting.small else None]
+    with subprocess.Popen(
+        [sys.executable, "-m", __name__, *engines],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as other:
+        here = generate(engines)
+        out, errors = other.communicate()
+    if other.returncode:
+        raise RuntimeError(errors[-3000:])
+    expected = json.loads(out.splitlines()[-1])
+    for name, results in here.items():
+        for kind, found in results.items():
+            wanted = expected[name][kind]
+            row: Row = {"engine": name, "request": kind}
+            if kind == "prompt logprobs":
+                error = float(np.abs(np.concatenate(found) - np.concatenate(wanted)).max())
+                yield row | {"ok": error <= NEAR[name.split()[0]], "error": error}
+            else:
+                same = float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
+                yield row | {"ok": same == 1 if name.startswith("float32") else None, "same": same}
+
+
+def generate(engines: list[str]) -> dict[str, dict[str, Any]]:
+    """Returns engine → kind of request → token ids of each sequence, or log-probabilities of each prompt."""
+    # A GPU would multiply float32 in fewer bits. Programs are compiled in other threads, which a context would not reach.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    try:
+        return {name: _generate(*ENGINES[name]) for name in engines}
+    finally:
+        jax.config.update("jax_default_matmul_precision", None)
+
+
+def _generate(dtype: str, page_size: int, speculative: SpeculativeConfig | None) -> dict[str, Any]:
+    architecture = read_architecture("llama-3.1-8b") | SHAPE
+    model = dummy_model(family(architecture).config(architecture, fused_qkv=True), jnp.dtype(dtype))
+    limits = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128, max_model_len=512)
+    cache = CacheConfig(page_size=page_size, memory_bytes=1 << 26)
+    engine = Engine(model, EngineConfig(cache=cache, scheduler=limits, speculative=speculative))
+    engine.runner.buckets = 16, 128  # few programs to compile
+    results = {}
+    for kind, params in REQUESTS.items():
+        rng = np.random.default_rng(0)  # the same prompts, so later kinds find their pages in the cache
+        prompts = [rng.integers(10, 1000, length).tolist() for length in PROMPTS]
+        requests = [engine.add_request(prompt, params) for prompt in prompts]
+        while engine.has_work:
+            engine.step()
+        results[kind] = [
+            _prompt_logprobs(request) if kind == "prompt logprobs" else sequence.tokens[len(prompt) :]
+            for request, prompt in zip(requests, prompts, strict=True)
+            for sequence in request.sequences
+        ]
+    return results
+
+
+def _prompt_logprobs(request: Any) -> list[float]:
+    return [entry.logprob for entry in request.prompt_results if entry is not None]
+
+
+if __name__ == "__main__":
+    print(json.dumps(generate(sys.argv[1:])))
