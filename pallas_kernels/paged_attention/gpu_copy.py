@@ -12,6 +12,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import Case
 from pallas_kernels.gpu_devices import why_not_capability
+from pallas_kernels.paged_attention.pages import itemsize_of
+from pallas_kernels.triton_offsets import why_not_offsets
 
 PROGRAMS = 264
 """Thread blocks, two for each multiprocessor of an H200."""
@@ -21,6 +23,8 @@ CHUNK = 4096
 
 def why_not(case: Case) -> str | None:
     """Refuses all but NVIDIA GPUs; all layouts have their pages on axis 1."""
+    if reason := why_not_offsets(case.shapes["pages"], itemsize_of(case.dtypes["pages"])):
+        return reason
     return why_not_capability(case.device_kind, (8, 0), "for Triton")
 
 

@@ -127,6 +127,9 @@ def _paged_attention(
         part="one",
     )
     padded = -(-group // 8) * 8
+    # XLA would hand over a slice of the step's one buffer as it lies, and the kernel takes only what starts at a multiple of 256
+    # bytes. As the result of an operation, which all layers share, the tables have a buffer of their own.
+    tables = jnp.maximum(plan.block_tables, 0)
     rows = jnp.pad(q.reshape(tokens, num_kv_heads, group, head_dim), ((0, 0), (0, 0), (0, padded - group), (0, 0)))
     # A thread block more than fit at a time would wait for another's whole walk. Shared memory holds one or two.
     resident = STREAMING_MULTIPROCESSORS * (1 if head_dim == 128 else 2)
@@ -134,7 +137,7 @@ def _paged_attention(
     partial, lse = attend_one_row(
         units.units,
         units.num_units,
-        plan.block_tables,
+        tables,
         layer.reshape(1),
         jnp.asarray(EVERYTHING if window is None else window, jnp.int32).reshape(1),
         rows,

@@ -24,8 +24,9 @@ from pallas_kernels.paged_attention.gpu_merge import LOG2_E, merge_splits
 from pallas_kernels.paged_attention.gpu_units import Part, make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import write_rows
 from pallas_kernels.paged_attention.options import AttentionOptions
-from pallas_kernels.paged_attention.pages import why_not_plain
+from pallas_kernels.paged_attention.pages import itemsize_of, why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
+from pallas_kernels.triton_offsets import why_not_offsets
 
 MAX_HEAD = 256
 MASKED = -1e30  # first running maximum: finite, so that a fully masked block gives exp2(-inf) = 0, never NaN
@@ -39,6 +40,8 @@ def why_not(case: Case) -> str | None:
         return reason
     if dtype == "uint16":
         return "reads bfloat16 pages as bfloat16: uint16 is for the CPU"
+    if reason := why_not_offsets(pages, itemsize_of(dtype)):
+        return reason
     if head_dim > MAX_HEAD:
         return f"has blocks for head sizes up to {MAX_HEAD}, found {head_dim}"
     float8 = dtype == "float8_e4m3fn"

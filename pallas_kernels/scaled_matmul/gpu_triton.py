@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import Case
 from pallas_kernels.gpu_devices import why_not_capability
+from pallas_kernels.triton_offsets import why_not_offsets
 
 
 def why_not(case: Case) -> str | None:
@@ -27,6 +28,8 @@ def why_not(case: Case) -> str | None:
     least = 32 if dtype == "uint8" else 16
     if width // groups % least:
         return f"multiplies {least} weights of a group at a time, found groups of {width // groups}"
+    if reason := why_not_offsets(case.shapes["weights"], 1):
+        return reason
     float8 = dtype == "float8_e4m3fn"
     return why_not_capability(case.device_kind, (8, 9) if float8 else (8, 0), f"for {dtype} weights")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,19 @@ from llm_infer.models.load import dummy_model
 from llm_infer.models.registry import family
 
 
-def throughput(setting: Setting) -> Iterator[Row]:
-    """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
+class Measured(NamedTuple):
+    """An engine with all programs that the batches need, and what to measure: tokens of a prompt, and new ones; `weights` are
+    the bytes that each step reads."""
+
+    engine: Engine
+    batches: tuple[int, ...]
+    prompt: int
+    new: int
+    weights: int
+
+
+def make_engine(setting: Setting) -> Measured:
+    """Starts the engine."""
     architecture = read_architecture("llama-3.1-8b")
     batches, prompt, new = ((1, 16, 64, 256), 512, 128)
     limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=2048)
@@ -28,21 +40,27 @@ def throughput(setting: Setting) -> Iterator[Row]:
         sizes = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
         architecture |= {**sizes, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}
         batches, prompt, new = ((1, 2), 12, 4)
-        limits = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64)
+        limits = SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=16, max_model_len=128)
         page_size, memory = 16, 1 << 22
     config = family(architecture).config(architecture, fused_qkv=True)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = dummy_model(config, dtype)
-    weights = sum(x.nbytes for name, x in model.params.items() if name != "embed.weight")
     cache = CacheConfig(page_size=page_size, memory_bytes=memory, enable_prefix_caching=False)
     engine = Engine(model, EngineConfig(cache=cache, scheduler=limits))
     # Compiling a program for each power of two would take longer than measuring.
     buckets = {engine.runner.bucket_of(n) for n in (*batches, limits.max_num_batched_tokens)}
     engine.runner.buckets = tuple(sorted(buckets))
-    started = time.monotonic()
     for _ in engine.warm_up().compiled(threads=8):
         pass
-    yield {"batch": "all", "compile s": time.monotonic() - started, "programs": len(buckets)}
+    weights = sum(x.nbytes for name, x in model.params.items() if name != "embed.weight")
+    return Measured(engine, batches, prompt, new, weights)
+
+
+def throughput(setting: Setting) -> Iterator[Row]:
+    """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
+    started = time.monotonic()
+    engine, batches, prompt, new, weights = make_engine(setting)
+    yield {"batch": "all", "start s": time.monotonic() - started, "programs": len(engine.runner.buckets)}
     rng = np.random.default_rng(0)
     for batch in batches:
         if setting.seconds_left <= 0:

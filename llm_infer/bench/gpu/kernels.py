@@ -90,9 +90,9 @@ def machine(setting: Setting) -> Iterator[Row]:
 
 @functools.cache
 def _copy_rate(setting: Setting) -> float:
-    x = jnp.zeros((1 << (16 if setting.small else 30),), jnp.uint8)
-    copy = jax.jit(lambda x: x + jnp.uint8(1))
-    return 2 * x.size / seconds_per_call(lambda: copy(x)) / 1e9
+    x = jnp.zeros((1 << (14 if setting.small else 28),), jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * x.nbytes / seconds_per_call(lambda: copy(x)) / 1e9
 
 
 def attention(setting: Setting) -> Iterator[Row]:
