@@ -21,8 +21,3 @@ def why_not_offsets(shape: Sequence[int], itemsize: int) -> str | None:
     if itemsize > 1 or not FIRST < size <= LAST:
         return None
     return f"cannot address arrays of 8-bit numbers between 2 and 4 GiB, found {size / (1 << 30):.2f} GiB"
-
-
-def addressable(count: int, bytes_each: int) -> int:
-    """Returns how many of `count` equal parts of 8-bit numbers an array may have: fewer where it would be within the gap."""
-    return FIRST // bytes_each if FIRST < count * bytes_each <= LAST else count

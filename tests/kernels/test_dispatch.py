@@ -25,6 +25,7 @@ from pallas_kernels.paged_attention import (
 from pallas_kernels.paged_attention.pages import itemsize_of, token_shape
 from pallas_kernels.paged_attention.plan import check_plan
 from pallas_kernels.targets import TARGETS
+from pallas_kernels.triton_offsets import why_not_offsets
 from pallas_kernels.typical import typical_cases
 
 
@@ -270,3 +271,20 @@ def test_checked_mode_checks_while_the_program_runs(monkeypatch):
     ):
         jax.block_until_ready(call(kv, kv, kv, jnp.zeros((1, 5, 2, 2, 16, 64)), plan))
         jax.effects_barrier()
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "itemsize", "fits"), [(2, 1, True), (2.1, 1, False), (4, 1, False), (4.1, 1, True), (8, 2, True)]
+)
+def test_triton_refuses_arrays_whose_offsets_would_be_negative(gibibytes: float, itemsize: int, fits: bool) -> None:
+    """JAX counts offsets in 32 bits with a sign up to 4 GiB: an H200 reported an illegal access for a pool of 2.0005 GiB."""
+    shape = (2, int(gibibytes * (1 << 30)) // itemsize // 2)
+    assert (why_not_offsets(shape, itemsize) is None) == fits
+    if itemsize == 1:
+        pages = (2, int(gibibytes * (1 << 30)) // (2 * 2 * 8 * 64 * 128), 2, 8, 64, 128)
+        shapes = {"q": (64, 32, 128), "k_new": (64, 8, 128), "pages": pages}
+        dtypes = {"q": "bfloat16", "pages": "int8"}
+        said = dispatch.choose(
+            "paged_attention", dispatch.Case("gpu", "NVIDIA H200", shapes, dtypes, {"kv_scales": True})
+        )
+        assert (said.name == "gpu_triton") == fits, said

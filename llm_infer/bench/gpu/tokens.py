@@ -71,7 +71,7 @@ def tokens(setting: Setting) -> Iterator[Row]:
             row: Row = {"engine": name, "request": kind}
             if kind == "prompt logprobs":
                 error = float(np.abs(np.concatenate(found) - np.concatenate(wanted)).max())
-                yield row | {"ok": error <= NEAR[name.split()[0]], "error": error}
+                yield row | {"ok": error <= NEAR[ENGINES[name][0]], "error": error}
             else:
                 same = float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
                 yield row | {"ok": same == 1 if name.startswith("float32") else None, "same": same}
