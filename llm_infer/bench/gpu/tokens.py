@@ -1,6 +1,6 @@
 """Section of the GPU run: a small model's tokens and log-probabilities, from the engine here and on this machine's CPU.
 
-`python -m llm_infer.bench.gpu.tokens ENGINE …` prints those of the process's own platform as JSON.
+`python -m llm_infer.bench.gpu.tokens ENGINES KINDS` (lists in JSON) prints those of the process's own platform as JSON.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ NEAR = {"float32": 1e-3, "bfloat16": 0.1}
 def tokens(setting: Setting) -> Iterator[Row]:
     """Compares both; `ok` where float32 gives the same tokens, and the log-probabilities of a prompt are near in both dtypes."""
     engines = list(ENGINES)[: 1 if setting.small else None]
+    kinds = ["greedy", "prompt logprobs"] if setting.small else list(REQUESTS)
     with subprocess.Popen(
-        [sys.executable, "-m", __name__, *engines],
+        [sys.executable, "-m", __name__, json.dumps(engines), json.dumps(kinds)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "-1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     ) as other:
-        here = generate(engines)
+        here = generate(engines, kinds)
         out, errors = other.communicate()
     if other.returncode:
         raise RuntimeError(errors[-3000:])
@@ -77,26 +78,27 @@ def tokens(setting: Setting) -> Iterator[Row]:
                 yield row | {"ok": same == 1 if name.startswith("float32") else None, "same": same}
 
 
-def generate(engines: list[str]) -> dict[str, dict[str, Any]]:
+def generate(engines: list[str], kinds: list[str]) -> dict[str, dict[str, Any]]:
     """Returns engine → kind of request → token ids of each sequence, or log-probabilities of each prompt."""
     # A GPU would multiply float32 in fewer bits. Programs are compiled in other threads, which a context would not reach.
     jax.config.update("jax_default_matmul_precision", "highest")
     try:
-        return {name: _generate(*ENGINES[name]) for name in engines}
+        return {name: _generate(kinds, *ENGINES[name]) for name in engines}
     finally:
         jax.config.update("jax_default_matmul_precision", None)
 
 
-def _generate(dtype: str, page_size: int, speculative: SpeculativeConfig | None) -> dict[str, Any]:
+def _generate(kinds: list[str], dtype: str, page_size: int, speculative: SpeculativeConfig | None) -> dict[str, Any]:
     architecture = read_architecture("llama-3.1-8b") | SHAPE
     model = dummy_model(family(architecture).config(architecture, fused_qkv=True), jnp.dtype(dtype))
     limits = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128, max_model_len=512)
     cache = CacheConfig(page_size=page_size, memory_bytes=1 << 26)
     engine = Engine(model, EngineConfig(cache=cache, scheduler=limits, speculative=speculative))
     engine.runner.buckets = 16, 128  # few programs to compile: one for greedy requests, one for all others
-    engine.levels = [functools.reduce(operator.or_, map(features_of, REQUESTS.values()))]
+    engine.levels = [functools.reduce(operator.or_, (features_of(REQUESTS[kind]) for kind in kinds))]
     results = {}
-    for kind, params in REQUESTS.items():
+    for kind in kinds:
+        params = REQUESTS[kind]
         rng = np.random.default_rng(0)  # the same prompts, so later kinds find their pages in the cache
         prompts = [rng.integers(10, 1000, length).tolist() for length in PROMPTS]
         requests = [engine.add_request(prompt, params) for prompt in prompts]
@@ -115,4 +117,4 @@ def _prompt_logprobs(request: Any) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(generate(sys.argv[1:])))
+    print(json.dumps(generate(*map(json.loads, sys.argv[1:]))))
