@@ -22,7 +22,7 @@ CHUNK = 4096
 
 
 def why_not(case: Case) -> str | None:
-    """Refuses all but NVIDIA GPUs; all layouts have their pages on axis 1."""
+    """Refuses all but NVIDIA GPUs and pools that Triton can address; all layouts have their pages on axis 1."""
     if reason := why_not_offsets(case.shapes["pages"], itemsize_of(case.dtypes["pages"])):
         return reason
     return why_not_capability(case.device_kind, (8, 0), "for Triton")

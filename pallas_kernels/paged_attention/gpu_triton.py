@@ -33,7 +33,7 @@ MASKED = -1e30  # first running maximum: finite, so that a fully masked block gi
 
 
 def why_not(case: Case) -> str | None:
-    """Refuses all but NVIDIA GPUs from Ampere on with the plain page layout."""
+    """Refuses all but NVIDIA GPUs from Ampere on with the plain page layout, and pools that Triton cannot address."""
     pages, dtype = case.shapes["pages"], case.dtypes["pages"]
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     if reason := why_not_plain(pages, num_kv_heads, head_dim):

@@ -20,7 +20,8 @@ from pallas_kernels.triton_offsets import why_not_offsets
 
 
 def why_not(case: Case) -> str | None:
-    """Refuses all but NVIDIA GPUs from Ampere on, and but several groups of multiples of 16 (int4: 32) weights."""
+    """Refuses all but NVIDIA GPUs from Ampere on, and but several groups of multiples of 16 (int4: 32) weights that
+    Triton can address."""
     groups, width = case.shapes["scales"][2], case.shapes["x"][1]
     dtype = case.dtypes["weights"]
     if groups == 1:

@@ -145,3 +145,19 @@ def test_compiles_for_hopper_in_place_without_spills(tmp_path: Path) -> None:
     for kernel in kernels:
         assert kernel.spill_bytes == 0 and 64 < kernel.registers <= 255, kernel
         assert kernel.shared_bytes <= TARGETS["sm_90"].scratch_bytes and kernel.blocks_per_multiprocessor >= 1, kernel
+
+
+@needs_new_jax
+def test_tables_are_not_a_slice_of_the_inputs() -> None:
+    """XLA would hand over the slice as it lies, and on an H200 the kernel refused its address: not 256-byte aligned."""
+    inputs = build(CASES["bf16_decode"])
+    call = functools.partial(
+        by_keyword(gpu_mosaic.paged_attention), scale=inputs.scale, interpret=True, **inputs.options
+    )
+    jaxpr = jax.make_jaxpr(call)(inputs.q, inputs.k_new, inputs.v_new, inputs.pages, inputs.plan, **inputs.arrays)
+    (inner,) = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
+    tables = inputs.plan.block_tables.shape
+    (kernel,) = [
+        eqn for eqn in inner.eqns if len(eqn.outvars) == 2 and tables in [var.aval.shape for var in eqn.invars]
+    ]
+    assert not [var.aval for var in inner.invars if var in kernel.invars]

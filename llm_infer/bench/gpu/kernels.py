@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -105,24 +105,35 @@ def attention(setting: Setting) -> Iterator[Row]:
     for (shape, implementation), program in zip(cases, programs, strict=True):
         if setting.seconds_left <= 0:
             return
-        if isinstance(program, str):
-            yield {"shape": shape.name, "implementation": implementation.name, "note": program}
+        row: Row = {"shape": shape.name, "implementation": implementation.name}
+        if isinstance(program, Exception):
+            yield row | {"ok": False, "note": _short(program)}
+        elif isinstance(program, str):
+            yield row | {"note": program}
         else:
             yield _row(setting, shape, implementation.name, measure(setting, make_arguments(shape), program))
 
 
-def _program(setting: Setting, shape: Shape, implementation: dispatch.Implementation) -> Any:
+Program = jax.stages.Compiled | Exception
+
+
+def _program(setting: Setting, shape: Shape, implementation: dispatch.Implementation) -> Program | str:
+    """Returns the program, or why the implementation does not take the case."""
     arguments = abstract_arguments(shape)
     reason = implementation.why_not(_case(setting, arguments))
-    return reason or _compiled_or_why_not(setting, arguments, implementation.name)
+    return reason or _compiled_or_error(setting, arguments, implementation.name)
 
 
-def _compiled_or_why_not(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> Any:
-    """Returns the program, or what the compiler says where it refuses: a finding, not a failure."""
+def _compiled_or_error(setting: Setting, arguments: Sequence[Any], name: str, **options: Any) -> Program:
+    """Returns the program, or the error of a compiler that refuses it, so that the others are measured all the same."""
     try:
         return compile_layers(setting, arguments, name, **options)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        return error
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:200]}"
 
 
 def _row(setting: Setting, shape: Shape, name: str, seconds: float) -> Row:
@@ -194,14 +205,20 @@ def compile_layers(setting: Setting, arguments: Sequence[Any], name: str, **opti
 
 def measure(setting: Setting, arguments: Sequence[Any], program: jax.stages.Compiled) -> float:
     """Returns the seconds of one layer of a program of `compile_layers`."""
+    call = layers_call(arguments, program)
+    return seconds_per_call(call, rounds=1 if setting.small else 5) / arguments[0].shape[0]
+
+
+def layers_call(arguments: Sequence[Any], program: jax.stages.Compiled) -> Callable[[], jax.Array]:
+    """Returns a function that runs a program of `compile_layers` on the pages that the call before left, and its output."""
     pages, *others = arguments
     held = [pages]
 
-    def call():
+    def call() -> jax.Array:
         out, held[0] = program(held[0], *others)
         return out
 
-    return seconds_per_call(call, rounds=1 if setting.small else 5) / pages.shape[0]
+    return call
 
 
 def _case(setting: Setting, arguments: Sequence[Any]) -> dispatch.Case:
@@ -239,15 +256,15 @@ def block_sizes(setting: Setting) -> Iterator[Row]:
             return
         key = tuned_key(shape.page_dtype, shape.head_dim, shape.sequences * shape.rows)
         row = {"shape": shape.name, "key": key, "change": str(change)}
-        if isinstance(program, str):
-            yield row | {"µs": None, "note": program}
+        if isinstance(program, Exception):  # that the compiler refuses a size is a finding, not a failure
+            yield row | {"µs": None, "note": _short(program)}
             continue
         seconds = measure(setting, make_arguments(shape), program)
         yield row | {"µs": 1e6 * seconds, "GB/s": shape.kv_bytes / seconds / 1e9, **asdict(blocks)}
 
 
-def _compiled_with(setting: Setting, shape: Shape, change: dict[str, int]) -> tuple[Blocks, Any]:
-    """Returns the block sizes and the program, or why the compiler refuses them: a finding, not a failure."""
+def _compiled_with(setting: Setting, shape: Shape, change: dict[str, int]) -> tuple[Blocks, Program]:
+    """Returns the block sizes and the program, or the compiler's error."""
     arguments = abstract_arguments(shape)
     pages, q, plan = arguments[0], arguments[1], arguments[4]
     sizes = dict(
@@ -258,4 +275,4 @@ def _compiled_with(setting: Setting, shape: Shape, change: dict[str, int]) -> tu
         item_bytes=dot_dtype(q.dtype, pages.dtype).itemsize,
     )
     blocks = replace(choose_blocks(plan, jax.devices()[0].device_kind, shape.page_dtype, **sizes), **change)
-    return blocks, _compiled_or_why_not(setting, arguments, "gpu_triton", blocks=blocks)
+    return blocks, _compiled_or_error(setting, arguments, "gpu_triton", blocks=blocks)

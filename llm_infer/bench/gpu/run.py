@@ -8,6 +8,7 @@ interpreted kernels: that shows that the script works, but its times mean nothin
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -21,26 +22,25 @@ from typing import Any
 
 from llm_infer.bench.gpu.section import Section, Setting
 
-SECTIONS = "correctness", "machine", "tokens", "attention", "draws", "engine", "profile", "products", "peers", "blocks"
-"""Names, the most wanted first."""
+SECTIONS = {
+    "correctness": ("checks", "correctness"),
+    "machine": ("kernels", "machine"),
+    "tokens": ("tokens", "tokens"),
+    "attention": ("kernels", "attention"),
+    "draws": ("draws", "draws"),
+    "engine": ("engine", "throughput"),
+    "profile": ("profile", "profile"),
+    "products": ("products", "products"),
+    "peers": ("peers", "attention"),
+    "blocks": ("kernels", "block_sizes"),
+}
+"""Name → module and function, the most wanted first. The process that starts the others imports none of them, nor JAX."""
 
 
 def section(name: str) -> Section:
     """Returns a section by its name."""
-    from llm_infer.bench.gpu import checks, draws, engine, kernels, peers, products, profile, tokens
-
-    return {
-        "correctness": checks.correctness,
-        "machine": kernels.machine,
-        "tokens": tokens.tokens,
-        "draws": draws.draws,
-        "attention": kernels.attention,
-        "engine": engine.throughput,
-        "profile": profile.profile,
-        "products": products.products,
-        "peers": peers.attention,
-        "blocks": kernels.block_sizes,
-    }[name]
+    module, function = SECTIONS[name]
+    return getattr(importlib.import_module(f"llm_infer.bench.gpu.{module}"), function)
 
 
 def run(out: str, *, minutes: float, small: bool, only: str) -> int:
@@ -54,6 +54,7 @@ def run(out: str, *, minutes: float, small: bool, only: str) -> int:
         raise SystemExit(f"--only: no section {', '.join(sorted(unknown))}, choose from {', '.join(SECTIONS)}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gpu.json").unlink(missing_ok=True)  # the report of an earlier run
     deadline = time.monotonic() + 60 * minutes
     for name in wanted:
         if deadline <= time.monotonic():
