@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
 from llm_infer.models.decoder import LayerLoop
 
 
@@ -25,3 +31,14 @@ def query_rows(platform: str, group: int) -> int:
     if platform == "tpu":
         return max(16, min(128, 512 // group))
     return max(8, min(128, 128 // group)) if platform == "gpu" else 32
+
+
+def compiler_options(platform: str, params: Mapping[str, Any]) -> dict[str, bool]:
+    """Chooses XLA's options for the step of a model with these parameters.
+
+    On a GPU, XLA tries its own Triton products against cuBLAS, one after the other, for every shape of every program. With
+    Llama 3.1 8B on an H100 that was all but 15 of some 150 seconds of a start, and cuBLAS was then as fast with 16 sequences
+    and 22 % faster with 256 (docs/performance.md). Quantised weights need Triton: there the product itself widens them.
+    """
+    quantised = any(jnp.dtype(x.dtype).itemsize == 1 for x in jax.tree.leaves(dict(params)))
+    return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" and not quantised else {}

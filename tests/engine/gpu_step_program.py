@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llm_infer.engine.platform import layer_loop, query_rows
+from llm_infer.engine.platform import compiler_options, layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.state import FULL, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
@@ -40,7 +40,10 @@ for tokens in (8,):
     step = make_step(definition, layout, loop=layer_loop(target.platform))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert dispatch.target() == ("gpu", target.device_kind)
-        jitted = jax.jit(step, donate_argnums=1, in_shardings=replicated, out_shardings=replicated)
+        options = compiler_options("gpu", params)
+        jitted = jax.jit(
+            step, donate_argnums=1, in_shardings=replicated, out_shardings=replicated, compiler_options=options
+        )
         state, inputs = (
             StepState({FULL: pool}, array((1, 65), jnp.int32)),
             StepInputs(array((1, layout.size), jnp.int32)),
@@ -52,6 +55,7 @@ for tokens in (8,):
         "alias": memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "waits": text.count(" while(") + text.count(" conditional("),
+        "triton products": text.count("gemm_fusion"),
         "ours": [
             name in text
             for name in ("write_kv_bfloat16_128", "paged_attention_bfloat16_128", "copy_pages", "draw_tokens")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
+from llm_infer.engine.platform import compiler_options
 from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction
 from llm_infer.models.config import ModelConfig
@@ -91,8 +92,9 @@ class StepSharding:
         Over a mesh every device runs the step on its part of each argument. All collectives are written out in the
         model; the devices of a shard draw the same ids because they gather the same logits.
         """
+        options = compiler_options(self.platform, params)
         if self.mesh is None:
-            return jax.jit(step, donate_argnums=1)
+            return jax.jit(step, donate_argnums=1, compiler_options=options)
         cuts = partial(jax.tree.map, lambda x: x.sharding.spec)
         # The first process reads the results of all shards, also of those on other hosts.
         several_hosts = len({device.process_index for device in self.devices}) > 1
@@ -109,4 +111,4 @@ class StepSharding:
             out_specs=(cuts(state), PartitionSpec() if several_hosts else BATCH),
             check_vma=False,
         )
-        return jax.jit(over_mesh, donate_argnums=1)
+        return jax.jit(over_mesh, donate_argnums=1, compiler_options=options)
