@@ -10,7 +10,7 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 _SCALES = {"q4_0": (0,), "q4_1": (0, 2), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
 
 # (N, K): sizes of the default model, an odd N, N under a tile, one block per row, K beyond a tile.
-SHAPES = ((576, 576), (37, 1536), (3, 256), (64, 32), (1, 2560))
+SHAPES = ((576, 576), (48, 512), (37, 1536), (3, 256), (64, 32), (1, 2560))
 ROWS = (*range(1, 17), 49)  # M
 
 # The default model's matrices (SmolLM2-135M), for timing: name → (kind, L, N, K).

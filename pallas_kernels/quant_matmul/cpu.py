@@ -14,6 +14,7 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.reference import gated
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
+TILE_SOURCES = ("cpu_tiles.py", "cpu_tile_kinds.py", "cpu_dot.py", "cpu_tasks.py", "tiles.py", "formats.py")
 INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # these have a kernel with int8 activations; others are computed exactly
 
 
@@ -117,7 +118,9 @@ def int8_kernel(kind: str) -> Any:
             "xs": Buffer("float32", "M G"),
         },
         body=partial(cpu_int8.body, fmt=FORMATS[kind]),
-        sources=tuple(str(here / name) for name in ("cpu_int8.py", "cpu_tasks.py", "cpu_unpack.py", "formats.py")),
+        sources=tuple(
+            str(here / name) for name in ("cpu_int8.py", "cpu_dot.py", "cpu_tasks.py", "cpu_unpack.py", "formats.py")
+        ),
     )
 
 
@@ -145,5 +148,5 @@ def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
             "xs": Buffer("float32", f"A G {group} 2"),
         },
         body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count, gated=gated),
-        sources=tuple(str(here / name) for name in ("cpu_tiles.py", "cpu_tasks.py", "tiles.py", "formats.py")),
+        sources=tuple(str(here / name) for name in TILE_SOURCES),
     )

@@ -15,6 +15,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value
+from pallas_kernels.quant_matmul.cpu_dot import add_pairs, has_bytes, multiply_add
 from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.cpu_unpack import half_scales, k_scales
 from pallas_kernels.quant_matmul.formats import BlockFormat
@@ -176,9 +177,9 @@ def _multiply(k: Emitter, a: Frame, rows: _Rows, m: Value, count: int, n: Value,
             for i, (x_low, x_high) in enumerate(halves):
                 if offset is None:
                     products = (_multiply_add_signed(k, low, x_low), _multiply_add_signed(k, high, x_high))
-                    sums[i].append(_add_pairs(k, products[0]) + _add_pairs(k, products[1]))
+                    sums[i].append(add_pairs(k, products[0]) + add_pairs(k, products[1]))
                 else:
-                    sums[i].append(_multiply_add(k, low, x_low) + _multiply_add(k, high, x_high))
+                    sums[i].append(multiply_add(k, low, x_low) + multiply_add(k, high, x_high))
         for i, parts in enumerate(sums):
             at = (m + i) * a.G + k0 // BLOCK + b
             acc[i].v = k.fma(_fold_rows(k, parts).to(F32), scale * a.xd[at], acc[i].v)
@@ -211,46 +212,20 @@ def _store_out(k: Emitter, a: Frame, at: Value, value: Value, n: Value, count: i
                     a.out.store(at + i, value.lane(i))
 
 
-def _multiply_add(k: Emitter, u: Value, s: Value) -> Value:
-    """Multiplies unsigned with signed bytes and adds neighbouring products in 16 bits (which must hold them)."""
-    count = u.type.count
-    names = {16: "ssse3.pmadd.ub.sw.128", 32: "avx2.pmadd.ub.sw", 64: "avx512.pmaddubs.w.512"}
-    if _has_bytes(k, count):
-        return Value(k, k.intrinsic(f"llvm.x86.{names[count]}", ir.VectorType(I16, count // 2), [u.ssa, s.ssa]))
-    even, odd = range(0, count, 2), range(1, count, 2)
-    u, s = u.to(I16, signed=False), s.to(I16)
-    return u.shuffle(even) * s.shuffle(even) + u.shuffle(odd) * s.shuffle(odd)
-
-
 def _multiply_add_signed(k: Emitter, w: Value, s: Value) -> Value:
     """Multiplies signed bytes with signed bytes of at most 127 and adds neighbouring products in 16 bits."""
     count = w.type.count
-    if not _has_bytes(k, count):
+    if not has_bytes(k, count):
         even, odd = range(0, count, 2), range(1, count, 2)
         w, s = w.to(I16), s.to(I16)
         return w.shuffle(even) * s.shuffle(even) + w.shuffle(odd) * s.shuffle(odd)
     # It is |w| · (s with the sign of w): two products of 128 and 127 still fit.
     if count == 64:
         negative = w < 0
-        return _multiply_add(k, k.select(negative, w * -1, w), k.select(negative, s * -1, s))
+        return multiply_add(k, k.select(negative, w * -1, w), k.select(negative, s * -1, s))
     name = {16: "llvm.x86.ssse3.psign.b.128", 32: "llvm.x86.avx2.psign.b"}[count]
     size, signed = (Value(k, k.intrinsic(name, w.type, [v.ssa, w.ssa])) for v in (w, s))
-    return _multiply_add(k, size, signed)
-
-
-def _has_bytes(k: Emitter, count: int) -> bool:
-    """Checks whether this is an x86 with byte multiplication on vectors of `count` bytes."""
-    return "x86" in k.target.triple and k.target.has("avx512bw" if count == 64 else "avx2")
-
-
-def _add_pairs(k: Emitter, x: Value) -> Value:
-    """Adds neighbouring int16 as int32."""
-    count = x.type.count
-    names = {8: "sse2.pmadd.wd", 16: "avx2.pmadd.wd", 32: "avx512.pmaddw.d.512"}
-    if _has_bytes(k, 2 * count):
-        ones = k.const(x.type, 1)
-        return Value(k, k.intrinsic(f"llvm.x86.{names[count]}", ir.VectorType(I32, count // 2), [x.ssa, ones.ssa]))
-    return x.shuffle(range(0, count, 2)).to(I32) + x.shuffle(range(1, count, 2)).to(I32)
+    return multiply_add(k, size, signed)
 
 
 def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
@@ -271,7 +246,7 @@ def _fold_rows(k: Emitter, slots: list[Value]) -> Value:
         return a.shuffle(picks[0], b).bits(words) + a.shuffle(picks[1], b).bits(words)
 
     folded = zip_add(zip_add(slots[0], slots[1], I32), zip_add(slots[2], slots[3], I32), I64)
-    return folded if folded.type.element == I32 else _add_pairs(k, folded)
+    return folded if folded.type.element == I32 else add_pairs(k, folded)
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat) -> None:
