@@ -96,7 +96,7 @@ def low_high_of(k: Emitter, qs: Ptr, values: Sequence[int]) -> tuple[list[Value]
 
 def _add_fifth_bits(k: Emitter, quants: list[Value], at: Ptr) -> list[Value]:
     """Adds 16 to each of 32 quants whose bit is set in four bytes."""
-    bits, result = k.splat(at.as_(I32).load(), k.unit_lanes), []
+    bits, result = k.splat(at.load(0, 4).bits(I32), k.unit_lanes), []
     for v, q in enumerate(quants):
         own = k.const(bits.type, [1 << (v * k.unit_lanes + lane) for lane in range(k.unit_lanes)])
         result.append(q + k.select((bits & own).ne(0), k.like(q, 16.0), 0.0))
