@@ -125,5 +125,5 @@ def dequantize_into(format: BlockFormat, rows: np.ndarray, out: np.ndarray) -> N
         except NotImplementedError:
             raise ModelError(
                 f"tensors of GGUF type {format.name} cannot be read: choose a file in one of the types F32, F16, BF16, "
-                "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K … Q6_K"
+                "Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K … Q6_K, IQ4_NL, IQ4_XS or MXFP4"
             ) from None

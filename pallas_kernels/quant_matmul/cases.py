@@ -7,7 +7,10 @@ import numpy as np
 from pallas_kernels.quant_matmul.formats import FORMATS
 
 # Offsets of the float16 scales in a block: everything else may be any byte.
-_SCALES = {"q4_0": (0,), "q4_1": (0, 2), "q8_0": (0,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)}
+_SCALES = {
+    "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,), "iq4_nl": (0,), "mxfp4": (),
+    "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,),
+}  # fmt: skip
 
 # (N, K): sizes of the default model, an odd N, N under a tile, one block per row, K beyond a tile.
 SHAPES = ((576, 576), (48, 512), (37, 1536), (3, 256), (64, 32), (1, 2560))
@@ -28,8 +31,9 @@ def shapes(kind: str) -> tuple[tuple[int, int], ...]:
     return tuple((n, k) for n, k in SHAPES if k % FORMATS[kind].elements == 0)
 
 
-def random_blocks(kind: str, num_layers: int, n: int, k: int, seed: int = 0) -> np.ndarray:
-    """Makes [L, N, R] of any bytes, with scales of ordinary size; of normal numbers for dense kinds."""
+def random_blocks(kind: str, num_layers: int, n: int, k: int, seed: int = 0, size: float = 0.02) -> np.ndarray:
+    """Makes [L, N, R] of any bytes, with scales of this size (those of mxfp4 have any ordinary one); of normal numbers for dense
+    kinds."""
     rng, fmt = np.random.default_rng(seed), FORMATS[kind]
     if fmt.dtype != "uint8":
         import ml_dtypes  # a dependency of jax; gives numpy bfloat16
@@ -37,8 +41,10 @@ def random_blocks(kind: str, num_layers: int, n: int, k: int, seed: int = 0) -> 
         return rng.standard_normal((num_layers, n, k)).astype(getattr(ml_dtypes, fmt.dtype, fmt.dtype))
     blocks = rng.integers(0, 256, (num_layers, n, k // fmt.elements, fmt.bytes), dtype=np.uint8)
     for offset in _SCALES[kind]:
-        scale = rng.normal(0, 0.02, blocks.shape[:-1]).astype(np.float16)
+        scale = rng.normal(0, size, blocks.shape[:-1]).astype(np.float16)
         blocks[..., offset : offset + 2] = scale[..., None].view(np.uint8)
+    if kind == "mxfp4":
+        blocks[..., 0] = rng.integers(118, 127, blocks.shape[:-1])  # scales of 2^-10 to 2^-2
     return blocks.reshape(num_layers, n, fmt.row_items(k))
 
 

@@ -19,7 +19,11 @@ BLOCK_M = 96  # activation rows that stay in L2 (96 * 768 * 4 = 288 KiB) while a
 TASK_ROWS = 32  # most weight rows per task
 PREFETCH_ROWS = 8  # rows ahead: a row is too short for the hardware to see a stream
 # Weight rows whose sums are in flight together when M = 1: enough to hide the latency, few enough for the registers.
-ROWS_AT_ONCE = {"q4_0": 2, "q4_1": 2, "q8_0": 4, "q4_k": 1, "q5_k": 1, "q6_k": 1, "f32": 4, "f16": 4, "bf16": 4}
+ROWS_AT_ONCE = {
+    "q4_0": 2, "q4_1": 2, "q5_0": 2, "q5_1": 2, "q8_0": 4, "iq4_nl": 2, "mxfp4": 2,
+    "q2_k": 1, "q3_k": 1, "q4_k": 1, "q5_k": 1, "q6_k": 1, "iq4_xs": 1,
+    "f32": 4, "f16": 4, "bf16": 4,
+}  # fmt: skip
 
 
 def store_row(k: Emitter, out: Ptr, index: Value, four: Value, n: Value, count: Value) -> None:

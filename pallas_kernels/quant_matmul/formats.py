@@ -1,8 +1,9 @@
 """The weight formats of quantised matmul: geometry and layout, one table for every backend.
 
 GGUF blocks: a row of K weights has K / elements blocks, one after the other. Layouts are those of ggml's `block_q*` structs
-(https://github.com/ggml-org/llama.cpp, ggml-common.h), little-endian; float16 scales; no padding. The dense formats f32, f16
-and bf16 are ordinary arrays [L, N, K] of these numbers (a "block" is then just 32 of them).
+(https://github.com/ggml-org/llama.cpp, ggml-common.h), little-endian; no padding. Scales are float16; that of mxfp4 is a byte, an
+exponent of two. The dense formats f32, f16 and bf16 are ordinary arrays [L, N, K] of these numbers (a "block" is then
+just 32 of them).
 """
 
 from __future__ import annotations
@@ -10,6 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _ITEM_BYTES = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+
+# The weights that four bits stand for where these are not the weights themselves.
+VALUES = {
+    "iq4_nl": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "mxfp4": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),  # twice the numbers of FP4 (E2M1)
+}
+VALUES["iq4_xs"] = VALUES["iq4_nl"]
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,17 @@ FORMATS = {
     for fmt in (
         BlockFormat("q4_0", 32, 18),
         BlockFormat("q4_1", 32, 20),
+        BlockFormat("q5_0", 32, 22),
+        BlockFormat("q5_1", 32, 24),
         BlockFormat("q8_0", 32, 34),
+        BlockFormat("iq4_nl", 32, 18),
+        BlockFormat("mxfp4", 32, 17),
+        BlockFormat("q2_k", 256, 84),
+        BlockFormat("q3_k", 256, 110),
         BlockFormat("q4_k", 256, 144),
         BlockFormat("q5_k", 256, 176),
         BlockFormat("q6_k", 256, 210),
+        BlockFormat("iq4_xs", 256, 136),
         BlockFormat("f32", 32, 128, "float32"),
         BlockFormat("f16", 32, 64, "float16"),
         BlockFormat("bf16", 32, 64, "bfloat16"),

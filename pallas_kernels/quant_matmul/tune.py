@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels.quant_matmul import cpu, xla
+from pallas_kernels.quant_matmul.cases import random_blocks, random_rows
 from pallas_kernels.quant_matmul.formats import FORMATS
 
 ROWS = (1, 2, 4, 8, 32, 128)
@@ -42,10 +42,8 @@ def _last_win(times: dict[int, tuple[float, float]]) -> int | None:
 
 def _times(kind: str, rows: int) -> dict[str, float]:
     """Returns the seconds of one call of each way, the least of a few turns through all of them."""
-    fmt, rng = FORMATS[kind], np.random.default_rng(0)
-    shape = (LAYERS, FEATURES, fmt.row_items(WIDTH))
-    blocks = jnp.asarray(rng.integers(0, 60, shape).astype(fmt.dtype))  # small bytes: no scale is an infinity
-    x = jnp.asarray(rng.standard_normal((rows, WIDTH)), jnp.float32)
+    blocks = jnp.asarray(random_blocks(kind, LAYERS, FEATURES, WIDTH))
+    x = jnp.asarray(random_rows(rows, WIDTH))
     ways: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
         "native": lambda x, b, i: cpu.matmul_kernel(kind)(x, b, i)[0],
         "xla": lambda x, b, i: xla.quant_matmul(x, b, i, kind=kind),

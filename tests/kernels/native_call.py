@@ -16,11 +16,14 @@ from pallas_kernels.cpu_ffi.threads import thread_pool
 _handlers: dict[str, Callable[[int], int | None]] = {}
 
 
-def handler(kernel: Kernel, lanes: int | None = None) -> Callable[[int], int | None]:
-    """The kernel's entry; with `lanes`, as it is written for a CPU of that vector width (LLVM splits what is too wide)."""
+def handler(kernel: Kernel, lanes: int | None = None, features: str | None = None) -> Callable[[int], int | None]:
+    """The kernel's entry; with `lanes`, as it is written for a CPU of that vector width (LLVM splits what is too wide), with
+    `features`, for one that has these alone."""
     target, name = host_target(), kernel.name
     if lanes is not None:
         target, name = replace(target, lanes=lanes, unit_lanes=lanes, registers=32), f"{name}_lanes{lanes}"
+    if features is not None:
+        target, name = replace(target, features=features), f"{name}_features{features}"
     if name not in _handlers:
         address = load(name, kernel.sources, lambda: kernel.build(target), ("handler",), thread_pool().symbols)[
             "handler"
@@ -35,6 +38,7 @@ def call(
     results: list[np.ndarray],
     stage: int = EXECUTE_STAGE,
     lanes: int | None = None,
+    features: str | None = None,
 ) -> list[np.ndarray]:
     """Run the handler on numpy arrays (results are written in place). A refusal is a crash here: there is no XLA."""
     keep: list = []
@@ -52,5 +56,5 @@ def call(
         return [40, 0, len(arrays), ctypes.addressof(kinds), ctypes.addressof(pointers)]
 
     frame = (ctypes.c_int64 * 20)(160, 0, 0, 0, stage, *group(args), *group(results), 40, 0, 0, 0, 0)
-    assert not handler(kernel, lanes)(ctypes.addressof(frame))
+    assert not handler(kernel, lanes, features)(ctypes.addressof(frame))
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -12,7 +13,11 @@ import pytest
 
 pytest.importorskip("llvmlite")
 
+import llvmlite.binding as llvm
+
+from llm_infer.quant import StoredWeights
 from pallas_kernels.cpu_ffi import why_not
+from pallas_kernels.cpu_ffi.compile import Target, emit_assembly
 from pallas_kernels.cpu_ffi.threads import thread_pool
 from pallas_kernels.quant_matmul import FORMATS, PRECISIONS, cpu, quant_matmul, reference, tiles
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows, shapes
@@ -23,9 +28,17 @@ TILED = [kind for kind in tiles.SEGMENTS if kind in FORMATS]
 GOLDENS = Path(__file__).parent / "gguf_blocks.npz"
 
 
-def native(kind: str, x: np.ndarray, blocks: np.ndarray, layer: int, lanes: int | None = None) -> np.ndarray:
+def native(
+    kind: str,
+    x: np.ndarray,
+    blocks: np.ndarray,
+    layer: int,
+    lanes: int | None = None,
+    features: str | None = None,
+) -> np.ndarray:
     out = np.full((len(x), blocks.shape[1]), np.nan, np.float32)
-    native_call.call(cpu.matmul_kernel(kind), [x, blocks, np.array(layer, np.int32)], [out], lanes=lanes)
+    args = [x, blocks, np.array(layer, np.int32)]
+    native_call.call(cpu.matmul_kernel(kind), args, [out], lanes=lanes, features=features)
     return out
 
 
@@ -96,18 +109,25 @@ def test_tiles_pass_on_what_is_not_finite():
 def test_reference_dequantises_as_ggml(kind):
     """Against the `gguf` package's dequantize on random blocks (the .npz was made with gguf 0.19 by dequantize(blocks))."""
     stored = np.load(GOLDENS)
-    weights = np.asarray(reference.dequantise(jnp.asarray(stored[f"{kind}_blocks"]), kind))
-    np.testing.assert_array_equal(weights, stored[f"{kind}_weights"])
+    blocks, weights = jnp.asarray(stored[f"{kind}_blocks"]), stored[f"{kind}_weights"]
+    np.testing.assert_array_equal(reference.dequantise(blocks, kind), weights)
+    embedding = StoredWeights((blocks[None],), (kind,), ((0, 0),))
+    np.testing.assert_array_equal(embedding.rows(jnp.array([2, 0, 2])), weights[[2, 0, 2]])
+
+
+@cache
+def matrices_of(kind: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Blocks [2, N, R] and the float64 weights [N, K] of layer 1, for every shape (one program for all)."""
+    every = [random_blocks(kind, 2, n, k, seed=n) for n, k in shapes(kind)]
+    flat = jax.jit(reference.dequantise, static_argnums=1)(np.concatenate([b[1].reshape(-1) for b in every]), kind)
+    ends = np.cumsum([n * k for n, k in shapes(kind)])[:-1]
+    weights = np.split(np.asarray(flat, np.float64), ends)
+    return [(b, w.reshape(shape)) for b, w, shape in zip(every, weights, shapes(kind), strict=True)]
 
 
 def cases_of(kind: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """x [M, K], blocks [2, N, R] and the float64 weights [N, K] of layer 1, for every shape (one program for all)."""
-    every = [random_blocks(kind, 2, n, k, seed=n) for n, k in shapes(kind)]
-    flat = jax.jit(reference.dequantise, static_argnums=1)(np.concatenate([b[1].reshape(-1) for b in every]), kind)
-    start = 0
-    for (n, k), blocks in zip(shapes(kind), every, strict=True):
-        yield random_rows(max(ROWS), k), blocks, np.asarray(flat[start : start + n * k], np.float64).reshape(n, k)
-        start += n * k
+    """`matrices_of` with activations [M, K] before them."""
+    return ((random_rows(max(ROWS), weights.shape[1]), blocks, weights) for blocks, weights in matrices_of(kind))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -121,13 +141,30 @@ def test_equals_dequantise_and_matmul(kind):
 
 
 @pytest.mark.parametrize("lanes", [4, 16])
-@pytest.mark.parametrize("kind", ["q4_1", "q6_k"])
+@pytest.mark.parametrize("kind", ["q4_1", "q5_0", "mxfp4", "q2_k", "q3_k", "q6_k", "iq4_xs"])
 def test_code_for_other_vector_widths(kind, lanes):
     for x, blocks, weights in cases_of(kind):
         expected, size = x @ weights.T, np.abs(x) @ np.abs(weights).T
         for m in (1, 8, 49):
             out = native(kind, x[:m], blocks, 1, lanes)
             assert (np.abs(out - expected[:m]) <= 1e-6 * size[:m]).all(), (weights.shape, m)
+
+
+@pytest.mark.parametrize("lanes", [4, 8])
+def test_values_are_looked_up_without_instructions_for_it(lanes):
+    """As on x86 before SSSE3; the result has the same bits."""
+    blocks, x = random_blocks("iq4_nl", 1, 5, 512), random_rows(3, 512)
+    expected = native("iq4_nl", x, blocks, 0, lanes)
+    np.testing.assert_array_equal(native("iq4_nl", x, blocks, 0, lanes, features=""), expected)
+
+
+def test_values_are_looked_up_by_neon_on_arm64():
+    """The code is made and read, not run."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    target = Target("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon", lanes=4, registers=32, unit_lanes=4)
+    code = emit_assembly(cpu.matmul_kernel("iq4_nl").build(target), target)
+    assert "tbl" in code and "fmla" in code
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -246,7 +283,7 @@ def test_the_op_picks_the_native_kernel_and_checks_its_arguments():
         np.testing.assert_allclose(np.asarray(gated), product @ np.asarray(weights).T, rtol=1e-4, atol=1e-5)
     wrong = {
         "tiled rows of q4_1 must be a multiple of 16, found 5": dict(kind="q4_1", tiled=True),
-        "kind is 'q3_k'": dict(kind="q3_k"),
+        "kind is 'iq3_s'": dict(kind="iq3_s"),
         "precision is 'best'": dict(kind="q4_1", precision="best"),
         "x: expected float32": dict(kind="q4_1", x=jnp.zeros((3, 64), jnp.int32)),
         "expected rows of 36 uint8": dict(kind="q4_0"),
