@@ -14,7 +14,9 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.reference import gated
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
-TILE_SOURCES = ("cpu_tiles.py", "cpu_tile_kinds.py", "cpu_dot.py", "cpu_tasks.py", "tiles.py", "formats.py")
+TILE_SOURCES = tuple(
+    f"{name}.py" for name in ("cpu_tiles", "cpu_tile_kinds", "cpu_dot", "cpu_unpack", "cpu_tasks", "tiles", "formats")
+)
 INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # these have a kernel with int8 activations; others are computed exactly
 
 

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.emit import F16, F32, I16, I32, Emitter, Ptr, Value
+from pallas_kernels.quant_matmul.cpu_unpack import look_up
+from pallas_kernels.quant_matmul.formats import VALUES
 from pallas_kernels.quant_matmul.tiles import ROWS
-
-IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # halves of E2M1's numbers
 
 
 @dataclass(frozen=True)
@@ -72,21 +71,6 @@ class TileKind:
     runs: int = 1
     halves: bool = False
     has_minimum: bool = False
-
-
-def _looked_up(k: Emitter, index: Value, table: list[int]) -> Value:
-    """Returns table[index] for bytes from 0 to 15."""
-    count = index.type.count
-    names = {64: "avx512.pshuf.b.512", 32: "avx2.pshuf.b", 16: "ssse3.pshuf.b.128"}
-    wide = k.const(index.type, table * (count // 16))
-    if k.target.has({64: "avx512bw", 32: "avx2", 16: "ssse3"}[count]):
-        return Value(k, k.intrinsic(f"llvm.x86.{names[count]}", index.type, [wide.ssa, index.ssa]))
-    if count == 16 and k.target.triple.startswith("aarch64"):
-        return Value(k, k.intrinsic("llvm.aarch64.neon.tbl1.v16i8", index.type, [wide.ssa, index.ssa]))
-    found = k.like(index, table[0])
-    for i, value in enumerate(table[1:], 1):
-        found = k.select(index.eq(i), k.like(index, value), found)
-    return found
 
 
 def _one_half(v: View) -> tuple[list[Value], list[Value]]:
@@ -192,10 +176,10 @@ def _fifth_bits(place: int) -> Weights:
     return weights
 
 
-def _table(place: int, values: tuple[int, ...], bias: int) -> Weights:
+def _table(place: int, kind: str, bias: int) -> Weights:
     """Makes the reader of runs of nibbles that stand for these values."""
-    table = [v + bias - (256 if v + bias > 127 else 0) for v in values]
-    return lambda v, part, run: [_looked_up(v.k, q, table) for q in v.nibbles(part * 16 + place)]
+    table = [(v + bias) & 255 for v in VALUES[kind]]
+    return lambda v, part, run: [look_up(v.k, q, table) for q in v.nibbles(part * 16 + place)]
 
 
 def _nibbles(place: int) -> Weights:
@@ -208,12 +192,12 @@ KINDS = {
     "q5_0": TileKind(_one_half, _fifth_bits(2), 31, 16),
     "q5_1": TileKind(_two_halves, _fifth_bits(4), 31, 16, has_minimum=True),
     "q8_0": TileKind(_one_half, lambda v, part, run: [b ^ -128 for b in v.fours(2, 8)], 255, 128),
-    "iq4_nl": TileKind(_one_half, _table(2, IQ4_VALUES, 128), 241, 128),
-    "mxfp4": TileKind(_exponents, _table(1, MXFP4_VALUES, 12), 24, 12),
+    "iq4_nl": TileKind(_one_half, _table(2, "iq4_nl", 128), 241, 128),
+    "mxfp4": TileKind(_exponents, _table(1, "mxfp4", 12), 24, 12),
     "q2_k": TileKind(_q2_k_scales, _q2_k, 3, 0, 2, 4, halves=True, has_minimum=True),
     "q3_k": TileKind(_q3_k_scales, _q3_k, 7, 4, 2, 4, halves=True),
     "q4_k": TileKind(_six_bits, _q4_k, 15, 0, 4, 2, has_minimum=True),
     "q5_k": TileKind(_six_bits, _q5_k, 31, 16, 4, 2, has_minimum=True),
     "q6_k": TileKind(_q6_k_scales, _q6_k, 63, 32, 2, 4, halves=True),
-    "iq4_xs": TileKind(_iq4_xs_scales, _table(8, IQ4_VALUES, 128), 241, 128, 8),
+    "iq4_xs": TileKind(_iq4_xs_scales, _table(8, "iq4_xs", 128), 241, 128, 8),
 }

@@ -61,7 +61,7 @@ def _low_high_by_table(k: Emitter, bytes_: Value, values: Sequence[int]) -> tupl
     paired = bytes_.shuffle([8 * half + j + 4 * side for half in (0, 1) for j in range(4) for side in (0, 1)])
     result = []
     for index in (paired & 15, paired >> 4):
-        lower, upper = (_look_up(k, index, table) for table in tables)
+        lower, upper = (look_up(k, index, table) for table in tables)
         vectors = []
         for half in (0, 8):
             zipped = lower.shuffle([half + j + 16 * side for j in range(8) for side in (0, 1)], upper)
@@ -71,13 +71,17 @@ def _low_high_by_table(k: Emitter, bytes_: Value, values: Sequence[int]) -> tupl
     return result[0], result[1]
 
 
-def _look_up(k: Emitter, codes: Value, table: Sequence[int]) -> Value:
-    """Looks 16 bytes below 16 up in a table of bytes."""
-    vector, bytes_ = codes.type, k.const(codes.type, table)
-    if k.target.has("ssse3"):
-        return Value(k, k.intrinsic("llvm.x86.ssse3.pshuf.b.128", vector, [bytes_.ssa, codes.ssa]))
-    if k.target.triple.split("-")[0] in ("aarch64", "arm64"):
-        return Value(k, k.intrinsic("llvm.aarch64.neon.tbl1.v16i8", vector, [bytes_.ssa, codes.ssa]))
+def look_up(k: Emitter, codes: Value, table: Sequence[int]) -> Value:
+    """Looks bytes below 16 up in a table of bytes."""
+    vector, count = codes.type, codes.type.count
+    wide = k.const(vector, list(table) * (count // 16))
+    feature, name = {64: ("avx512bw", "avx512.pshuf.b.512"), 32: ("avx2", "avx2.pshuf.b")}.get(
+        count, ("ssse3", "ssse3.pshuf.b.128")
+    )
+    if k.target.has(feature):
+        return Value(k, k.intrinsic(f"llvm.x86.{name}", vector, [wide.ssa, codes.ssa]))
+    if count == 16 and k.target.triple.split("-")[0] in ("aarch64", "arm64"):
+        return Value(k, k.intrinsic("llvm.aarch64.neon.tbl1.v16i8", vector, [wide.ssa, codes.ssa]))
     left = [k.const(vector, byte) for byte in table]
     for bit in range(4):  # each bit of the codes halves the bytes that are left
         is_set = (codes & (1 << bit)).ne(0)
@@ -90,7 +94,7 @@ def low_high_of(k: Emitter, qs: Ptr, values: Sequence[int]) -> tuple[list[Value]
     bytes_ = qs.load(0, 16)
     if k.unit_lanes == 4 and k.target.has("ssse3"):
         return _low_high_by_table(k, bytes_, values)
-    low, high = (widen(k, _look_up(k, codes, values), signed=True) for codes in (bytes_ & 15, bytes_ >> 4))
+    low, high = (widen(k, look_up(k, codes, values), signed=True) for codes in (bytes_ & 15, bytes_ >> 4))
     return low, high
 
 
