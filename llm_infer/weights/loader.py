@@ -17,7 +17,7 @@ from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.stored_blocks import Kinds, read_stored, stored_bytes, stored_kinds
 from llm_infer.weights.tensor_source import TensorSource
-from pallas_kernels.quant_matmul import tile_rows, tiles_pay
+from pallas_kernels.quant_matmul import tiles_pay
 
 Place = Callable[[str, np.ndarray], jax.Array]
 
@@ -90,13 +90,12 @@ def load_parameters(
             spec = specs[rule.param]
             if (kinds := kept.get(rule.param)) is not None:
                 assert stored is not None
-                stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task)
-                tiled = tuple(whole and tiles_pay(kind, spec.shape[-2]) for kind in stacks)
-                for (kind, stack), pays in zip(stacks.items(), tiled, strict=True):
-                    if pays:
-                        tile_rows(stack, kind)
+                pays = {kind: whole and tiles_pay(kind, spec.shape[-2], stored) for kind in kinds}
+                stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task, pays.__getitem__)
                 blocks = tuple(jax.block_until_ready(place(rule.param, stack)) for stack in stacks.values())
-                parameters[rule.param] = StoredWeights(blocks, tuple(stacks), places, stored, tiled)
+                parameters[rule.param] = StoredWeights(
+                    blocks, tuple(stacks), places, stored, tuple(map(pays.__getitem__, stacks))
+                )
                 continue
             array = aligned_empty(spec.shape, spec.dtype)
             _fill(source, rule, array, num_layers, task)

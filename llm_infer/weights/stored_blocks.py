@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,8 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 
 _DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+MOST_READERS = 8
+"""Threads that read a matrix's layers; more do not read memory faster."""
 _TABLES = ("embed.weight", "head.weight")  # their rows are looked up, or multiplied with as in any matrix
 
 Kinds = tuple[str, ...]
@@ -63,9 +67,19 @@ def stored_bytes(kinds: Kinds | None, spec: HasShape) -> int:
 
 
 def read_stored(
-    source: TensorSource, rule: Rule, num_layers: int, kinds: Kinds, shape: Sequence[int], task: Task
+    source: TensorSource,
+    rule: Rule,
+    num_layers: int,
+    kinds: Kinds,
+    shape: Sequence[int],
+    task: Task,
+    tiled: Callable[[str], bool],
 ) -> tuple[dict[str, np.ndarray], tuple[tuple[int, int], ...]]:
-    """Reads a stack [layers of the kind, N, R] for each kind that occurs, and each layer's stack and index in it."""
+    """Reads a stack [layers of the kind, N, R] for each kind that occurs, and each layer's stack and index in it.
+
+    Args:
+        tiled: whether the rows of a kind are brought into the tiled order.
+    """
     rows, width = shape[-2:]
     stacks = {
         kind: aligned_empty((count, rows, FORMATS[kind].row_items(width)), _dtype(FORMATS[kind].dtype))
@@ -73,14 +87,28 @@ def read_stored(
     }
     filled: Counter[str] = Counter()
     places = []
-    for kind, group in zip(kinds, rule.tensor_names(num_layers), strict=True):
-        out = stacks[kind][filled[kind]]
-        parts = [_rows(source, name, kind) for name in group]
-        # An arrangement moves whole rows, so it serves blocks as it serves values.
-        out[...] = parts[0] if rule.arrange is None else rule.arrange(parts)
+    for kind in kinds:
         places.append((list(stacks).index(kind), filled[kind]))
         filled[kind] += 1
-        task.advance(out.nbytes)
+
+    def read(layer: int) -> int:
+        kind, group = kinds[layer], groups[layer]
+        out = stacks[kind][places[layer][1]]
+        parts = [_rows(source, name, kind) for name in group]
+        # An arrangement moves whole rows, so it serves blocks as it serves values.
+        arranged = parts[0] if rule.arrange is None else rule.arrange(parts)
+        if tiled(kind):
+            from pallas_kernels.quant_matmul.weave import weave
+
+            weave(np.ascontiguousarray(arranged), out, kind)
+        else:
+            out[...] = arranged
+        return out.nbytes
+
+    groups = list(rule.tensor_names(num_layers))
+    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as pool:
+        for nbytes in pool.map(read, range(len(kinds))):
+            task.advance(nbytes)
     return stacks, tuple(places)
 
 

@@ -74,12 +74,20 @@ def quant_matmul(
     return dispatch.pick("quant_matmul", case, implementation)(x, blocks, index, gate, **options)
 
 
-def tiles_pay(kind: str, rows: int) -> bool:
-    """Checks whether matrices with this many rows of a kind are best kept in the tiled order on this process's CPU."""
+def tiles_pay(kind: str, rows: int, precision: str = "exact") -> bool:
+    """Checks whether matrices with this many rows of a kind are best kept in the tiled order on this process's CPU.
+
+    They are wherever there are instructions for products of bytes. Those of AVX2 alone take so many steps for activations of 23
+    bits that float32 is faster for kinds with many bits (see `cpu.WIDE`).
+    """
     from pallas_kernels import cpu_ffi
 
     if cpu_ffi.why_not() is not None or not can_tile(kind, rows):
         return False
     from pallas_kernels.cpu_ffi.compile import host_target
+    from pallas_kernels.quant_matmul.cpu import WIDE
 
-    return host_target().has("avx512vnni")
+    host = host_target()
+    if any(host.has(feature) for feature in ("avx512vnni", "avxvnni", "dotprod")):
+        return True
+    return host.has("avx2") and (precision == "fast" or kind not in WIDE)

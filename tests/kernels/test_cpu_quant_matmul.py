@@ -19,12 +19,11 @@ from llm_infer.quant import StoredWeights
 from pallas_kernels.cpu_ffi import why_not
 from pallas_kernels.cpu_ffi.compile import Target, emit_assembly
 from pallas_kernels.cpu_ffi.threads import thread_pool
-from pallas_kernels.quant_matmul import FORMATS, PRECISIONS, cpu, quant_matmul, reference, tiles
+from pallas_kernels.quant_matmul import FORMATS, cpu, quant_matmul, reference, tiles
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows, shapes
 from tests.kernels import native_call
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"native CPU kernels: {why_not()}")
-TILED = [kind for kind in tiles.SEGMENTS if kind in FORMATS]
 GOLDENS = Path(__file__).parent / "gguf_blocks.npz"
 
 
@@ -48,61 +47,6 @@ def native_int8(kind: str, x: np.ndarray, blocks: np.ndarray, lanes: int | None 
     out = np.full((m, n), np.nan, np.float32)
     native_call.call(cpu.int8_kernel(kind), [x, blocks, np.array(0, np.int32)], [out, *scratch], lanes=lanes)
     return out
-
-
-def native_tiles(kind: str, precision: str, x: np.ndarray, blocks: np.ndarray, lanes: int | None = None) -> np.ndarray:
-    """Layer 1 of `blocks`, which have the file's order."""
-    (m, k), n = x.shape, blocks.shape[1]
-    groups, digits = -(-m // cpu.TILE_GROUP), cpu.digits(kind, precision)
-    place = (groups, k // 32, cpu.TILE_GROUP)
-    scratch = [np.full((*place, digits, 32), 99, np.int8), *(np.full(s, np.nan, "f") for s in (place, (*place, 2)))]
-    out = np.full((m, n), np.nan, np.float32)
-    tiled = blocks.copy()
-    tiles.tile_rows(tiled, kind)
-    kernel = cpu.tiles_kernel(kind, precision)
-    native_call.call(kernel, [x, tiled, np.array(1, np.int32)], [out, *scratch], lanes=lanes)
-    return out
-
-
-def tiled_cases(kind: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """As `cases_of`, those whose rows can be tiled."""
-    return (case for case in cases_of(kind) if tiles.can_tile(kind, case[1].shape[1]))
-
-
-@pytest.mark.parametrize("kind", TILED)
-def test_tiles_are_a_permutation_that_can_be_undone(kind):
-    blocks = random_blocks(kind, 2, 48, 512)
-    tiled = blocks.copy()
-    tiles.tile_rows(tiled, kind)
-    assert (tiled != blocks).any()
-    np.testing.assert_array_equal(tiles.untile(jnp.asarray(tiled), kind), blocks)
-    ids = np.array([0, 17, 47, 5, 5])
-    np.testing.assert_array_equal(tiles.take_rows(jnp.asarray(tiled[1]), jnp.asarray(ids), kind), blocks[1][ids])
-    with pytest.raises(ValueError, match="40 rows"):
-        tiles.tile_rows(tiled[:, :40], kind)
-
-
-@pytest.mark.parametrize("kind", TILED)
-def test_tiles_equal_dequantise_and_matmul(kind):
-    """`exact` errs no more than a float32 sum may; in any batch and code for any vector width a row has the same bits."""
-    for x, blocks, weights in tiled_cases(kind):
-        x[:, :32] *= 1e4  # an outlier must not cost its neighbours' digits
-        x[1, -32:] = 0.0
-        expected, size = x @ weights.T, np.abs(x) @ np.abs(weights).T
-        every_row = native_tiles(kind, "exact", x, blocks)
-        assert (np.abs(every_row - expected) <= 5e-7 * size).all(), weights.shape
-        for m in ROWS:
-            np.testing.assert_array_equal(native_tiles(kind, "exact", x[:m], blocks), every_row[:m])
-        for lanes in (4, 8, 16):
-            np.testing.assert_array_equal(native_tiles(kind, "exact", x[:13], blocks, lanes), every_row[:13])
-
-
-def test_tiles_pass_on_what_is_not_finite():
-    x, blocks = random_rows(3, 64), random_blocks("q4_1", 2, 16, 64)
-    x[0, 3], x[2, 40] = np.inf, np.nan
-    for precision in PRECISIONS:
-        finite = np.isfinite(native_tiles("q4_1", precision, x, blocks)).all(axis=1)
-        assert finite.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in FORMATS if FORMATS[kind].dtype == "uint8"])
@@ -182,22 +126,6 @@ def test_rows_do_not_depend_on_the_batch_or_the_threads(kind):
         pool.set_threads(before)
 
 
-@pytest.mark.parametrize("gate", [0.0, -200.0, 200.0, np.inf, -np.inf, np.nan])
-def test_gates_of_any_size(gate):
-    """silu of what is not finite: infinity and -infinity · 0 are not numbers, and only their own row knows of them."""
-    x, tiled = np.ones((2, 64), np.float32), random_blocks("q4_1", 2, 16, 64)
-    gates = np.ones_like(x)
-    gates[1] = gate
-    plain = quant_matmul(x, jnp.asarray(tiled), 1, jnp.ones_like(x), kind="q4_1", tiled=True, implementation="cpu")
-    out = np.asarray(quant_matmul(x, jnp.asarray(tiled), 1, gates, kind="q4_1", tiled=True, implementation="cpu"))
-    np.testing.assert_array_equal(out[0], plain[0])
-    if np.isfinite(gate):
-        expected = quant_matmul(x, jnp.asarray(tiled), 1, gates, kind="q4_1", tiled=True, implementation="reference")
-        np.testing.assert_allclose(out[1], np.asarray(expected)[1], rtol=1e-4, atol=1e-5)
-    else:
-        assert np.isnan(out[1]).all()
-
-
 @pytest.mark.parametrize("kind", cpu.INT8_KINDS)
 def test_fast_is_exact_but_for_the_rounding_of_activations(kind):
     """Equal to a matmul of activations rounded to int8 in blocks of 32; the same bits for every M and vector width."""
@@ -213,14 +141,6 @@ def test_fast_is_exact_but_for_the_rounding_of_activations(kind):
         assert (np.abs(every_row - rounded @ weights.T) <= tolerance).all(), weights.shape
         for m in ROWS:
             np.testing.assert_array_equal(native_int8(kind, x[:m], blocks), every_row[:m])
-        if tiles.can_tile(kind, blocks.shape[1]):
-            both = np.repeat(blocks, 2, axis=0)
-            every_tile = native_tiles(kind, "fast", x, both)
-            assert (
-                np.abs(every_tile - (rounded if cpu.digits(kind, "fast") == 1 else x) @ weights.T) <= tolerance
-            ).all(), weights.shape
-            for m in ROWS:
-                np.testing.assert_array_equal(native_tiles(kind, "fast", x[:m], both), every_tile[:m])
         for lanes in (4, 16) if kind in ("q4_1", "q8_0") else ():
             np.testing.assert_array_equal(native_int8(kind, x, blocks, lanes), every_row)
 
