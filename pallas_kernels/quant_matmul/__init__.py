@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
 from pallas_kernels.quant_matmul.reference import dequantise
-from pallas_kernels.quant_matmul.tiles import ROWS, can_tile, tile_rows, untile
+from pallas_kernels.quant_matmul.tiles import ROWS, WIDE, can_tile, tile_rows, untile
 
 __all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tile_rows", "tiles_pay", "untile"]
 
@@ -78,14 +78,13 @@ def tiles_pay(kind: str, rows: int, precision: str = "exact") -> bool:
     """Checks whether matrices with this many rows of a kind are best kept in the tiled order on this process's CPU.
 
     They are wherever there are instructions for products of bytes. Those of AVX2 alone take so many steps for activations of 23
-    bits that float32 is faster for kinds with many bits (see `cpu.WIDE`).
+    bits that float32 is faster for kinds with many bits (`tiles.WIDE`).
     """
     from pallas_kernels import cpu_ffi
 
     if cpu_ffi.why_not() is not None or not can_tile(kind, rows):
         return False
     from pallas_kernels.cpu_ffi.compile import host_target
-    from pallas_kernels.quant_matmul.cpu import WIDE
 
     host = host_target()
     if any(host.has(feature) for feature in ("avx512vnni", "avxvnni", "dotprod")):

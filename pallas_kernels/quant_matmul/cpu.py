@@ -14,7 +14,6 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.reference import gated
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
-WIDE = ("q8_0", "q6_k", "iq4_nl", "iq4_xs")  # kinds whose numbers take more than five bits
 TILE_SOURCES = tuple(
     f"{name}.py" for name in ("cpu_tiles", "cpu_tile_kinds", "cpu_dot", "cpu_unpack", "cpu_tasks", "tiles", "formats")
 )
