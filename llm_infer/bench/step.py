@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -14,12 +15,15 @@ import numpy as np
 
 from llm_infer.base.errors import UserError
 from llm_infer.bench.offline import measure
+from llm_infer.bench.roof import read_bandwidth
 from llm_infer.llm import LLM
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 48
 REST = "XLA: all else"
 _CONTAINERS = ("while", "conditional", "call")  # their time is that of their contents
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\b([a-z][a-z0-9-]*)\(", re.MULTILINE)
+_DEFINITION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]", re.MULTILINE)
+_ITEM_BYTES = {"u8": 1, "f16": 2, "bf16": 2, "f32": 4}
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
@@ -46,10 +50,13 @@ def run(model: str, batch: int, precision: str, json_file: str | None) -> None:
     milliseconds = spent(parts, events)
     host = {name: measured[f"{name}_ms_per_step"] for name in ("schedule", "prepare", "dispatch", "commit")}
     step = 1e3 * measured["tpot_s"]
-    print(table(step, milliseconds, host))
+    rates = {name: read / milliseconds[name] / 1e6 for name, read in bytes_read(hlo, parts, events).items()}
+    limit = read_bandwidth()
+    print(table(step, milliseconds, host, rates, limit))
     if json_file:
-        record = {"model": model, "batch": batch, "precision": precision, "step_ms": step}
-        Path(json_file).write_text(json.dumps({**record, "parts_ms": milliseconds, "host_ms": host}, indent=2) + "\n")
+        record = {"model": model, "batch": batch, "precision": precision, "step_ms": step, "parts_ms": milliseconds}
+        record |= {"host_ms": host, "parts_gb_s": rates, "read_gb_s": limit}
+        Path(json_file).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def parts_of(hlo: str) -> dict[str, str]:
@@ -83,15 +90,45 @@ def spent(parts: dict[str, str], events: dict[str, list[float]]) -> dict[str, fl
     totals: dict[str, float] = defaultdict(float)
     for name, part in parts.items():
         if durations := events.get(name):
-            totals[part] += statistics.median(durations) * max(1, round(len(durations) / NEW_TOKENS))
+            totals[part] += statistics.median(durations) * _calls(durations)
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
-def table(step: float, parts: dict[str, float], host: dict[str, float]) -> str:
-    """Returns the figures as text; what is neither a matrix product nor attention is the step without the native kernels."""
+def bytes_read(hlo: str, parts: dict[str, str], events: dict[str, list[float]]) -> dict[str, float]:
+    """Returns the bytes of weights that each product with stored weights reads per step: a layer's matrix in each call."""
+    shapes = {name: (kind, sizes) for name, kind, sizes in _DEFINITION.findall(hlo)}
+    totals: dict[str, float] = defaultdict(float)
+    for found in _INSTRUCTION.finditer(hlo):
+        name, part = found[1], parts.get(found[1], REST)
+        if not part.startswith("quant_matmul") or not (durations := events.get(name)):
+            continue
+        weights = re.findall(r"%([\w.-]+)", hlo[found.end() : hlo.find(")", found.end())])[1]
+        kind, sizes = shapes[weights]
+        totals[part] += _ITEM_BYTES[kind] * math.prod(map(int, sizes.split(",")[1:])) * _calls(durations)
+    return dict(totals)
+
+
+def _calls(durations: list[float]) -> int:
+    return max(1, round(len(durations) / NEW_TOKENS))
+
+
+def table(
+    step: float, parts: dict[str, float], host: dict[str, float], rates: dict[str, float], limit: float | None
+) -> str:
+    """Returns the figures as text; what is neither a matrix product nor attention is the step without the native kernels.
+
+    Args:
+        rates: GB/s at which products read their weights; `limit` is that at which memory can be read.
+    """
     kernels = sum(value for name, value in parts.items() if name != REST and not name.startswith("copy_pages"))
     lines = [f"{'step':<44}{step:>9.3f} ms"]
-    lines += [f"  {name:<42}{value:>9.3f} ms{value / step:>8.1%}" for name, value in parts.items()]
+    for name, value in parts.items():
+        lines.append(f"  {name:<42}{value:>9.3f} ms{value / step:>8.1%}")
+        if name in rates:
+            of_limit = "" if limit is None else f", {rates[name] / limit:.0%} of what memory gives"
+            lines[-1] += f"  {rates[name]:.1f} GB/s of weights{of_limit}"
+    if limit is not None:
+        lines.append(f"reading memory, this run: {limit:.1f} GB/s")
     lines.append(f"{'neither matrix product nor attention':<44}{step - kernels:>9.3f} ms{1 - kernels / step:>8.1%}")
     lines.append("host, beside the device: " + ", ".join(f"{name} {value:.3f} ms" for name, value in host.items()))
     return "\n".join(lines)
