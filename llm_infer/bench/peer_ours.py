@@ -40,12 +40,16 @@ def main(path: str, threads: str, depths: str, precision: str) -> None:
         return max(measure(engine, rng, 1, length, 1)["prefill_tok_s"] for _ in range(3))
 
     def decode(size: int, length: int) -> float:
+        if length > context:
+            raise RuntimeError(f"the model's context is {context} tokens")
+        length = min(length, context - STEPS)  # at a depth of the whole context, the steps end there
         found = measure(engine_for(max(usual, length + STEPS)), rng, size, length, STEPS)["decode_tok_s"]
         if found is None:
             raise RuntimeError("too few steps held all sequences")
         return found
 
     engine = engine_for(usual)
+    context = engine.runner.model.config.max_position_embeddings
     pages = engine.config.cache.dtype or engine.runner.state.cache[FULL].dtype
     about = f"--precision {precision}, weights as in the file, cache in {pages}"
     del engine

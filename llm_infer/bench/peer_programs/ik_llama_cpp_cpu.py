@@ -22,7 +22,9 @@ def main(path: str, threads: int, depths: list[int]) -> None:
         return status
 
     batch = api.llama_batch_init(llama_batches.CHUNK, 0, 1)
-    llama_batches.measure(ik_llama_cpp.__version__, batch, open_context, compute, IkContext.close, depths)
+    llama_batches.measure(
+        ik_llama_cpp.__version__, batch, open_context, compute, IkContext.kv_cache_clear, IkContext.close, depths
+    )
 
 
 main(sys.argv[1], int(sys.argv[2]), numbers(sys.argv[3]))

@@ -19,6 +19,7 @@ def measure(
     batch: Any,
     open_context: Callable[[int, int], Any],
     compute: Callable[[Any, Any], int],
+    clear: Callable[[Any], None],
     close: Callable[[Any], None],
     depths: Sequence[int],
 ) -> None:
@@ -29,6 +30,7 @@ def measure(
         batch: a `llama_batch` with room for `CHUNK` rows.
         open_context: makes a context for so many tokens of so many sequences.
         compute: runs a batch in a context to its end; returns 0 if it could.
+        clear: empties a context's cache.
         close: frees a context.
         depths: of the measurements at depth.
     """
@@ -50,10 +52,12 @@ def measure(
         return sum(step(context, rows[first : first + CHUNK]) for first in range(0, length, CHUNK))
 
     def prefill(length: int) -> float:
-        times = []
-        for _ in range(3):
-            context = open_context(length + STEPS, 1)
-            times.append(prompt(context, length, 0))
+        context, times = open_context(2 * length, 1), []
+        try:
+            for _ in range(3):
+                clear(context)
+                times.append(prompt(context, length, 0))
+        finally:
             close(context)
         return length / min(times)
 

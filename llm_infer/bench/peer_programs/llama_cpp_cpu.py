@@ -33,8 +33,11 @@ def main(path: str, threads: int, depths: list[int]) -> None:
         llama_cpp.llama_synchronize(context)
         return status
 
+    def clear(context) -> None:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
     batch = llama_cpp.llama_batch_init(llama_batches.CHUNK, 0, 1)
-    llama_batches.measure(llama_cpp.__version__, batch, open_context, compute, llama_cpp.llama_free, depths)
+    llama_batches.measure(llama_cpp.__version__, batch, open_context, compute, clear, llama_cpp.llama_free, depths)
 
 
 main(sys.argv[1], int(sys.argv[2]), numbers(sys.argv[3]))

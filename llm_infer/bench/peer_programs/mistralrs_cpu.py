@@ -21,7 +21,10 @@ def main(path: Path, depths: list[int], plain_chat: str) -> None:
     from mistralrs import ChatCompletionRequest, Runner, Which  # pyright: ignore[reportMissingImports]
 
     which = Which.GGUF(quantized_model_id=str(path.parent), quantized_filename=path.name)
-    runner = Runner(which=which, max_seqs=32, prefix_cache_n=0, jinja_explicit=plain_chat)
+    try:
+        runner = Runner(which=which, max_seqs=32, prefix_cache_n=0, jinja_explicit=plain_chat)
+    except Exception as error:  # its message ends with a backtrace
+        raise SystemExit(next(iter(str(error).strip().splitlines()), "the model does not load")) from None
     twenty = len(runner.tokenize_text(SENTENCE * 20, False, None))
 
     def prompt(length: int, more: int) -> str:
