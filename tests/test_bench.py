@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from llm_infer.base.errors import UserError
-from llm_infer.bench import context, decoding, memory, offline, peers, step
+from llm_infer.bench import context, decoding, memory, offline, step
 from llm_infer.bench.compiled import kernels
-from llm_infer.bench.peers import table
 from llm_infer.options import EngineOptions
 
 
@@ -51,71 +49,6 @@ def test_memory_at_batch_1(default_gguf, capsys: pytest.CaptureFixture[str]) -> 
     print(out)
     more = float(out.split(": ")[1].split(" MB more")[0])
     assert 160 < more < 300
-
-
-def test_peers_are_compared_by_medians() -> None:
-    metrics = ("decode_b1", "decode_b8", "decode_b32", "prefill_512")
-    ours = {
-        name: dict.fromkeys(metrics, values) for name, values in (("ours exact", [1.0, 2.0, 9.0]), ("ours fast", [4.0]))
-    }
-    text = table(ours | {"peer": {m: [0.5] for m in metrics}}, {"peer": "1.2"})
-    assert "2.0 ± 4.0" in text and "4.00 ×" in text and "8.00 ×" in text and "peer 1.2" in text
-
-
-FAKE = """
-import json, sys
-for metric in ("prefill_512", "decode_b1", "decode_b8", "decode_b32"):
-    print(json.dumps({"metric": metric, "value": 2.0, "version": "1"}), flush=True)
-    if metric == "decode_b1":
-        HERE
-"""
-
-
-@pytest.mark.parametrize(
-    ("fault", "why"),
-    [
-        ("raise SystemExit('the model does not load')", "exit code 1: the model does not load"),
-        ("sys.stdout.flush(); import os; os.kill(os.getpid(), 9)", "exit code -9"),
-        ("break", "it gave no decode_b8, decode_b32"),
-        ("""print('{"metric": "decode_b8", "value": null}')""", "no figure"),
-        ("""print('{"metric": "decode')""", "no figure"),
-    ],
-)
-def test_a_peer_that_fails_costs_its_row_alone(
-    fault: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "model.gguf").touch()
-    (tmp_path / "good.py").write_text(FAKE.replace("HERE", "pass"))
-    (tmp_path / "bad.py").write_text(FAKE.replace("HERE", fault))
-    run = peers.measure
-    commands = {"exact": "good", "fast": "good"}
-
-    def fake(command: list[str]) -> tuple:
-        name = commands.get(command[-1], "bad")
-        return run(
-            ["/missing/python"] if command[0] == "/missing/python" else [sys.executable, str(tmp_path / f"{name}.py")]
-        )
-
-    monkeypatch.setattr(peers, "measure", fake)
-    pythons = {"llama.cpp": "python", "transformers": "/missing/python", "openvino": None}
-    peers.run(str(tmp_path / "model.gguf"), pythons, 2, 1, str(tmp_path / "out.json"))
-    out, record = capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
-    assert record["tok_s"]["ours exact"] == record["tok_s"]["ours fast"] == {m: [2.0, 2.0] for m in peers.METRICS}
-    assert record["tok_s"]["llama.cpp"]["decode_b1"] == [2.0], "what it gave is kept"
-    assert why in record["errors"]["llama.cpp"] and "cannot be run" in record["errors"]["transformers"]
-    assert out.count("round 1, ") == 4 and out.count("round 2, ") == 2 and "1.00 ×" in out
-    commands.clear()
-    with pytest.raises(UserError, match="no engine could be measured"):
-        monkeypatch.setattr(peers, "measure", lambda _: ([], "broken"))
-        peers.run(str(tmp_path / "model.gguf"), pythons, 1, 1, None)
-
-
-def test_ours_may_lack_what_a_peer_has() -> None:
-    samples = {"ours exact": {"decode_b1": [1.0]}, "ours fast": {}, "peer": {"decode_b1": [2.0], "decode_b8": [3.0]}}
-    whole = {name: {m: by.get(m, []) for m in peers.METRICS} for name, by in samples.items()}
-    assert "0.50 ×" in table(whole, {}, {"ours fast": "it broke"}) and "ours fast: it broke" in table(
-        whole, {}, {"ours fast": "it broke"}
-    )
 
 
 def test_rows_of_kernels_come_one_by_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

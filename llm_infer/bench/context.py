@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.base.errors import UserError
+from llm_infer.bench.lists import whole_numbers
 from llm_infer.bench.offline import measure
 from llm_infer.engine.step.state import FULL
 from llm_infer.llm import LLM
@@ -21,7 +21,7 @@ COPIED_BYTES = 1 << 28
 
 def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str, json_file: str | None) -> None:
     """Measures all contexts in turn, `rounds` times, and prints the smallest time of each."""
-    lengths = _lengths(contexts)
+    lengths = sorted(set(whole_numbers("--contexts", contexts, 1, "lengths", "128,2048")))
     llm = LLM(
         model,
         max_model_len=lengths[-1] + new_tokens,
@@ -88,13 +88,3 @@ def table(report: dict[str, Any]) -> str:
             f"{row['added_bytes'] / 1e6:>13.1f}{ratio:>21}"
         )
     return "\n".join(lines)
-
-
-def _lengths(text: str) -> list[int]:
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise UserError(f"--contexts {text!r}: expected lengths separated by commas, such as 128,2048")
-    return lengths

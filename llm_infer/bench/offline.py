@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llm_infer.base.errors import UserError
+from llm_infer.bench.lists import whole_numbers
 from llm_infer.bench.rates import measure
 from llm_infer.llm import LLM
 from llm_infer.options import EngineOptions
@@ -30,7 +30,7 @@ def run(
 
     The limits that the runs need are set here, whatever `options` say of them.
     """
-    sizes = _batch_sizes(batch)
+    sizes = whole_numbers("--batch", batch, 1, "batch sizes", "1,8,32")
     longest = max(prompt_tokens + new_tokens, prefill_tokens + 1)
     options = replace(
         options,
@@ -62,16 +62,6 @@ def run(
         Path(json_file).write_text(
             json.dumps({"model": str(options.model), "rounds": rounds, "runs": report}, indent=2) + "\n"
         )
-
-
-def _batch_sizes(text: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or min(sizes) < 1:
-        raise UserError(f"--batch {text!r}: expected batch sizes separated by commas, such as 1,8,32")
-    return sizes
 
 
 def _median(results: list[dict[str, Any]]) -> dict[str, Any]:

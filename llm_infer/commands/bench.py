@@ -130,21 +130,38 @@ def startup(
 def peers(
     model: Model = DEFAULT_MODEL_NAME,
     llama_cpp: Annotated[str | None, typer.Option(help="A Python that has llama-cpp-python.")] = None,
-    transformers: Annotated[str | None, typer.Option(help="A Python that has transformers, torch and gguf.")] = None,
+    ik_llama_cpp: Annotated[str | None, typer.Option(help="A Python that has ik-llama-cpp-python.")] = None,
     openvino: Annotated[str | None, typer.Option(help="A Python that has openvino-genai.")] = None,
+    transformers: Annotated[
+        str | None, typer.Option(help="A Python that has transformers, torch, gguf and accelerate.")
+    ] = None,
+    mistralrs: Annotated[str | None, typer.Option(help="A Python that has mistralrs.")] = None,
+    depth: Annotated[
+        str, typer.Option(help="Also decode after so many tokens, comma separated, such as 0,2048,8192.")
+    ] = "",
     rounds: Annotated[int, typer.Option(help="Rounds through all engines; medians are reported.", min=1)] = 3,
     threads: Annotated[int | None, typer.Option(help="Threads of each engine; default: all cores.", min=1)] = None,
+    limit: Annotated[
+        float, typer.Option(help="Seconds that an engine may take for a figure, then it is left out.", min=1)
+    ] = 1200,
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """Compares throughput with other engines on this machine.
 
-    All of them run the same GGUF file, in turn.
+    All of them run the same model, in turn; one that fails costs its own row alone. The file of `--json` grows
+    after each figure.
     """
     from llm_infer.bench.peers import run
 
-    pythons = {"llama.cpp": llama_cpp, "transformers": transformers, "openvino": openvino}
-    run(model, pythons, rounds, threads, json_file)
+    pythons = {
+        "llama.cpp": llama_cpp,
+        "ik_llama.cpp": ik_llama_cpp,
+        "openvino": openvino,
+        "transformers": transformers,
+        "mistral.rs": mistralrs,
+    }
+    run(model, pythons, rounds, threads, json_file, depth, limit)
 
 
 @bench.command()

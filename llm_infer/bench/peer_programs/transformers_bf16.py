@@ -1,6 +1,5 @@
 """Measures Hugging Face transformers on torch, bfloat16 weights and activations."""
 
-import json
 import statistics
 import sys
 import time
@@ -8,34 +7,44 @@ from pathlib import Path
 
 import torch  # pyright: ignore[reportMissingImports]
 import transformers  # pyright: ignore[reportMissingImports]
+from reporting import numbers, report_all  # pyright: ignore[reportMissingImports]
 
+CHUNK = 512
 STEPS = 24
 
 
 @torch.inference_mode()
-def main(path: Path, threads: int) -> None:
+def main(path: Path, threads: int, depths: list[int]) -> None:
     torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+    where, file = (path, None) if path.is_dir() else (path.parent, path.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.bfloat16)
     model.eval()
 
-    def report(metric: str, value: float) -> None:
-        print(json.dumps({"metric": metric, "value": value, "version": transformers.__version__}), flush=True)
+    def prompt(size: int, length: int):
+        first, *rest = torch.randint(10, 1000, (size, length)).split(CHUNK, dim=1)
+        out = model(first, use_cache=True, logits_to_keep=1)
+        for ids in rest:
+            out = model(ids, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+        return out
 
-    ids, times = torch.randint(10, 1000, (1, 512)), []
-    for _ in range(3):
-        started = time.perf_counter()
-        model(ids, use_cache=True, logits_to_keep=1)
-        times.append(time.perf_counter() - started)
-    report("prefill_512", 512 / min(times))
-    for size in (1, 8, 32):
-        out = model(torch.randint(10, 1000, (size, 128)), use_cache=True, logits_to_keep=1)
+    def prefill(length: int) -> float:
         times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            prompt(1, length)
+            times.append(time.perf_counter() - started)
+        return length / min(times)
+
+    def decode(size: int, length: int) -> float:
+        out, times = prompt(size, length), []
         for _ in range(STEPS):
             token = out.logits[:, -1:].argmax(-1)
             started = time.perf_counter()
             out = model(token, past_key_values=out.past_key_values, use_cache=True)
             times.append(time.perf_counter() - started)
-        report(f"decode_b{size}", size / statistics.median(times))
+        return size / statistics.median(times)
+
+    report_all(transformers.__version__, "weights, products and cache in bfloat16", prefill, decode, depths)
 
 
-main(Path(sys.argv[1]).resolve(), int(sys.argv[2]))
+main(Path(sys.argv[1]).resolve(), int(sys.argv[2]), numbers(sys.argv[3]))
