@@ -91,15 +91,19 @@ def test_rows_of_offline_come_one_by_one_and_a_missing_value_is_left_out(
 def test_a_step_is_shared_out_by_what_its_instructions_call() -> None:
     hlo = """
       %while.1 = (s32[], f32[2]) while(%t), condition=%c, body=%b
+      %p1 = u8[30,8,20]{2,1,0} parameter(1)
       ROOT %call.9 = (f32[2]{0}, s8[4]) custom-call(%p0, %p1), custom_call_target="llm_infer.quant_matmul_q4_1", api_version=4
       %fusion.3 = f32[2]{0} fusion(%p0), kind=kLoop, calls=%f
     """
     parts = step.parts_of(hlo)
-    assert parts == {"call.9": "quant_matmul_q4_1", "fusion.3": step.REST}
+    assert parts == {"p1": step.REST, "call.9": "quant_matmul_q4_1", "fusion.3": step.REST}
     events = {"call.9": [2.0, 2.0, 9.0] * step.NEW_TOKENS, "fusion.3": [0.5], "while.1": [100.0], "unknown": [1.0]}
     found = step.spent(parts, events)
     assert found == {"quant_matmul_q4_1": 6.0, step.REST: 0.5}
-    text = step.table(10.0, found, {"dispatch": 0.25})
+    read = step.bytes_read(hlo, parts, events)
+    assert read == {"quant_matmul_q4_1": 3 * 8 * 20}  # a layer's matrix in each of a step's calls
+    text = step.table(10.0, found, {"dispatch": 0.25}, {"quant_matmul_q4_1": 12.0}, 48.0)
+    assert "12.0 GB/s of weights, 25% of what memory gives" in text and "reading memory, this run: 48.0 GB/s" in text
     assert "60.0%" in text and "4.000 ms   40.0%" in text and "dispatch 0.250 ms" in text
 
 
