@@ -128,15 +128,15 @@ class _Tile:
                 with k.range(0, kind.parts) as part:
                     for run in range(kind.runs):
                         number = part * kind.runs + run
-                        its_own = [
+                        own_scales, own_minima = (
                             [
                                 place.load((number * self.each + i) * rows, rows)
                                 for i in range(self.each if values else 0)
                             ]
                             for place, values in zip(self.kept, scales, strict=True)
-                        ]
+                        )
                         columns = kind.weights(view, part, run)
-                        self._run(acc, group, b * self.many + number, start, *its_own, columns)
+                        self._run(acc, group, b * self.many + number, start, own_scales, own_minima, columns)
         for i, sum_ in enumerate(acc):
             a.out.store((group * GROUP + start + i) * a.N + tile * ROWS + first, sum_.v)
 
