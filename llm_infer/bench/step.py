@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 import tempfile
@@ -17,13 +16,13 @@ from llm_infer.base.errors import UserError
 from llm_infer.bench.offline import measure
 from llm_infer.bench.roof import read_bandwidth
 from llm_infer.llm import LLM
+from llm_infer.planner.hlo import array_bytes
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 48
 REST = "XLA: all else"
 _CONTAINERS = ("while", "conditional", "call")  # their time is that of their contents
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?\b([a-z][a-z0-9-]*)\(", re.MULTILINE)
-_DEFINITION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]", re.MULTILINE)
-_ITEM_BYTES = {"u8": 1, "f16": 2, "bf16": 2, "f32": 4}
+_STACK = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\w+\[(\d+),\d+,\d+\])", re.MULTILINE)
 _TARGET = re.compile(r'custom_call_target="([^"]+)"')
 
 
@@ -96,15 +95,14 @@ def spent(parts: dict[str, str], events: dict[str, list[float]]) -> dict[str, fl
 
 def bytes_read(hlo: str, parts: dict[str, str], events: dict[str, list[float]]) -> dict[str, float]:
     """Returns the bytes of weights that each product with stored weights reads per step: a layer's matrix in each call."""
-    shapes = {name: (kind, sizes) for name, kind, sizes in _DEFINITION.findall(hlo)}
+    matrices = {name: array_bytes(shape) / int(layers) for name, shape, layers in _STACK.findall(hlo)}
     totals: dict[str, float] = defaultdict(float)
     for found in _INSTRUCTION.finditer(hlo):
         name, part = found[1], parts.get(found[1], REST)
         if not part.startswith("quant_matmul") or not (durations := events.get(name)):
             continue
         weights = re.findall(r"%([\w.-]+)", hlo[found.end() : hlo.find(")", found.end())])[1]
-        kind, sizes = shapes[weights]
-        totals[part] += _ITEM_BYTES[kind] * math.prod(map(int, sizes.split(",")[1:])) * _calls(durations)
+        totals[part] += matrices[weights] * _calls(durations)
     return dict(totals)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from llm_infer.models.decoder import LayerLoop
 
@@ -36,9 +35,9 @@ def query_rows(platform: str, group: int) -> int:
 def compiler_options(platform: str, params: Mapping[str, Any]) -> dict[str, bool]:
     """Chooses XLA's options for the step of a model with these parameters.
 
-    On a GPU, XLA tries its own Triton products against cuBLAS, one after the other, for every shape of every program. With
-    Llama 3.1 8B on an H100 that was all but 15 of some 150 seconds of a start, and cuBLAS was then as fast with 16 sequences
-    and 22 % faster with 256 (docs/performance.md). Quantised weights need Triton: there the product itself widens them.
+    On a GPU, XLA tries its own Triton products against cuBLAS, one after the other, for every shape of every program: most of
+    the time of a start. With Llama 3.1 8B on an H100 cuBLAS alone is as fast with 16 sequences, takes 22 % less time with
+    256, and 10 % more with one (docs/performance.md). Quantised weights need Triton: there the product itself widens them.
     """
-    quantised = any(jnp.dtype(x.dtype).itemsize == 1 for x in jax.tree.leaves(dict(params)))
+    quantised = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(dict(params)))
     return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" and not quantised else {}

@@ -72,7 +72,7 @@ def read_work(text: str) -> Work:
         if kind in COLLECTIVES:
             total.collectives[kind] += 1
         elif kind == "copy" and _NEAR not in shape:
-            total.copies.append(max((_bytes(*each.groups()) for each in _SHAPE.finditer(shape)), default=0))
+            total.copies.append(array_bytes(shape))
         elif op == "while":
             total.add(work_of(_called(line, "body")[0]), _trips(computations[_called(line, "condition")[0]]))
         elif op == "conditional":
@@ -97,6 +97,11 @@ def _trips(condition: list[str]) -> int:
     """Returns the constant that a loop's condition compares with; 1 where there is none."""
     constants = [int(each) for line in condition for each in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
     return max(constants, default=1)
+
+
+def array_bytes(shape: str) -> int:
+    """Returns the bytes of the largest array in the text of a shape, such as "(u8[30,8,20]{2,1,0}, s32[])"."""
+    return max((_bytes(*each.groups()) for each in _SHAPE.finditer(shape)), default=0)
 
 
 def _bytes(kind: str, bits: str | None, sizes: str) -> int:

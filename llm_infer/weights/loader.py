@@ -90,11 +90,11 @@ def load_parameters(
             spec = specs[rule.param]
             if (kinds := kept.get(rule.param)) is not None:
                 assert stored is not None
-                pays = {kind: whole and tiles_pay(kind, spec.shape[-2], stored) for kind in kinds}
-                stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task, pays.__getitem__)
+                tiled = {kind for kind in kinds if whole and tiles_pay(kind, spec.shape[-2], stored)}
+                stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task, tiled)
                 blocks = tuple(jax.block_until_ready(place(rule.param, stack)) for stack in stacks.values())
                 parameters[rule.param] = StoredWeights(
-                    blocks, tuple(stacks), places, stored, tuple(map(pays.__getitem__, stacks))
+                    blocks, tuple(stacks), places, stored, tuple(kind in tiled for kind in stacks)
                 )
                 continue
             array = aligned_empty(spec.shape, spec.dtype)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
@@ -73,12 +72,12 @@ def read_stored(
     kinds: Kinds,
     shape: Sequence[int],
     task: Task,
-    tiled: Callable[[str], bool],
+    tiled: Collection[str],
 ) -> tuple[dict[str, np.ndarray], tuple[tuple[int, int], ...]]:
     """Reads a stack [layers of the kind, N, R] for each kind that occurs, and each layer's stack and index in it.
 
     Args:
-        tiled: whether the rows of a kind are brought into the tiled order.
+        tiled: kinds whose rows are brought into the tiled order.
     """
     rows, width = shape[-2:]
     stacks = {
@@ -91,13 +90,19 @@ def read_stored(
         places.append((list(stacks).index(kind), filled[kind]))
         filled[kind] += 1
 
+    groups, threads = list(rule.tensor_names(num_layers)), 1
+    if tiled:  # only where native kernels run
+        from pallas_kernels.cpu_ffi.threads import default_threads
+
+        threads = min(MOST_READERS, default_threads())
+
     def read(layer: int) -> int:
-        kind, group = kinds[layer], groups[layer]
+        kind = kinds[layer]
         out = stacks[kind][places[layer][1]]
-        parts = [_rows(source, name, kind) for name in group]
+        parts = [_rows(source, name, kind) for name in groups[layer]]
         # An arrangement moves whole rows, so it serves blocks as it serves values.
         arranged = parts[0] if rule.arrange is None else rule.arrange(parts)
-        if tiled(kind):
+        if kind in tiled:
             from pallas_kernels.quant_matmul.weave import weave
 
             weave(np.ascontiguousarray(arranged), out, kind)
@@ -105,8 +110,7 @@ def read_stored(
             out[...] = arranged
         return out.nbytes
 
-    groups = list(rule.tensor_names(num_layers))
-    with ThreadPoolExecutor(min(MOST_READERS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         for nbytes in pool.map(read, range(len(kinds))):
             task.advance(nbytes)
     return stacks, tuple(places)

@@ -12,9 +12,9 @@ from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
 from pallas_kernels.quant_matmul.reference import dequantise
-from pallas_kernels.quant_matmul.tiles import ROWS, WIDE, can_tile, tile_rows, untile
+from pallas_kernels.quant_matmul.tiles import ROWS, WIDE, can_tile, untile
 
-__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tile_rows", "tiles_pay", "untile"]
+__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tiles_pay", "untile"]
 
 PRECISIONS = ("exact", "fine", "fast")
 

@@ -38,7 +38,7 @@ class View:
 
     def fours(self, place: Value | int, count: int) -> list[Value]:
         """Returns `count` vectors of four neighbouring bytes of each row."""
-        start = self.block + (self.k.i64(0) + place) * ROWS + (self.k.i64(0) + self.first) * 4
+        start = self.block + place * ROWS + self.first * 4
         return [start.load(i * 4 * ROWS, 4 * self.rows) for i in range(count)]
 
     def nibbles(self, place: Value | int) -> list[Value]:

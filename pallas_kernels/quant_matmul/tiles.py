@@ -39,8 +39,6 @@ FIFTH_BITS = {"q5_0": 2, "q5_1": 4}
 WIDE = ("q8_0", "q6_k", "iq4_nl", "iq4_xs")
 """Kinds whose numbers take more than five bits."""
 
-CHUNK = 1 << 22  # bytes that are moved at a time
-
 
 def can_tile(kind: str, rows: int) -> bool:
     """Checks whether matrices with this many rows of a kind can have the tiled order."""
@@ -63,7 +61,7 @@ def byte_order(kind: str, row_bytes: int) -> np.ndarray:
 
 
 def tile_rows(blocks: np.ndarray, kind: str) -> None:
-    """Brings the rows [..., N, R] into the tiled order, in place.
+    """Brings the rows [..., N, R] into the tiled order, in place: the reference of `weave`, which loading calls.
 
     Raises:
         ValueError: this kind or number of rows cannot be tiled.
@@ -71,13 +69,9 @@ def tile_rows(blocks: np.ndarray, kind: str) -> None:
     rows, row_bytes = blocks.shape[-2:]
     if not can_tile(kind, rows):
         raise ValueError(f"{rows} rows of {kind}: expected one of {', '.join(SEGMENTS)} and a multiple of {ROWS}")
-    source = np.empty(ROWS * row_bytes, np.intp)
-    source[byte_order(kind, row_bytes)] = np.arange(ROWS * row_bytes).reshape(ROWS, row_bytes)
-    tiles = blocks.reshape(-1, ROWS * row_bytes)
-    step = max(1, CHUNK // tiles.shape[1])
-    for start in range(0, len(tiles), step):
-        chunk = np.asarray(_turn_bits(tiles[start : start + step].reshape(-1, row_bytes), kind, np))
-        tiles[start : start + step] = chunk.reshape(-1, ROWS * row_bytes).take(source, axis=1)
+    tiled = np.empty_like(blocks).reshape(-1, ROWS * row_bytes)
+    tiled[:, byte_order(kind, row_bytes).reshape(-1)] = _turn_bits(blocks, kind, np).reshape(tiled.shape)
+    blocks[...] = tiled.reshape(blocks.shape)
 
 
 def untile(blocks: jax.Array, kind: str) -> jax.Array:
@@ -96,7 +90,7 @@ def take_rows(blocks: jax.Array, ids: jax.Array, kind: str) -> jax.Array:
 
 
 def _turn_bits(rows, kind: str, xp, back: bool = False):
-    """Gives the fifth bits of rows [T, R] their order in tiles, or `back` that of the file. `xp` is numpy or jax.numpy."""
+    """Gives the fifth bits of rows [..., R] their order in tiles, or `back` that of the file. `xp` is numpy or jax.numpy."""
     if kind not in FIFTH_BITS:
         return rows
     from pallas_kernels.quant_matmul.formats import FORMATS

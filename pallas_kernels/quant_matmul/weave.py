@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.compile import Target, host_target, load
 from pallas_kernels.cpu_ffi.emit import I8, I32, I64, POINTER, Emitter, Ptr, Value
+from pallas_kernels.cpu_ffi.once import once
 from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.tiles import FIFTH_BITS, ROWS, SEGMENTS, can_tile
 
@@ -42,7 +43,7 @@ def weave(rows: np.ndarray, out: np.ndarray, kind: str) -> None:
     _function(kind)(out.ctypes.data, rows.ctypes.data, rows.shape[0] // ROWS, blocks)
 
 
-@cache
+@once
 def _function(kind: str) -> Callable[[int, int, int, int], None]:
     name = f"weave_{kind}"
     address = load(name, _SOURCES, partial(build, kind, host_target()), (name,))[name]
@@ -62,12 +63,12 @@ def build(kind: str, target: Target) -> ir.Module:
     with k.range(0, tiles) as tile, k.range(0, blocks) as block:
         to = out + (tile * blocks + block) * (size * ROWS)
         with k.range(0, ROWS) as row:
-            _weave_row(k, to, rows + ((tile * ROWS + row) * blocks + block) * size, row, kind)
+            _weave_row(to, rows + ((tile * ROWS + row) * blocks + block) * size, row, kind)
     k.finish()
     return module
 
 
-def _weave_row(k: Emitter, to: Ptr, block: Ptr, row: Value, kind: str) -> None:
+def _weave_row(to: Ptr, block: Ptr, row: Value, kind: str) -> None:
     """Distributes one row's block over the tile's."""
     at = 0
     for first, length, unit in SEGMENTS[kind]:
@@ -78,7 +79,6 @@ def _weave_row(k: Emitter, to: Ptr, block: Ptr, row: Value, kind: str) -> None:
                 value = _turned(value)
             (to + at * ROWS).as_(integer)[row] = value
             at += unit
-    del k
 
 
 def _turned(bits: Value) -> Value:
