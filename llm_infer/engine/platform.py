@@ -9,6 +9,9 @@ import jax
 
 from llm_infer.models.decoder import LayerLoop
 
+CUBLAS_ALONE_SINCE = (0, 11)
+"""The first jax whose XLA hands cuBLAS a layer's weights where they are in their stack."""
+
 
 def layer_loop(platform: str) -> LayerLoop:
     """Chooses the form of the loop over layers that copies neither weights nor pages.
@@ -38,6 +41,9 @@ def compiler_options(platform: str, params: Mapping[str, Any]) -> dict[str, bool
     On a GPU, XLA tries its own Triton products against cuBLAS, one after the other, for every shape of every program: most of
     the time of a start. With Llama 3.1 8B on an H100 cuBLAS alone is as fast with 16 sequences, takes 22 % less time with
     256, and 10 % more with one (docs/performance.md). Quantised weights need Triton: there the product itself widens them.
+    Before jax 0.11 cuBLAS would be given copies of a layer's weights.
     """
     quantised = any(x.dtype.itemsize == 1 for x in jax.tree.leaves(dict(params)))
-    return {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" and not quantised else {}
+    if platform != "gpu" or quantised or jax.__version_info__ < CUBLAS_ALONE_SINCE:
+        return {}
+    return {"xla_gpu_enable_triton_gemm": False}
