@@ -15,7 +15,17 @@ from pallas_kernels.quant_matmul.reference import gated
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
 TILE_SOURCES = tuple(
-    f"{name}.py" for name in ("cpu_tiles", "cpu_tile_kinds", "cpu_dot", "cpu_unpack", "cpu_tasks", "tiles", "formats")
+    f"{name}.py"
+    for name in (
+        "cpu_tiles",
+        "cpu_activations",
+        "cpu_tile_kinds",
+        "cpu_dot",
+        "cpu_unpack",
+        "cpu_tasks",
+        "tiles",
+        "formats",
+    )
 )
 INT8_KINDS = ("q4_0", "q4_1", "q8_0", "q4_k")  # these have a kernel with int8 activations; others are computed exactly
 
@@ -72,7 +82,8 @@ def quant_matmul(
 ) -> jax.Array:
     """Multiplies natively, see `pallas_kernels.quant_matmul.quant_matmul`."""
     if tiled:
-        dims = {"A": -(-x.shape[0] // TILE_GROUP), "G": x.shape[1] // 32}
+        rows, width = x.shape
+        dims = {"A": -(-rows // TILE_GROUP), "G": width // 32, "S": min(rows, TILE_GROUP)}
         gates = [] if gate is None else [gate]
         return tiles_kernel(kind, precision, gate is not None)(x, blocks, layer, *gates, dims=dims)[0]
     x = gated(x, gate)
@@ -134,7 +145,7 @@ def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.quant_matmul import cpu_tiles
 
-    here, count, group = Path(__file__).parent, digits(kind, precision), TILE_GROUP
+    here, count = Path(__file__).parent, digits(kind, precision)
     return Kernel(
         name=f"quant_matmul_tiles_{8 * count}bit_{kind}{'_gated' if gated else ''}",
         args={
@@ -145,9 +156,9 @@ def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
         },
         results={
             "out": Buffer("float32", "M N"),
-            "xq": Buffer("int8", f"A G {group} {count} {cpu_tiles.BLOCK}"),
-            "xd": Buffer("float32", f"A G {group}"),
-            "xs": Buffer("float32", f"A G {group} 2"),
+            "xq": Buffer("int8", f"A G S {count} {cpu_tiles.BLOCK}"),
+            "xd": Buffer("float32", "A G S"),
+            "xs": Buffer("float32", "A G S 2"),
         },
         body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count, gated=gated),
         sources=tuple(str(here / name) for name in TILE_SOURCES),

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.emit import I16, I32, Emitter, Ptr, Value
+
+
+class View(Protocol):
+    """What weights are read through."""
+
+    block: Ptr
+
+
+Columns = Iterator[list[Value]]
+"""Vectors of four weights of each row, for one column of a tile after the other; each is read when it is asked for."""
+
+
+def by_pairs(k: Emitter, rows: int) -> bool:
+    """Checks whether products of bytes come as 16-bit sums of pairs, so that `pair_sums` is the way to compute them."""
+    return not _vnni(k, rows) and not _has_sdot(k, rows) and has_bytes(k, 4 * rows)
 
 
 def dot(k: Emitter, total: Value, weights: list[Value], digits: Ptr, most: int) -> Value:
@@ -23,26 +42,81 @@ def dot(k: Emitter, total: Value, weights: list[Value], digits: Ptr, most: int) 
             x = _four(k, digits, v, column.type)
             total = Value(k, k.intrinsic(name, total.type, [total.ssa, column.ssa, x.ssa]))
         return total
-    if k.target.has("dotprod") and rows == 4:
+    if _has_sdot(k, rows):
         return _sdot(k, total, weights, digits, most)
-    if not has_bytes(k, 4 * rows):
-        for v, column in enumerate(weights):
-            words = column.bits(total.type)
-            for i in range(4):
-                total = total + (words >> 8 * i & 255) * digits[4 * v + i].to(I32)
-        return total
-    if most > 127:  # 16-bit sums of two products would saturate
-        high = dot(k, k.zeros(I32, rows), [w >> 4 for w in weights], digits, 15)
-        return dot(k, total, [w & 15 for w in weights], digits, 15) + (high << 4)
-    together = 32767 // (most * 2 * 128)  # vectors whose sums fit 16 bits
-    for start in range(0, len(weights), together):
-        sums = None
-        for v in range(start, min(start + together, len(weights))):
-            products = multiply_add(k, weights[v], _four(k, digits, v, weights[v].type))
-            sums = products if sums is None else sums + products
-        assert sums is not None
-        total = total + add_pairs(k, sums)
+    for v, column in enumerate(weights):
+        words = column.bits(total.type)
+        for i in range(4):
+            total = total + (words >> 8 * i & 255) * digits[4 * v + i].to(I32)
     return total
+
+
+def pair_sums(
+    k: Emitter, columns: Columns, count: int, first: int, places: Sequence[Ptr], most: int, views: Sequence[View]
+) -> list[list[Value]]:
+    """Returns [vector][place]: int32 sums over `count` columns of weights times the digits at a place, from its column `first`.
+
+    A column is unpacked once for all places. So are few registers needed: a sum for each vector and place, in 16 bits as long
+    as they hold it.
+
+    Args:
+        most: the largest byte of a weight.
+        views: of the columns; each column is read after the products of the one before.
+    """
+    if most > 127:  # a sum of two products would saturate
+        nibbles = ([half for c in column for half in (c & 15, c >> 4)] for column in columns)
+        sums = pair_sums(k, nibbles, count, first, places, 15, views)
+        return [[b + (a << 4) for b, a in zip(*pair, strict=True)] for pair in zip(sums[::2], sums[1::2], strict=True)]
+    together = min(count, 32767 // (most * 2 * 128))  # columns whose sums fit 16 bits
+    totals: list[list[Value]] = []
+    for start in range(first, first + count, together):
+        numbers = range(start, min(start + together, first + count))
+        sums = _outer(k, columns, numbers, places, views) if together == count else _inner(k, columns, numbers, places)
+        if not totals:
+            totals = [[add_pairs(k, s) for s in of_vector] for of_vector in sums]
+        else:
+            totals = [
+                [total + add_pairs(k, s) for total, s in zip(old, new, strict=True)]
+                for old, new in zip(totals, sums, strict=True)
+            ]
+        if together < count:
+            _read_after(views, [total for of_vector in totals for total in of_vector])
+    return totals
+
+
+def _outer(
+    k: Emitter, columns: Columns, numbers: range, places: Sequence[Ptr], views: Sequence[View]
+) -> list[list[Value]]:
+    """Returns 16-bit sums [vector][place], column by column."""
+    sums: list[list[Value]] = []
+    for number in numbers:
+        column = next(columns)
+        new: list[list[Value]] = [[] for _ in column]
+        for p, place in enumerate(places):
+            x = _four(k, place, number, column[0].type)
+            for v, weights in enumerate(column):
+                products = multiply_add(k, weights, x)
+                new[v].append(sums[v][p] + products if sums else products)
+        sums = new
+        _read_after(views, [s for of_vector in sums for s in of_vector])
+    return sums
+
+
+def _inner(k: Emitter, columns: Columns, numbers: range, places: Sequence[Ptr]) -> list[list[Value]]:
+    """Returns 16-bit sums [vector][place], place by place: few columns stay in registers."""
+    taken = [next(columns) for _ in numbers]
+    sums: list[list[Value]] = [[] for _ in taken[0]]
+    for place in places:
+        digits = [_four(k, place, number, taken[0][0].type) for number in numbers]
+        for v, of_vector in enumerate(sums):
+            products = [multiply_add(k, column[v], x) for column, x in zip(taken, digits, strict=True)]
+            of_vector.append(functools.reduce(lambda a, b: a + b, products))
+    return sums
+
+
+def _read_after(views: Sequence[View], values: list[Value]) -> None:
+    for view in views:
+        view.block = view.block.after(*values)
 
 
 def _four(k: Emitter, digits: Ptr, number: int, type_: ir.VectorType) -> Value:
@@ -56,6 +130,10 @@ def _vnni(k: Emitter, rows: int) -> str | None:
         return "llvm.x86.avx512.vpdpbusd.512"
     vectors = k.target.has("avxvnni") or (k.target.has("avx512vnni") and k.target.has("avx512vl"))
     return "llvm.x86.avx512.vpdpbusd.256" if rows == 8 and vectors else None
+
+
+def _has_sdot(k: Emitter, rows: int) -> bool:
+    return k.target.has("dotprod") and rows == 4
 
 
 def _sdot(k: Emitter, total: Value, weights: list[Value], digits: Ptr, most: int) -> Value:

@@ -6,7 +6,7 @@ some kinds hold for half a run. A vector has a number, or four bytes, for each o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -17,7 +17,7 @@ from pallas_kernels.quant_matmul.formats import VALUES
 from pallas_kernels.quant_matmul.tiles import ROWS
 
 
-@dataclass(frozen=True)
+@dataclass
 class View:
     """A block of a tile, of which `rows` neighbouring rows from `first` fill a vector. Places are counted in bytes of one row."""
 
@@ -36,21 +36,23 @@ class View:
     def word(self, place: int) -> Value:
         return (self.block + place * ROWS).as_(I32).load(self.first, self.rows)
 
-    def fours(self, place: Value | int, count: int) -> list[Value]:
-        """Returns `count` vectors of four neighbouring bytes of each row."""
-        start = self.block + place * ROWS + self.first * 4
-        return [start.load(i * 4 * ROWS, 4 * self.rows) for i in range(count)]
+    def fours(self, place: Value | int, count: int) -> Iterator[Value]:
+        """Yields `count` vectors of four neighbouring bytes of each row."""
+        for i in range(count):
+            yield (self.block + place * ROWS + self.first * 4).load(i * 4 * ROWS, 4 * self.rows)
 
-    def nibbles(self, place: Value | int) -> list[Value]:
-        """Returns the weights of 16 bytes: their low four bits, then their high ones."""
-        pairs = self.fours(place, 4)
-        return [p & 15 for p in pairs] + [p >> 4 for p in pairs]
+    def nibbles(self, place: Value | int) -> Iterator[Value]:
+        """Yields the weights of 16 bytes: their low four bits, then their high ones."""
+        yield from (p & 15 for p in self.fours(place, 4))
+        yield from (p >> 4 for p in self.fours(place, 4))
 
 
 Scales = Callable[[View], tuple[list[Value], list[Value]]]
 """Returns (scales, minima) of a block, in the order of the runs or of their halves; no minima where the kind has none."""
-Weights = Callable[[View, Value, int], list[Value]]
-"""(block, part, run of the part) → eight vectors of bytes, four weights of each row, in the order of the weights."""
+Weights = Callable[[View, Value, int], Iterator[Value]]
+"""(block, part, run of the part) → eight vectors of bytes, four weights of each row, in the order of the weights.
+
+Each is read from the view's block when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +133,13 @@ def _iq4_xs_scales(v: View) -> tuple[list[Value], list[Value]]:
     return [(s - 32).to(F32) * d for s in scales], []
 
 
-def _q4_k(v: View, part: Value, run: int) -> list[Value]:
-    return [p >> 4 if run else p & 15 for p in v.fours(part * 32 + 16, 8)]
+def _q4_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    return (p >> 4 if run else p & 15 for p in v.fours(part * 32 + 16, 8))
 
 
-def _q5_k(v: View, part: Value, run: int) -> list[Value]:
-    fifth = [_bit(v.k, bits, part * 2 + run) for bits in v.fours(16, 8)]
-    return [(p >> 4 if run else p & 15) | (b << 4) for p, b in zip(v.fours(part * 32 + 48, 8), fifth, strict=True)]
+def _q5_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    fifth = (_bit(v.k, bits, part * 2 + run) for bits in v.fours(16, 8))
+    return ((p >> 4 if run else p & 15) | (b << 4) for p, b in zip(v.fours(part * 32 + 48, 8), fifth, strict=True))
 
 
 def _bit(k: Emitter, bytes_: Value, number: Value) -> Value:
@@ -146,32 +148,37 @@ def _bit(k: Emitter, bytes_: Value, number: Value) -> Value:
     return (words >> k.splat(number.to(I32), words.type.count)).bits(bytes_.type) & 1
 
 
-def _two_bits(v: View, place: int, part: Value, run: int) -> list[Value]:
-    """Returns bits 2 run and 2 run + 1 of the 32 bytes of a part."""
-    return [(b >> 2 * run) & 3 for b in v.fours(part * 32 + place, 8)]
+def _two_bits(v: View, place: int, part: Value, run: int, stride: int = 32, to: int = 0) -> Iterator[Value]:
+    """Yields bits 2 run and 2 run + 1 of the 32 bytes of a part, as bits `to` and `to` + 1 of bytes."""
+    for bytes_ in v.fours(part * stride + place, 8):
+        words, right = (
+            bytes_.bits(ir.VectorType(I32, v.rows)),
+            2 * run - to,
+        )  # words: what comes from other bytes is cleared
+        yield (words >> right if right >= 0 else words << -right).bits(bytes_.type) & (3 << to)
 
 
-def _q2_k(v: View, part: Value, run: int) -> list[Value]:
+def _q2_k(v: View, part: Value, run: int) -> Iterator[Value]:
     return _two_bits(v, 20, part, run)
 
 
-def _q3_k(v: View, part: Value, run: int) -> list[Value]:
-    third = [_bit(v.k, bits, part * 4 + run) for bits in v.fours(14, 8)]
-    return [q | (bit << 2) for q, bit in zip(_two_bits(v, 46, part, run), third, strict=True)]
+def _q3_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    third = (_bit(v.k, bits, part * 4 + run) for bits in v.fours(14, 8))
+    return (q | (bit << 2) for q, bit in zip(_two_bits(v, 46, part, run), third, strict=True))
 
 
-def _q6_k(v: View, part: Value, run: int) -> list[Value]:
-    lower, upper = v.fours(part * 64 + (18 + run % 2 * 32), 8), _two_bits(v, 146, part, run)
-    return [(q >> 4 if run >= 2 else q & 15) | (u << 4) for q, u in zip(lower, upper, strict=True)]
+def _q6_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    lower, upper = v.fours(part * 96 + (18 + run % 2 * 32), 8), _two_bits(v, 82, part, run, stride=96, to=4)
+    return ((q >> 4 if run >= 2 else q & 15) | u for q, u in zip(lower, upper, strict=True))
 
 
 def _fifth_bits(place: int) -> Weights:
     """Makes the reader of Q5_0 and Q5_1: 32 bits in the order of tiles, then nibbles."""
 
-    def weights(v: View, part: Value, run: int) -> list[Value]:
+    def weights(v: View, part: Value, run: int) -> Iterator[Value]:
         del part, run
         (fifth,) = v.fours(place, 1)
-        return [q | ((fifth >> c & 1) << 4) for c, q in enumerate(v.nibbles(place + 4))]
+        return (q | ((fifth >> c & 1) << 4) for c, q in enumerate(v.nibbles(place + 4)))
 
     return weights
 
@@ -179,7 +186,7 @@ def _fifth_bits(place: int) -> Weights:
 def _table(place: int, kind: str, bias: int) -> Weights:
     """Makes the reader of runs of nibbles that stand for these values."""
     table = [(v + bias) & 255 for v in VALUES[kind]]
-    return lambda v, part, run: [look_up(v.k, q, table) for q in v.nibbles(part * 16 + place)]
+    return lambda v, part, run: (look_up(v.k, q, table) for q in v.nibbles(part * 16 + place))
 
 
 def _nibbles(place: int) -> Weights:
@@ -191,7 +198,7 @@ KINDS = {
     "q4_1": TileKind(_two_halves, _nibbles(4), 15, has_minimum=True),
     "q5_0": TileKind(_one_half, _fifth_bits(2), 31, 16),
     "q5_1": TileKind(_two_halves, _fifth_bits(4), 31, 16, has_minimum=True),
-    "q8_0": TileKind(_one_half, lambda v, part, run: [b ^ -128 for b in v.fours(2, 8)], 255, 128),
+    "q8_0": TileKind(_one_half, lambda v, part, run: (b ^ -128 for b in v.fours(2, 8)), 255, 128),
     "iq4_nl": TileKind(_one_half, _table(2, "iq4_nl", 128), 241, 128),
     "mxfp4": TileKind(_exponents, _table(1, "mxfp4", 12), 24, 12),
     "q2_k": TileKind(_q2_k_scales, _q2_k, 3, 0, 2, 4, halves=True, has_minimum=True),

@@ -11,186 +11,204 @@ any batch.
 from __future__ import annotations
 
 import functools
-import math
 
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
-from pallas_kernels.cpu_ffi.emit import F32, I8, I32, I64, Emitter, Ptr, Value, Var
-from pallas_kernels.quant_matmul.cpu_dot import dot
+from pallas_kernels.cpu_ffi.emit import F32, I32, I64, Emitter, Ptr, Value, Var
+from pallas_kernels.quant_matmul.cpu_activations import BLOCK, Activations
+from pallas_kernels.quant_matmul.cpu_dot import by_pairs, dot, pair_sums
 from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.cpu_tile_kinds import KINDS, View
 from pallas_kernels.quant_matmul.formats import BlockFormat
 from pallas_kernels.quant_matmul.tiles import ROWS
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP as GROUP
 
-BLOCK = 32
 MAX_TASK_ROWS = 1024  # for M = 1: long runs of memory
 TASK_BYTES = 384 << 10  # of weights, for M > 1: they stay in the L2 cache beside a group's activations
-LARGEST = {1: 127, 2: 127 << 8, 3: 63 << 16}  # so that a block's sum fits 32 bits
-INFINITY = 0x7F800000  # its bits
-SMALLEST = 1e-30  # blocks of smaller numbers count as zeros: their scale's inverse would overflow
-
-
-class Activations:
-    """Activations block by block: digits [A, G, GROUP, digits, 32], scales [A, G, GROUP] and sums [A, G, GROUP, 2].
-
-    A sum is that of the block's numbers, or of half of them. Where weights have a bias, the first sum is a whole number, in units
-    of the scale and times -bias (where `split`, the first is that of all digits but the leading one, the second that of it);
-    where they have minima, the last is a float32.
-    """
-
-    def __init__(self, k: Emitter, a: Frame, kind: str, digits: int, gated: bool) -> None:
-        self.k, self.a, self.kind, self.digits, self.gated = k, a, KINDS[kind], digits, gated
-        self.split = self.kind.most > 127 and digits == 3  # 8-bit weights times 23 bits do not fit 32
-
-    def at(self, group: Value, block: Value) -> tuple[Ptr, Ptr, Ptr]:
-        """Returns digits, scales and sums of one block of a group."""
-        index = (group * self.a.G + block) * GROUP
-        return self.a.xq + index * (self.digits * BLOCK), self.a.xd + index, self.a.xs + index * 2
-
-    def round_row(self, m: Value) -> None:
-        """Fills in activation row m, times silu of its gate where there is one."""
-        k, a, lanes = self.k, self.a, self.k.lanes
-        with k.range(0, a.G) as g:
-            digits, scales, sums = self.at(m // GROUP, g)
-            digits, slot = digits + m % GROUP * (self.digits * BLOCK), m % GROUP
-            places = [m * a.K + g * BLOCK + i for i in range(0, BLOCK, lanes)]
-            parts = [a.x.load(at, lanes) for at in places]
-            if self.gated:
-                gates = [a.gate.load(at, lanes) for at in places]
-                parts = [x * (gate / (k.exp(gate * -1.0) + 1.0)) for x, gate in zip(parts, gates, strict=True)]
-            # The bits of sizes have the order of the sizes, and those of what is not finite are the largest.
-            sizes = [k.abs(part).bits(ir.VectorType(I32, lanes)) for part in parts]
-            bits = k.max_lanes(functools.reduce(k.max, sizes))
-            most = bits.bits(F32)
-            inverse = k.select(most > SMALLEST, k.const(F32, float(LARGEST[self.digits])) / most, 0.0)
-            scale = k.select(bits < INFINITY, most * (1.0 / LARGEST[self.digits]), k.const(F32, math.nan))
-            scales[slot] = scale
-            whole, lead = [], k.zeros(I32, lanes)
-            for i, part in enumerate(parts):
-                q = k.round_even(part * inverse).to(I32)
-                whole.append(q)
-                for d in reversed(range(self.digits)):
-                    digits.store(d * BLOCK + i * lanes, q.to(I8))  # the lowest eight bits, signed
-                    if d:
-                        q = Value(k, k.builder.ashr((q - q.to(I8).to(I32)).ssa, k.like(q, 8).ssa))
-                lead = lead + q
-            self._store_sums(sums + slot * 2, whole, lead, scale)
-
-    def _store_sums(self, sums: Ptr, parts: list[Value], lead: Value, scale: Value) -> None:
-        k, kind = self.k, self.kind
-        each = [parts[: len(parts) // 2], parts[len(parts) // 2 :]] if kind.halves else [parts]
-        totals = [k.sum_lanes(functools.reduce(lambda x, y: x + y, half)) for half in each]
-        if self.split:
-            leading = k.sum_lanes(lead)
-            sums.as_(I32)[0] = (totals[0] - (leading << 16)) * -kind.bias
-            sums.as_(I32)[1] = leading * -kind.bias
-            return
-        if kind.bias:
-            for i, total in enumerate(totals):
-                sums.as_(I32)[i] = total * -kind.bias
-        if kind.has_minimum:
-            for i, total in enumerate(totals):
-                sums[i + bool(kind.bias)] = scale * total.to(F32)
+FETCH_AHEAD = 4096  # bytes: some 300 ns of one core
+LINE = 64  # bytes of a cache line
+PAIR_SUMS = 12  # of 16 vector registers
+Scales = tuple[list[Value], list[Value]]
 
 
 class _Tile:
-    """Results of some rows of a group of activations for the weight rows of a tile, a vector of them after the other."""
+    """Results of some rows of a group of activations for the weight rows of a tile."""
 
     def __init__(self, k: Emitter, a: Frame, x: Activations, fmt: BlockFormat) -> None:
         self.k, self.a, self.x, self.kind = k, a, x, KINDS[fmt.kind]
-        self.rows = min(ROWS, k.lanes)
+        self.fmt, self.rows = fmt, min(ROWS, k.lanes)
         self.many = fmt.elements // BLOCK  # blocks of activations
         self.each = 2 if self.kind.halves else 1  # scales of a run
+        self.by_pairs = by_pairs(k, self.rows)
+        self.sums = x.digits * (2 if self.kind.most > 127 else 1)  # of pairs, for a row of activations
         # A block's scales are computed at once, and stay in memory while a loop goes through its parts.
-        size = self.many * self.each * self.rows
+        size = self.many * self.each * ROWS
         self.kept = [k.scratch(F32, size) for _ in range(2)] if self.many > 1 else []
 
     def multiply(self, tile: Value, group: Value, start: Value, count: int) -> None:
-        """Computes the results of `count` rows from `start` of a group."""
-        with self.k.range(0, ROWS, self.rows) as first:
-            self._multiply(tile, first, group, start, count)
+        """Computes the results of `count` rows from `start` of a group.
 
-    def _multiply(self, tile: Value, first: Value, group: Value, start: Value, count: int) -> None:
+        Few rows are multiplied with all vectors of a tile together: memory is read once and in order. For more there are too few
+        registers, and reading takes a small part of the time.
+        """
+        vectors = ROWS // self.rows
+        together = 1 if count > 2 else min(vectors, PAIR_SUMS // self.sums) if self.by_pairs else vectors
+        together = 1 << together.bit_length() - 1
+        with self.k.range(0, ROWS, self.rows * together) as first:
+            self._multiply(tile, [first + i * self.rows for i in range(together)], group, start, count)
+
+    def _multiply(self, tile: Value, firsts: list[Value], group: Value, start: Value, count: int) -> None:
         k, a, kind, rows, size = self.k, self.a, self.kind, self.rows, self.a.block_bytes
         weights = a.blocks + (a.layer[0].to(I64) * (a.N // ROWS) + tile) * (size * a.B)
-        acc = [k.var(k.zeros(F32, rows)) for _ in range(count)]
+        acc = [[k.var(k.zeros(F32, rows)) for _ in range(count)] for _ in firsts]
         with k.range(0, a.B) as b:
-            view = View(k, weights + b * size, first, rows)
-            scales = kind.scales(view)
+            views = [View(k, weights + b * size, first, rows) for first in firsts]
+            scales = [kind.scales(view) for view in views]
             if not self.kept:
-                self._run(acc, group, b, start, *scales, kind.weights(view, k.i64(0), 0))
+                self._fetch(weights + b * size, k.i64(0))
+                self._run(acc, group, b, start, scales, views, k.i64(0), 0)
             else:
-                for place, values in zip(self.kept, scales, strict=True):
-                    for i, value in enumerate(values):
-                        place.store(i * rows, value)
+                self._keep(scales)
                 with k.range(0, kind.parts) as part:
                     for run in range(kind.runs):
                         number = part * kind.runs + run
-                        own_scales, own_minima = (
-                            [
-                                place.load((number * self.each + i) * rows, rows)
-                                for i in range(self.each if values else 0)
-                            ]
-                            for place, values in zip(self.kept, scales, strict=True)
-                        )
-                        columns = kind.weights(view, part, run)
-                        self._run(acc, group, b * self.many + number, start, own_scales, own_minima, columns)
-        for i, sum_ in enumerate(acc):
-            a.out.store((group * GROUP + start + i) * a.N + tile * ROWS + first, sum_.v)
+                        self._fetch(weights + b * size, number)
+                        own = [self._kept(scales[v], v, number) for v in range(len(views))]
+                        self._run(acc, group, b * self.many + number, start, own, views, part, run)
+        for first, sums in zip(firsts, acc, strict=True):
+            for i, sum_ in enumerate(sums):
+                a.out.store((group * GROUP + start + i) * a.N + tile * ROWS + first, sum_.v)
+
+    def _fetch(self, block: Ptr, run: Value) -> None:
+        """Asks for a run's share of the bytes that come a while after a block, which may be past the last one.
+
+        Machines guess poorly what comes next: a block's parts are not read in the order of memory, and guesses end with a page.
+        """
+        lines = -(-self.fmt.bytes * ROWS // LINE // self.many)
+        start = block + (run * (lines * LINE) + FETCH_AHEAD)
+        for i in range(lines):
+            start.prefetch(i * LINE)
+
+    def _keep(self, scales: list[Scales]) -> None:
+        for v, pair in enumerate(scales):
+            for place, values in zip(self.kept, pair, strict=True):
+                for i, value in enumerate(values):
+                    place.store((v * self.many * self.each + i) * self.rows, value)
+
+    def _kept(self, scales: Scales, vector: int, number: Value) -> Scales:
+        """Returns what was kept of a run's scales and minima."""
+        first = (number + vector * self.many) * self.each
+
+        def load(place: Ptr) -> list[Value]:
+            return [place.load((first + i) * self.rows, self.rows) for i in range(self.each)]
+
+        return load(self.kept[0]), load(self.kept[1]) if scales[1] else []
 
     def _run(
         self,
-        acc: list[Var],
+        acc: list[list[Var]],
         group: Value,
         number: Value,
         start: Value,
-        scales: list[Value],
-        minima: list[Value],
-        columns: list[Value],
+        scales: list[Scales],
+        views: list[View],
+        part: Value,
+        run: int,
     ) -> None:
-        """Adds the products of a run of 32 weights."""
+        """Adds the products of a run of 32 weights to `acc` [vector][row of activations]."""
         k, x, kind, rows = self.k, self.x, self.kind, self.rows
         digits, xd, sums = x.at(group, number)
         digits, xd, sums = digits + start * (x.digits * BLOCK), xd + start, sums + start * 2
-        each = len(columns) // len(scales)
-        if minima and kind.bias:
-            bias = k.like(scales[0], float(kind.bias))
-            minima = [k.fma(scale, bias, least) for scale, least in zip(scales, minima, strict=True)]
-        for slot, sum_ in enumerate(acc):
-            biases = [k.splat(sums.as_(I32)[slot * 2 + j], rows) for j in range(2)] if kind.bias else []
+        count = len(acc[0])
+        biases = [
+            [k.splat(sums.as_(I32)[slot * 2 + j], rows) for j in range(2)] if kind.bias else [] for slot in range(count)
+        ]
+        products = (self._in_pairs if self.by_pairs else self._chained)(digits, biases, views, part, run)
+        for of_vector, (scale, minima), vector_sums in zip(products, scales, acc, strict=True):
+            if minima and kind.bias:
+                bias = k.like(scale[0], float(kind.bias))
+                minima = [k.fma(s, bias, least) for s, least in zip(scale, minima, strict=True)]
+            for slot, (product, sum_) in enumerate(zip(of_vector, vector_sums, strict=True)):
+                if kind.halves:
+                    both = k.fma(product[1], scale[1], product[0] * scale[0])
+                    sum_.v = k.fma(both, k.splat(xd[slot], rows), sum_.v)
+                else:
+                    sum_.v = k.fma(product[0], scale[0] * xd[slot], sum_.v)
+                for i, least in enumerate(minima):
+                    sum_.v = k.fma(least, k.splat(sums[slot * 2 + i + bool(kind.bias)], rows), sum_.v)
 
-            def digit(total: Value, number: int, part: int, slot: int = slot) -> Value:
-                at = digits + ((slot * x.digits + number) * BLOCK + 4 * part * each)
-                return dot(k, total, columns[part * each : (part + 1) * each], at, kind.most)
+    def _chained(
+        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: int
+    ) -> list[list[list[Value]]]:
+        """Returns a run's products [vector][row of activations][scale], where an instruction adds them to 32-bit sums."""
+        k, x, kind = self.k, self.x, self.kind
+        zeros = k.zeros(I32, self.rows)
 
-            products = []
-            for part in range(len(scales)):
-                zeros = k.zeros(I32, rows)
-                if x.split:
-                    high = digit(biases[1], 0, part)
-                    low = digit(digit(zeros, 1, part) << 8, 2, part) + biases[0]
-                    products.append(k.fma(high.to(F32), k.like(scales[0], 65536.0), low.to(F32)))
-                    continue
-                alone = x.digits == 1 and bool(biases)
-                whole = digit(biases[part] if alone else zeros, 0, part)
-                for d in range(1, x.digits):
-                    whole = digit(whole << 8, d, part)
-                products.append((whole + biases[part] if biases and not alone else whole).to(F32))
-            if kind.halves:
-                both = k.fma(products[1], scales[1], products[0] * scales[0])
-                sum_.v = k.fma(both, k.splat(xd[slot], rows), sum_.v)
-            else:
-                sum_.v = k.fma(products[0], scales[0] * xd[slot], sum_.v)
-            for part, least in enumerate(minima):
-                sum_.v = k.fma(least, k.splat(sums[slot * 2 + part + bool(kind.bias)], rows), sum_.v)
+        def sums(columns: list[Value], at: Ptr, bias: list[Value], half: int) -> Value:
+            each = len(columns)
+
+            def digit(total: Value, number: int) -> Value:
+                return dot(k, total, columns, at + (number * BLOCK + 4 * half * each), kind.most)
+
+            if x.split:
+                return self._split(digit(bias[1], 0), digit(digit(zeros, 1) << 8, 2) + bias[0])
+            alone = x.digits == 1 and bool(bias)
+            whole = digit(bias[half] if alone else zeros, 0)
+            for d in range(1, x.digits):
+                whole = digit(whole << 8, d)
+            return (whole + bias[half] if bias and not alone else whole).to(F32)
+
+        result = []
+        for view in views:
+            columns = list(kind.weights(view, part, run))
+            each = len(columns) // self.each
+            halves = [columns[i * each : (i + 1) * each] for i in range(self.each)]
+            result.append(
+                [
+                    [sums(half, digits + slot * x.digits * BLOCK, bias, i) for i, half in enumerate(halves)]
+                    for slot, bias in enumerate(biases)
+                ]
+            )
+        return result
+
+    def _in_pairs(
+        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: int
+    ) -> list[list[list[Value]]]:
+        """Returns the same, where products of bytes are 16-bit sums of pairs: column by column, for some rows of activations."""
+        k, x, kind = self.k, self.x, self.kind
+        passes = -(-len(biases) // max(1, PAIR_SUMS // (len(views) * self.sums)))
+        each = -(-len(biases) // passes)
+        result: list[list[list[Value]]] = [[] for _ in views]
+        for first in range(0, len(biases), each):
+            slots = range(first, min(first + each, len(biases)))
+            places = [digits + (slot * x.digits + d) * BLOCK for slot in slots for d in range(x.digits)]
+            columns = map(list, zip(*[kind.weights(view, part, run) for view in views], strict=True))
+            count = 8 // self.each
+            sums = [pair_sums(k, columns, count, i * count, places, kind.most, views) for i in range(self.each)]
+            for v, of_vector in enumerate(result):
+                for i, slot in enumerate(slots):
+                    own = [s[v][i * x.digits : (i + 1) * x.digits] for s in sums]
+                    of_vector.append([self._put_together(parts, biases[slot], half) for half, parts in enumerate(own)])
+        return result
+
+    def _put_together(self, parts: list[Value], bias: list[Value], half: int) -> Value:
+        if self.x.split:
+            return self._split(parts[0] + bias[1], (parts[1] << 8) + parts[2] + bias[0])
+        whole = functools.reduce(lambda high, low: (high << 8) + low, parts)
+        return (whole + bias[half] if bias else whole).to(F32)
+
+    def _split(self, high: Value, low: Value) -> Value:
+        """Returns 65536 · high + low, which does not fit 32 bits."""
+        k = self.k
+        return k.fma(high.to(F32), k.const(ir.VectorType(F32, self.rows), 65536.0), low.to(F32))
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> None:
     """Checks what the buffers' sizes do not say; cuts the activations into digits; then does a few tiles per task."""
     a.require((a.G * BLOCK).eq(a.K), f"result xd: expected K / {BLOCK} blocks")
     a.require((a.A * GROUP) >= a.M, f"result xd: expected groups of {GROUP} for all M rows")
+    a.require(a.S.eq(k.min(a.M, GROUP)), f"result xd: expected places for the rows of a group, at most {GROUP}")
     a.require((a.N % ROWS).eq(0), f"argument blocks: rows are not a multiple of {ROWS}")
     blocks = a.K // fmt.elements
     a.require((blocks * fmt.elements).eq(a.K), f"argument x: K is not a multiple of {fmt.elements} ({fmt.kind})")

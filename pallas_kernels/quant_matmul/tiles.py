@@ -28,7 +28,7 @@ SEGMENTS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "q3_k": ((108, 2, 2), (96, 12, 4), (0, 32, 4), (32, 64, 4)),
     "q4_k": ((0, 4, 2), (4, 12, 4), (16, 128, 4)),
     "q5_k": ((0, 4, 2), (4, 12, 4), (16, 160, 4)),
-    "q6_k": ((208, 2, 2), (192, 16, 1), (0, 192, 4)),
+    "q6_k": ((208, 2, 2), (192, 16, 1), (0, 64, 4), (128, 32, 4), (64, 64, 4), (160, 32, 4)),
     "iq4_xs": ((0, 4, 2), (4, 132, 4)),
 }
 """Kinds that can be tiled: the parts of a block in the order that they have in a tile, each with its first byte, its number of

@@ -47,7 +47,7 @@ def native_tiles(kind: str, precision: str, x: np.ndarray, blocks: np.ndarray, l
     """Layer 1 of `blocks`, which have the file's order."""
     (m, k), n = x.shape, blocks.shape[1]
     groups, digits = -(-m // cpu.TILE_GROUP), cpu.digits(kind, precision)
-    place = (groups, k // 32, cpu.TILE_GROUP)
+    place = (groups, k // 32, min(m, cpu.TILE_GROUP))
     scratch = [np.full((*place, digits, 32), 99, np.int8), *(np.full(s, np.nan, "f") for s in (place, (*place, 2)))]
     out = np.full((m, n), np.nan, np.float32)
     tiled = blocks.copy()
