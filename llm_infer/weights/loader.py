@@ -90,7 +90,7 @@ def load_parameters(
             spec = specs[rule.param]
             if (kinds := kept.get(rule.param)) is not None:
                 assert stored is not None
-                tiled = {kind for kind in kinds if whole and tiles_pay(kind, spec.shape[-2], stored)}
+                tiled = {kind for kind in kinds if whole and tiles_pay(kind, spec.shape[-2])}
                 stacks, places = read_stored(source, rule, num_layers, kinds, spec.shape, task, tiled)
                 blocks = tuple(jax.block_until_ready(place(rule.param, stack)) for stack in stacks.values())
                 parameters[rule.param] = StoredWeights(

@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
 from pallas_kernels.quant_matmul.reference import dequantise
-from pallas_kernels.quant_matmul.tiles import ROWS, WIDE, can_tile, untile
+from pallas_kernels.quant_matmul.tiles import ROWS, can_tile, untile
 
 __all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tiles_pay", "untile"]
 
@@ -74,11 +74,10 @@ def quant_matmul(
     return dispatch.pick("quant_matmul", case, implementation)(x, blocks, index, gate, **options)
 
 
-def tiles_pay(kind: str, rows: int, precision: str = "exact") -> bool:
+def tiles_pay(kind: str, rows: int) -> bool:
     """Checks whether matrices with this many rows of a kind are best kept in the tiled order on this process's CPU.
 
-    They are wherever there are instructions for products of bytes. Those of AVX2 alone take so many steps for activations of 23
-    bits that float32 is faster for kinds with many bits (`tiles.WIDE`).
+    They are wherever there are instructions for products of bytes.
     """
     from pallas_kernels import cpu_ffi
 
@@ -87,6 +86,4 @@ def tiles_pay(kind: str, rows: int, precision: str = "exact") -> bool:
     from pallas_kernels.cpu_ffi.compile import host_target
 
     host = host_target()
-    if any(host.has(feature) for feature in ("avx512vnni", "avxvnni", "dotprod")):
-        return True
-    return host.has("avx2") and (precision == "fast" or kind not in WIDE)
+    return any(host.has(feature) for feature in ("avx512vnni", "avxvnni", "dotprod", "avx2"))

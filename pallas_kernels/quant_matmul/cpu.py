@@ -143,7 +143,7 @@ def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
     it."""
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
-    from pallas_kernels.quant_matmul import cpu_tiles
+    from pallas_kernels.quant_matmul import cpu_activations, cpu_tiles
 
     here, count = Path(__file__).parent, digits(kind, precision)
     return Kernel(
@@ -156,7 +156,7 @@ def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
         },
         results={
             "out": Buffer("float32", "M N"),
-            "xq": Buffer("int8", f"A G S {count} {cpu_tiles.BLOCK}"),
+            "xq": Buffer("int8", f"A G S {cpu_activations.units(kind, count)} {cpu_activations.BLOCK}"),
             "xd": Buffer("float32", "A G S"),
             "xs": Buffer("float32", "A G S 2"),
         },

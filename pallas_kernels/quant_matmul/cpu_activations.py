@@ -8,8 +8,10 @@ import math
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
-from pallas_kernels.cpu_ffi.emit import F32, I8, I32, Emitter, Ptr, Value
+from pallas_kernels.cpu_ffi.emit import F32, I8, I16, I32, Emitter, Ptr, Value
+from pallas_kernels.quant_matmul.cpu_dot import by_pairs
 from pallas_kernels.quant_matmul.cpu_tile_kinds import KINDS
+from pallas_kernels.quant_matmul.tiles import ROWS
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP as GROUP
 
 BLOCK = 32
@@ -18,8 +20,23 @@ INFINITY = 0x7F800000  # its bits
 SMALLEST = 1e-30  # blocks of smaller numbers count as zeros: their scale's inverse would overflow
 
 
+def units(kind: str, digits: int) -> int:
+    """Returns the number of bytes that a number takes, see `Activations`."""
+    return {1: 2, 2: 2, 3: 4}[digits] if _in_words(kind, digits) else digits
+
+
+def _in_words(kind: str, digits: int) -> bool:
+    """Checks whether digits of more than 8 bits are better where products of bytes come as 16-bit sums of pairs.
+
+    Bytes above 127 would overflow the sums. Those above 31 leave room for two pairs alone, so that 8-bit digits gain little.
+    """
+    return KINDS[kind].most > (127 if digits == 1 else 31)
+
+
 class Activations:
-    """Activations block by block: digits [A, G, S, digits, 32], scales [A, G, S] and sums [A, G, S, 2].
+    """Activations block by block: digits [A, G, S, units, 32], scales [A, G, S] and sums [A, G, S, 2].
+
+    A digit has 8 bits. With `by_words` there is one of 16 bits, or two of 12, and the middle two of each four change places.
 
     A sum is that of the block's numbers, or of half of them. Where weights have a bias, the first sum is a whole number, in units
     of the scale and times -bias (where `split`, the first is that of all digits but the leading one, the second that of it);
@@ -27,20 +44,30 @@ class Activations:
     """
 
     def __init__(self, k: Emitter, a: Frame, kind: str, digits: int, gated: bool) -> None:
-        self.k, self.a, self.kind, self.digits, self.gated = k, a, KINDS[kind], digits, gated
+        self.k, self.a, self.kind, self.gated = k, a, KINDS[kind], gated
+        self.largest = LARGEST[digits]
         self.split = self.kind.most > 127 and digits == 3  # 8-bit weights times 23 bits do not fit 32
+        self.by_words = _in_words(kind, digits) and by_pairs(k, min(ROWS, k.lanes))
+        self.digits, self.bits = (max(1, digits - 1), 12) if self.by_words else (digits, 8)
+        self.digit_bytes = 2 * BLOCK if self.by_words else BLOCK
+        self.bytes = units(kind, digits) * BLOCK
+
+    @property
+    def leading(self) -> int:
+        """The number by which the leading digit counts."""
+        return 1 << self.bits * (self.digits - 1)
 
     def at(self, group: Value, block: Value) -> tuple[Ptr, Ptr, Ptr]:
         """Returns digits, scales and sums of one block of a group."""
         index = (group * self.a.G + block) * self.a.S
-        return self.a.xq + index * (self.digits * BLOCK), self.a.xd + index, self.a.xs + index * 2
+        return self.a.xq + index * self.bytes, self.a.xd + index, self.a.xs + index * 2
 
     def round_row(self, m: Value) -> None:
         """Fills in activation row m, times silu of its gate where there is one."""
         k, a, lanes = self.k, self.a, self.k.lanes
         with k.range(0, a.G) as g:
             digits, scales, sums = self.at(m // GROUP, g)
-            digits, slot = digits + m % GROUP * (self.digits * BLOCK), m % GROUP
+            digits, slot = digits + m % GROUP * self.bytes, m % GROUP
             places = [m * a.K + g * BLOCK + i for i in range(0, BLOCK, lanes)]
             parts = [a.x.load(at, lanes) for at in places]
             if self.gated:
@@ -50,19 +77,34 @@ class Activations:
             sizes = [k.abs(part).bits(ir.VectorType(I32, lanes)) for part in parts]
             bits = k.max_lanes(functools.reduce(k.max, sizes))
             most = bits.bits(F32)
-            inverse = k.select(most > SMALLEST, k.const(F32, float(LARGEST[self.digits])) / most, 0.0)
-            scale = k.select(bits < INFINITY, most * (1.0 / LARGEST[self.digits]), k.const(F32, math.nan))
+            inverse = k.select(most > SMALLEST, k.const(F32, float(self.largest)) / most, 0.0)
+            scale = k.select(bits < INFINITY, most * (1.0 / self.largest), k.const(F32, math.nan))
             scales[slot] = scale
             whole, lead = [], k.zeros(I32, lanes)
             for i, part in enumerate(parts):
                 q = k.round_even(part * inverse).to(I32)
                 whole.append(q)
-                for d in reversed(range(self.digits)):
-                    digits.store(d * BLOCK + i * lanes, q.to(I8))  # the lowest eight bits, signed
-                    if d:
-                        q = Value(k, k.builder.ashr((q - q.to(I8).to(I32)).ssa, k.like(q, 8).ssa))
-                lead = lead + q
+                lead = lead + self._store_digits(digits, i * lanes, q)
             self._store_sums(sums + slot * 2, whole, lead, scale)
+
+    def _store_digits(self, digits: Ptr, first: int, q: Value) -> Value:
+        """Stores the digits of a block's numbers from `first`; returns the leading ones."""
+        k = self.k
+
+        def right(x: Value, bits: int) -> Value:
+            return Value(k, k.builder.ashr(x.ssa, k.like(x, bits).ssa))
+
+        for d in reversed(range(self.digits)):
+            digit = right(q << 32 - self.bits, 32 - self.bits) if d else q  # the lowest bits, signed
+            at = d * self.digit_bytes
+            if self.by_words:
+                order = [i + j for i in range(0, q.type.count, 4) for j in (0, 2, 1, 3)]
+                (digits + at).as_(I16).store(first, digit.to(I16).shuffle(order))
+            else:
+                digits.store(at + first, digit.to(I8))
+            if d:
+                q = right(q - digit, self.bits)
+        return q
 
     def _store_sums(self, sums: Ptr, parts: list[Value], lead: Value, scale: Value) -> None:
         k, kind = self.k, self.kind
@@ -70,7 +112,7 @@ class Activations:
         totals = [k.sum_lanes(functools.reduce(lambda x, y: x + y, half)) for half in each]
         if self.split:
             leading = k.sum_lanes(lead)
-            sums.as_(I32)[0] = (totals[0] - (leading << 16)) * -kind.bias
+            sums.as_(I32)[0] = (totals[0] - leading * self.leading) * -kind.bias
             sums.as_(I32)[1] = leading * -kind.bias
             return
         if kind.bias:

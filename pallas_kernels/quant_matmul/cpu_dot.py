@@ -60,13 +60,9 @@ def pair_sums(
     as they hold it.
 
     Args:
-        most: the largest byte of a weight.
+        most: the largest byte of a weight, at most 127.
         views: of the columns; each column is read after the products of the one before.
     """
-    if most > 127:  # a sum of two products would saturate
-        nibbles = ([half for c in column for half in (c & 15, c >> 4)] for column in columns)
-        sums = pair_sums(k, nibbles, count, first, places, 15, views)
-        return [[b + (a << 4) for b, a in zip(*pair, strict=True)] for pair in zip(sums[::2], sums[1::2], strict=True)]
     together = min(count, 32767 // (most * 2 * 128))  # columns whose sums fit 16 bits
     totals: list[list[Value]] = []
     for start in range(first, first + count, together):
@@ -81,6 +77,28 @@ def pair_sums(
             ]
         if together < count:
             _read_after(views, [total for of_vector in totals for total in of_vector])
+    return totals
+
+
+def word_sums(
+    k: Emitter, columns: Columns, count: int, first: int, places: Sequence[Ptr], views: Sequence[View]
+) -> list[list[Value]]:
+    """Returns the same for weights of up to 255 and digits of 16 bits, whose sums of two need 32 bits."""
+    totals: list[list[Value]] = []
+    for number in range(first, first + count):
+        column = next(columns)
+        words = [c.bits(ir.VectorType(I16, c.type.count // 2)) for c in column]
+        halves = [(w & 255, w >> 8) for w in words]  # bytes 0 and 2 of each four, then 1 and 3
+        new: list[list[Value]] = [[] for _ in column]
+        for p, place in enumerate(places):
+            x = [_four(k, place, 2 * number + i, column[0].type).bits(words[0].type) for i in range(2)]
+            for v, parts in enumerate(halves):
+                products = functools.reduce(
+                    lambda a, b: a + b, [multiply_words(k, w, y) for w, y in zip(parts, x, strict=True)]
+                )
+                new[v].append(totals[v][p] + products if totals else products)
+        totals = new
+        _read_after(views, [total for of_vector in totals for total in of_vector])
     return totals
 
 
@@ -160,12 +178,17 @@ def multiply_add(k: Emitter, u: Value, s: Value) -> Value:
 
 def add_pairs(k: Emitter, x: Value) -> Value:
     """Adds neighbouring int16 as int32."""
-    count = x.type.count
+    return multiply_words(k, x, k.const(x.type, 1))
+
+
+def multiply_words(k: Emitter, a: Value, b: Value) -> Value:
+    """Multiplies int16 and adds neighbouring products, as int32."""
+    count = a.type.count
     names = {8: "sse2.pmadd.wd", 16: "avx2.pmadd.wd", 32: "avx512.pmaddw.d.512"}
     if has_bytes(k, 2 * count):
-        ones = k.const(x.type, 1)
-        return Value(k, k.intrinsic(f"llvm.x86.{names[count]}", ir.VectorType(I32, count // 2), [x.ssa, ones.ssa]))
-    return x.shuffle(range(0, count, 2)).to(I32) + x.shuffle(range(1, count, 2)).to(I32)
+        return Value(k, k.intrinsic(f"llvm.x86.{names[count]}", ir.VectorType(I32, count // 2), [a.ssa, b.ssa]))
+    even, odd = range(0, count, 2), range(1, count, 2)
+    return a.shuffle(even).to(I32) * b.shuffle(even).to(I32) + a.shuffle(odd).to(I32) * b.shuffle(odd).to(I32)
 
 
 def has_bytes(k: Emitter, count: int) -> bool:

@@ -49,10 +49,10 @@ class View:
 
 Scales = Callable[[View], tuple[list[Value], list[Value]]]
 """Returns (scales, minima) of a block, in the order of the runs or of their halves; no minima where the kind has none."""
-Weights = Callable[[View, Value, int], Iterator[Value]]
+Weights = Callable[[View, Value, "Value | int"], Iterator[Value]]
 """(block, part, run of the part) → eight vectors of bytes, four weights of each row, in the order of the weights.
 
-Each is read from the view's block when it is asked for."""
+Each is read from the view's block when it is asked for. The run is a Value only where a part has more than two."""
 
 
 @dataclass(frozen=True)
@@ -133,49 +133,54 @@ def _iq4_xs_scales(v: View) -> tuple[list[Value], list[Value]]:
     return [(s - 32).to(F32) * d for s in scales], []
 
 
-def _q4_k(v: View, part: Value, run: int) -> Iterator[Value]:
-    return (p >> 4 if run else p & 15 for p in v.fours(part * 32 + 16, 8))
+def _q4_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+    return (_shifted(p, run * 4) & 15 for p in v.fours(part * 32 + 16, 8))
 
 
-def _q5_k(v: View, part: Value, run: int) -> Iterator[Value]:
-    fifth = (_bit(v.k, bits, part * 2 + run) for bits in v.fours(16, 8))
-    return ((p >> 4 if run else p & 15) | (b << 4) for p, b in zip(v.fours(part * 32 + 48, 8), fifth, strict=True))
+def _q5_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+    fifth = (_bit(bits, part * 2 + run) for bits in v.fours(16, 8))
+    return (_shifted(p, run * 4) & 15 | (b << 4) for p, b in zip(v.fours(part * 32 + 48, 8), fifth, strict=True))
 
 
-def _bit(k: Emitter, bytes_: Value, number: Value) -> Value:
-    """Returns a bit of each byte; shifts of 32-bit numbers serve, as each bit stays above its byte's lowest."""
+def _bit(bytes_: Value, number: Value) -> Value:
+    return _shifted(bytes_, number) & 1
+
+
+def _shifted(bytes_: Value, number: Value | int) -> Value:
+    """Returns bytes whose lowest bits were those from bit `number` (to the left for negative ones), beside others' bits."""
     words = bytes_.bits(ir.VectorType(I32, bytes_.type.count // 4))
-    return (words >> k.splat(number.to(I32), words.type.count)).bits(bytes_.type) & 1
+    if isinstance(number, int):
+        return (words >> number if number >= 0 else words << -number).bits(bytes_.type)
+    return (words >> bytes_.k.splat(number.to(I32), words.type.count)).bits(bytes_.type)
 
 
-def _two_bits(v: View, place: int, part: Value, run: int, stride: int = 32, to: int = 0) -> Iterator[Value]:
+def _two_bits(v: View, place: int, part: Value, run: Value | int, stride: int = 32, to: int = 0) -> Iterator[Value]:
     """Yields bits 2 run and 2 run + 1 of the 32 bytes of a part, as bits `to` and `to` + 1 of bytes."""
     for bytes_ in v.fours(part * stride + place, 8):
-        words, right = (
-            bytes_.bits(ir.VectorType(I32, v.rows)),
-            2 * run - to,
-        )  # words: what comes from other bytes is cleared
-        yield (words >> right if right >= 0 else words << -right).bits(bytes_.type) & (3 << to)
+        if isinstance(run, int):
+            yield _shifted(bytes_, 2 * run - to) & (3 << to)
+        else:
+            yield _shifted(_shifted(bytes_, run * 2) & 3, -to)
 
 
-def _q2_k(v: View, part: Value, run: int) -> Iterator[Value]:
+def _q2_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
     return _two_bits(v, 20, part, run)
 
 
-def _q3_k(v: View, part: Value, run: int) -> Iterator[Value]:
-    third = (_bit(v.k, bits, part * 4 + run) for bits in v.fours(14, 8))
+def _q3_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+    third = (_bit(bits, part * 4 + run) for bits in v.fours(14, 8))
     return (q | (bit << 2) for q, bit in zip(_two_bits(v, 46, part, run), third, strict=True))
 
 
-def _q6_k(v: View, part: Value, run: int) -> Iterator[Value]:
-    lower, upper = v.fours(part * 96 + (18 + run % 2 * 32), 8), _two_bits(v, 82, part, run, stride=96, to=4)
-    return ((q >> 4 if run >= 2 else q & 15) | u for q, u in zip(lower, upper, strict=True))
+def _q6_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+    lower, upper = v.fours(part * 96 + run % 2 * 32 + 18, 8), _two_bits(v, 82, part, run, stride=96, to=4)
+    return (_shifted(q, run // 2 * 4) & 15 | u for q, u in zip(lower, upper, strict=True))
 
 
 def _fifth_bits(place: int) -> Weights:
     """Makes the reader of Q5_0 and Q5_1: 32 bits in the order of tiles, then nibbles."""
 
-    def weights(v: View, part: Value, run: int) -> Iterator[Value]:
+    def weights(v: View, part: Value, run: Value | int) -> Iterator[Value]:
         del part, run
         (fifth,) = v.fours(place, 1)
         return (q | ((fifth >> c & 1) << 4) for c, q in enumerate(v.nibbles(place + 4)))

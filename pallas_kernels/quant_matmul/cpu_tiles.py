@@ -11,13 +11,14 @@ any batch.
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F32, I32, I64, Emitter, Ptr, Value, Var
 from pallas_kernels.quant_matmul.cpu_activations import BLOCK, Activations
-from pallas_kernels.quant_matmul.cpu_dot import by_pairs, dot, pair_sums
+from pallas_kernels.quant_matmul.cpu_dot import by_pairs, dot, pair_sums, word_sums
 from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.cpu_tile_kinds import KINDS, View
 from pallas_kernels.quant_matmul.formats import BlockFormat
@@ -41,7 +42,6 @@ class _Tile:
         self.many = fmt.elements // BLOCK  # blocks of activations
         self.each = 2 if self.kind.halves else 1  # scales of a run
         self.by_pairs = by_pairs(k, self.rows)
-        self.sums = x.digits * (2 if self.kind.most > 127 else 1)  # of pairs, for a row of activations
         # A block's scales are computed at once, and stay in memory while a loop goes through its parts.
         size = self.many * self.each * ROWS
         self.kept = [k.scratch(F32, size) for _ in range(2)] if self.many > 1 else []
@@ -53,7 +53,7 @@ class _Tile:
         registers, and reading takes a small part of the time.
         """
         vectors = ROWS // self.rows
-        together = 1 if count > 2 else min(vectors, PAIR_SUMS // self.sums) if self.by_pairs else vectors
+        together = 1 if count > 2 else min(vectors, PAIR_SUMS // self.x.digits) if self.by_pairs else vectors
         together = 1 << together.bit_length() - 1
         with self.k.range(0, ROWS, self.rows * together) as first:
             self._multiply(tile, [first + i * self.rows for i in range(together)], group, start, count)
@@ -70,8 +70,10 @@ class _Tile:
                 self._run(acc, group, b, start, scales, views, k.i64(0), 0)
             else:
                 self._keep(scales)
-                with k.range(0, kind.parts) as part:
-                    for run in range(kind.runs):
+                # A loop where there would be much code: it must fit the cache of decoded instructions.
+                runs = k.range(0, kind.runs) if kind.runs > 2 else None
+                with k.range(0, kind.parts) as part, runs or nullcontext() as each:
+                    for run in range(kind.runs) if each is None else (each,):
                         number = part * kind.runs + run
                         self._fetch(weights + b * size, number)
                         own = [self._kept(scales[v], v, number) for v in range(len(views))]
@@ -114,12 +116,12 @@ class _Tile:
         scales: list[Scales],
         views: list[View],
         part: Value,
-        run: int,
+        run: Value | int,
     ) -> None:
         """Adds the products of a run of 32 weights to `acc` [vector][row of activations]."""
         k, x, kind, rows = self.k, self.x, self.kind, self.rows
         digits, xd, sums = x.at(group, number)
-        digits, xd, sums = digits + start * (x.digits * BLOCK), xd + start, sums + start * 2
+        digits, xd, sums = digits + start * x.bytes, xd + start, sums + start * 2
         count = len(acc[0])
         biases = [
             [k.splat(sums.as_(I32)[slot * 2 + j], rows) for j in range(2)] if kind.bias else [] for slot in range(count)
@@ -139,7 +141,7 @@ class _Tile:
                     sum_.v = k.fma(least, k.splat(sums[slot * 2 + i + bool(kind.bias)], rows), sum_.v)
 
     def _chained(
-        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: int
+        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: Value | int
     ) -> list[list[list[Value]]]:
         """Returns a run's products [vector][row of activations][scale], where an instruction adds them to 32-bit sums."""
         k, x, kind = self.k, self.x, self.kind
@@ -166,26 +168,31 @@ class _Tile:
             halves = [columns[i * each : (i + 1) * each] for i in range(self.each)]
             result.append(
                 [
-                    [sums(half, digits + slot * x.digits * BLOCK, bias, i) for i, half in enumerate(halves)]
+                    [sums(half, digits + slot * x.bytes, bias, i) for i, half in enumerate(halves)]
                     for slot, bias in enumerate(biases)
                 ]
             )
         return result
 
     def _in_pairs(
-        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: int
+        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: Value | int
     ) -> list[list[list[Value]]]:
         """Returns the same, where products of bytes are 16-bit sums of pairs: column by column, for some rows of activations."""
         k, x, kind = self.k, self.x, self.kind
-        passes = -(-len(biases) // max(1, PAIR_SUMS // (len(views) * self.sums)))
+        passes = -(-len(biases) // max(1, PAIR_SUMS // (len(views) * x.digits)))
         each = -(-len(biases) // passes)
         result: list[list[list[Value]]] = [[] for _ in views]
         for first in range(0, len(biases), each):
             slots = range(first, min(first + each, len(biases)))
-            places = [digits + (slot * x.digits + d) * BLOCK for slot in slots for d in range(x.digits)]
+            places = [digits + (slot * x.bytes + d * x.digit_bytes) for slot in slots for d in range(x.digits)]
             columns = map(list, zip(*[kind.weights(view, part, run) for view in views], strict=True))
             count = 8 // self.each
-            sums = [pair_sums(k, columns, count, i * count, places, kind.most, views) for i in range(self.each)]
+            sums = [
+                word_sums(k, columns, count, i * count, places, views)
+                if x.by_words
+                else pair_sums(k, columns, count, i * count, places, kind.most, views)
+                for i in range(self.each)
+            ]
             for v, of_vector in enumerate(result):
                 for i, slot in enumerate(slots):
                     own = [s[v][i * x.digits : (i + 1) * x.digits] for s in sums]
@@ -194,14 +201,15 @@ class _Tile:
 
     def _put_together(self, parts: list[Value], bias: list[Value], half: int) -> Value:
         if self.x.split:
-            return self._split(parts[0] + bias[1], (parts[1] << 8) + parts[2] + bias[0])
-        whole = functools.reduce(lambda high, low: (high << 8) + low, parts)
+            lower = functools.reduce(lambda high, low: (high << self.x.bits) + low, parts[1:])
+            return self._split(parts[0] + bias[1], lower + bias[0])
+        whole = functools.reduce(lambda high, low: (high << self.x.bits) + low, parts)
         return (whole + bias[half] if bias else whole).to(F32)
 
     def _split(self, high: Value, low: Value) -> Value:
-        """Returns 65536 · high + low, which does not fit 32 bits."""
+        """Returns the sum of leading digits and that of the rest together, which does not fit 32 bits."""
         k = self.k
-        return k.fma(high.to(F32), k.const(ir.VectorType(F32, self.rows), 65536.0), low.to(F32))
+        return k.fma(high.to(F32), k.const(ir.VectorType(F32, self.rows), float(self.x.leading)), low.to(F32))
 
 
 def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> None:

@@ -36,9 +36,6 @@ bytes and the bytes that stay together."""
 FIFTH_BITS = {"q5_0": 2, "q5_1": 4}
 """Where a block has a bit of each of its 32 weights in one 32-bit number. In a tile, bit c of byte i is that of weight 4c + i."""
 
-WIDE = ("q8_0", "q6_k", "iq4_nl", "iq4_xs")
-"""Kinds whose numbers take more than five bits."""
-
 
 def can_tile(kind: str, rows: int) -> bool:
     """Checks whether matrices with this many rows of a kind can have the tiled order."""

@@ -14,7 +14,7 @@ import llvmlite.binding as llvm
 
 from pallas_kernels.cpu_ffi import why_not
 from pallas_kernels.cpu_ffi.compile import Target, emit_assembly
-from pallas_kernels.quant_matmul import PRECISIONS, cpu, quant_matmul, tiles
+from pallas_kernels.quant_matmul import PRECISIONS, cpu, cpu_activations, quant_matmul, tiles
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows
 from pallas_kernels.quant_matmul.weave import weave
 from tests.kernels import native_call
@@ -38,6 +38,10 @@ CPUS = {
 """A CPU of each sort, the instruction that it must use, and what its registers are called."""
 
 
+ROUNDED = ("q8_0", "iq4_nl", "iq4_xs")
+"""Kinds whose numbers have eight bits: their sums with 23 bits are put together in float32."""
+
+
 def some(sample: tuple[str, ...]) -> list:
     """All kinds, those that are not in the sample only in the sweep."""
     return [kind if kind in sample else pytest.param(kind, marks=pytest.mark.sweep) for kind in KINDS]
@@ -46,9 +50,9 @@ def some(sample: tuple[str, ...]) -> list:
 def native_tiles(kind: str, precision: str, x: np.ndarray, blocks: np.ndarray, lanes: int | None = None) -> np.ndarray:
     """Layer 1 of `blocks`, which have the file's order."""
     (m, k), n = x.shape, blocks.shape[1]
-    groups, digits = -(-m // cpu.TILE_GROUP), cpu.digits(kind, precision)
+    groups, units = -(-m // cpu.TILE_GROUP), cpu_activations.units(kind, cpu.digits(kind, precision))
     place = (groups, k // 32, min(m, cpu.TILE_GROUP))
-    scratch = [np.full((*place, digits, 32), 99, np.int8), *(np.full(s, np.nan, "f") for s in (place, (*place, 2)))]
+    scratch = [np.full((*place, units, 32), 99, np.int8), *(np.full(s, np.nan, "f") for s in (place, (*place, 2)))]
     out = np.full((m, n), np.nan, np.float32)
     tiled = blocks.copy()
     tiles.tile_rows(tiled, kind)
@@ -107,11 +111,14 @@ def test_tiles_equal_dequantise_and_matmul(kind):
 
 @pytest.mark.parametrize("kind", some(("q4_1",)))
 def test_code_for_any_vector_width_gives_the_same_bits(kind):
-    for x, blocks, _ in tiled_cases(kind):
+    """But for sums of bytes with 23 bits: they do not fit 32 bits, and are put together from 8 or from 12 of them."""
+    for x, blocks, weights in tiled_cases(kind):
+        size = np.abs(x[:13]) @ np.abs(weights).T
         for precision in ("exact", "fast"):
             here = native_tiles(kind, precision, x[:13], blocks)
+            most = 1e-7 * size if kind in ROUNDED and precision == "exact" else 0 * size
             for lanes in (4, 8, 16):
-                np.testing.assert_array_equal(native_tiles(kind, precision, x[:13], blocks, lanes), here)
+                assert (np.abs(native_tiles(kind, precision, x[:13], blocks, lanes) - here) <= most).all()
 
 
 @pytest.mark.parametrize("kind", some(SAMPLE))
@@ -139,6 +146,8 @@ def test_every_cpu_has_its_byte_products(kind, cpu_name):
     llvm.initialize_all_asmprinters()
     target, instruction, register = CPUS[cpu_name]
     lines = emit_assembly(cpu.tiles_kernel(kind, "fast").build(target), target).splitlines()
+    wide = kind in ROUNDED and instruction == "vpmaddubsw"  # sums of two products of its bytes need 32 bits
+    instruction = "vpmaddwd" if wide else instruction
     found = [line for line in lines if instruction in line.split()[:2] and register in line]
     # A loop for eight rows and for four, two and one: eight products a row, or twice as many for numbers of eight bits.
     products = 8 * (8 + 4 + 2 + 1) * (2 if kind == "q4_k" else 1)
