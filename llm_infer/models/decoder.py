@@ -18,6 +18,7 @@ from llm_infer.models.layers import (
     Embedding,
     Layer,
     Linear,
+    Normed,
     RMSNorm,
     rope_angles,
     rope_frequencies,
@@ -88,7 +89,7 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(layers, config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype)
         self.config = config
 
-    def project(self, x: Float[Array, "T E"], layer: Layer) -> tuple[Array, Array, Array]:
+    def project(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> tuple[Array, Array, Array]:
         """Computes queries [T, Hq, D], keys and values [T, Hkv, D] of this device's heads, before the rotation."""
         group, head_dim = self.config.group_size, self.config.head_dim
         if self.config.fused_qkv:
@@ -106,7 +107,7 @@ class Attention(nnx.Module):
         return {"scale": config.head_dim**-0.5, "window": window_of(config.windows, layer)}
 
     def __call__(
-        self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
+        self, x: Float[Array, "T E"] | Normed, angles: Angles, cache: Cache, layer: Layer, attend: Attend
     ) -> tuple[Float[Array, "T E"], Cache]:
         query, key, value = self.project(x, layer)
         if self.config.qk_norm:
@@ -133,7 +134,7 @@ class GatedMLP(nnx.Module):
         self.up = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
         self.down = Linear(layers, width, inner, axes=("embed", "mlp"), reduce=config.shards.axes, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
         return self.down(self.up(x, layer), layer, gate=self.gate(x, layer))
 
 
@@ -152,10 +153,10 @@ class DecoderLayers(nnx.Module):
         self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
     ) -> tuple[Float[Array, "T E"], Cache]:
         with jax.named_scope("attention"):
-            out, cache = self.attn(self.attn_norm(x, layer), angles, cache, layer, attend)
+            out, cache = self.attn(self.attn_norm.later(x, layer), angles, cache, layer, attend)
             x = x + out
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm(x, layer), layer), cache
+            return x + self.mlp(self.mlp_norm.later(x, layer), layer), cache
 
 
 class Decoder(nnx.Module):

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.layers import Layer, Linear, linear, silu
+from llm_infer.models.layers import Layer, Linear, Normed, linear, silu
 from llm_infer.parallel.collectives import first_of_part, sum_over
 
 
@@ -52,7 +52,8 @@ class ExpertsMLP(nnx.Module):
         self.down = Linear(layers, experts * width, inner, axes=("experts", "expert_mlp"), dtype=dtype)
         self.config, self.shards = config.moe, config.shards
 
-    def __call__(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
+    def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
+        x = x.array() if isinstance(x, Normed) else x
         (tokens, width), moe = x.shape, self.config
         weights, experts = route(self.router(x, layer), moe)
         rows, num_here = block_rows(experts.size, moe.num_experts), moe.num_experts // self.shards.ep

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from llm_infer.models.config import UNCUT, RopeConfig, Shards
 from llm_infer.parallel.axes import Axes, ParamSpec
 from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
+from pallas_kernels.quant_matmul import Norm
 
 Layer = Int[Array, ""]
 
@@ -25,8 +28,32 @@ def parameter(
     return nnx.Param(ParamSpec(shape, jnp.dtype(dtype), axes, mean, std))
 
 
+@dataclass(frozen=True)
+class Normed:
+    """Activations with an RMSNorm that the matrix which takes them may compute itself.
+
+    Attributes:
+        x: Float[Array, "T E"] before the norm.
+        weight: Float[Array, "L E"] of all layers; `layer` is theirs.
+    """
+
+    x: Array
+    weight: Array
+    layer: Layer
+    eps: float
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of the activations."""
+        return self.x.dtype
+
+    def array(self) -> Array:
+        """Computes the norm."""
+        return rms_norm(self.x, lax.dynamic_index_in_dim(self.weight, self.layer, keepdims=False), self.eps)
+
+
 def linear(
-    x: Float[Array, "T I"],
+    x: Float[Array, "T I"] | Normed,
     stacked: Float[Array, "L O I"] | StoredWeights,
     layer: Layer,
     part: tuple[int, Array] | None = None,
@@ -37,6 +64,11 @@ def linear(
     `part` = (P, p) takes the p-th of P equal runs of rows: one expert's matrix of those that lie below each other.
     With a `gate`, silu(gate) · x takes the place of x.
     """
+    if isinstance(x, Normed):
+        float32 = x.dtype == jnp.float32 == x.weight.dtype
+        if isinstance(stacked, StoredWeights) and float32:
+            return stacked.matmul(x.x, layer, part, norm=Norm(x.weight, x.layer, x.eps))
+        x = x.array()
     if isinstance(stacked, StoredWeights):
         return stacked.matmul(x, layer, part, gate).astype(x.dtype)
     if gate is not None:
@@ -113,7 +145,7 @@ class Linear(nnx.Module):
         self.reduce = reduce
 
     def __call__(
-        self, x: Float[Array, "T I"], layer: Layer, gate: Float[Array, "T I"] | None = None
+        self, x: Float[Array, "T I"] | Normed, layer: Layer, gate: Float[Array, "T I"] | None = None
     ) -> Float[Array, "T O"]:
         out = sum_over(linear(x, self.weight.get_value(), layer, gate=gate), self.reduce)
         if self.bias is not None:
@@ -143,6 +175,10 @@ class RMSNorm(nnx.Module):
         if layer is not None:
             weight = lax.dynamic_index_in_dim(weight, layer, keepdims=False)
         return rms_norm(x, weight, self.eps)
+
+    def later(self, x: Float[Array, "T E"], layer: Layer) -> Normed:
+        """Leaves the norm to the matrices that take x."""
+        return Normed(x, self.weight[...], layer, self.eps)
 
 
 class LayerNorm(nnx.Module):

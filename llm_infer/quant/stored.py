@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.quant_matmul import FORMATS, dequantise, quant_matmul
+from pallas_kernels.quant_matmul import FORMATS, Norm, dequantise, quant_matmul
 from pallas_kernels.quant_matmul.tiles import can_tile, take_rows, untile
 
 _META = ["kinds", "places", "precision", "tiled"]
@@ -60,6 +60,7 @@ class StoredWeights:
         layer: Int[Array, ""] | int,
         part: tuple[int, Array] | None = None,
         gate: Float[Array, "T K"] | None = None,
+        norm: Norm | None = None,
     ) -> Array:
         """Computes `x @ weights[layer].T` in float32, [T, N].
 
@@ -68,15 +69,24 @@ class StoredWeights:
             layer: index of the layer.
             part: (P, p) takes the p-th of P equal runs of rows of the layer's matrix, e.g. one expert's.
             gate: silu(gate) · x takes the place of x.
+            norm: x is normalised first.
         """
         x, gate = x.astype(jnp.float32), None if gate is None else gate.astype(jnp.float32)
         branches = [partial(self._matmul, stack, part=part) for stack in range(len(self.blocks))]
         if len(branches) == 1:
-            return branches[0](x, gate, jnp.asarray(layer, jnp.int32))
+            return branches[0](x, gate, norm, jnp.asarray(layer, jnp.int32))
         stack, index = (jnp.asarray(column)[layer] for column in np.array(self.places, np.int32).T)
-        return lax.switch(stack, branches, x, gate, index)
+        return lax.switch(stack, branches, x, gate, norm, index)
 
-    def _matmul(self, stack: int, x: Array, gate: Array | None, index: Array, part: tuple[int, Array] | None) -> Array:
+    def _matmul(
+        self,
+        stack: int,
+        x: Array,
+        gate: Array | None,
+        norm: Norm | None,
+        index: Array,
+        part: tuple[int, Array] | None,
+    ) -> Array:
         blocks, kind, tiled = self.blocks[stack], self.kinds[stack], self.is_tiled(stack)
         if part is not None:
             count, number = part
@@ -84,7 +94,7 @@ class StoredWeights:
                 blocks, tiled = untile(blocks, kind), False
             blocks = blocks.reshape(blocks.shape[0] * count, -1, blocks.shape[2])
             index = index * count + number
-        return quant_matmul(x, blocks, index, gate, kind=kind, precision=self.precision, tiled=tiled)
+        return quant_matmul(x, blocks, index, gate, norm, kind=kind, precision=self.precision, tiled=tiled)
 
     def rows(self, ids: Int[Array, " T"]) -> Float[Array, "T K"]:
         """Returns the rows of the only layer's matrix as float32; ids outside are clipped."""

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
 from pallas_kernels.quant_matmul.formats import FORMATS, BlockFormat
+from pallas_kernels.quant_matmul.inputs import Norm
 from pallas_kernels.quant_matmul.reference import dequantise
 from pallas_kernels.quant_matmul.tiles import ROWS, can_tile, untile
 
-__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "dequantise", "quant_matmul", "tiles_pay", "untile"]
+__all__ = ["FORMATS", "PRECISIONS", "BlockFormat", "Norm", "dequantise", "quant_matmul", "tiles_pay", "untile"]
 
 PRECISIONS = ("exact", "fine", "fast")
 
@@ -24,6 +25,7 @@ def quant_matmul(
     blocks: jax.Array,
     layer: jax.Array | int = 0,
     gate: jax.Array | None = None,
+    norm: Norm | None = None,
     *,
     kind: str,
     precision: str = "exact",
@@ -42,6 +44,7 @@ def quant_matmul(
             the dense kinds f32, f16 and bf16 the array [L, N, K] of that dtype. K is a multiple of 32 for all of them.
         layer: Int32 scalar, may be traced.
         gate: Float[Array, "M K"] float32: silu(gate) · x is multiplied instead of x (SwiGLU); None for x.
+        norm: x is normalised first; not together with a gate.
         kind: a key of FORMATS.
         precision: one of PRECISIONS.
         tiled: whether the rows have the tiled order, see `tiles`; N is a multiple of 16.
@@ -61,6 +64,10 @@ def quant_matmul(
     if gate is not None:
         legal = gate.shape == x.shape and gate.dtype == jnp.float32
         expect(legal, "gate", f"float32 {list(x.shape)}, as x", gate)
+    if norm is not None:
+        legal = norm.weight.ndim == 2 and norm.weight.shape[1] == x.shape[1] and norm.weight.dtype == jnp.float32
+        expect(legal and gate is None, "norm", f"float32 [L, {x.shape[1]}] and no gate", norm.weight)
+        norm = norm._replace(layer=layer_index(norm.layer, norm.weight.shape[0]))
     fmt = FORMATS[kind]
     legal = blocks.ndim == 3 and blocks.dtype.name == fmt.dtype
     expect(legal, "blocks", f"{fmt.dtype} [L, N, R] for {kind}", blocks)
@@ -71,7 +78,7 @@ def quant_matmul(
     index = layer_index(layer, blocks.shape[0])
     options = dict(kind=kind, precision=precision, tiled=tiled)
     case = case_of({"x": x, "blocks": blocks}, **options)
-    return dispatch.pick("quant_matmul", case, implementation)(x, blocks, index, gate, **options)
+    return dispatch.pick("quant_matmul", case, implementation)(x, blocks, index, gate, norm, **options)
 
 
 def tiles_pay(kind: str, rows: int) -> bool:

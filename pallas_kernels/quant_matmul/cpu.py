@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi, tuned
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
-from pallas_kernels.quant_matmul.reference import gated
+from pallas_kernels.quant_matmul.inputs import Norm, prepared
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP
 
 TILE_SOURCES = tuple(
@@ -75,6 +76,7 @@ def quant_matmul(
     blocks: jax.Array,
     layer: jax.Array,
     gate: jax.Array | None = None,
+    norm: Norm | None = None,
     *,
     kind: str,
     precision: str = "exact",
@@ -84,9 +86,12 @@ def quant_matmul(
     if tiled:
         rows, width = x.shape
         dims = {"A": -(-rows // TILE_GROUP), "G": width // 32, "S": min(rows, TILE_GROUP)}
-        gates = [] if gate is None else [gate]
-        return tiles_kernel(kind, precision, gate is not None)(x, blocks, layer, *gates, dims=dims)[0]
-    x = gated(x, gate)
+        if norm is not None:
+            extra = (norm.weight, norm.layer, jnp.float32(norm.eps))
+            return tiles_kernel(kind, precision, normed=True)(x, blocks, layer, *extra, dims=dims)[0]
+        gates = () if gate is None else (gate,)
+        return tiles_kernel(kind, precision, gated=gate is not None)(x, blocks, layer, *gates, dims=dims)[0]
+    x = prepared(x, gate, norm)
     if _rounds(kind, x.shape[0], precision):
         return int8_kernel(kind)(x, blocks, layer, dims={"G": x.shape[1] // 32})[0]
     return matmul_kernel(kind)(x, blocks, layer)[0]
@@ -138,21 +143,26 @@ def int8_kernel(kind: str) -> Any:
 
 
 @cache
-def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
-    """Makes the kernel for tiled rows of one block format (see `tiles`); `gated` ones compute silu(gate) · x where they round
-    it."""
+def tiles_kernel(kind: str, precision: str, gated: bool = False, normed: bool = False) -> Any:
+    """Makes the kernel for tiled rows of one block format (see `tiles`).
+
+    Where they round activations, `gated` ones compute silu(gate) · x, and `normed` ones an RMSNorm.
+    """
     from pallas_kernels.cpu_ffi.bridge import Kernel
     from pallas_kernels.cpu_ffi.call_frame import Buffer
     from pallas_kernels.quant_matmul import cpu_activations, cpu_tiles
 
+    gates = {"gate": Buffer("float32", "M K")} if gated else {}
+    norms = {"norm": Buffer("float32", "H K"), "norm_layer": Buffer("int32", ""), "eps": Buffer("float32", "")}
     here, count = Path(__file__).parent, digits(kind, precision)
     return Kernel(
-        name=f"quant_matmul_tiles_{8 * count}bit_{kind}{'_gated' if gated else ''}",
+        name=f"quant_matmul_tiles_{8 * count}bit_{kind}{'_gated' if gated else '_normed' if normed else ''}",
         args={
             "x": Buffer("float32", "M K"),
             "blocks": Buffer("uint8", "L N R"),
             "layer": Buffer("int32", ""),
-            **({"gate": Buffer("float32", "M K")} if gated else {}),
+            **gates,
+            **(norms if normed else {}),
         },
         results={
             "out": Buffer("float32", "M N"),
@@ -160,6 +170,6 @@ def tiles_kernel(kind: str, precision: str, gated: bool = False) -> Any:
             "xd": Buffer("float32", "A G S"),
             "xs": Buffer("float32", "A G S 2"),
         },
-        body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count, gated=gated),
+        body=partial(cpu_tiles.body, fmt=FORMATS[kind], digits=count, gated=gated, normed=normed),
         sources=tuple(str(here / name) for name in TILE_SOURCES),
     )

@@ -8,7 +8,7 @@ import math
 from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
-from pallas_kernels.cpu_ffi.emit import F32, I8, I16, I32, Emitter, Ptr, Value
+from pallas_kernels.cpu_ffi.emit import F32, I8, I16, I32, I64, Emitter, Ptr, Value
 from pallas_kernels.quant_matmul.cpu_dot import by_pairs
 from pallas_kernels.quant_matmul.cpu_tile_kinds import KINDS
 from pallas_kernels.quant_matmul.tiles import ROWS
@@ -43,8 +43,8 @@ class Activations:
     where they have minima, the last is a float32.
     """
 
-    def __init__(self, k: Emitter, a: Frame, kind: str, digits: int, gated: bool) -> None:
-        self.k, self.a, self.kind, self.gated = k, a, KINDS[kind], gated
+    def __init__(self, k: Emitter, a: Frame, kind: str, digits: int, gated: bool, normed: bool) -> None:
+        self.k, self.a, self.kind, self.gated, self.normed = k, a, KINDS[kind], gated, normed
         self.largest = LARGEST[digits]
         self.split = self.kind.most > 127 and digits == 3  # 8-bit weights times 23 bits do not fit 32
         self.by_words = _in_words(kind, digits) and by_pairs(k, min(ROWS, k.lanes))
@@ -63,8 +63,9 @@ class Activations:
         return self.a.xq + index * self.bytes, self.a.xd + index, self.a.xs + index * 2
 
     def round_row(self, m: Value) -> None:
-        """Fills in activation row m, times silu of its gate where there is one."""
+        """Fills in activation row m, after its norm or times silu of its gate where there is one."""
         k, a, lanes = self.k, self.a, self.k.lanes
+        factor = self._norm_factor(m) if self.normed else None
         with k.range(0, a.G) as g:
             digits, scales, sums = self.at(m // GROUP, g)
             digits, slot = digits + m % GROUP * self.bytes, m % GROUP
@@ -73,6 +74,9 @@ class Activations:
             if self.gated:
                 gates = [a.gate.load(at, lanes) for at in places]
                 parts = [x * (gate / (k.exp(gate * -1.0) + 1.0)) for x, gate in zip(parts, gates, strict=True)]
+            if factor is not None:
+                first = a.norm_layer[0].to(I64) * a.K + g * BLOCK
+                parts = [x * factor * a.norm.load(first + i * lanes, lanes) for i, x in enumerate(parts)]
             # The bits of sizes have the order of the sizes, and those of what is not finite are the largest.
             sizes = [k.abs(part).bits(ir.VectorType(I32, lanes)) for part in parts]
             bits = k.max_lanes(functools.reduce(k.max, sizes))
@@ -86,6 +90,16 @@ class Activations:
                 whole.append(q)
                 lead = lead + self._store_digits(digits, i * lanes, q)
             self._store_sums(sums + slot * 2, whole, lead, scale)
+
+    def _norm_factor(self, m: Value) -> Value:
+        """Returns one over the root mean square of row m."""
+        k, a, lanes = self.k, self.a, self.k.lanes
+        squares = k.var(k.zeros(F32, lanes))
+        with k.range(0, a.K, lanes) as i:
+            x = a.x.load(m * a.K + i, lanes)
+            squares.v = k.fma(x, x, squares.v)
+        mean = k.sum_lanes(squares.v) / a.K.to(F32) + a.eps[0]
+        return k.const(F32, 1.0) / k.sqrt(mean)
 
     def _store_digits(self, digits: Ptr, first: int, q: Value) -> Value:
         """Stores the digits of a block's numbers from `first`; returns the leading ones."""

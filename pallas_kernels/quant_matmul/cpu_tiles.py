@@ -212,7 +212,7 @@ class _Tile:
         return k.fma(high.to(F32), k.const(ir.VectorType(F32, self.rows), float(self.x.leading)), low.to(F32))
 
 
-def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> None:
+def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool, normed: bool) -> None:
     """Checks what the buffers' sizes do not say; cuts the activations into digits; then does a few tiles per task."""
     a.require((a.G * BLOCK).eq(a.K), f"result xd: expected K / {BLOCK} blocks")
     a.require((a.A * GROUP) >= a.M, f"result xd: expected groups of {GROUP} for all M rows")
@@ -224,11 +224,15 @@ def body(k: Emitter, a: Frame, fmt: BlockFormat, digits: int, gated: bool) -> No
     layer = a.layer[0].to(I64)
     a.require((layer >= 0) & (layer < a.L), "argument layer is out of range")
 
+    if normed:
+        norm_layer = a.norm_layer[0].to(I64)
+        a.require((norm_layer >= 0) & (norm_layer < a.H), "argument norm_layer is out of range")
+
     def rounding(k: Emitter, a: Frame, number: Value) -> None:
-        Activations(k, a, fmt.kind, digits, gated).round_row(number)
+        Activations(k, a, fmt.kind, digits, gated, normed).round_row(number)
 
     def task(k: Emitter, a: Frame, number: Value) -> None:
-        tiles = _Tile(k, a, Activations(k, a, fmt.kind, digits, gated), fmt)
+        tiles = _Tile(k, a, Activations(k, a, fmt.kind, digits, gated, normed), fmt)
         first = number * a.task_tiles
         last = k.min(first + a.task_tiles, a.N // ROWS)
         whole = a.M // GROUP

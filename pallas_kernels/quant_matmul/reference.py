@@ -9,6 +9,7 @@ from jax import Array
 
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS, VALUES
+from pallas_kernels.quant_matmul.inputs import Norm, prepared
 from pallas_kernels.quant_matmul.tiles import untile
 
 
@@ -160,11 +161,6 @@ def dequantise(blocks: Array, kind: str) -> Array:
     return _DEQUANTISE[kind](grouped).reshape(*blocks.shape[:-1], k)
 
 
-def gated(x: Array, gate: Array | None) -> Array:
-    """Returns silu(gate) · x, or x where there is no gate."""
-    return x if gate is None else jax.nn.silu(gate) * x
-
-
 def why_not(case: Case) -> str | None:
     """Refuses nothing: it runs everywhere, but dequantises a whole layer's matrix in each call."""
     del case
@@ -176,6 +172,7 @@ def quant_matmul(
     blocks: Array,
     layer: Array,
     gate: Array | None = None,
+    norm: Norm | None = None,
     *,
     kind: str,
     precision: str = "exact",
@@ -185,4 +182,4 @@ def quant_matmul(
     del precision
     rows = jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
     weights = dequantise(untile(rows, kind) if tiled else rows, kind)
-    return jnp.einsum("mk,nk->mn", gated(x, gate), weights, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("mk,nk->mn", prepared(x, gate, norm), weights, precision=jax.lax.Precision.HIGHEST)

@@ -14,7 +14,7 @@ import llvmlite.binding as llvm
 
 from pallas_kernels.cpu_ffi import why_not
 from pallas_kernels.cpu_ffi.compile import Target, emit_assembly
-from pallas_kernels.quant_matmul import PRECISIONS, cpu, cpu_activations, quant_matmul, tiles
+from pallas_kernels.quant_matmul import PRECISIONS, Norm, cpu, cpu_activations, quant_matmul, tiles
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows
 from pallas_kernels.quant_matmul.weave import weave
 from tests.kernels import native_call
@@ -176,3 +176,28 @@ def test_gates_of_any_size(gate):
         np.testing.assert_allclose(out[1], np.asarray(expected)[1], rtol=1e-4, atol=1e-5)
     else:
         assert np.isnan(out[1]).all()
+
+
+@pytest.mark.parametrize("kind", some(("q4_1", "q6_k")))
+def test_norms_are_computed_where_activations_are_rounded(kind):
+    x, blocks = random_rows(9, 512), random_blocks(kind, 2, 48, 512)
+    tiled = blocks.copy()
+    tiles.tile_rows(tiled, kind)
+    weight = jnp.asarray(random_rows(3, 512))
+    for layer, eps in ((1, 1e-5), (2, 1.0)):
+        norm = Norm(weight, layer, eps)
+        expected = quant_matmul(x, jnp.asarray(blocks), 1, norm=norm, kind=kind, implementation="reference")
+        options = dict(kind=kind, tiled=True, implementation="cpu")
+        out = np.asarray(quant_matmul(x, jnp.asarray(tiled), 1, norm=norm, **options))
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+        alone = quant_matmul(x[3:4], jnp.asarray(tiled), 1, norm=norm, **options)
+        np.testing.assert_array_equal(np.asarray(alone)[0], out[3])
+
+
+def test_norms_of_other_shapes_are_refused():
+    x, blocks = jnp.ones((2, 64)), jnp.asarray(random_blocks("q4_1", 2, 16, 64))
+    for norm, gate in ((Norm(jnp.ones((1, 32)), 0, 0.0), None), (Norm(jnp.ones((1, 64)), 0, 0.0), x)):
+        with pytest.raises(ValueError, match="norm"):
+            quant_matmul(x, blocks, 0, gate, norm, kind="q4_1")
+    with pytest.raises(ValueError, match="layer"):
+        quant_matmul(x, blocks, 0, norm=Norm(jnp.ones((1, 64)), 1, 0.0), kind="q4_1")
