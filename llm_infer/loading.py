@@ -54,17 +54,21 @@ def load(
     return tokenizer, model
 
 
+def differing_tokens(model: Tokenizer, other: Tokenizer) -> str | None:
+    """Says how the tokens of another model differ from a model's; None if they are the same."""
+    sizes = (model.vocab_size, other.vocab_size)
+    differ = next((i for i in range(min(sizes)) if model.token_bytes(i) != other.token_bytes(i)), None)
+    if differ is not None:
+        return f"token {differ} differs"
+    return None if sizes[0] == sizes[1] else f"it has {sizes[1]} tokens, the model has {sizes[0]}"
+
+
 def require_same_tokens(target: Tokenizer, draft: Tokenizer, name: str) -> None:
     """Raises UserError if the draft model `name` has other tokens than the target: its proposals would mean nothing."""
-    sizes = (target.vocab_size, draft.vocab_size)
-    differ = next((i for i in range(min(sizes)) if target.token_bytes(i) != draft.token_bytes(i)), None)
-    if sizes[0] != sizes[1] or differ is not None:
-        what = (
-            f"token {differ} differs" if differ is not None else f"it has {sizes[1]} tokens, the model has {sizes[0]}"
-        )
+    if (difference := differing_tokens(target, draft)) is not None:
         raise UserError(
-            f"the draft model {name!r} has another vocabulary than the model ({what}): set speculative_config['model'] to "
-            "a model with the same tokenizer"
+            f"the draft model {name!r} has another vocabulary than the model ({difference}): set speculative_config['model'] "
+            "to a model with the same tokenizer"
         )
 
 

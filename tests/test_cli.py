@@ -72,6 +72,7 @@ def test_a_model_that_is_not_there_is_refused_before_jax_is_imported(name: str, 
     code = "import sys; from llm_infer.commands import app; sys.argv = ['llm-infer', *sys.argv[1:]]\n"
     code += "try: app.main()\nexcept SystemExit: print('jax' in sys.modules)"
     commands = (["generate", "hello", "--model"], ["chat", "--model"], ["convert"], ["bench", "step", "--model"])
+    commands += (["bench", "quality", "--reference"],)
     for command in commands:
         arguments = [*command, name, *(["out"] if command == ["convert"] else [])]
         result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)

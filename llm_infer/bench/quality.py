@@ -1,9 +1,9 @@
-"""`llm-infer bench quality`: measures by teacher forcing what precision `fast` changes: agreement, KL divergence, perplexity."""
+"""`llm-infer bench quality`: measures by teacher forcing what rounding costs, of activations or of another file's weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from llm_infer.base.errors import UserError
+from llm_infer.base.files import read_text
 from llm_infer.base.progress import Progress
 from llm_infer.engine.step.state import FULL
 from llm_infer.engine.step.step import attention_over
-from llm_infer.loading import load
+from llm_infer.loading import differing_tokens, load
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import merge_model
 from llm_infer.text.tokenizer import Tokenizer
@@ -28,30 +30,30 @@ PAGE_DTYPES = {"exact": "float32", "fast": "bfloat16"}
 
 @dataclass(frozen=True)
 class Quality:
-    """Differences between a model with rounding and the exact one over the same texts.
+    """Differences between a model with rounding and its reference over the same texts.
 
     Attributes:
         tokens: positions compared.
         top1_agreement: share of positions with the same most likely token.
-        mean_kl: mean of KL(exact ‖ rounded) in nats.
-        perplexity_exact, perplexity_fast: exp of the mean negative log-likelihood of the next token.
+        mean_kl: mean of KL(reference ‖ model) in nats.
+        perplexity_reference, perplexity: exp of the mean negative log-likelihood of the next token.
     """
 
     tokens: int
     top1_agreement: float
     mean_kl: float
-    perplexity_exact: float
-    perplexity_fast: float
+    perplexity_reference: float
+    perplexity: float
 
     @property
     def perplexity_change(self) -> float:
         """The relative change of perplexity; positive is worse."""
-        return self.perplexity_fast / self.perplexity_exact - 1
+        return self.perplexity / self.perplexity_reference - 1
 
     def __str__(self) -> str:
         return (
             f"{self.tokens} tokens: top-1 agreement {self.top1_agreement:.2%}, mean KL {self.mean_kl:.5f} nat, "
-            f"perplexity {self.perplexity_exact:.4f} → {self.perplexity_fast:.4f} ({self.perplexity_change:+.3%})"
+            f"perplexity {self.perplexity_reference:.4f} → {self.perplexity:.4f} ({self.perplexity_change:+.3%})"
         )
 
 
@@ -103,42 +105,79 @@ class TeacherForced:
         return np.asarray(self._forward(self._params, ids, positions, AttentionPlan(**fields)))[:count]
 
 
-def compare(exact: LoadedModel, fast: LoadedModel, texts: Sequence[Sequence[int]], progress: Progress) -> Quality:
-    """Returns the quality of `fast` over texts of token ids, each forced token by token."""
+def compare(
+    reference: LoadedModel, models: Mapping[str, LoadedModel], texts: Sequence[Sequence[int]], progress: Progress
+) -> dict[str, Quality]:
+    """Returns the quality of each model against the exact reference, over texts of token ids that are forced token by token.
+
+    Args:
+        reference: the model whose probabilities are the right ones; it keeps float32 pages.
+        models: precision → model of the same vocabulary.
+        texts: at least two tokens each.
+        progress: counts the texts.
+    """
     length = max(map(len, texts))
-    models = [TeacherForced(model, PAGE_DTYPES[name], length) for name, model in (("exact", exact), ("fast", fast))]
-    same, divergence, losses, count = 0, 0.0, np.zeros(2), 0
+    exact = TeacherForced(reference, PAGE_DTYPES["exact"], length)
+    rounded = {name: TeacherForced(model, PAGE_DTYPES[name], length) for name, model in models.items()}
+    sums = {name: np.zeros(3) for name in models}  # agreements, divergences, losses
+    loss, count = 0.0, 0
     with progress.task("Comparing", total=len(texts)) as bar:
         for tokens in texts:
-            p, q = (model(tokens)[:-1].astype(np.float64) for model in models)
-            following = np.asarray(tokens[1:])
-            same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            divergence += float((np.exp(p) * (p - q)).sum())
-            losses -= [x[np.arange(len(x)), following].sum() for x in (p, q)]
-            count += len(following)
+            p = exact(tokens)[:-1].astype(np.float64)
+            probability, likeliest = np.exp(p), p.argmax(-1)
+            following = np.arange(len(p)), np.asarray(tokens[1:])
+            for name, model in rounded.items():
+                q = model(tokens)[:-1].astype(np.float64)
+                sums[name] += ((q.argmax(-1) == likeliest).sum(), (probability * (p - q)).sum(), -q[following].sum())
+            loss -= p[following].sum()
+            count += len(p)
             bar.advance(1)
-    return Quality(count, same / count, divergence / count, *np.exp(losses / count).tolist())
+    return {
+        name: Quality(count, *(found[:2] / count).tolist(), *np.exp([loss / count, found[2] / count]).tolist())
+        for name, found in sums.items()
+    }
 
 
-def run(model: str, text_file: str | None, tokens: int, json_file: str | None) -> None:
-    """Compares the precisions on a text and prints the figures."""
-    progress = Progress()
-    tokenizer, exact = load(model, load_format="auto", fused_qkv=True, precision="exact", progress=progress)
-    _, fast = load(model, load_format="auto", fused_qkv=True, precision="fast", progress=progress)
-    texts = _chunks(tokenizer, text_file, tokens, min(256, exact.config.max_position_embeddings))
-    quality = compare(exact, fast, texts, progress)
-    print(quality)
-    if json_file:
-        Path(json_file).write_text(json.dumps({"model": model, **asdict(quality)}, indent=2) + "\n")
+def run(model: str, reference: str | None, text_file: str | None, tokens: int, json_file: str | None) -> None:
+    """Compares `fast` with `exact` on a text, or both of them with another model in `exact`, and prints the figures.
 
-
-def _chunks(tokenizer: Tokenizer, text_file: str | None, tokens: int, length: int) -> list[list[int]]:
-    """Returns the text's first tokens in pieces; by default the prose of Python's own language reference."""
-    if text_file is not None:
-        text = Path(text_file).read_text(encoding="utf-8")
-    else:
-        from pydoc_data.topics import topics
-
-        text = "\n\n".join(topics[name] for name in sorted(topics))
+    Raises:
+        UserError: a model or the text cannot be loaded, or the reference has other tokens than the model.
+    """
+    progress, text = Progress(), _text(text_file)
+    tokenizer, exact = _load(model, "exact", progress)
+    base, models = exact, {}
+    if reference is not None:
+        of_reference, base = _load(reference, "exact", progress)
+        if (difference := differing_tokens(tokenizer, of_reference)) is not None:
+            raise UserError(
+                f"--reference {reference} has another vocabulary than the model ({difference}): expected the same model "
+                "with other weights, such as the file that it was quantised from"
+            )
+        models["exact"] = exact
+    models["fast"] = _load(model, "fast", progress)[1]
     ids = tokenizer.encode(text[: 12 * tokens], add_special_tokens=False)[:tokens]
-    return [ids[i : i + length] for i in range(0, len(ids), length) if len(ids) - i > 1]
+    if len(ids) < 2:
+        raise UserError(f"--text {text_file}: expected at least two tokens of text, found {len(ids)}")
+    length = min(256, exact.config.max_position_embeddings, base.config.max_position_embeddings)
+    texts = [ids[i : i + length] for i in range(0, len(ids), length) if len(ids) - i > 1]
+    found = compare(base, models, texts, progress)
+    for precision, quality in found.items():
+        print(quality if reference is None else f"{precision + ':':7}{quality}")
+    if json_file:
+        figures = {precision: asdict(quality) for precision, quality in found.items()}
+        report = {"model": model, "reference": model if reference is None else reference, **figures}
+        Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _load(name: str, precision: str, progress: Progress) -> tuple[Tokenizer, LoadedModel]:
+    return load(name, load_format="auto", fused_qkv=True, precision=precision, progress=progress)
+
+
+def _text(file: str | None) -> str:
+    """Returns the file's text; without one, the prose of Python's own language reference."""
+    if file is not None:
+        return read_text(file, f"--text {file}")
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))

@@ -8,7 +8,8 @@ import typer
 
 from llm_infer.commands.bench_serving import serving
 from llm_infer.commands.command import Commands
-from llm_infer.commands.options import Debug, JsonFile, Model, Precision, takes_engine_options
+from llm_infer.commands.completion import complete_model
+from llm_infer.commands.options import Debug, JsonFile, Model, Precision, existing_model, takes_engine_options
 from llm_infer.options import DEFAULT_MODEL_NAME, EngineOptions
 
 bench = Commands(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
@@ -167,6 +168,15 @@ def peers(
 @bench.command()
 def quality(
     model: Model = DEFAULT_MODEL_NAME,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A model with the same tokens to compare with, such as the file it was quantised from.",
+            callback=lambda name: None if name is None else existing_model(name),
+            metavar="NAME",
+            autocompletion=complete_model,
+        ),
+    ] = None,
     text: Annotated[
         str | None, typer.Option(metavar="FILE", help="A text file; default: prose that comes with Python.")
     ] = None,
@@ -176,11 +186,12 @@ def quality(
 ) -> None:
     """Measures what `--precision fast` changes on a text.
 
-    Shows how often the most likely token is the same, the KL divergence, and perplexities.
+    Shows how often the most likely token is the same, the KL divergence, and perplexities. With `--reference`, both
+    precisions are compared with that model in `exact`: what a type of blocks costs, and what `fast` adds.
     """
     from llm_infer.bench.quality import run
 
-    run(model, text, tokens, json_file)
+    run(model, reference, text, tokens, json_file)
 
 
 @bench.command("kernels")
