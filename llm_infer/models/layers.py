@@ -33,14 +33,12 @@ class Normed:
     """Activations with an RMSNorm that the matrix which takes them may compute itself.
 
     Attributes:
-        x: Float[Array, "T E"] before the norm.
-        weight: Float[Array, "L E"] of all layers; `layer` is theirs.
+        x: Float[Array, "... E"] before the norm.
+        norm: that of the layer; weights of any type.
     """
 
     x: Array
-    weight: Array
-    layer: Layer
-    eps: float
+    norm: Norm
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -49,7 +47,8 @@ class Normed:
 
     def array(self) -> Array:
         """Computes the norm."""
-        return rms_norm(self.x, lax.dynamic_index_in_dim(self.weight, self.layer, keepdims=False), self.eps)
+        weight, layer, eps = self.norm
+        return rms_norm(self.x, lax.dynamic_index_in_dim(weight, layer, keepdims=False), eps)
 
 
 def linear(
@@ -65,9 +64,9 @@ def linear(
     With a `gate`, silu(gate) · x takes the place of x.
     """
     if isinstance(x, Normed):
-        float32 = x.dtype == jnp.float32 == x.weight.dtype
+        float32 = x.dtype == jnp.float32 == x.norm.weight.dtype
         if isinstance(stacked, StoredWeights) and float32:
-            return stacked.matmul(x.x, layer, part, norm=Norm(x.weight, x.layer, x.eps))
+            return stacked.matmul(x.x, layer, part, norm=x.norm)
         x = x.array()
     if isinstance(stacked, StoredWeights):
         return stacked.matmul(x, layer, part, gate).astype(x.dtype)
@@ -87,7 +86,7 @@ def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Ar
     return out.astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: float) -> Float[Array, "... E"]:
+def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: Array | float) -> Float[Array, "... E"]:
     """Divides by the root mean square, in float32 (Zhang and Sennrich, 2019)."""
     x32 = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
@@ -171,14 +170,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... E"], layer: Layer | None = None) -> Float[Array, "... E"]:
-        weight = self.weight[...]
-        if layer is not None:
-            weight = lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, self.weight[...], self.eps) if layer is None else self.later(x, layer).array()
 
-    def later(self, x: Float[Array, "T E"], layer: Layer) -> Normed:
+    def later(self, x: Float[Array, "... E"], layer: Layer) -> Normed:
         """Leaves the norm to the matrices that take x."""
-        return Normed(x, self.weight[...], layer, self.eps)
+        return Normed(x, Norm(self.weight[...], layer, self.eps))
 
 
 class LayerNorm(nnx.Module):

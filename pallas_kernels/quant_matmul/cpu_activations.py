@@ -1,4 +1,4 @@
-"""Cuts activations into 8-bit digits for the kernel for tiled rows, in blocks of 32 with a scale each."""
+"""Cuts activations into digits of 8 to 16 bits for the kernel for tiled rows, in blocks of 32 with a scale each."""
 
 from __future__ import annotations
 

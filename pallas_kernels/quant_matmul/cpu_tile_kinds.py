@@ -49,10 +49,10 @@ class View:
 
 Scales = Callable[[View], tuple[list[Value], list[Value]]]
 """Returns (scales, minima) of a block, in the order of the runs or of their halves; no minima where the kind has none."""
-Weights = Callable[[View, Value, "Value | int"], Iterator[Value]]
+Weights = Callable[[View, Value, int], Iterator[Value]]
 """(block, part, run of the part) → eight vectors of bytes, four weights of each row, in the order of the weights.
 
-Each is read from the view's block when it is asked for. The run is a Value only where a part has more than two."""
+Each is read from the view's block when it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class TileKind:
     """Reads a kind of block.
 
     Attributes:
-        scales, weights: see the types. A block has `parts`, alike in their layout, of `runs` runs each.
+        scales, weights: see the types. A block has `parts` of `runs` runs each. The code loops over parts and writes their
+            runs out; four would be more than the cache of decoded instructions holds.
         most: largest byte of a weight; `bias`: what is to be taken from each.
         halves: whether half a run has a scale of its own; `has_minimum`: whether the scales come with minima.
     """
@@ -133,11 +134,11 @@ def _iq4_xs_scales(v: View) -> tuple[list[Value], list[Value]]:
     return [(s - 32).to(F32) * d for s in scales], []
 
 
-def _q4_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+def _q4_k(v: View, part: Value, run: int) -> Iterator[Value]:
     return (_shifted(p, run * 4) & 15 for p in v.fours(part * 32 + 16, 8))
 
 
-def _q5_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+def _q5_k(v: View, part: Value, run: int) -> Iterator[Value]:
     fifth = (_bit(bits, part * 2 + run) for bits in v.fours(16, 8))
     return (_shifted(p, run * 4) & 15 | (b << 4) for p, b in zip(v.fours(part * 32 + 48, 8), fifth, strict=True))
 
@@ -154,33 +155,30 @@ def _shifted(bytes_: Value, number: Value | int) -> Value:
     return (words >> bytes_.k.splat(number.to(I32), words.type.count)).bits(bytes_.type)
 
 
-def _two_bits(v: View, place: int, part: Value, run: Value | int, stride: int = 32, to: int = 0) -> Iterator[Value]:
-    """Yields bits 2 run and 2 run + 1 of the 32 bytes of a part, as bits `to` and `to` + 1 of bytes."""
-    for bytes_ in v.fours(part * stride + place, 8):
-        if isinstance(run, int):
-            yield _shifted(bytes_, 2 * run - to) & (3 << to)
-        else:
-            yield _shifted(_shifted(bytes_, run * 2) & 3, -to)
+def _two_bits(v: View, place: Value | int, quarter: Value) -> Iterator[Value]:
+    """Yields two bits of each of 32 bytes: the lowest, the next, the next or the highest."""
+    return (_shifted(bytes_, quarter * 2) & 3 for bytes_ in v.fours(place, 8))
 
 
-def _q2_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
-    return _two_bits(v, 20, part, run)
+def _q2_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    return _two_bits(v, part // 4 * 32 + 20, part % 4)
 
 
-def _q3_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
-    third = (_bit(bits, part * 4 + run) for bits in v.fours(14, 8))
-    return (q | (bit << 2) for q, bit in zip(_two_bits(v, 46, part, run), third, strict=True))
+def _q3_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    third = (_bit(bits, part) for bits in v.fours(14, 8))
+    return (q | (bit << 2) for q, bit in zip(_two_bits(v, part // 4 * 32 + 46, part % 4), third, strict=True))
 
 
-def _q6_k(v: View, part: Value, run: Value | int) -> Iterator[Value]:
-    lower, upper = v.fours(part * 96 + run % 2 * 32 + 18, 8), _two_bits(v, 82, part, run, stride=96, to=4)
-    return (_shifted(q, run // 2 * 4) & 15 | u for q, u in zip(lower, upper, strict=True))
+def _q6_k(v: View, part: Value, run: int) -> Iterator[Value]:
+    half, quarter = part // 4 * 96, part % 4
+    lower, upper = v.fours(half + quarter % 2 * 32 + 18, 8), _two_bits(v, half + 82, quarter)
+    return (_shifted(q, quarter // 2 * 4) & 15 | _shifted(u, -4) for q, u in zip(lower, upper, strict=True))
 
 
 def _fifth_bits(place: int) -> Weights:
     """Makes the reader of Q5_0 and Q5_1: 32 bits in the order of tiles, then nibbles."""
 
-    def weights(v: View, part: Value, run: Value | int) -> Iterator[Value]:
+    def weights(v: View, part: Value, run: int) -> Iterator[Value]:
         del part, run
         (fifth,) = v.fours(place, 1)
         return (q | ((fifth >> c & 1) << 4) for c, q in enumerate(v.nibbles(place + 4)))
@@ -206,10 +204,10 @@ KINDS = {
     "q8_0": TileKind(_one_half, lambda v, part, run: (b ^ -128 for b in v.fours(2, 8)), 255, 128),
     "iq4_nl": TileKind(_one_half, _table(2, "iq4_nl", 128), 241, 128),
     "mxfp4": TileKind(_exponents, _table(1, "mxfp4", 12), 24, 12),
-    "q2_k": TileKind(_q2_k_scales, _q2_k, 3, 0, 2, 4, halves=True, has_minimum=True),
-    "q3_k": TileKind(_q3_k_scales, _q3_k, 7, 4, 2, 4, halves=True),
+    "q2_k": TileKind(_q2_k_scales, _q2_k, 3, 0, 8, halves=True, has_minimum=True),
+    "q3_k": TileKind(_q3_k_scales, _q3_k, 7, 4, 8, halves=True),
     "q4_k": TileKind(_six_bits, _q4_k, 15, 0, 4, 2, has_minimum=True),
     "q5_k": TileKind(_six_bits, _q5_k, 31, 16, 4, 2, has_minimum=True),
-    "q6_k": TileKind(_q6_k_scales, _q6_k, 63, 32, 2, 4, halves=True),
+    "q6_k": TileKind(_q6_k_scales, _q6_k, 63, 32, 8, halves=True),
     "iq4_xs": TileKind(_iq4_xs_scales, _table(8, "iq4_xs", 128), 241, 128, 8),
 }

@@ -11,7 +11,6 @@ any batch.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 
 from llvmlite import ir
 
@@ -70,10 +69,8 @@ class _Tile:
                 self._run(acc, group, b, start, scales, views, k.i64(0), 0)
             else:
                 self._keep(scales)
-                # A loop where there would be much code: it must fit the cache of decoded instructions.
-                runs = k.range(0, kind.runs) if kind.runs > 2 else None
-                with k.range(0, kind.parts) as part, runs or nullcontext() as each:
-                    for run in range(kind.runs) if each is None else (each,):
+                with k.range(0, kind.parts) as part:
+                    for run in range(kind.runs):
                         number = part * kind.runs + run
                         self._fetch(weights + b * size, number)
                         own = [self._kept(scales[v], v, number) for v in range(len(views))]
@@ -116,7 +113,7 @@ class _Tile:
         scales: list[Scales],
         views: list[View],
         part: Value,
-        run: Value | int,
+        run: int,
     ) -> None:
         """Adds the products of a run of 32 weights to `acc` [vector][row of activations]."""
         k, x, kind, rows = self.k, self.x, self.kind, self.rows
@@ -141,7 +138,7 @@ class _Tile:
                     sum_.v = k.fma(least, k.splat(sums[slot * 2 + i + bool(kind.bias)], rows), sum_.v)
 
     def _chained(
-        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: Value | int
+        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: int
     ) -> list[list[list[Value]]]:
         """Returns a run's products [vector][row of activations][scale], where an instruction adds them to 32-bit sums."""
         k, x, kind = self.k, self.x, self.kind
@@ -175,7 +172,7 @@ class _Tile:
         return result
 
     def _in_pairs(
-        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: Value | int
+        self, digits: Ptr, biases: list[list[Value]], views: list[View], part: Value, run: int
     ) -> list[list[list[Value]]]:
         """Returns the same, where products of bytes are 16-bit sums of pairs: column by column, for some rows of activations."""
         k, x, kind = self.k, self.x, self.kind
