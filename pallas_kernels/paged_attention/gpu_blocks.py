@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pallas_kernels import tuned
+from pallas_kernels.paged_attention.pages import itemsize_of
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 STREAMING_MULTIPROCESSORS = 132
@@ -54,7 +55,7 @@ def choose_blocks(
 
     `max_splits` is kept as given.
     """
-    blocks = heuristic(plan, **sizes)
+    blocks = heuristic(plan, page_bytes=itemsize_of(page_dtype), **sizes)
     key = tuned_key(page_dtype, sizes["head_dim"], plan.write_slot.shape[0])
     measured = tuned.block_sizes(device_kind, "paged_attention").get(key, {})
     measured = {name: value for name, value in measured.items() if name != "max_splits"}
@@ -64,22 +65,32 @@ def choose_blocks(
 
 
 def heuristic(
-    plan: AttentionPlan, *, num_kv_heads: int, group: int, head_dim: int, page_size: int, item_bytes: int
+    plan: AttentionPlan,
+    *,
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    item_bytes: int,
+    page_bytes: int,
 ) -> Blocks:
-    """Returns blocks for a program's static sizes; `item_bytes` are those of a number in the dots (4 means float32).
+    """Returns blocks for a program's static sizes, with bytes of a number in the dots (4 means float32) and in the pages.
 
-    A tile of 64 rows is the smallest that Hopper's wgmma multiplies. With up to 256 tokens, a step mostly decodes: it wants many
-    loads in flight, and units of a few hundred keys so that a few sequences fill the chip. Larger steps want large tiles.
+    A tile of 64 rows is the smallest that Hopper's wgmma multiplies; two thread blocks of that size on a multiprocessor beat
+    one of twice the size. Heads of 256 would spill with 4 warps. With up to 256 tokens, a step mostly decodes: it wants many
+    loads in flight, and units of a few hundred keys so that a few sequences fill the chip. There, 8-bit pages are bound by their
+    conversion, for which small tiles do best (docs/performance.md, "On an H100").
     """
     tokens, table = plan.write_slot.shape[0], plan.block_tables.shape[1]
     wide, small = head_dim > 128, tokens <= DECODING_TOKENS
-    most = 16 if item_bytes == 4 else 64 if small or wide else 128
+    converted = small and not wide and page_bytes == 1 and item_bytes == 2
+    most = 16 if item_bytes == 4 or converted else 64
     split_keys = max(256, page_size)
     max_splits = min(power_of_two(-(-128 // num_kv_heads)), 64, -(-table * page_size // split_keys))
     return Blocks(
         tile=min(most, max(16, power_of_two(plan.q_block * group))),
         keys=32 if item_bytes == 4 or (wide and small) else 64,
-        warps=8 if most == 128 or wide or item_bytes == 4 else 4,
+        warps=8 if item_bytes == 4 or wide else 2 if converted else 4,
         stages=2 if wide or item_bytes == 4 else 3,
         split_keys=split_keys,
         max_splits=max_splits,

@@ -152,7 +152,7 @@ def attend(
 
     results = pl.pallas_call(
         kernel,
-        grid=(programs, num_kv_heads),
+        grid=(num_kv_heads, programs),  # thread blocks start in this order: the longest runs of all heads first
         out_shape=tuple(outputs.values()),
         input_output_aliases={len(inputs) - 1: 0},
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
@@ -179,7 +179,7 @@ def _walk(
     dtype: np.dtype,
 ) -> None:
     """Works through all units of this thread block, the longest runs first."""
-    count, first, kv_head = ins["count"][0], pl.program_id(0), pl.program_id(1)
+    count, first, kv_head = ins["count"][0], pl.program_id(1), pl.program_id(0)
 
     def one(turn: jax.Array, carry: tuple[()]) -> tuple[()]:
         _attend(count - 1 - first - turn * programs, kv_head, ins, outs, blocks, scale, softcap, dtype)
@@ -230,7 +230,7 @@ def _attend(
     precision = lax.Precision.HIGHEST if dtype.itemsize == 4 else None
     dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
-    def load(which: int, start: jax.Array) -> jax.Array:
+    def load(which: int, start: jax.Array, edge: bool) -> jax.Array:
         key = start + jnp.arange(blocks.keys, dtype=jnp.int32)
         if page_size % blocks.keys == 0:  # all in one page
             page = block_tables[seq, lax.div(start, jnp.int32(page_size))]
@@ -240,25 +240,28 @@ def _attend(
             page = plgpu.load(block_tables.at[seq, index], mask=key < last_key, other=0)[:, None]
             offset = lax.rem(key, jnp.int32(page_size))[:, None]
         # What lies past the last key may be anything, NaN included, and 0 * NaN is NaN.
-        valid = (key < last_key)[:, None] & in_head
-        zero = jnp.zeros((), pages.dtype)
-        return plgpu.load(pages.at[layer, page, which, kv_head, offset, column], mask=valid, other=zero).astype(dtype)
+        valid = (key < last_key)[:, None] & in_head if edge else jnp.broadcast_to(in_head, (key.size, column.size))
+        at, zero = pages.at[layer, page, which, kv_head, offset, column], jnp.zeros((), pages.dtype)
+        all_valid = not edge and head_dim == column.size
+        return (plgpu.load(at) if all_valid else plgpu.load(at, mask=valid, other=zero)).astype(dtype)
 
-    def block(index: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def block(index: jax.Array, state: tuple[jax.Array, ...], edge: bool) -> tuple[jax.Array, ...]:
         maximum, total, acc = state
         start = first_key + index * blocks.keys
-        scores = dot(tile, load(0, start), (((1,), (1,)), ((), ()))) * factor
-        scores = scores if cap is None else jnp.tanh(scores) * cap
-        key = (start + jnp.arange(blocks.keys, dtype=jnp.int32))[None, :]
-        visible = (key <= position[:, None]) & (key < last_key)
-        if window is not None:
-            visible &= key > position[:, None] - window
-        scores = jnp.where(visible, scores, -jnp.inf)
-        highest = jnp.maximum(maximum, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - highest[:, None])
+        scores, unit = dot(tile, load(0, start, edge), (((1,), (1,)), ((), ()))), factor
+        if cap is not None:
+            scores, unit = jnp.tanh(scores * factor) * cap, 1.0
+        if edge:
+            key = (start + jnp.arange(blocks.keys, dtype=jnp.int32))[None, :]
+            visible = (key <= position[:, None]) & (key < last_key)
+            if window is not None:
+                visible &= key > position[:, None] - window
+            scores = jnp.where(visible, scores, -jnp.inf)
+        highest = jnp.maximum(maximum, jnp.max(scores, axis=1) * unit)
+        weights = jnp.exp2(scores * unit - highest[:, None])  # one multiply-add: the unit is positive
         shrink = jnp.exp2(maximum - highest)
         total = total * shrink + jnp.sum(weights, axis=1)
-        acc = acc * shrink[:, None] + dot(weights.astype(dtype), load(1, start), (((1,), (0,)), ((), ())))
+        acc = acc * shrink[:, None] + dot(weights.astype(dtype), load(1, start, edge), (((1,), (0,)), ((), ())))
         return highest, total, acc
 
     maximum, total = jnp.full((blocks.tile,), MASKED, jnp.float32), jnp.zeros((blocks.tile,), jnp.float32)
@@ -267,7 +270,13 @@ def _attend(
         maximum, total = jnp.where(where < 0, sink, maximum), jnp.where(where < 0, 1.0, total)
     acc = jnp.zeros((blocks.tile, column.shape[1]), jnp.float32)
     turns = lax.div(jnp.maximum(last_key - first_key, 0) + (blocks.keys - 1), jnp.int32(blocks.keys))
-    maximum, total, acc = lax.fori_loop(jnp.int32(0), turns, block, (maximum, total, acc))
+    # Blocks that every row sees whole need no masks; with a window few are.
+    seen_by_all = jnp.minimum(last_key, first_position + lax.div(first_query, jnp.int32(group)) + 1) - first_key
+    whole = jnp.int32(0) if window is not None else lax.div(jnp.maximum(seen_by_all, 0), jnp.int32(blocks.keys))
+    state = maximum, total, acc
+    if window is None:
+        state = lax.fori_loop(jnp.int32(0), whole, functools.partial(block, edge=False), state)
+    maximum, total, acc = lax.fori_loop(whole, turns, functools.partial(block, edge=True), state)
 
     factor = ins["v_scale"][0] if "v_scale" in ins else 1.0
     result = acc * (factor / jnp.where(total > 0, total, 1.0))[:, None]

@@ -12,7 +12,16 @@ from llm_infer.bench.gpu.section import Row, Setting, seconds_per_call
 from pallas_kernels import dispatch
 from pallas_kernels.draw_tokens.cases import make_limits, random_limits, random_logits
 
-LIMITS = {"greedy": {"temperature": 0.0}, "temperature": {}, "top-p": {"top_p": 0.9}, "top-k": {"top_k": 40}}
+LIMITS = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {},
+    "top-p": {"top_p": 0.9},
+    "top-k": {"top_k": 40},
+    "top-k and top-p": {"top_k": 20, "top_p": 0.95},
+    "min-p": {"min_p": 0.05},
+    "typical-p": {"typical_p": 0.9},
+    "flat, top-p": {"temperature": 3.0, "top_p": 0.95},
+}
 MAX_THAT_DIFFER = 0.01
 """Share of rows whose token may differ: sums in another order can move a threshold, or a draw between two tokens."""
 
@@ -34,7 +43,8 @@ def draws(setting: Setting) -> Iterator[Row]:
     yield {"case": "all kinds", "implementation": "gpu_triton", "ok": differ <= limit, "differ": differ}
     logits = rng.permuted(np.tile(-1.5 * np.log(np.arange(1, vocab + 1, dtype=np.float32)), (rows, 1)), axis=1)
     for name, limits in LIMITS.items():
+        arguments = jax.device_put((logits, make_limits(rows, **limits), uniform))
         for implementation, program in programs.items():
-            call = functools.partial(program, jax.device_put(logits), make_limits(rows, **limits), uniform)
+            call = functools.partial(program, *arguments)
             seconds = seconds_per_call(call, rounds=1 if setting.small else 5)
             yield {"case": name, "implementation": implementation, "µs": 1e6 * seconds}
