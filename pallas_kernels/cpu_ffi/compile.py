@@ -6,8 +6,10 @@ kernel's parameters, the CPU's features and the llvmlite version, so a warm star
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,8 +63,19 @@ def host_target() -> Target:
     else:  # NEON, SSE, or whatever LLVM knows: four lanes are native or cheap to split everywhere
         lanes, registers = 4, 32 if "aarch64" in llvm.get_process_triple() else 16
     cpu = llvm.get_host_cpu_name()
+    if flags.get("amx-tile") and not _may_use_amx():
+        for name in flags:
+            flags[name] &= not name.startswith("amx")
     unit_lanes = 4 if cpu in SPLIT_AVX_CPUS else lanes
     return Target(llvm.get_process_triple(), cpu, flags.flatten(), lanes, registers, unit_lanes)
+
+
+def _may_use_amx() -> bool:
+    """Asks Linux to let this process use the registers of AMX, which it keeps only for those that do."""
+    if not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
 @once

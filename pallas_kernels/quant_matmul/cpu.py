@@ -22,6 +22,7 @@ TILE_SOURCES = tuple(
         "cpu_activations",
         "cpu_tile_kinds",
         "cpu_dot",
+        "cpu_amx",
         "cpu_unpack",
         "cpu_tasks",
         "tiles",
@@ -85,7 +86,7 @@ def quant_matmul(
     """Multiplies natively, see `pallas_kernels.quant_matmul.quant_matmul`."""
     if tiled:
         rows, width = x.shape
-        dims = {"A": -(-rows // TILE_GROUP), "G": width // 32, "S": min(rows, TILE_GROUP)}
+        dims = {"A": -(-rows // TILE_GROUP), "G": width // 32, "S": places(rows)}
         if norm is not None:
             extra = (norm.weight, norm.layer, jnp.float32(norm.eps))
             return tiles_kernel(kind, precision, normed=True)(x, blocks, layer, *extra, dims=dims)[0]
@@ -95,6 +96,11 @@ def quant_matmul(
     if _rounds(kind, x.shape[0], precision):
         return int8_kernel(kind)(x, blocks, layer, dims={"G": x.shape[1] // 32})[0]
     return matmul_kernel(kind)(x, blocks, layer)[0]
+
+
+def places(rows: int) -> int:
+    """Returns the number of places for the rows of a group; few rows lie close together."""
+    return rows if rows <= TILE_GROUP // 2 else TILE_GROUP
 
 
 @cache

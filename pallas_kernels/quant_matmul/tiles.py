@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 ROWS = 16
-TILE_GROUP = 8
-"""Activation rows that the kernel for tiled rows takes together."""
+TILE_GROUP = 16
+"""Activation rows that lie together, block by block."""
 SEGMENTS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "q4_0": ((0, 2, 2), (2, 16, 4)),
     "q4_1": ((0, 4, 2), (4, 16, 4)),

@@ -142,6 +142,16 @@ def test_call_frame_offsets_are_those_of_the_header():
         assert f"XLA_FFI_DataType_{names[name]} = {code}," in header
 
 
+def test_amx_is_left_alone_where_the_system_does_not_give_it(monkeypatch):
+    features = native_compile.llvm.get_host_cpu_features()
+    monkeypatch.setattr(native_compile.llvm, "get_host_cpu_features", lambda: features)
+    features.update({"amx-tile": True, "amx-int8": True})
+    make = native_compile.host_target.__wrapped__
+    for given in (True, False):
+        monkeypatch.setattr(native_compile, "_may_use_amx", lambda given=given: given)
+        assert [make().has(name) for name in ("amx-tile", "amx-int8")] == [given, given]
+
+
 def test_vector_functions():
     rng = np.random.default_rng(0)
     x = np.concatenate(

@@ -18,15 +18,20 @@ from pallas_kernels.cpu_ffi.compile import Target, emit_assembly, host_target
 from pallas_kernels.quant_matmul import PRECISIONS, Norm, cpu, cpu_activations, quant_matmul, tiles
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows
 from pallas_kernels.quant_matmul.cpu_dot import by_pairs
+from pallas_kernels.quant_matmul.cpu_tile_kinds import KINDS
 from pallas_kernels.quant_matmul.weave import weave
 from tests.kernels import native_call
 from tests.kernels.test_cpu_quant_matmul import cases_of
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"native CPU kernels: {why_not()}")
-KINDS = tuple(tiles.SEGMENTS)
 SAMPLE = ("q4_1", "q8_0", "q5_k", "q3_k")  # one digit and three, whole runs and halves, with minima and without
 X86, AVX512 = "x86_64-unknown-linux-gnu", "+avx512f,+avx512bw,+avx512vl,+avx512dq,"
 CPUS = {
+    "amx": (
+        Target(X86, "sapphirerapids", "+avx2,+fma,+ssse3," + AVX512 + "+avx512vnni,+amx-tile,+amx-int8", 16, 32, 16),
+        "vpdpbusd",
+        "zmm",
+    ),
     "vnni": (Target(X86, "znver4", "+avx2,+fma,+ssse3," + AVX512 + "+avx512vnni", 16, 32, 16), "vpdpbusd", "zmm"),
     "avxvnni": (Target(X86, "alderlake", "+avx2,+fma,+ssse3,+avxvnni", 8, 16, 8), "vpdpbusd", "ymm"),
     "avx512": (
@@ -46,14 +51,14 @@ ROUNDED = ("q8_0", "iq4_nl", "iq4_xs")
 
 def some(sample: tuple[str, ...]) -> list:
     """All kinds, those that are not in the sample only in the sweep."""
-    return [kind if kind in sample else pytest.param(kind, marks=pytest.mark.sweep) for kind in KINDS]
+    return [kind if kind in sample else pytest.param(kind, marks=pytest.mark.sweep) for kind in tiles.SEGMENTS]
 
 
 def native_tiles(kind: str, precision: str, x: np.ndarray, blocks: np.ndarray, lanes: int | None = None) -> np.ndarray:
     """Layer 1 of `blocks`, which have the file's order."""
     (m, k), n = x.shape, blocks.shape[1]
     groups, units = -(-m // cpu.TILE_GROUP), cpu_activations.units(kind, cpu.digits(kind, precision))
-    place = (groups, k // 32, min(m, cpu.TILE_GROUP))
+    place = (groups, k // 32, cpu.places(m))
     scratch = [np.full((*place, units, 32), 99, np.int8), *(np.full(s, np.nan, "f") for s in (place, (*place, 2)))]
     out = np.full((m, n), np.nan, np.float32)
     tiled = blocks.copy()
@@ -68,7 +73,7 @@ def tiled_cases(kind: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]
     return (case for case in cases_of(kind) if tiles.can_tile(kind, case[1].shape[1]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiles.SEGMENTS)
 def test_tiles_are_a_permutation_that_can_be_undone(kind):
     blocks = random_blocks(kind, 2, 48, 512)
     tiled, woven = blocks.copy(), np.empty_like(blocks)
@@ -97,7 +102,7 @@ def test_weaving_refuses_what_it_cannot_write():
         weave(rows[:20], np.empty_like(rows[:20]), "q4_1")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiles.SEGMENTS)
 def test_tiles_equal_dequantise_and_matmul(kind):
     """`exact` errs no more than a float32 sum may; in any batch a row has the same bits."""
     for x, blocks, weights in tiled_cases(kind):
@@ -160,6 +165,9 @@ def test_every_cpu_has_its_byte_products(kind, cpu_name):
     # A loop for eight rows and for four, two and one: eight products a row, or twice as many for numbers of eight bits.
     products = 8 * (8 + 4 + 2 + 1) * (2 if kind == "q4_k" else 1)
     assert len(found) >= products * (2 if kind == "iq4_nl" and instruction != "vpdpbusd" else 1)
+    tiles_of_sums = cpu.digits(kind, "fast") * (2 if KINDS[kind].halves else 1)
+    by_amx = [line for line in lines if line.split()[:1] == ["tdpbsud"]]
+    assert len(by_amx) == (tiles_of_sums if cpu_name == "amx" else 0)
 
 
 def test_tiles_pass_on_what_is_not_finite():
