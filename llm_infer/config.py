@@ -30,7 +30,8 @@ def _require_switches(config: object, *names: str) -> None:
         _require(isinstance(value, bool), f"{name}={value!r:.60}: expected True or False")
 
 
-PAGE_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
+PAGE_DTYPES = (*DTYPES, "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class CacheConfig:
         memory_utilization: share of each device's memory for weights, pages and steps together; None is 0.9 on
             accelerators, and on CPUs a pool of the smaller of 1 GiB and 25 % of RAM.
         enable_prefix_caching: keep full pages of finished sequences and share them with later prompts.
-        dtype: of keys and values in the pages, one of PAGE_DTYPES; None takes the model's.
+        dtype: of keys and values in the pages, one of PAGE_DTYPES; None takes the model's. int8 is for CPUs: each token and head
+            has a scale in its page.
     """
 
     page_size: int = 16

@@ -11,10 +11,17 @@ from typing import Any
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_toml
 from llm_infer.base.settings import Setting, by_name, document, setting, settings_of
-from llm_infer.config import PAGE_DTYPES, CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
+from llm_infer.config import (
+    DTYPES,
+    PAGE_DTYPES,
+    CacheConfig,
+    EngineConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+)
 
 DEFAULT_MODEL_NAME = "smollm2-135m-instruct"
-DTYPES = ("auto", *PAGE_DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,7 @@ class EngineOptions:
         "auto",
         "Type of weights and activations. Of a draft model, too. `auto` is float32 on CPUs, where weights then stay as the "
         "file has them, and bfloat16 on accelerators.",
-        choices=DTYPES,
+        choices=("auto", *DTYPES),
     )
     precision: str = setting(
         "exact",
@@ -92,7 +99,10 @@ class EngineOptions:
         choices=("exact", "fast"),
     )
     kv_cache_dtype: str = setting(
-        "auto", "Type of keys and values in the pages. `auto` follows `dtype` and `precision`.", choices=DTYPES
+        "auto",
+        "Type of keys and values in the pages. `auto` follows `dtype` and `precision`. int8 is for CPUs, with a scale for each "
+        "token and head: about half the memory of bfloat16.",
+        choices=("auto", *PAGE_DTYPES),
     )
     overlap: bool = setting(True, "Prepare a step while the device runs the one before.")
     check_every_step: bool = setting(False, "Check the books after each step. It is slow, and meant for debugging.")

@@ -89,7 +89,15 @@ def test_both_precisions_are_compared_with_a_reference(
     quality.run("coarse", "whole", None, 64, str(tmp_path / "figures"))
     assert loads == [("coarse", "exact"), ("whole", "exact"), ("coarse", "fast")]
     report = json.loads((tmp_path / "figures").read_text())
-    assert report.keys() == {"model", "reference", "exact", "fast"} and report["reference"] == "whole"
+    assert report.keys() == {"model", "reference", "kv_cache_dtype", "exact", "fast"} and report["reference"] == "whole"
+    assert capsys.readouterr().out.splitlines() == [f"exact: {SHOWN}", f"fast:  {SHOWN}"]
+
+
+def test_other_pages_are_compared_in_both_precisions(
+    loads: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    quality.run("whole", None, None, 64, None, "int8")
+    assert loads == [("whole", "exact"), ("whole", "fast")]
     assert capsys.readouterr().out.splitlines() == [f"exact: {SHOWN}", f"fast:  {SHOWN}"]
 
 
@@ -99,7 +107,7 @@ def test_without_a_reference_fast_is_compared_with_exact(
     quality.run("whole", None, None, 64, str(tmp_path / "figures"))
     assert loads == [("whole", "exact"), ("whole", "fast")]
     report = json.loads((tmp_path / "figures").read_text())
-    assert report.keys() == {"model", "reference", "fast"} and report["reference"] == "whole"
+    assert report.keys() == {"model", "reference", "kv_cache_dtype", "fast"} and report["reference"] == "whole"
     assert capsys.readouterr().out.splitlines() == [SHOWN]
 
 

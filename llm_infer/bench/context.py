@@ -19,7 +19,9 @@ from llm_infer.llm import LLM
 COPIED_BYTES = 1 << 28
 
 
-def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str, json_file: str | None) -> None:
+def run(
+    model: str, contexts: str, new_tokens: int, rounds: int, precision: str, json_file: str | None, pages: str = "auto"
+) -> None:
     """Measures all contexts in turn, `rounds` times, and prints the smallest time of each."""
     lengths = sorted(set(whole_numbers("--contexts", contexts, 1, "lengths", "128,2048")))
     llm = LLM(
@@ -28,6 +30,7 @@ def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str,
         max_num_seqs=1,
         enable_prefix_caching=False,
         precision=precision,
+        kv_cache_dtype=pages,
     )
     llm.warm_up()
     engine, rng = llm.engine, np.random.default_rng(0)
@@ -41,7 +44,9 @@ def run(model: str, contexts: str, new_tokens: int, rounds: int, precision: str,
     report = growth(seconds, token_bytes, copy_bandwidth(len(os.sched_getaffinity(0))))
     print(table(report))
     if json_file:
-        Path(json_file).write_text(json.dumps({"model": model, "precision": precision, **report}, indent=2) + "\n")
+        Path(json_file).write_text(
+            json.dumps({"model": model, "precision": precision, "kv_cache_dtype": pages, **report}, indent=2) + "\n"
+        )
 
 
 def growth(seconds: dict[int, float], token_bytes: int, bandwidth: float) -> dict[str, Any]:

@@ -106,7 +106,11 @@ class TeacherForced:
 
 
 def compare(
-    reference: LoadedModel, models: Mapping[str, LoadedModel], texts: Sequence[Sequence[int]], progress: Progress
+    reference: LoadedModel,
+    models: Mapping[str, LoadedModel],
+    texts: Sequence[Sequence[int]],
+    progress: Progress,
+    pages: str = "auto",
 ) -> dict[str, Quality]:
     """Returns the quality of each model against the exact reference, over texts of token ids that are forced token by token.
 
@@ -115,10 +119,12 @@ def compare(
         models: precision → model of the same vocabulary.
         texts: at least two tokens each.
         progress: counts the texts.
+        pages: type of the models' pages; `auto` is that of the precision.
     """
     length = max(map(len, texts))
     exact = TeacherForced(reference, PAGE_DTYPES["exact"], length)
-    rounded = {name: TeacherForced(model, PAGE_DTYPES[name], length) for name, model in models.items()}
+    of_model = {name: PAGE_DTYPES[name] if pages == "auto" else pages for name in models}
+    rounded = {name: TeacherForced(model, of_model[name], length) for name, model in models.items()}
     sums = {name: np.zeros(3) for name in models}  # agreements, divergences, losses
     loss, count = 0.0, 0
     with progress.task("Comparing", total=len(texts)) as bar:
@@ -138,7 +144,9 @@ def compare(
     }
 
 
-def run(model: str, reference: str | None, text_file: str | None, tokens: int, json_file: str | None) -> None:
+def run(
+    model: str, reference: str | None, text_file: str | None, tokens: int, json_file: str | None, pages: str = "auto"
+) -> None:
     """Compares `fast` with `exact` on a text, or both of them with another model in `exact`, and prints the figures.
 
     Raises:
@@ -147,6 +155,8 @@ def run(model: str, reference: str | None, text_file: str | None, tokens: int, j
     progress, text = Progress(), _text(text_file)
     tokenizer, exact = _load(model, "exact", progress)
     base, models = exact, {}
+    if pages != "auto":
+        models["exact"] = exact
     if reference is not None:
         of_reference, base = _load(reference, "exact", progress)
         if (difference := differing_tokens(tokenizer, of_reference)) is not None:
@@ -161,12 +171,13 @@ def run(model: str, reference: str | None, text_file: str | None, tokens: int, j
         raise UserError(f"--text {text_file}: expected at least two tokens of text, found {len(ids)}")
     length = min(256, exact.config.max_position_embeddings, base.config.max_position_embeddings)
     texts = [ids[i : i + length] for i in range(0, len(ids), length) if len(ids) - i > 1]
-    found = compare(base, models, texts, progress)
+    found = compare(base, models, texts, progress, pages)
     for precision, quality in found.items():
-        print(quality if reference is None else f"{precision + ':':7}{quality}")
+        print(quality if len(found) == 1 else f"{precision + ':':7}{quality}")
     if json_file:
         figures = {precision: asdict(quality) for precision, quality in found.items()}
-        report = {"model": model, "reference": model if reference is None else reference, **figures}
+        about = {"model": model, "reference": model if reference is None else reference, "kv_cache_dtype": pages}
+        report = {**about, **figures}
         Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -9,7 +9,15 @@ import typer
 from llm_infer.commands.bench_serving import serving
 from llm_infer.commands.command import Commands
 from llm_infer.commands.completion import complete_model
-from llm_infer.commands.options import Debug, JsonFile, Model, Precision, existing_model, takes_engine_options
+from llm_infer.commands.options import (
+    Debug,
+    JsonFile,
+    Model,
+    PageDtype,
+    Precision,
+    existing_model,
+    takes_engine_options,
+)
 from llm_infer.options import DEFAULT_MODEL_NAME, EngineOptions
 
 bench = Commands(help="Measures speed and memory; every figure names its unit.", no_args_is_help=True)
@@ -48,6 +56,7 @@ def context(
     rounds: Annotated[int, typer.Option(help="Repetitions; the smallest time counts.")] = 3,
     json_file: JsonFile = None,
     precision: Precision = "exact",
+    kv_cache_dtype: PageDtype = "auto",
     debug: Debug = False,
 ) -> None:
     """Measures the time per token by context length, at batch 1.
@@ -56,7 +65,7 @@ def context(
     """
     from llm_infer.bench.context import run
 
-    run(model, contexts, new_tokens, rounds, precision, json_file)
+    run(model, contexts, new_tokens, rounds, precision, json_file, kv_cache_dtype)
 
 
 @bench.command()
@@ -181,17 +190,19 @@ def quality(
         str | None, typer.Option(metavar="FILE", help="A text file; default: prose that comes with Python.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.", min=2)] = 4096,
+    kv_cache_dtype: PageDtype = "auto",
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
     """Measures what `--precision fast` changes on a text.
 
     Shows how often the most likely token is the same, the KL divergence, and perplexities. With `--reference`, both
-    precisions are compared with that model in `exact`: what a type of blocks costs, and what `fast` adds.
+    precisions are compared with that model in `exact`: what a type of blocks costs, and what `fast` adds. With
+    `--kv-cache-dtype`, both are compared with float32 pages.
     """
     from llm_infer.bench.quality import run
 
-    run(model, reference, text, tokens, json_file)
+    run(model, reference, text, tokens, json_file, kv_cache_dtype)
 
 
 @bench.command("kernels")

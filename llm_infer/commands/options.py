@@ -118,10 +118,10 @@ Model = Annotated[
         autocompletion=complete_model,
     ),
 ]
-if TYPE_CHECKING:
-    Precision = str
+if TYPE_CHECKING:  # as type checkers see it, and as typer does
+    Precision = PageDtype = str
 else:
-    Precision = str if TYPE_CHECKING else engine_option("precision")  # as type checkers see it, and as typer does
+    Precision, PageDtype = engine_option("precision"), engine_option("kv_cache_dtype")
 ConfigFile = Annotated[
     str | None,
     typer.Option("--config", help="TOML file with settings of the engine; flags go before it.", metavar="FILE"),

@@ -13,13 +13,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llm_infer.base.errors import CapacityError
+from llm_infer.base.errors import CapacityError, UserError
 from llm_infer.config import EngineConfig
 from llm_infer.models.load import LoadedModel
 
 
-def page_dtype(model: LoadedModel, config: EngineConfig) -> jnp.dtype:
-    """Returns the type of the keys and values in the pages."""
+def page_dtype(model: LoadedModel, config: EngineConfig, platform: str) -> jnp.dtype:
+    """Returns the type of the keys and values in the pages.
+
+    Raises:
+        UserError: the platform has no pages of this type.
+    """
+    if config.cache.dtype == "int8" and platform != "cpu":
+        raise UserError(
+            f"kv_cache_dtype='int8': expected a CPU, where pages hold scales, found {platform}: use auto or bfloat16"
+        )
     return model.dtype if config.cache.dtype is None else jnp.dtype(config.cache.dtype)
 
 

@@ -53,13 +53,14 @@ class StepPrograms:
     @classmethod
     def of(cls, model: LoadedModel, engine: EngineConfig, max_model_len: int) -> StepPrograms:
         """Makes those of a loaded model."""
+        sharding = StepSharding.of(model.config, model.mesh)
         return cls(
             model.definition,
             model.config,
             model.params,
             engine,
-            StepSharding.of(model.config, model.mesh),
-            page_dtype(model, engine),
+            sharding,
+            page_dtype(model, engine, sharding.platform),
             max_model_len,
             model.smallest_batch,
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.paged_attention.pages import page_width
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 
 NUM_LAYERS = 2
@@ -78,6 +79,7 @@ class Inputs:
         scale: factor of the scores.
         history: for each sequence, K and V [2, tokens, Hkv, D] of all its tokens, this step's included, as numbers after
             the division by the scales and the cast to the page dtype, in float64: for an independent check.
+        stored: the same in the pool's dtype, with what else a page holds of a token.
     """
 
     q: np.ndarray
@@ -89,6 +91,7 @@ class Inputs:
     arrays: dict[str, np.ndarray]
     scale: float
     history: list[np.ndarray]
+    stored: list[np.ndarray]
 
 
 # Sizes are equal on purpose: a test compiles one program per implementation for all of them.
@@ -102,6 +105,8 @@ HOPPER = replace(GQA4, dtype="bfloat16")  # as the Mosaic GPU kernel needs them
 GQA8 = Sizes(8, 1, 64, 16, tokens=16, sequences=4, pages_per_seq=10, q_block=16)
 FLOAT8 = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="float8_e4m3fn", dtype="bfloat16")
 INT8 = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="int8")
+OWN_SCALES = replace(INT8, page_dtype="uint8")  # int8 pages on the CPU
+OWN_SCALES_128 = replace(GQA4, page_dtype="uint8")
 BF16_BITS = Sizes(6, 2, 64, 32, 16, 4, 5, 8, page_dtype="uint16", dtype="bfloat16")  # bfloat16 pages on the CPU
 
 MIXED = ((1, 300), (1, 16), (1, 17), (1, 1), (3, 40), (9, 9), (8, 150), (7, 129))  # 31 rows: one is padding
@@ -135,6 +140,10 @@ CASES: dict[str, AttentionCase] = {
     "bf16_bits_pages": AttentionCase(BF16_BITS, ((1, 150), (9, 70), (1, 17))),
     "float8_pages_scales": AttentionCase(FLOAT8, ((1, 150), (9, 70), (1, 17)), kv_scales=(0.25, 0.5)),
     "int8_pages_scales": AttentionCase(INT8, ((1, 150), (9, 70), (1, 17)), kv_scales=(0.03, 0.03)),
+    "own_scales": AttentionCase(OWN_SCALES, ((1, 150), (9, 70), (1, 17))),
+    "own_scales_head_128_everything": AttentionCase(
+        OWN_SCALES_128, ((1, 150), (6, 70), (8, 8), (1, 64)), {"softcap": 5.0, "window": 37}, sinks=True
+    ),
 }
 
 # The default model's attention (SmolLM2-135M: 30 layers of 9 heads over 3), for timing; context up to 8192 tokens.
@@ -198,12 +207,16 @@ def build(
         tables.append(shared + [free.pop() for _ in range(-(-kv_len // sizes.page_size) - len(shared))])
 
     # int8 has no NaN: its largest number poisons well enough.
-    poison = np.array(127 if page_dtype == np.int8 else np.nan).astype(page_dtype)
-    pages = np.full((num_layers, num_pages, 2, sizes.num_kv_heads, sizes.page_size, sizes.head_dim), poison)
+    poison = np.array({"int8": 127, "uint8": 255}.get(page_dtype.name, np.nan)).astype(
+        page_dtype
+    )  # a scale of it is NaN
+    width = page_width(sizes.head_dim, sizes.page_dtype)
+    pages = np.full((num_layers, num_pages, 2, sizes.num_kv_heads, sizes.page_size, width), poison)
     q = np.full((sizes.tokens, sizes.num_heads, sizes.head_dim), np.nan, dtype)
     k_new, v_new = (np.full((sizes.tokens, *kv_shape), np.nan, dtype) for _ in range(2))
     scales = np.array(case.kv_scales or (1.0, 1.0), np.float32).reshape(2, 1, 1, 1)
     history: list[np.ndarray] = []
+    slots: list[np.ndarray] = []
     first_kv = np.zeros(0)
     row = 0
     for index, (q_len, kv_len) in enumerate(case.batch):
@@ -217,11 +230,20 @@ def build(
             kv[:, :both] = first_kv[:, :both]
         k_new[row : row + q_len], v_new[row : row + q_len] = kv[:, kv_len - q_len :]
         stored = kv.astype(np.float32) / scales
-        stored = (np.clip(np.round(stored), -127, 127) if page_dtype == np.int8 else stored).astype(page_dtype)
+        own = None
+        if page_dtype == np.uint8:
+            own = np.abs(stored).max(-1, keepdims=True) * np.float32(1 / 127)
+            stored = stored * (np.float32(1.0) / own)
+        if page_dtype in (np.int8, np.uint8):
+            stored = np.clip(np.round(stored), -127, 127).astype(np.int8)
+        numbers, stored = stored, stored.astype(page_dtype)
+        if own is not None:
+            stored = np.concatenate([stored, own.view(np.uint8)], axis=-1)
         for position in range(kv_len - q_len):
             page = tables[index][position // sizes.page_size]
             pages[layer, page, :, :, position % sizes.page_size] = stored[:, position]
-        history.append(stored.astype(np.float64))
+        history.append((stored if own is None else numbers.astype(np.float32) * own).astype(np.float64))
+        slots.append(stored.view(np.uint16) if sizes.page_dtype == "uint16" else stored)
         row += q_len
 
     out = {name: np.full(dims, -1, np.int32) for name, dims in plan_fields(shape).items()}
@@ -242,6 +264,7 @@ def build(
         arrays=arrays,
         scale=sizes.head_dim**-0.5,
         history=history,
+        stored=slots,
     )
 
 

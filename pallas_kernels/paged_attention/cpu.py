@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from pallas_kernels import cpu_ffi
 from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention.options import AttentionOptions
-from pallas_kernels.paged_attention.pages import why_not_plain
+from pallas_kernels.paged_attention.pages import page_width, why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-PAGE_DTYPES = ("float32", "bfloat16", "uint16", "float16", "int8")
+PAGE_DTYPES = ("float32", "bfloat16", "uint16", "float16", "int8", "uint8")
 MAX_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
-_SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py"))
+_SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py", "pages.py"))
 EVERYTHING = 2**30  # a window that hides nothing
 
 
@@ -28,7 +28,7 @@ def why_not(case: Case) -> str | None:
     if "src" in case.shapes:  # copy_pages: any layout, any dtype
         return None
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
-    if reason := why_not_plain(case.shapes["pages"], num_kv_heads, head_dim):
+    if reason := why_not_plain(case.shapes["pages"], num_kv_heads, head_dim, case.dtypes["pages"]):
         return reason
     if case.dtypes["pages"] not in PAGE_DTYPES:
         return f"needs pages of {', '.join(PAGE_DTYPES)}, found {case.dtypes['pages']}"
@@ -76,7 +76,7 @@ def attention_kernel(head_dim: int, page_dtype: str, softcap: bool, sinks: bool,
     from pallas_kernels.paged_attention import cpu_kernel, cpu_softmax
 
     variant = cpu_softmax.Variant(head_dim, page_dtype, softcap, sinks, scales)
-    pool = Buffer(page_dtype, f"L P 2 Hkv C {head_dim}")
+    pool = Buffer(page_dtype, f"L P 2 Hkv C {page_width(head_dim, page_dtype)}")
     rows, kv_rows = Buffer("float32", f"T Hq {head_dim}"), Buffer("float32", f"T Hkv {head_dim}")
     scalar_names = ("scale", "softcap", "k_scale", "v_scale")
     plan_dims = {

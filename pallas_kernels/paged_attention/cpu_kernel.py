@@ -5,6 +5,7 @@ The arithmetic of a row is in `cpu_softmax`; here is who does what, and the copy
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from pallas_kernels.cpu_ffi.bridge import Frame
@@ -16,9 +17,11 @@ from pallas_kernels.paged_attention.cpu_softmax import (
     SplitAttention,
     State,
     Variant,
+    own_scales,
     page_block,
     page_values,
 )
+from pallas_kernels.paged_attention.pages import SMALLEST_SCALE
 
 WRITE_ROWS = 16  # token rows per task of the write
 SPLIT_TASKS = 32  # with fewer (item, head) pairs than this, threads share decode items split by split
@@ -36,10 +39,18 @@ def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
                 page, offset = slot // a.C, slot % a.C
                 with k.range(0, a.Hkv) as head:
                     for which, (new, scale) in enumerate(((a.k_new, a.k_scale), (a.v_new, a.v_scale))):
-                        block = page_block(k, a, page, which, head, d)
+                        block = page_block(k, a, page, which, head, variant)
                         source = new + (row * a.Hkv + head) * d
+                        inverse = None
+                        if variant.own_scales:
+                            parts = [k.abs(source.load(i, lanes)) for i in range(0, d, lanes)]
+                            own = k.max_lanes(functools.reduce(k.max, parts)) * (1 / 127)
+                            own_scales(a, block, variant)[offset] = own
+                            inverse = k.select(own >= SMALLEST_SCALE, k.const(F32, 1.0) / own, 0.0)
                         for i in range(0, d, lanes):
                             x = source.load(i, lanes)
+                            if inverse is not None:
+                                x = x * inverse
                             stored = page_values(k, x / scale[0] if variant.scales else x, variant.page_dtype)
                             if which:
                                 block.store(offset * d + i, stored)

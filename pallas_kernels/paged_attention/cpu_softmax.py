@@ -14,6 +14,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value
+from pallas_kernels.paged_attention.pages import page_width
 
 SPLIT_KEYS = 256  # 128 KiB of K and V per head at D = 64: stays in L2 while the rows of an item pass
 GROUP_ROWS = 48  # (token, head) rows that are worked on together
@@ -32,6 +33,11 @@ class Variant:
     scales: bool
 
     @property
+    def own_scales(self) -> bool:
+        """Whether each token and head has a scale in its page: those of a block lie behind all of its numbers."""
+        return self.page_dtype == "uint8"
+
+    @property
     def name(self) -> str:
         flags = "".join(f"_{flag}" for flag in ("softcap", "sinks", "scales") if getattr(self, flag))
         return f"paged_attention_{self.page_dtype}_d{self.head_dim}{flags}"
@@ -47,7 +53,7 @@ def load_page(k: Emitter, pages: Ptr, index: Value | int, dtype: str, count: int
     raw = pages.load(index, count)
     if dtype == "float32":
         return raw
-    if dtype == "int8":
+    if dtype in ("int8", "uint8"):
         return raw.to(I32).to(F32)
     if dtype == "float16":
         return raw.bits(ir.VectorType(F16, count)).to(F32)
@@ -56,18 +62,24 @@ def load_page(k: Emitter, pages: Ptr, index: Value | int, dtype: str, count: int
 
 def page_values(k: Emitter, x: Value, dtype: str) -> Value:
     """Rounds float32 as `pages.to_page_dtype` stores it: to nearest, ties to even; int8 clipped to ±127."""
-    if dtype == "int8":
+    if dtype in ("int8", "uint8"):
         return k.max(k.min(k.round_even(x), 127.0), -127.0).to(I8)
     if dtype == "float16":
         return x.to(F16).bits(ir.VectorType(I16, x.type.count))
     return x if dtype == "float32" else k.f32_to_bf16(x)
 
 
-def page_block(k: Emitter, a: Frame, page: Value, which: int, head: Value, d: int) -> Ptr:
+def page_block(k: Emitter, a: Frame, page: Value, which: int, head: Value, variant: Variant) -> Ptr:
     """Returns K (which = 0), [D, C], or V (1), [C, D], of one head of one page. A page id outside the pool means the null
     page."""
     page = k.select((page >= 0) & (page < a.P), page, k.i64(0))
-    return a.pages_out + (((a.layer[0].to(I64) * a.P + page) * 2 + which) * a.Hkv + head) * a.C * d
+    width = page_width(variant.head_dim, variant.page_dtype)
+    return a.pages_out + (((a.layer[0].to(I64) * a.P + page) * 2 + which) * a.Hkv + head) * a.C * width
+
+
+def own_scales(a: Frame, block: Ptr, variant: Variant) -> Ptr:
+    """Returns the scales [C] of a block of `page_block`."""
+    return (block + a.C * variant.head_dim).as_(F32)
 
 
 class Item:
@@ -169,15 +181,16 @@ class SplitAttention:
 
     def _page(self, page: Value, rows: list[Value], positions: list[Value]) -> None:
         """Takes one page into the split's sums. A row that sees none of its keys stays as it is, to the bit."""
-        k, a, item, d = self.k, self.a, self.item, self.variant.head_dim
+        k, a, item, variant = self.k, self.a, self.item, self.variant
         number, start = self.table[page].to(I64), page * a.C
         seen = [(k.max(p - item.window + 1, 0) - start, p + 1 - start) for p in positions]  # of the page's keys
         with k.range(0, item.heads) as head:
-            self._keys(page_block(k, a, number, 0, item.head + head, d), head, rows, seen)
+            self._keys(page_block(k, a, number, 0, item.head + head, variant), head, rows, seen)
         # One of the rows sees each of these keys, and all have been written; other slots may hold NaN.
         begin, end = k.max(seen[0][0], 0), k.min(seen[-1][1], a.C)
         with k.range(0, item.heads) as head:
-            self._values(page_block(k, a, number, 1, item.head + head, d), head * len(rows), len(rows), begin, end)
+            values = page_block(k, a, number, 1, item.head + head, variant)
+            self._values(values, head * len(rows), len(rows), begin, end)
 
     def _keys(self, keys: Ptr, head: Value, rows: list[Value], seen: list[tuple[Value, Value]]) -> None:
         """Computes the weights of one head's keys and updates the rows' maxima and sums."""
@@ -228,7 +241,10 @@ class SplitAttention:
                 k_vector = load_page(k, keys, at * a.C + key, self.variant.page_dtype, lanes)
                 for row, both in zip(q, sums, strict=True):
                     both[step % 2].v = k.fma(k.splat(row[at], lanes), k_vector, both[step % 2].v)
-        scores = [(even.v + odd.v) * self.scale for even, odd in sums]
+        scale = self.scale
+        if self.variant.own_scales:
+            scale = own_scales(a, keys, self.variant).load(key, lanes) * scale
+        scores = [(even.v + odd.v) * scale for even, odd in sums]
         if not self.variant.softcap:
             return scores
         cap = k.splat(a.softcap[0], lanes)  # cap * tanh(s / cap), tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -239,6 +255,13 @@ class SplitAttention:
         k, d, lanes = self.k, self.variant.head_dim, self.k.lanes
         vectors = 8 if k.registers >= 32 else 4
         here = [first + i for i in range(count)]
+        if self.variant.own_scales:
+            scales = own_scales(self.a, values, self.variant)
+            with k.range(0, self.a.C, lanes) as key:
+                factors = scales.load(key, lanes)
+                for at in here:
+                    place = self.weights + at * SPLIT_KEYS
+                    place.store(key, place.load(key, lanes) * factors)
         for v0 in range(0, d, vectors * lanes):
             columns = range(v0, min(v0 + vectors * lanes, d), lanes)
             acc = [[k.var(self.acc.load(at * d + v, lanes) * self.factors[at]) for v in columns] for at in here]

@@ -44,7 +44,7 @@ def why_not(case: Case) -> str | None:
         return f"needs jax 0.11 or newer, this is {jax.__version__}"
     if compute_capability(case.device_kind) != (9, 0):
         return f"is written for compute capability 9.0, not for {case.device_kind}"
-    if reason := why_not_plain(pages, num_kv_heads, head_dim):
+    if reason := why_not_plain(pages, num_kv_heads, head_dim, case.dtypes["pages"]):
         return reason
     if dtype not in ("bfloat16", "float16") or case.dtypes["q"] != dtype:
         return f"multiplies bfloat16 or float16 pages with queries of their type, found {case.dtypes['q']} and {dtype}"

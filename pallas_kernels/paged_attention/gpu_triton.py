@@ -36,10 +36,10 @@ def why_not(case: Case) -> str | None:
     """Refuses all but NVIDIA GPUs from Ampere on with the plain page layout, and pools that Triton cannot address."""
     pages, dtype = case.shapes["pages"], case.dtypes["pages"]
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
-    if reason := why_not_plain(pages, num_kv_heads, head_dim):
+    if reason := why_not_plain(pages, num_kv_heads, head_dim, dtype):
         return reason
-    if dtype == "uint16":
-        return "reads bfloat16 pages as bfloat16: uint16 is for the CPU"
+    if dtype in ("uint16", "uint8"):
+        return f"reads pages of bfloat16 and int8 as such: {dtype} is for the CPU"
     if reason := why_not_offsets(pages, itemsize_of(dtype)):
         return reason
     if head_dim > MAX_HEAD:

@@ -4,7 +4,8 @@ Every layout has layers on axis 0, pages on axis 1 and heads on axis 3; what fol
 outside `pallas_kernels` indexes into it. There are two:
 
 - plain [L, P, 2, Hkv, C, D], on CPU and GPU: K before V, and the C tokens of one head of a page lie together, so that a
-  page's K of a head is one [C, D] block.
+  page's K of a head is one [C, D] block. Pages of int8 on the CPU are uint8 [L, P, 2, Hkv, C, D + 4]: behind the numbers of a
+  token and head lie the bytes of a float32 by which they are to be multiplied.
 - tpu [L, P, C, W, K, Dp]: tokens are outermost and outside the tiled axes, so that a DMA can move any run of tokens and
   write one without reading its neighbours. K = 4 bytes / item size numbers share a 32-bit word of a lane, W words make a
   token, and Dp is D rounded up to 128 lanes. Entry i of a token is number i % K of word i // K. With D > 64 entries 2h
@@ -30,8 +31,11 @@ HALF_LANES = LANES // 2  # heads up to this size have K and V side by side on th
 KV_HEADS_AXIS = 3
 """The axis along which the pools of devices that have different KV heads of the same pages lie side by side."""
 
-# uint16 holds the bits of bfloat16 numbers, see kv_pool_dtype.
-POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "float8_e5m2", "int8")
+# uint16 holds the bits of bfloat16 numbers, uint8 int8 numbers with scales of their own, see kv_pool_dtype.
+POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
+SCALE_BYTES = 4
+SMALLEST_SCALE = 2.0**-126
+"""Numbers with a smaller scale are stored as zeros: its inverse would overflow."""
 
 
 def kv_pool_shape(
@@ -63,7 +67,13 @@ def kv_pool_shape(
         raise ValueError(f"num_pages is {num_pages}, expected at least 2 (page 0 is the null page)")
     if platform == "tpu":
         return (num_layers, num_pages, page_size, *token_shape(num_kv_heads, head_dim, np.dtype(dtype).itemsize))
-    return (num_layers, num_pages, 2, num_kv_heads, page_size, head_dim)
+    width = page_width(head_dim, kv_pool_dtype(platform, dtype).name)
+    return (num_layers, num_pages, 2, num_kv_heads, page_size, width)
+
+
+def page_width(head_dim: int, pool_dtype: str) -> int:
+    """Returns the length of the plain layout's last axis."""
+    return head_dim + SCALE_BYTES if pool_dtype == "uint8" else head_dim
 
 
 def token_shape(num_kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:
@@ -76,11 +86,12 @@ def token_shape(num_kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, i
 def kv_pool_dtype(platform: str, dtype: Any) -> np.dtype:
     """Returns the dtype with which to allocate the pool, for pages of `dtype` on a platform.
 
-    It is `dtype` itself, except for bfloat16 on the CPU: there the pool is an array of uint16 that holds the same bits.
-    XLA on the CPU widens a whole bfloat16 array to float32 for each update of a few of its rows (seen on jax 0.10.2),
-    while it leaves integers alone.
+    It is `dtype` itself, but on the CPU an array of uint16 holds the bits of bfloat16 pages, and one of uint8 int8 pages, whose
+    tokens and heads have a scale each. XLA on the CPU widens a whole bfloat16 array to float32 for each update of a few of
+    its rows (seen on jax 0.10.2), while it leaves integers alone.
     """
-    return np.dtype(np.uint16) if platform == "cpu" and np.dtype(dtype).name == "bfloat16" else np.dtype(dtype)
+    stored = {"bfloat16": np.uint16, "int8": np.uint8} if platform == "cpu" else {}
+    return np.dtype(stored.get(np.dtype(dtype).name, dtype))
 
 
 def is_tpu_layout(shape: tuple[int, ...], num_kv_heads: int, head_dim: int, itemsize: int) -> bool:
@@ -89,30 +100,51 @@ def is_tpu_layout(shape: tuple[int, ...], num_kv_heads: int, head_dim: int, item
 
 
 def turn_keys(pages: np.ndarray, back: bool = False) -> np.ndarray:
-    """Returns a copy of a pool of the plain layout with every K block [C, D] stored as [D, C]; `back` undoes that."""
+    """Returns a copy of a pool of the plain layout as native CPU kernels store it; `back` undoes that.
+
+    Every K block [C, D] is stored as [D, C]. The scales of a block of uint8 come behind all of its numbers.
+    """
     page_size, head_dim = pages.shape[4:]
+    if pages.dtype == np.uint8:
+        head_dim -= SCALE_BYTES
+        flat, size = pages.reshape(*pages.shape[:4], -1), page_size * head_dim
+        if back:
+            numbers = flat[..., :size].reshape(*pages.shape[:4], page_size, head_dim)
+            numbers = turn_keys(numbers.view(np.int8), back=True).view(np.uint8)
+            return np.concatenate([numbers, flat[..., size:].reshape(*pages.shape[:5], SCALE_BYTES)], axis=-1)
+        numbers, scales = turn_keys(pages[..., :head_dim].view(np.int8)).view(np.uint8), pages[..., head_dim:]
+        parts = [part.reshape(*pages.shape[:4], -1) for part in (numbers, scales)]
+        return np.concatenate(parts, axis=-1).reshape(pages.shape)
     turned, keys = pages.copy(), pages[:, :, 0]
     shape = (*keys.shape[:-2], head_dim, page_size) if back else keys.shape
     turned[:, :, 0] = rearrange(keys.reshape(shape), "l p h a b -> l p h b a").reshape(keys.shape)
     return turned
 
 
-def why_not_plain(shape: tuple[int, ...], num_kv_heads: int, head_dim: int) -> str | None:
-    """Says why `shape` is no pool of the plain layout for these heads; None where it is."""
-    if len(shape) == 6 and shape[2:4] == (2, num_kv_heads) and shape[5] == head_dim:
+def why_not_plain(shape: tuple[int, ...], num_kv_heads: int, head_dim: int, dtype: str) -> str | None:
+    """Says why `shape` is no pool of the plain layout for these heads and a dtype of the pool; None where it is."""
+    if len(shape) == 6 and shape[2:4] == (2, num_kv_heads) and shape[5] == page_width(head_dim, dtype):
         return None
-    return f"needs pages of shape [L, P, 2, Hkv={num_kv_heads}, C, D={head_dim}], found {list(shape)}"
+    return f"needs pages of shape {_plain_shape(num_kv_heads, head_dim, dtype)}, found {list(shape)}"
+
+
+def _plain_shape(num_kv_heads: int, head_dim: int, dtype: str) -> str:
+    scale = f" + {SCALE_BYTES}" if dtype == "uint8" else ""
+    return f"[L, P, 2, Hkv={num_kv_heads}, C, D={head_dim}{scale}]"
 
 
 def why_not_any_layout(case: Case) -> str | None:
     """Says why the case's pool has neither of the two layouts; None where it has one."""
     shape, (num_kv_heads, head_dim) = case.shapes["pages"], case.shapes["k_new"][1:]
-    itemsize = itemsize_of(case.dtypes["pages"])
-    if is_tpu_layout(shape, num_kv_heads, head_dim, itemsize) or why_not_plain(shape, num_kv_heads, head_dim) is None:
+    dtype = case.dtypes["pages"]
+    itemsize = itemsize_of(dtype)
+    if is_tpu_layout(shape, num_kv_heads, head_dim, itemsize) and dtype != "uint8":
+        return None
+    if why_not_plain(shape, num_kv_heads, head_dim, dtype) is None:
         return None
     words, packing, lanes = token_shape(num_kv_heads, head_dim, itemsize)
     return (
-        f"needs pages of shape [L, P, 2, Hkv={num_kv_heads}, C, D={head_dim}] or, for TPU, "
+        f"needs pages of shape {_plain_shape(num_kv_heads, head_dim, dtype)} or, for TPU, "
         f"[L, P, C, {words}, {packing}, {lanes}], found {list(shape)}"
     )
 
@@ -165,8 +197,17 @@ def tpu_to_plain(pages: Any, num_kv_heads: int, head_dim: int) -> Any:
 
 
 def to_page_dtype(x: jax.Array, scale: jax.Array | float | None, dtype: Any) -> jax.Array:
-    """Returns x / scale as it is stored in pages: rounded and clipped to ±127 for int8, clipped (not NaN) for float8."""
+    """Returns x / scale as it is stored in pages: rounded and clipped to ±127 for int8, clipped (not NaN) for float8.
+
+    For uint8 the last axis is longer by the bytes of a scale: the largest of its numbers is stored as ±127.
+    """
     x = x.astype(jnp.float32)
+    if np.dtype(dtype) == np.uint8:
+        own = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * jnp.float32(1 / 127)
+        inverse = jnp.where(own >= SMALLEST_SCALE, 1.0 / own, 0.0)
+        numbers = jnp.clip(jnp.round(x * inverse), -127.0, 127.0).astype(jnp.int8)
+        both = lax.bitcast_convert_type(numbers, jnp.uint8), lax.bitcast_convert_type(own[..., 0], jnp.uint8)
+        return jnp.concatenate(both, axis=-1)
     if scale is not None:
         x = x / jnp.asarray(scale, jnp.float32)
     if np.dtype(dtype) == np.uint16:
@@ -180,7 +221,10 @@ def to_page_dtype(x: jax.Array, scale: jax.Array | float | None, dtype: Any) -> 
 
 
 def from_page_dtype(stored: jax.Array) -> jax.Array:
-    """Returns what is stored in pages, in float32, before the multiplication by the scale."""
+    """Returns what is stored in pages, in float32, before the multiplication by a scale that is not stored with it."""
+    if stored.dtype == jnp.uint8:
+        numbers = lax.bitcast_convert_type(stored[..., :-SCALE_BYTES], jnp.int8).astype(jnp.float32)
+        return numbers * lax.bitcast_convert_type(stored[..., -SCALE_BYTES:], jnp.float32)[..., None]
     if stored.dtype == jnp.uint16:
         stored = lax.bitcast_convert_type(stored, jnp.bfloat16)
     return stored.astype(jnp.float32)

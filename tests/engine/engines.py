@@ -18,7 +18,7 @@ class EngineFactory:
     """Makes engines over one model whose programs have the same shapes and are compiled once.
 
     `seqs` limits what runs at the same time and `pages` what the scheduler may hand out, below what the programs allow.
-    `buckets`, if set, are the only token counts for which there are programs.
+    `buckets`, if set, are the only token counts for which there are programs. `page_dtype` is that of CacheConfig.
     """
 
     def __init__(
@@ -29,7 +29,9 @@ class EngineFactory:
         num_pages: int,
         max_model_len: int,
         draft_model: LoadedModel | None = None,
+        page_dtype: str | None = None,
     ) -> None:
+        self.page_dtype = page_dtype
         self.model, self.max_num_seqs, self.draft_model = model, max_num_seqs, draft_model
         self.num_pages, self.max_model_len = num_pages, max_model_len
         self.buckets: tuple[int, ...] | None = None
@@ -49,7 +51,7 @@ class EngineFactory:
         steps: int = 1,
     ) -> Engine:
         config = EngineConfig(
-            CacheConfig(num_pages=self.num_pages, enable_prefix_caching=cache),
+            CacheConfig(num_pages=self.num_pages, enable_prefix_caching=cache, dtype=self.page_dtype),
             SchedulerConfig(
                 self.max_num_seqs, max(chunk, self.max_num_seqs), self.max_model_len, policy, num_scheduler_steps=STEPS
             ),

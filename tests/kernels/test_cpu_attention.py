@@ -21,7 +21,7 @@ from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention import cpu
 from pallas_kernels.paged_attention.cases import CASES, LAYER, MIXED, AttentionCase, Inputs, Sizes, build
 from pallas_kernels.paged_attention.options import by_keyword
-from pallas_kernels.paged_attention.pages import turn_keys
+from pallas_kernels.paged_attention.pages import page_width, turn_keys
 from tests.kernels import native_call
 from tests.kernels.test_paged_attention import check_in_place, num_rows, program_arguments, textbook
 
@@ -58,10 +58,8 @@ def test_is_the_textbook(name):
     # Every token is in its slot to the last bit, and nothing else but the null page has changed.
     bits, size = f"u{pages.dtype.itemsize}", case.sizes.page_size
     wanted = inputs.pages.copy()
-    for table, history in zip(inputs.plan.block_tables, inputs.history, strict=False):
-        is_bits = wanted.dtype == np.uint16  # of bfloat16
-        stored = history.astype(jnp.bfloat16).view(np.uint16) if is_bits else history.astype(wanted.dtype)
-        for position in range(history.shape[1]):
+    for table, stored in zip(inputs.plan.block_tables, inputs.stored, strict=False):
+        for position in range(stored.shape[1]):
             wanted[LAYER, table[position // size], :, :, position % size] = stored[:, position]
     np.testing.assert_array_equal(pages[:, 1:].view(bits), wanted[:, 1:].view(bits))
     np.testing.assert_array_equal(pages[0].view(bits), inputs.pages[0].view(bits))
@@ -154,10 +152,11 @@ def test_wrong_buffers_and_plans_are_errors():
 
 def test_why_not_names_what_is_missing():
     def reason(page_dtype="float32", page_size=16, head_dim=64) -> str | None:
-        shapes = {"k_new": (4, 2, head_dim), "pages": (2, 8, 2, 2, page_size, head_dim)}
+        width = page_width(head_dim, page_dtype)
+        shapes = {"k_new": (4, 2, head_dim), "pages": (2, 8, 2, 2, page_size, width)}
         return cpu.why_not(Case("cpu", "cpu", shapes, {"pages": page_dtype}))
 
-    assert reason() is None and reason("uint16", 32, 80) is None
+    assert reason() is None and reason("uint16", 32, 80) is None and reason("uint8", 32, 80) is None
     assert "float8_e4m3fn" in (reason("float8_e4m3fn") or "")
     assert "24" in (reason(page_size=24) or "") and "72" in (reason(head_dim=72) or "")
 

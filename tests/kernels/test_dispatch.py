@@ -22,7 +22,7 @@ from pallas_kernels.paged_attention import (
     paged_attention,
     plan_fields,
 )
-from pallas_kernels.paged_attention.pages import itemsize_of, token_shape
+from pallas_kernels.paged_attention.pages import itemsize_of, page_width, token_shape
 from pallas_kernels.paged_attention.plan import check_plan
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.triton_offsets import why_not_offsets
@@ -101,6 +101,8 @@ def test_kv_pool_shape():
     with pytest.raises(ValueError, match="platform"):
         kv_pool_shape("abacus", **sizes)
     assert kv_pool_dtype("cpu", jnp.bfloat16) == jnp.uint16  # the same bits, as integers
+    assert kv_pool_dtype("cpu", jnp.int8) == jnp.uint8 and kv_pool_dtype("gpu", jnp.int8) == jnp.int8
+    assert kv_pool_shape("cpu", **{**sizes, "dtype": "int8"}) == (2, 5, 2, 3, 16, 68)  # and a scale's four bytes
     assert kv_pool_dtype("cpu", jnp.float32) == jnp.float32 and kv_pool_dtype("tpu", jnp.bfloat16) == jnp.bfloat16
 
 
@@ -150,13 +152,13 @@ MACHINES = [("cpu", "cpu"), *((target.platform, target.device_kind) for target i
 
 def attention_cases(platform: str, kind: str) -> Iterator[tuple[dispatch.Case, bool]]:
     """Cases over everything that a choice may depend on, and whether the pool has the platform's own layout."""
-    dtypes = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16")
+    dtypes = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint16", "uint8")
     sizes = itertools.product(
         dtypes, ("float32", "bfloat16", "float16"), (40, 64, 80, 128, 256, 512), (1, 3, 8), (8, 24, 64)
     )
     for (page_dtype, q_dtype, head_dim, group, page_size), layout in itertools.product(sizes, ("plain", "tpu", "none")):
         itemsize = itemsize_of(page_dtype)
-        plain = (2, 9, 2, 4, page_size, head_dim)
+        plain = (2, 9, 2, 4, page_size, page_width(head_dim, page_dtype))
         shape = {"plain": plain, "tpu": (2, 9, page_size, *token_shape(4, head_dim, itemsize)), "none": (2, 9, 7)}[
             layout
         ]
@@ -168,7 +170,7 @@ def attention_cases(platform: str, kind: str) -> Iterator[tuple[dispatch.Case, b
             {"q": q_dtype, "k_new": q_dtype, "v_new": q_dtype, "pages": page_dtype},
             {"q_block": 8, "window": None, "softcap": None, "sinks": False, "kv_scales": False},
         )
-        yield case, layout == ("tpu" if platform == "tpu" else "plain")
+        yield case, layout == ("tpu" if platform == "tpu" and page_dtype != "uint8" else "plain")
 
 
 @pytest.mark.parametrize(("platform", "kind"), MACHINES)
@@ -195,7 +197,7 @@ def test_the_tpu_kernel_serves_what_it_says():
     for case, own_layout in attention_cases("tpu", "TPU v6 lite"):
         serves = (
             own_layout
-            and case.dtypes["pages"] not in ("float16", "uint16")
+            and case.dtypes["pages"] not in ("float16", "uint16", "uint8")
             and case.dtypes["q"] != "float16"
             and case.shapes["q"][2] <= 256
             and case.shapes["pages"][2] != 24

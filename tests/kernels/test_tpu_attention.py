@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.pages import kv_pool_shape, pack_tokens, pla
 from pallas_kernels.paged_attention.tpu_words import number_of_word, pack_words
 from pallas_kernels.targets import TARGETS
 
-TPU_CASES = [name for name, case in CASES.items() if case.sizes.page_dtype != "uint16"]  # those bits are a CPU matter
+TPU_CASES = [name for name, case in CASES.items() if case.sizes.page_dtype not in ("uint16", "uint8")]  # a CPU matter
 # Together: both phases, windows, soft-caps, sinks, scales, heads under 64 and over, all packings, pages of 16 to 64.
 QUICK = ("everything", "gqa4_head_128_bf16_pages", "int8_pages_scales")
 

@@ -66,6 +66,7 @@ class Case:
     rounds: int = 1
     speculative: str | None = None
     steps: int = 1
+    page_dtype: str | None = None
 
 
 CASES = {
@@ -85,6 +86,7 @@ CASES = {
     "beams on 2x4": Case("llama 8/2", (2, 4, 1), draw=dict(beam_width=3)),
     "speculation on 2x4": Case("llama 8/2", (2, 4, 1), speculative="ngram"),
     "draft model on 2x2": Case("llama 8/2", (2, 2, 1), draw=dict(temperature=1.0), speculative="draft_model"),
+    "int8 pages on 2x2": Case("llama 8/8", (2, 2, 1), {"stored": "exact"}, page_dtype="int8"),
     "several steps on 2x4": Case("llama 8/2", (2, 4, 1), steps=4),
 }
 
@@ -114,9 +116,9 @@ def load_plain(name: str, options: str) -> LoadedModel:
 
 
 @cache
-def on_one_device(model: str, load_options: str, draw_options: str) -> list[list[list[int]]]:
+def on_one_device(model: str, load_options: str, draw_options: str, page_dtype: str | None) -> list[list[list[int]]]:
     """Tokens of the dummy model's prompts by a plain engine."""
-    case = Case(model, (1, 1, 1), json.loads(load_options))
+    case = Case(model, (1, 1, 1), json.loads(load_options), page_dtype=page_dtype)
     plain = load_plain(model, load_options)
     return run_all(engine(plain, case, 64), prompts(plain.config.vocab_size), parameters(json.loads(draw_options)))
 
@@ -127,7 +129,7 @@ def parameters(draw: dict[str, Any]) -> SamplingParams:
 
 def engine(model: LoadedModel, case: Case, pages: int) -> Engine:
     config = EngineConfig(
-        CacheConfig(num_pages=pages),
+        CacheConfig(num_pages=pages, dtype=case.page_dtype),
         SchedulerConfig(8, BUCKET, min(96, model.config.max_position_embeddings), num_scheduler_steps=case.steps),
         check_every_step=True,
         speculative=None if case.speculative is None else SPECULATIVE[case.speculative],
@@ -185,7 +187,7 @@ def run(case: Case) -> dict[str, Any]:
     sharded = engine(model, case, case.pages)
     if case.model in DUMMIES or case.draw:
         texts = prompts(model.config.vocab_size)
-        wanted = on_one_device(case.model, json.dumps(case.load), json.dumps(case.draw))
+        wanted = on_one_device(case.model, json.dumps(case.load), json.dumps(case.draw), case.page_dtype)
     else:
         texts = golden(case.model).prompts
         wanted = [[tokens[: draw.max_tokens]] for tokens in golden(case.model).tokens]

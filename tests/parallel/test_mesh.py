@@ -28,6 +28,7 @@ CASES = (
         "qwen2 with biases on 1x8",
         "converted on 1x8",
         "native kernels on 2x2",
+        "int8 pages on 2x2",
         "sampled, preempted, cached on 2x4",
     ),
     *("beams on 2x4", "speculation on 2x4", "draft model on 2x2"),
