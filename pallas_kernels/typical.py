@@ -55,7 +55,7 @@ def attention(platform: str, device_kind: str, head_dim: int, page_dtype: str, d
     pool = kv_pool_shape(
         platform, num_layers=32, num_pages=1024, page_size=64, num_kv_heads=8, head_dim=head_dim, dtype=page_dtype
     )
-    plan = plan_fields(PlanShape(64, 64, 128, 32))
+    plan, stored = plan_fields(PlanShape(64, 64, 128, 32)), kv_pool_dtype(platform, page_dtype).name
     kv = (64, 8, head_dim)
     return Case(
         platform,
@@ -63,8 +63,8 @@ def attention(platform: str, device_kind: str, head_dim: int, page_dtype: str, d
         {"q": (64, 32, head_dim), "k_new": kv, "v_new": kv, "pages": pool, **plan},
         {
             **dict.fromkeys(("q", "k_new", "v_new"), dtype),
-            "pages": kv_pool_dtype(platform, page_dtype).name,
+            "pages": stored,
             **dict.fromkeys(plan, "int32"),
         },
-        {"q_block": 32, "window": None, "softcap": None, "sinks": False, "kv_scales": page_dtype not in (dtype,)},
+        {"q_block": 32, "window": None, "softcap": None, "sinks": False, "kv_scales": stored not in (dtype, "uint8")},
     )

@@ -81,7 +81,8 @@ def paged_attention(
         softcap: scores become softcap * tanh(scores / softcap) before the mask; None for no cap.
         sinks: Float[Array, " Hq"], one more score per head that takes part in the softmax but has no value (as in
             gpt-oss).
-        k_scale: Float scalar; K is divided by it when stored and multiplied by it when read. None is 1.
+        k_scale: Float scalar; K is divided by it when stored and multiplied by it when read. None is 1. Pages of uint8 have
+            scales of their own, and take none.
         v_scale: the same for V.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
@@ -174,6 +175,8 @@ def _check(
         if isinstance(scalar, jax.Array):
             kind = jnp.floating if name.endswith("scale") else jnp.integer
             expect(scalar.ndim == 0 and jnp.issubdtype(scalar.dtype, kind), name, f"a scalar {kind.__name__}", scalar)
+        if name != "window" and scalar is not None and pages.dtype == jnp.uint8:
+            raise ValueError(f"{name} is {scalar}, expected None: these pages have a scale for each token and head")
     if isinstance(window, int) and window < 1:
         raise ValueError(f"window is {window}, expected at least 1 (the row itself) or None")
     if softcap is not None and softcap <= 0:

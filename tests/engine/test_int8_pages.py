@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from typer.testing import CliRunner
 
+from llm_infer import LLM
 from llm_infer.base.errors import UserError
+from llm_infer.commands.app import app
 from llm_infer.config import CacheConfig, EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.memory import page_dtype
+from llm_infer.engine.page_count import page_bytes
 from llm_infer.engine.step.state import FULL
 from llm_infer.models.load import LoadedModel, dummy_model
 from tests.engine.engines import EngineFactory, run_all, without_clock
@@ -51,6 +56,22 @@ def test_native_and_xla_kernels_draw_the_same_tokens(model: LoadedModel, monkeyp
         monkeypatch.setenv("LLM_INFER_KERNELS", f"paged_attention={kernels}")
         found.append(run_all(factory(model)(chunk=32), *requests()))
     assert found[0] == found[1]
+
+
+def test_a_page_takes_a_byte_for_each_number_and_four_for_a_scale(model: LoadedModel) -> None:
+    heads = CONFIG.num_layers * 2 * CONFIG.num_kv_heads
+    assert page_bytes(factory(model)().runner.step_programs) == heads * 16 * (CONFIG.head_dim + 4)
+
+
+@pytest.mark.real
+def test_llm_and_the_command_line_take_it(default_gguf: Path) -> None:
+    llm = LLM(str(default_gguf), max_model_len=64, max_num_seqs=1, kv_cache_dtype="int8", progress=False)
+    greedy = SamplingParams(temperature=0.0, max_tokens=12)
+    text = llm.generate("The capital of France is", greedy)[0].outputs[0].text
+    assert text.startswith(" Paris") and llm.engine.runner.state.cache[FULL].dtype == jnp.uint8
+    flags = ["-m", str(default_gguf), "-n", "12", "--temp", "0", "-c", "64", "--raw", "--kv-cache-dtype", "int8"]
+    done = CliRunner().invoke(app, ["generate", "-p", "The capital of France is", *flags])
+    assert done.exit_code == 0 and text.strip() in done.output, done.output
 
 
 def test_other_platforms_have_none(model: LoadedModel) -> None:

@@ -31,6 +31,7 @@ def test_what_is_cut_and_what_is_copied() -> None:
     assert weights_of_device(config, Cut(tp=16)) == (num_parameters(config) - norms + kv) // 16 + norms
     assert weights_of_device(config, Cut(dp=4)) == num_parameters(config)
     assert page_bytes(config, Cut(tp=16), "cpu", 16, "float32") == 32 * 2 * 16 * 128 * 4
+    assert page_bytes(config, Cut(tp=16), "cpu", 16, "int8") == 32 * 2 * 16 * (128 + 4)
 
 
 def test_experts_are_cut_both_ways() -> None:
