@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pallas_kernels.paged_attention.pages import page_width
+from pallas_kernels.paged_attention.page_width import page_width
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 
 NUM_LAYERS = 2

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from pallas_kernels import cpu_ffi
 from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention.options import AttentionOptions
-from pallas_kernels.paged_attention.pages import page_width, why_not_plain
+from pallas_kernels.paged_attention.page_width import page_width
+from pallas_kernels.paged_attention.pages import why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
 PAGE_DTYPES = ("float32", "bfloat16", "uint16", "float16", "int8", "uint8")
 MAX_SLOTS = 2048  # partial results of shared splits; each is (D + 2) G float32
-_SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py", "pages.py"))
+_SOURCES = tuple(str(Path(__file__).parent / name) for name in ("cpu_kernel.py", "cpu_softmax.py", "page_width.py"))
 EVERYTHING = 2**30  # a window that hides nothing
 
 

@@ -21,7 +21,7 @@ from pallas_kernels.paged_attention.cpu_softmax import (
     page_block,
     page_values,
 )
-from pallas_kernels.paged_attention.pages import SMALLEST_SCALE
+from pallas_kernels.paged_attention.page_width import SMALLEST_SCALE
 
 WRITE_ROWS = 16  # token rows per task of the write
 SPLIT_TASKS = 32  # with fewer (item, head) pairs than this, threads share decode items split by split

@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from pallas_kernels.cpu_ffi.bridge import Frame
 from pallas_kernels.cpu_ffi.emit import F16, F32, I8, I16, I32, I64, Emitter, Ptr, Value
-from pallas_kernels.paged_attention.pages import page_width
+from pallas_kernels.paged_attention.page_width import page_width
 
 SPLIT_KEYS = 256  # 128 KiB of K and V per head at D = 64: stays in L2 while the rows of an item pass
 GROUP_ROWS = 48  # (token, head) rows that are worked on together

@@ -24,6 +24,7 @@ from einops import rearrange
 from jax import lax
 
 from pallas_kernels.dispatch import Case
+from pallas_kernels.paged_attention.page_width import SCALE_BYTES, SMALLEST_SCALE, page_width
 
 LANES = 128
 HALF_LANES = LANES // 2  # heads up to this size have K and V side by side on the lanes of the TPU layout
@@ -33,9 +34,6 @@ KV_HEADS_AXIS = 3
 
 # uint16 holds the bits of bfloat16 numbers, uint8 int8 numbers with scales of their own, see kv_pool_dtype.
 POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
-SCALE_BYTES = 4
-SMALLEST_SCALE = 2.0**-126
-"""Numbers with a smaller scale are stored as zeros: its inverse would overflow."""
 
 
 def kv_pool_shape(
@@ -69,11 +67,6 @@ def kv_pool_shape(
         return (num_layers, num_pages, page_size, *token_shape(num_kv_heads, head_dim, np.dtype(dtype).itemsize))
     width = page_width(head_dim, kv_pool_dtype(platform, dtype).name)
     return (num_layers, num_pages, 2, num_kv_heads, page_size, width)
-
-
-def page_width(head_dim: int, pool_dtype: str) -> int:
-    """Returns the length of the plain layout's last axis."""
-    return head_dim + SCALE_BYTES if pool_dtype == "uint8" else head_dim
 
 
 def token_shape(num_kv_heads: int, head_dim: int, itemsize: int) -> tuple[int, int, int]:

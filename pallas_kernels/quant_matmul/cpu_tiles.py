@@ -77,11 +77,12 @@ class _Tile:
             return View(k, weights + number // kind.parts * a.block_bytes, first, self.rows)
 
         together = max(1, amx.runs // runs)
+        assert not self.kept or kind.parts % together == 0, "scales are kept of one block at a time"
         with k.range(0, a.B * kind.parts, together) as start:
             end = k.min(start + together, a.B * kind.parts)
             with k.range(start, end) as part:
-                self._fetch(view(part).block, part % kind.parts)
                 for run in range(runs):
+                    self._fetch(view(part).block, part % kind.parts * runs + run)
                     amx.keep(kind.weights(view(part), part % kind.parts, run), (part - start) * runs + run)
             with k.range(start * runs, end * runs) as run:
                 amx.multiply(x.at(group, run)[0], x.bytes, run - start * runs)

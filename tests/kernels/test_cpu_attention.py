@@ -21,7 +21,8 @@ from pallas_kernels.dispatch import Case
 from pallas_kernels.paged_attention import cpu
 from pallas_kernels.paged_attention.cases import CASES, LAYER, MIXED, AttentionCase, Inputs, Sizes, build
 from pallas_kernels.paged_attention.options import by_keyword
-from pallas_kernels.paged_attention.pages import page_width, turn_keys
+from pallas_kernels.paged_attention.page_width import page_width
+from pallas_kernels.paged_attention.pages import turn_keys
 from tests.kernels import native_call
 from tests.kernels.test_paged_attention import check_in_place, num_rows, program_arguments, textbook
 

@@ -22,7 +22,8 @@ from pallas_kernels.paged_attention import (
     paged_attention,
     plan_fields,
 )
-from pallas_kernels.paged_attention.pages import itemsize_of, page_width, token_shape
+from pallas_kernels.paged_attention.page_width import page_width
+from pallas_kernels.paged_attention.pages import itemsize_of, token_shape
 from pallas_kernels.paged_attention.plan import check_plan
 from pallas_kernels.targets import TARGETS
 from pallas_kernels.triton_offsets import why_not_offsets

@@ -90,7 +90,7 @@ def test_other_implementations_take_the_tpu_layout(name, implementation):
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 64), (2, 40), (3, 80), (1, 128), (2, 256)])
 def test_layouts_convert_without_loss(heads, head_dim, dtype):
     sizes = dict(num_layers=2, num_pages=3, page_size=16, num_kv_heads=heads, head_dim=head_dim)
-    numbers = np.random.default_rng(0).integers(-9, 9, kv_pool_shape("cpu", dtype=dtype, **sizes))
+    numbers = np.random.default_rng(0).integers(-9, 9, kv_pool_shape("gpu", dtype=dtype, **sizes))
     plain = numbers.astype(getattr(ml_dtypes, dtype, dtype))
     stored = plain_to_tpu(plain)
     assert stored.shape == kv_pool_shape("tpu", dtype=dtype, **sizes)
