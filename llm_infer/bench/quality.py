@@ -155,7 +155,7 @@ def run(
     progress, text = Progress(), _text(text_file)
     tokenizer, exact = _load(model, "exact", progress)
     base, models = exact, {}
-    if pages != "auto":
+    if reference is not None or pages != "auto":
         models["exact"] = exact
     if reference is not None:
         of_reference, base = _load(reference, "exact", progress)
@@ -164,7 +164,6 @@ def run(
                 f"--reference {reference} has another vocabulary than the model ({difference}): expected the same model "
                 "with other weights, such as the file that it was quantised from"
             )
-        models["exact"] = exact
     models["fast"] = _load(model, "fast", progress)[1]
     ids = tokenizer.encode(text[: 12 * tokens], add_special_tokens=False)[:tokens]
     if len(ids) < 2:

@@ -206,10 +206,8 @@ def build(
         shared = tables[0][: case.shared_pages] if index == 1 else []
         tables.append(shared + [free.pop() for _ in range(-(-kv_len // sizes.page_size) - len(shared))])
 
-    # int8 has no NaN: its largest number poisons well enough.
-    poison = np.array({"int8": 127, "uint8": 255}.get(page_dtype.name, np.nan)).astype(
-        page_dtype
-    )  # a scale of it is NaN
+    # int8 has no NaN: its largest number poisons well enough. A scale of bytes of 255 is NaN.
+    poison = np.array({"int8": 127, "uint8": 255}.get(page_dtype.name, np.nan)).astype(page_dtype)
     width = page_width(sizes.head_dim, sizes.page_dtype)
     pages = np.full((num_layers, num_pages, 2, sizes.num_kv_heads, sizes.page_size, width), poison)
     q = np.full((sizes.tokens, sizes.num_heads, sizes.head_dim), np.nan, dtype)
@@ -229,20 +227,19 @@ def build(
             both = case.shared_pages * sizes.page_size
             kv[:, :both] = first_kv[:, :both]
         k_new[row : row + q_len], v_new[row : row + q_len] = kv[:, kv_len - q_len :]
-        stored = kv.astype(np.float32) / scales
-        own = None
+        numbers, own = kv.astype(np.float32) / scales, np.ones(1, np.float32)
         if page_dtype == np.uint8:
-            own = np.abs(stored).max(-1, keepdims=True) * np.float32(1 / 127)
-            stored = stored * (np.float32(1.0) / own)
+            own = np.abs(numbers).max(-1, keepdims=True) * np.float32(1 / 127)
+            numbers = numbers * (1 / own)
         if page_dtype in (np.int8, np.uint8):
-            stored = np.clip(np.round(stored), -127, 127).astype(np.int8)
-        numbers, stored = stored, stored.astype(page_dtype)
-        if own is not None:
-            stored = np.concatenate([stored, own.view(np.uint8)], axis=-1)
+            numbers = np.clip(np.round(numbers), -127, 127).astype(np.int8)
+        stored = numbers = numbers.astype(np.int8 if page_dtype == np.uint8 else page_dtype)
+        if page_dtype == np.uint8:
+            stored = np.concatenate([numbers.view(np.uint8), own.view(np.uint8)], axis=-1)
         for position in range(kv_len - q_len):
             page = tables[index][position // sizes.page_size]
             pages[layer, page, :, :, position % sizes.page_size] = stored[:, position]
-        history.append((stored if own is None else numbers.astype(np.float32) * own).astype(np.float64))
+        history.append(numbers.astype(np.float64) * own)
         slots.append(stored.view(np.uint16) if sizes.page_dtype == "uint16" else stored)
         row += q_len
 

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Sequence
 
 from pallas_kernels.cpu_ffi.bridge import Frame
-from pallas_kernels.cpu_ffi.emit import F32, I1, I8, I64, Emitter, Value
+from pallas_kernels.cpu_ffi.emit import F32, I1, I8, I64, Emitter, Ptr, Value
 from pallas_kernels.paged_attention.cpu_softmax import (
     GROUP_ROWS,
     SPLIT_KEYS,
@@ -28,6 +28,14 @@ SPLIT_TASKS = 32  # with fewer (item, head) pairs than this, threads share decod
 COPY_BYTES = 64  # bytes per step of a page copy
 
 
+def store_scale(k: Emitter, a: Frame, source: Ptr, block: Ptr, offset: Value, variant: Variant) -> Value:
+    """Stores the scale of a token's head, as `pages.to_page_dtype` computes it; returns what its numbers are multiplied by."""
+    parts = [k.abs(source.load(i, k.lanes)) for i in range(0, variant.head_dim, k.lanes)]
+    own = k.max_lanes(functools.reduce(k.max, parts)) * (1 / 127)
+    own_scales(a, block, variant)[offset] = own
+    return k.select(own >= SMALLEST_SCALE, k.const(F32, 1.0) / own, 0.0)
+
+
 def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
     """Stores the new K and V of WRITE_ROWS token rows; zeroes the output of padding rows."""
     d, lanes = variant.head_dim, k.lanes
@@ -41,12 +49,7 @@ def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
                     for which, (new, scale) in enumerate(((a.k_new, a.k_scale), (a.v_new, a.v_scale))):
                         block = page_block(k, a, page, which, head, variant)
                         source = new + (row * a.Hkv + head) * d
-                        inverse = None
-                        if variant.own_scales:
-                            parts = [k.abs(source.load(i, lanes)) for i in range(0, d, lanes)]
-                            own = k.max_lanes(functools.reduce(k.max, parts)) * (1 / 127)
-                            own_scales(a, block, variant)[offset] = own
-                            inverse = k.select(own >= SMALLEST_SCALE, k.const(F32, 1.0) / own, 0.0)
+                        inverse = store_scale(k, a, source, block, offset, variant) if variant.own_scales else None
                         for i in range(0, d, lanes):
                             x = source.load(i, lanes)
                             if inverse is not None:

@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention.gpu_merge import LOG2_E, merge_splits
 from pallas_kernels.paged_attention.gpu_units import Part, make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import write_rows
 from pallas_kernels.paged_attention.options import AttentionOptions
-from pallas_kernels.paged_attention.pages import itemsize_of, why_not_plain
+from pallas_kernels.paged_attention.pages import CPU_DTYPES, itemsize_of, why_not_plain
 from pallas_kernels.paged_attention.plan import AttentionPlan
 from pallas_kernels.triton_offsets import why_not_offsets
 
@@ -38,7 +38,7 @@ def why_not(case: Case) -> str | None:
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     if reason := why_not_plain(pages, num_kv_heads, head_dim, dtype):
         return reason
-    if dtype in ("uint16", "uint8"):
+    if dtype in CPU_DTYPES:
         return f"reads pages of bfloat16 and int8 as such: {dtype} is for the CPU"
     if reason := why_not_offsets(pages, itemsize_of(dtype)):
         return reason
@@ -239,11 +239,12 @@ def _attend(
             index = lax.div(key, jnp.int32(page_size))
             page = plgpu.load(block_tables.at[seq, index], mask=key < last_key, other=0)[:, None]
             offset = lax.rem(key, jnp.int32(page_size))[:, None]
+        at = pages.at[layer, page, which, kv_head, offset, column]
+        if not edge and head_dim == column.size:
+            return plgpu.load(at).astype(dtype)
         # What lies past the last key may be anything, NaN included, and 0 * NaN is NaN.
         valid = (key < last_key)[:, None] & in_head if edge else jnp.broadcast_to(in_head, (key.size, column.size))
-        at, zero = pages.at[layer, page, which, kv_head, offset, column], jnp.zeros((), pages.dtype)
-        all_valid = not edge and head_dim == column.size
-        return (plgpu.load(at) if all_valid else plgpu.load(at, mask=valid, other=zero)).astype(dtype)
+        return plgpu.load(at, mask=valid, other=jnp.zeros((), pages.dtype)).astype(dtype)
 
     def block(index: jax.Array, state: tuple[jax.Array, ...], edge: bool) -> tuple[jax.Array, ...]:
         maximum, total, acc = state
@@ -272,11 +273,11 @@ def _attend(
     turns = lax.div(jnp.maximum(last_key - first_key, 0) + (blocks.keys - 1), jnp.int32(blocks.keys))
     # Blocks that every row sees whole need no masks; with a window few are.
     seen_by_all = jnp.minimum(last_key, first_position + lax.div(first_query, jnp.int32(group)) + 1) - first_key
-    whole = jnp.int32(0) if window is not None else lax.div(jnp.maximum(seen_by_all, 0), jnp.int32(blocks.keys))
-    state = maximum, total, acc
+    state, edge = (maximum, total, acc), jnp.int32(0)
     if window is None:
-        state = lax.fori_loop(jnp.int32(0), whole, functools.partial(block, edge=False), state)
-    maximum, total, acc = lax.fori_loop(whole, turns, functools.partial(block, edge=True), state)
+        edge = lax.div(jnp.maximum(seen_by_all, 0), jnp.int32(blocks.keys))
+        state = lax.fori_loop(jnp.int32(0), edge, functools.partial(block, edge=False), state)
+    maximum, total, acc = lax.fori_loop(edge, turns, functools.partial(block, edge=True), state)
 
     factor = ins["v_scale"][0] if "v_scale" in ins else 1.0
     result = acc * (factor / jnp.where(total > 0, total, 1.0))[:, None]

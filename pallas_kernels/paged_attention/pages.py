@@ -34,6 +34,7 @@ KV_HEADS_AXIS = 3
 
 # uint16 holds the bits of bfloat16 numbers, uint8 int8 numbers with scales of their own, see kv_pool_dtype.
 POOL_DTYPES = ("float32", "bfloat16", "uint16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
+CPU_DTYPES = ("uint16", "uint8")
 
 
 def kv_pool_shape(

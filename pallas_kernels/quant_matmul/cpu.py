@@ -13,7 +13,7 @@ from pallas_kernels import cpu_ffi, tuned
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.inputs import Norm, prepared
-from pallas_kernels.quant_matmul.tiles import TILE_GROUP
+from pallas_kernels.quant_matmul.tiles import TILE_GROUP, TOGETHER
 
 TILE_SOURCES = tuple(
     f"{name}.py"
@@ -100,7 +100,7 @@ def quant_matmul(
 
 def places(rows: int) -> int:
     """Returns the number of places for the rows of a group; few rows lie close together."""
-    return rows if rows <= TILE_GROUP // 2 else TILE_GROUP
+    return rows if rows <= TOGETHER else TILE_GROUP
 
 
 @cache

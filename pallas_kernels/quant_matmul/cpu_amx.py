@@ -18,6 +18,8 @@ AMX_ROWS = 16
 """Rows of activations of a product."""
 KEPT_TILES = 16
 """Most tiles of sums (1 KB each) that wait: with weights and activations they stay in the L1 cache."""
+MOST_RUNS = 8
+"""Most runs that are under way: as many as a block has of the kinds with scales that are kept."""
 _A, _B = 6, 7  # registers of activations and weights; sums have those from 0
 _SUMS = AMX_ROWS * AMX_ROWS
 _ROW_BYTES = 64
@@ -33,7 +35,7 @@ class TileProducts:
 
     def __init__(self, k: Emitter, digits: int, halves: int) -> None:
         self.k, self.digits, self.halves = k, digits, halves
-        self.runs = min(8, 1 << (KEPT_TILES // (digits * halves)).bit_length() - 1)
+        self.runs = min(MOST_RUNS, 1 << (KEPT_TILES // (digits * halves)).bit_length() - 1)
         self.columns = 8 // halves
         self.weights = k.scratch(I8, self.runs * 8 * _ROW_BYTES)
         self.results = k.scratch(I32, self.runs * digits * halves * _SUMS)

@@ -23,7 +23,7 @@ from pallas_kernels.quant_matmul.cpu_dot import by_pairs, dot, pair_sums, word_s
 from pallas_kernels.quant_matmul.cpu_tasks import task_rows
 from pallas_kernels.quant_matmul.cpu_tile_kinds import KINDS, View
 from pallas_kernels.quant_matmul.formats import BlockFormat
-from pallas_kernels.quant_matmul.tiles import ROWS
+from pallas_kernels.quant_matmul.tiles import ROWS, TOGETHER
 from pallas_kernels.quant_matmul.tiles import TILE_GROUP as GROUP
 
 MAX_TASK_ROWS = 1024  # for M = 1: long runs of memory
@@ -31,7 +31,6 @@ TASK_BYTES = 384 << 10  # of weights, for M > 1: they stay in the L2 cache besid
 FETCH_AHEAD = 4096  # bytes: some 300 ns of one core
 LINE = 64  # bytes of a cache line
 PAIR_SUMS = 12  # of 16 vector registers
-TOGETHER = 8  # rows of activations
 AT_ONCE = 8  # rows whose sums by AMX are read together: with all of them registers run out
 Scales = tuple[list[Value], list[Value]]
 

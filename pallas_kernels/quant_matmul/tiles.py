@@ -16,6 +16,8 @@ import numpy as np
 ROWS = 16
 TILE_GROUP = 16
 """Activation rows that lie together, block by block."""
+TOGETHER = 8
+"""Activation rows that are multiplied together without AMX; where there are no more, a group has only their places."""
 SEGMENTS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "q4_0": ((0, 2, 2), (2, 16, 4)),
     "q4_1": ((0, 4, 2), (4, 16, 4)),

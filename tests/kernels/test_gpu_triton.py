@@ -26,6 +26,7 @@ from pallas_kernels.paged_attention.gpu_copy import copy_pages
 from pallas_kernels.paged_attention.gpu_units import make_units, partial_slots
 from pallas_kernels.paged_attention.gpu_write import round_half_even
 from pallas_kernels.paged_attention.options import by_keyword
+from pallas_kernels.paged_attention.pages import CPU_DTYPES
 from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
 from pallas_kernels.targets import TARGETS, environment, why_not
 from tests.kernels.test_paged_attention import num_rows, textbook
@@ -84,9 +85,7 @@ def test_interpreted_kernel_is_the_textbook(name: str) -> None:
 
 
 OTHERS = [
-    name
-    for name, case in CASES.items()
-    if case.sizes.page_dtype not in ("uint16", "uint8") and name not in (*DEFAULT, *KINDS)
+    name for name, case in CASES.items() if case.sizes.page_dtype not in CPU_DTYPES and name not in (*DEFAULT, *KINDS)
 ]
 WITHOUT_SPLITS = Blocks(tile=32, keys=16, warps=4, stages=1, split_keys=64, max_splits=1, programs=0)
 

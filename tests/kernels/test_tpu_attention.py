@@ -15,11 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.paged_attention import paged_attention, tpu, tpu_copy
 from pallas_kernels.paged_attention.cases import CASES, Inputs, build
 from pallas_kernels.paged_attention.options import by_keyword
-from pallas_kernels.paged_attention.pages import kv_pool_shape, pack_tokens, plain_to_tpu, tpu_to_plain
+from pallas_kernels.paged_attention.pages import CPU_DTYPES, kv_pool_shape, pack_tokens, plain_to_tpu, tpu_to_plain
 from pallas_kernels.paged_attention.tpu_words import number_of_word, pack_words
 from pallas_kernels.targets import TARGETS
 
-TPU_CASES = [name for name, case in CASES.items() if case.sizes.page_dtype not in ("uint16", "uint8")]  # a CPU matter
+TPU_CASES = [name for name, case in CASES.items() if case.sizes.page_dtype not in CPU_DTYPES]  # a CPU matter
 # Together: both phases, windows, soft-caps, sinks, scales, heads under 64 and over, all packings, pages of 16 to 64.
 QUICK = ("everything", "gqa4_head_128_bf16_pages", "int8_pages_scales")
 

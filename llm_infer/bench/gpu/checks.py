@@ -19,6 +19,7 @@ from pallas_kernels.grouped_matmul import reference as grouped_reference
 from pallas_kernels.paged_attention import gpu_copy, reference
 from pallas_kernels.paged_attention.cases import CASES, AttentionCase, Inputs, build
 from pallas_kernels.paged_attention.options import by_keyword
+from pallas_kernels.paged_attention.pages import CPU_DTYPES
 from pallas_kernels.scaled_matmul import gpu_triton as scaled_triton
 from pallas_kernels.scaled_matmul import quantise
 from pallas_kernels.scaled_matmul import reference as scaled_reference
@@ -28,7 +29,7 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 1.5e-2}
 
 def correctness(setting: Setting) -> Iterator[Row]:
     """Yields each implementation's largest difference from the reference in each case; `ok` says whether it is small enough."""
-    names = [name for name, case in CASES.items() if case.sizes.page_dtype not in ("uint16", "uint8")]
+    names = [name for name, case in CASES.items() if case.sizes.page_dtype not in CPU_DTYPES]
     for rows in in_threads(functools.partial(_check_attention, setting), names[-1:] if setting.small else names):
         yield from rows
     yield {"op": "copy_pages", "case": "", "implementation": "gpu_triton"} | _reported(lambda: _check_copy(setting))
