@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,8 +77,8 @@ def dense_attend(
     return jnp.einsum("hqk,khd->qhd", weights, value).astype(query.dtype), cache
 
 
-def dense(model: LoadedModel, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits [T, V] and the output of every layer [L, T, E], without pages."""
+def dense_run(model: LoadedModel) -> Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]]:
+    """What `dense` computes, compiled once for each length."""
 
     @jax.jit
     def run(params: dict[str, jax.Array], ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -94,5 +94,13 @@ def dense(model: LoadedModel, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarra
         last, hidden = jax.lax.scan(layer, decoder.embed_tokens(ids, positions), layers)
         return decoder.logits(last), hidden
 
-    logits, hidden = run(model.params, jnp.asarray(ids, jnp.int32))
-    return np.asarray(logits), np.asarray(hidden.astype(jnp.float32))
+    def call(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        logits, hidden = run(model.params, jnp.asarray(ids, jnp.int32))
+        return np.asarray(logits), np.asarray(hidden.astype(jnp.float32))
+
+    return call
+
+
+def dense(model: LoadedModel, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [T, V] and the output of every layer [L, T, E], without pages."""
+    return dense_run(model)(ids)

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
-from gguf.quants import dequantize, quantize
+from gguf.quants import quantize
 
 from llm_infer.base.progress import Progress
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
 from llm_infer.quant import StoredWeights
 from llm_infer.weights.safetensors_files import SafetensorsSource
 from llm_infer.weights.sources import open_model, read_json, resolve
-from pallas_kernels.quant_matmul.cases import random_blocks
+from tests.models.block_files import write_llama
 from tests.models.family_checkpoints import FOLDER, dense, load
 
 LAYER = {
@@ -104,45 +104,17 @@ def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str)
         np.testing.assert_array_equal(found.params[param], values, err_msg=param)
 
 
-# Matrices of a Llama whose rows are whole blocks of every type, and a type for each: all that kernels take and no other test has.
+# A type for each matrix of a Llama: all that kernels take and no other test of this file has.
 WIDE = {
-    "token_embd": (48, "Q3_K"),
-    "blk.0.attn_q": (256, "Q2_K"),
-    "blk.0.attn_k": (128, "Q3_K"),
-    "blk.0.attn_v": (128, "IQ4_XS"),
-    "blk.0.attn_output": (256, "Q5_0"),
-    "blk.0.ffn_gate": (256, "Q5_1"),
-    "blk.0.ffn_up": (256, "IQ4_NL"),
-    "blk.0.ffn_down": (256, "MXFP4"),
+    "token_embd": "Q3_K",
+    "blk.0.attn_q": "Q2_K",
+    "blk.0.attn_k": "Q3_K",
+    "blk.0.attn_v": "IQ4_XS",
+    "blk.0.attn_output": "Q5_0",
+    "blk.0.ffn_gate": "Q5_1",
+    "blk.0.ffn_up": "IQ4_NL",
+    "blk.0.ffn_down": "MXFP4",
 }
-
-
-def write_wide_gguf(path: Path, kinds: dict[str, str] | None = None) -> None:
-    """A Llama of WIDE's matrices; `kinds` replaces types."""
-    writer, rng = GGUFWriter(path, "llama"), np.random.default_rng(0)
-    writer.add_vocab_size(WIDE["token_embd"][0])
-    writer.add_context_length(64)
-    writer.add_embedding_length(256)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(256)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    for norm in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{norm}.weight", rng.standard_normal(256).astype(np.float32))
-    for name, (rows, kind) in (WIDE | {n: (WIDE[n][0], k) for n, k in (kinds or {}).items()}).items():
-        type_ = GGMLQuantizationType[kind]
-        try:
-            raw = quantize(0.06 * rng.standard_normal((rows, 256), np.float32), type_)
-        except NotImplementedError:  # `gguf` reads more types than it writes
-            spread = dequantize(random_blocks(kind.lower(), 1, rows, 256)[0], type_).std()
-            raw = random_blocks(kind.lower(), 1, rows, 256, size=0.02 * 0.06 / spread)[0]
-        writer.add_tensor(f"{name}.weight", raw, raw_dtype=type_)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def check_same(stored: LoadedModel, read: LoadedModel) -> None:
@@ -192,17 +164,17 @@ def test_weights_that_stay_in_their_blocks_compute_the_same(
 
 @pytest.mark.skipif(compute_dtype("auto", "exact")[1] is None, reason="needs the native CPU kernels")
 def test_every_type_of_blocks_stays_as_it_is(tmp_path: Path) -> None:
-    write_wide_gguf(tmp_path / "model.gguf")
+    write_llama(tmp_path / "model.gguf", WIDE.__getitem__)
     opened, shown = open_model(resolve(str(tmp_path / "model.gguf"))), StringIO()
     stored, read = load_model(opened, stored="exact", progress=Progress(stream=shown)), load_model(opened)
     kept = {kind for value in stored.params.values() if isinstance(value, StoredWeights) for kind in value.kinds}
-    assert kept == {kind.lower() for _, kind in WIDE.values()} and not shown.getvalue()
+    assert kept == {kind.lower() for kind in WIDE.values()} and not shown.getvalue()
     check_same(stored, read)
 
 
 @pytest.mark.skipif(compute_dtype("auto", "exact")[1] is None, reason="needs the native CPU kernels")
 def test_a_type_without_a_kernel_is_read_and_named(tmp_path: Path) -> None:
-    write_wide_gguf(tmp_path / "model.gguf", {"blk.0.ffn_up": "TQ2_0"})
+    write_llama(tmp_path / "model.gguf", (WIDE | {"blk.0.ffn_up": "TQ2_0"}).__getitem__)
     opened, shown = open_model(resolve(str(tmp_path / "model.gguf"))), StringIO()
     stored, read = load_model(opened, stored="exact", progress=Progress(stream=shown)), load_model(opened)
     assert "TQ2_0" in shown.getvalue() and "Q5_1" not in shown.getvalue()
