@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
 from llm_infer.models.config import ModelConfig
 from llm_infer.weights.rules import Rule, fuse_qkv
 
@@ -22,20 +26,39 @@ def qkv_rules(config: ModelConfig, prefix: str = BLOCK) -> list[Rule]:
     return rules
 
 
-def llama_rules(config: ModelConfig) -> list[Rule]:
-    """Names all parameters of a model whose tensors are named as Llama's, but for the MLP of a mixture of experts."""
+LLAMA_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+AFTER_NORMS = {"attn_out_norm": "post_attention_layernorm", "mlp_out_norm": "post_feedforward_layernorm"}
+BOTH_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"} | AFTER_NORMS
+"""Norms of a layer → their names within it: before attention and MLP, after them, or both."""
+
+
+def add_one(tensors: Sequence[np.ndarray]) -> np.ndarray:
+    """Arranges the scales of a norm that the file holds less one."""
+    return tensors[0] + 1
+
+
+def llama_rules(config: ModelConfig, norms: Mapping[str, str] = LLAMA_NORMS) -> list[Rule]:
+    """Names all parameters of a model whose tensors are named as Llama's, but for the MLP of a mixture of experts.
+
+    `norms` are those of a layer, see LLAMA_NORMS.
+    """
     mlp = [] if config.moe is not None else ["gate", "up", "down"]
-    norms = ["q_norm", "k_norm"] if config.qk_norm else []
+    own = {f"attn.{n}": f"self_attn.{n}" for n in ("q_norm", "k_norm") if config.qk_norm or config.qk_norm_whole}
+    scales = {f"layers.{name}.weight": f"{BLOCK}{source}.weight" for name, source in (norms | own).items()}
+    scales["final_norm.weight"] = "model.norm.weight"
     head = [] if config.tie_word_embeddings else [Rule("head.weight", ("lm_head.weight",))]
+    biases = ["self_attn.o"] if config.output_bias else []
+    biases += [f"mlp.{n}" for n in mlp] if config.mlp_bias else []
     return [
         Rule("embed.weight", ("model.embed_tokens.weight",)),
-        Rule("layers.attn_norm.weight", (BLOCK + "input_layernorm.weight",)),
+        *(
+            Rule(name, (tensor,), arrange=add_one if config.add_one_to_norms else None)
+            for name, tensor in scales.items()
+        ),
         *qkv_rules(config),
-        *(Rule(f"layers.attn.{n}.weight", (f"{BLOCK}self_attn.{n}.weight",)) for n in norms),
         Rule("layers.attn.o.weight", (BLOCK + "self_attn.o_proj.weight",)),
-        Rule("layers.mlp_norm.weight", (BLOCK + "post_attention_layernorm.weight",)),
         *(Rule(f"layers.mlp.{n}.weight", (f"{BLOCK}mlp.{n}_proj.weight",)) for n in mlp),
-        Rule("final_norm.weight", ("model.norm.weight",)),
+        *(Rule(f"layers.{n.replace('self_', '')}.bias", (f"{BLOCK}{n}_proj.bias",)) for n in biases),
         *head,
     ]
 

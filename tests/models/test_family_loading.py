@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from llm_infer.base.errors import ModelError, UserError
 from llm_infer.models.load import compute_dtype, load_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 from tests.models.family_checkpoints import FOLDER, NAMES, load
 
 
@@ -41,8 +42,8 @@ def test_missing_surplus_and_misshapen_tensors(name: str, tmp_path: Path) -> Non
     check_error(directory, rf"missing \(1\): {block}self_attn.v_proj.weight$")
 
     directory = copy(name, tmp_path / "surplus")
-    change(directory, lambda tensors: tensors.update({block + "self_attn.sinks": np.zeros(4, np.float32)}))
-    check_error(directory, rf"surplus \(1\): {block}self_attn.sinks$")
+    change(directory, lambda tensors: tensors.update({block + "self_attn.twist": np.zeros(4, np.float32)}))
+    check_error(directory, rf"surplus \(1\): {block}self_attn.twist$")
 
     directory = copy(name, tmp_path / "shape")
     change(

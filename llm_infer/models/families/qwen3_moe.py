@@ -11,9 +11,17 @@ from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, llama_rules
+from llm_infer.weights.gguf_names import DENSE_LAYER, QK_NORMS, GGUFNames
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
+GGUF = GGUFNames(
+    "qwen3_moe",
+    {name: hf for name, hf in (DENSE_LAYER | QK_NORMS).items() if not hf.startswith("mlp.")}
+    | {"ffn_gate_inp": "mlp.gate"},
+    bias_keys=("attention_bias",),
+    experts=True,
+)
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
@@ -38,7 +46,16 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         intermediate_size=reader.integer("moe_intermediate_size"),
         norm_topk_prob=reader.flag("norm_topk_prob", False),
     )
-    result = ModelConfig("Qwen3MoeForCausalLM", **reader.llama_like(), qk_norm=True, moe=moe, fused_qkv=fused_qkv)
+    biased = reader.flag("attention_bias", False)
+    result = ModelConfig(
+        "Qwen3MoeForCausalLM",
+        **reader.llama_like(),
+        qkv_bias=biased,
+        output_bias=biased,
+        qk_norm=True,
+        moe=moe,
+        fused_qkv=fused_qkv,
+    )
     reader.finish()
     return result
 
