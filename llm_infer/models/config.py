@@ -174,8 +174,8 @@ class ModelConfig:
             raise ModelError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        for rope in {self.rope, *self.layer_ropes} - {None}:
-            if (rotated := rope.rotated(self.head_dim)) % 2 or not 0 < rotated <= self.head_dim:
+        for rope in (self.rope, *self.layer_ropes):
+            if rope is not None and ((rotated := rope.rotated(self.head_dim)) % 2 or not 0 < rotated <= self.head_dim):
                 raise ModelError(
                     f"head_dim={self.head_dim}: rotary embedding of {rotated} elements of each head needs an even number "
                     f"from 2 to {self.head_dim}"

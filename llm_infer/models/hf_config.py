@@ -268,11 +268,11 @@ class ConfigReader:
             raise ModelError(f"config.json: {key}={value!r:.60} is not supported, expected one of {list(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
-    def llama_like(self) -> dict[str, Any]:
-        """Reads the fields of `ModelConfig` that all Llama-like configs spell the same way."""
+    def llama_like(self, *, partial: bool = False) -> dict[str, Any]:
+        """Reads the fields of `ModelConfig` that all Llama-like configs spell the same way; `partial` as for `rope`."""
         return {
             **self.sizes(),
-            "rope": self.rope(),
+            "rope": self.rope(partial=partial),
             "activation": self.activation(),
             "tie_word_embeddings": self.flag("tie_word_embeddings", False),
         }

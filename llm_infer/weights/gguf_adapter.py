@@ -101,7 +101,8 @@ def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) ->
             )
     heads, width = integer("attention.head_count"), integer("embedding_length")
     head_dim = integer("attention.key_length", max(width // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    rotated = integer("rope.dimension_count", head_dim)
+    for key in ("attention.value_length", *(() if architecture.partial_rotary else ("rope.dimension_count",))):
         if (found := integer(key, head_dim)) != head_dim:
             raise ModelError(f"{file.path}: metadata {prefix + key}={found}, expected the head size {head_dim}")
     theta = number("rope.freq_base", 10000.0)
@@ -119,9 +120,11 @@ def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) ->
         "max_position_embeddings": integer("context_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": theta,
-        "rope_scaling": rope_scaling(file, prefix, theta, head_dim, file.tensors.get(_ROPE_FACTORS)),
+        "rope_scaling": rope_scaling(file, prefix, theta, rotated, file.tensors.get(_ROPE_FACTORS)),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    if architecture.partial_rotary:
+        config["partial_rotary_factor"] = rotated / head_dim
     for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
         if key in architecture.bias_keys:
             config[key] = tensor in file.tensors

@@ -26,6 +26,7 @@ from tests.models.family_checkpoints import FOLDER, dense, load
 INTERLEAVED = ("llama", "granite", "smollm3")
 MORE_NUMBERS = {
     "sliding_window": "add_sliding_window",
+    "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
     "attn_logit_softcapping": "add_attn_logit_softcapping",
     "final_logit_softcapping": "add_final_logit_softcapping",
     "attention_multiplier": "add_attention_scale",
@@ -67,13 +68,16 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        size = config.get("head_dim", config["hidden_size"] // heads)
+        writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
     for key, method in MORE_NUMBERS.items():
         if config.get(key) is not None:
             getattr(writer, method)(config[key])
     kinds = config.get("layer_types") or []
     if "sliding_attention" in kinds:
         writer.add_sliding_window_pattern([each == "sliding_attention" for each in kinds])
-    experts = config.get("num_local_experts", 0)
+    experts = config.get("num_local_experts", config.get("num_experts", 0))
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
@@ -126,7 +130,8 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         *(("qwen2_gqa", "qwen2"), ("qwen3_mha", "qwen3"), ("qwen3_moe_gqa", "qwen3moe")),
         *(("gemma2_gqa", "gemma2"), ("gemma3_gqa", "gemma3"), ("gpt_oss_mha", "gpt-oss")),
         *(("granite_mha", "granite"), ("granite_gqa", "granite"), ("smollm3_mha", "smollm3")),
-        *(("olmo2_gqa", "olmo2"), ("olmo3_mha", "olmo2")),
+        *(("olmo2_gqa", "olmo2"), ("olmo3_mha", "olmo2"), ("glm4_mha", "glm4"), ("glm4_gqa", "glm4")),
+        *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
     ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:

@@ -113,7 +113,8 @@ def test_keys_that_change_nothing_pass_and_others_do_not(name: str) -> None:
         *({"is_encoder_decoder": True}, {"quantization_config": {"quant_method": "awq"}}, {"unknown": False}),
         *({"embedding_multiplier": True}, {"final_logit_softcapping": 30.0}),
     ):
-        if not change.keys() & read:
+        turns_a_part = name.startswith(("glm4", "phi3")) and "partial_rotary_factor" in change
+        if not change.keys() & read and not turns_a_part:
             with pytest.raises(ModelError, match=rf"config\.json.*{next(iter(change))}"):
                 config_of(name, change)
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.families.gpt_oss_tensors import ExpertTensors
 from llm_infer.models.hf_config import ConfigReader
-from llm_infer.models.names import BLOCK, LLAMA_IGNORED, llama_rules
+from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
 from llm_infer.weights.gguf_names import DENSE_LAYER, WINDOW_KEYS, GGUFNames
 from llm_infer.weights.rules import Rule
 
@@ -96,20 +94,9 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """Names Llama's tensors, sinks, router, and the experts' matrices and biases stacked below each other."""
-    assert config.moe is not None
-    experts = range(config.moe.num_experts)
+    """Names Llama's tensors, sinks, router and experts."""
     return [
         *llama_rules(config),
         Rule("layers.attn.sinks", (BLOCK + "self_attn.sinks",)),
-        *(Rule(f"layers.mlp.router.{part}", (f"{BLOCK}mlp.router.{part}",)) for part in ("weight", "bias")),
-        *(
-            Rule(
-                f"layers.mlp.{name}.{part}",
-                tuple(f"{BLOCK}mlp.experts.{x}.{name}_proj.{part}" for x in experts),
-                arrange=np.concatenate,
-            )
-            for name in ("gate", "up", "down")
-            for part in ("weight", "bias")
-        ),
+        *expert_rules(config, "mlp.router", parts=("weight", "bias")),
     ]

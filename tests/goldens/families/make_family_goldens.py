@@ -18,6 +18,8 @@ from transformers import (
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
@@ -26,14 +28,20 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -62,6 +70,13 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+QWEN_EXPERTS = {
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
 }
 YARN = {
     "rope_type": "yarn",
@@ -282,6 +297,42 @@ MODELS = {
                 "full_attention": {**YARN},
                 "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
             },
+        ),
+    ),
+    "mixtral_mha": (MixtralForCausalLM, MixtralConfig(**COMMON, **MHA, intermediate_size=16, sliding_window=6)),
+    "mixtral_gqa": (
+        MixtralForCausalLM,
+        MixtralConfig(**COMMON, **GQA, head_dim=16, intermediate_size=32, num_local_experts=4, num_experts_per_tok=3),
+    ),
+    "qwen2_moe_mha": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**COMMON, **MHA, **QWEN_EXPERTS)),
+    "qwen2_moe_gqa": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig(**COMMON, **GQA, **QWEN_EXPERTS, norm_topk_prob=True, tie_word_embeddings=True),
+    ),
+    "phi3_mha": (
+        Phi3ForCausalLM,
+        Phi3Config(**{**COMMON, "pad_token_id": 0}, **MHA, intermediate_size=64, sliding_window=7),
+    ),
+    "phi3_gqa": (
+        Phi3ForCausalLM,
+        Phi3Config(
+            **{**COMMON, **GQA, "hidden_size": 64, "pad_token_id": 0},
+            intermediate_size=64,
+            partial_rotary_factor=0.75,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "glm4_mha": (
+        Glm4ForCausalLM,
+        Glm4Config(**{**COMMON, "pad_token_id": 0}, **MHA, head_dim=16, intermediate_size=64, attention_bias=False),
+    ),
+    "glm4_gqa": (
+        Glm4ForCausalLM,
+        Glm4Config(
+            **{**COMMON, **GQA, "num_hidden_layers": 3, "pad_token_id": 0},
+            head_dim=16,
+            intermediate_size=64,
+            partial_rotary_factor=0.25,
         ),
     ),
 }
