@@ -5,6 +5,8 @@ The file is under Gemma's terms, so it is not fetched: LLM_INFER_TEST_GEMMA3 is 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 from llm_infer import LLM, SamplingParams
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
 from llm_infer.models.opened import open_model
+from llm_infer.text.tokenizer import Tokenizer
+from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.sources import resolve
 from tests.engine.engines import EngineFactory, greedy
 from tests.golden_tokens import CLOSE_CALL, assert_same_tokens, load_goldens
@@ -61,6 +65,18 @@ def test_chunks_and_preemption(make_engine: EngineFactory) -> None:
 def test_alone_with_several_steps(make_engine: EngineFactory) -> None:
     engine = make_engine(chunk=256, seqs=1, cache=False, steps=4)
     assert assert_same_tokens(GOLDENS, [LONG[0], 7], partial(greedy, engine)) <= MAX_FORCED
+
+
+def test_ids_are_those_of_llamacpp() -> None:
+    """Six characters of a digest stand for the ids of each text (see make_vocabulary_goldens.py)."""
+    folder = Path(__file__).parents[1] / "goldens"
+    texts = json.loads((folder / "tokenizer_llamacpp.json").read_text(encoding="utf-8"))["texts"]
+    digests = json.loads((folder / "gemma3_tokenizer.json").read_text())
+    tokenizer = Tokenizer.from_gguf(GGUFFile(GIVEN).metadata)
+    for special in (True, False):
+        found = [tokenizer.encode(text, add_special_tokens=special, parse_special=special) for text in texts]
+        short = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:6] for ids in found]
+        assert short == digests[f"{special} {special}"].split()
 
 
 def test_text_in_and_out() -> None:
