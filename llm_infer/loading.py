@@ -11,12 +11,13 @@ from llm_infer.base.errors import ModelError, UserError
 from llm_infer.base.progress import Progress
 from llm_infer.config import ONE_DEVICE, ParallelConfig
 from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, dummy_source, load_model, save_model
+from llm_infer.models.opened import OpenModel, open_model, tokenizer_files
 from llm_infer.models.registry import family
 from llm_infer.text.byte_tokenizer import byte_tokenizer
 from llm_infer.text.tokenizer import Tokenizer
 from llm_infer.weights.checkpoint_writer import checked_destination
 from llm_infer.weights.orbax_checkpoint import DTYPES
-from llm_infer.weights.sources import OpenModel, open_model, resolve, tokenizer_files
+from llm_infer.weights.sources import resolve
 
 LOAD_FORMATS = ("auto", "dummy")
 

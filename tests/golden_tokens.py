@@ -24,9 +24,9 @@ class Goldens:
     stride: int
 
 
-def load_goldens() -> Goldens:
-    """The default model's goldens."""
-    data = np.load(Path(__file__).parent / "goldens" / "smollm2_greedy.npz")
+def load_goldens(name: str = "smollm2") -> Goldens:
+    """The default model's goldens, or another's."""
+    data = np.load(Path(__file__).parent / "goldens" / f"{name}_greedy.npz")
     return Goldens(
         json.loads(str(data["prompt_ids"])), data["tokens"], data["margins"], data["last_logits"], int(data["stride"])
     )

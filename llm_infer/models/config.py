@@ -9,12 +9,19 @@ from llm_infer.base.errors import ModelError, UserError
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al., RoFormer, 2021) with the frequency scaling of Llama 3.1.
+    """Rotary position embedding (Su et al., RoFormer, 2021) and how its frequencies are scaled.
 
     Attributes:
         theta: base of the frequencies.
-        factor: Llama 3 scaling: low frequencies are divided by it (1 = no scaling).
-        low_freq_factor, high_freq_factor, original_max_position: where the scaling sets in (Llama 3.1 release notes).
+        factor: by which low frequencies are divided, or all of them with "linear" (1 = no scaling).
+        low_freq_factor, high_freq_factor: of "llama3": where the scaling sets in (Llama 3.1 release notes).
+        original_max_position: context that the model was trained with before the scaling.
+        kind: "llama3", "linear" or "yarn".
+        fraction: of each head's elements that are rotated, the first ones.
+        beta_fast, beta_slow: of "yarn": rotations within the original context from which a frequency stays, and up to
+            which it is divided by `factor` (Peng et al., 2023, section 3.2).
+        truncate: of "yarn": the bounds between them are rounded to whole elements.
+        amplitude: by which cosine and sine are multiplied.
     """
 
     theta: float = 10000.0
@@ -22,6 +29,16 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    kind: str = "llama3"
+    fraction: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    amplitude: float = 1.0
+
+    def rotated(self, head_dim: int) -> int:
+        """Returns how many elements of a head are rotated."""
+        return int(head_dim * self.fraction)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +48,19 @@ class MoEConfig:
     Attributes:
         num_experts, experts_per_token, intermediate_size: X, K, and F of one expert.
         norm_topk_prob: the K weights of a token are divided by their sum.
+        router_bias, expert_biases: the router, and the experts' matrices, have biases.
+        shared_size: F of the expert that every token runs through beside its own; 0 for none.
+        shared_gate: what that expert computes is multiplied by the sigmoid of a number for each token.
     """
 
     num_experts: int
     experts_per_token: int
     intermediate_size: int
     norm_topk_prob: bool = True
+    router_bias: bool = False
+    expert_biases: bool = False
+    shared_size: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self) -> None:
         if self.experts_per_token > self.num_experts:
@@ -86,9 +110,24 @@ class ModelConfig:
         max_position_embeddings: context length in tokens.
         norm_eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
         rope: rotary positions; None for models that learn their positions.
+        layer_ropes: rotary positions of each layer, None for layers without; empty where all layers have `rope`.
         tie_word_embeddings: the output head is the embedding matrix.
         qkv_bias: the query, key and value projections have biases.
+        output_bias: the output projection of attention has one.
+        mlp_bias: the matrices of the MLP have biases.
         qk_norm: queries and keys are RMS-normalised per head before the rotation.
+        qk_norm_whole: they are normalised over all heads together instead.
+        norms: where a layer's norms are: "before" attention and MLP, "after" them, before the sum, or "both".
+        add_one_to_norms: the file holds the norms' scales less one; the parameters are float32.
+        activation: of the MLP, between two matrices and a third: a key of `layers.ACTIVATIONS`.
+        swiglu_limit, swiglu_slope: of the activation "clamped", see `layers.clamped`.
+        sinks: attention has a learned score per head that takes part in the softmax without a value.
+        embedding_scale: by which embeddings are multiplied before the first layer.
+        residual_scale: by which the results of attention and MLP are multiplied before they are added.
+        attention_scale: of the scores; None for head_dim ** -0.5.
+        attention_softcap: c in c · tanh(score / c); None for none.
+        logit_scale: by which logits are multiplied.
+        logit_softcap: c in c · tanh(logit / c); None for none.
         windows: tokens that the rows of each layer see, themselves included; None for all. Empty where all layers see all.
         moe: experts in place of the MLP; `intermediate_size` is then not used.
         fused_qkv: query, key and value projections are one matrix, rows grouped per KV head [q…q|k|v].
@@ -106,9 +145,25 @@ class ModelConfig:
     max_position_embeddings: int
     norm_eps: float = 1e-5
     rope: RopeConfig | None = RopeConfig()
+    layer_ropes: tuple[RopeConfig | None, ...] = ()
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
+    qk_norm_whole: bool = False
+    norms: str = "before"
+    add_one_to_norms: bool = False
+    activation: str = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_slope: float = 1.702
+    sinks: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     windows: tuple[int | None, ...] = ()
     moe: MoEConfig | None = None
     fused_qkv: bool = True
@@ -119,8 +174,16 @@ class ModelConfig:
             raise ModelError(
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2 and self.rope is not None:
-            raise ModelError(f"head_dim={self.head_dim} is odd: rotary embedding needs an even head size")
+        for rope in (self.rope, *self.layer_ropes):
+            if rope is not None and ((rotated := rope.rotated(self.head_dim)) % 2 or not 0 < rotated <= self.head_dim):
+                raise ModelError(
+                    f"head_dim={self.head_dim}: rotary embedding of {rotated} elements of each head needs an even number "
+                    f"from 2 to {self.head_dim}"
+                )
+        if len({rope.rotated(self.head_dim) for rope in self.layer_ropes if rope is not None}) > 1:
+            raise ModelError("all layers with rotary positions must rotate as many elements of a head")
+        if len(self.layer_ropes) not in (0, self.num_layers):
+            raise ModelError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if self.windows and (
             len(self.windows) != self.num_layers or any(w is not None and w < 1 for w in self.windows)
         ):

@@ -13,7 +13,7 @@ from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import MAX_INTEGER
 from llm_infer.models.registry import family
 
-_MAY_BE_ZERO = ("embedding_size",)  # embeddings as wide as the model
+_MAY_BE_ZERO = ("embedding_size", "shared_size")  # embeddings as wide as the model; no shared expert
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

@@ -14,16 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.experts import ExpertsMLP
-from llm_infer.models.layers import (
-    Embedding,
-    Layer,
-    Linear,
-    Normed,
-    RMSNorm,
-    rope_angles,
-    rope_frequencies,
-    rotate,
-)
+from llm_infer.models.layers import Embedding, Layer, Linear, Normed, RMSNorm, gated, parameter, softcap
+from llm_infer.models.rotary import Angles, angles_of, rotate
+from llm_infer.models.rotary import angles as rope_angles
 
 Cache = Any
 """Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked pools, by group of layers."""
@@ -57,14 +50,17 @@ EVERYTHING = 2**30
 LayerLoop = int | Literal["unroll"]
 """Layers that one iteration of the loop over layers computes, or "unroll": no loop, every layer's number is a constant."""
 
-Angles = tuple[Float[Array, "T H"], Float[Array, "T H"]] | None
-"""Cosine and sine of each position's rotation, [T, D/2]; None for models without rotary positions."""
+
+def norm(config: ModelConfig, layers: int | None, features: int, axis: str = "embed", *, dtype: DTypeLike) -> RMSNorm:
+    """Declares the RMSNorm of a model. Where one is added to the scales, no narrower type than float32 holds the sum."""
+    kept = jnp.float32 if config.add_one_to_norms else dtype
+    return RMSNorm(layers, features, axis=axis, eps=config.norm_eps, dtype=kept)
 
 
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023); the cache and what attends over it are the caller's."""
 
-    def __init__(self, config: ModelConfig, *, output_bias: bool = False, dtype: DTypeLike) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         layers, width = config.num_layers, config.hidden_size
         query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         bias = config.qkv_bias
@@ -80,13 +76,18 @@ class Attention(nnx.Module):
             width,
             query_rows,
             axes=("embed", "heads"),
-            bias=output_bias,
+            bias=config.output_bias,
             reduce=config.shards.axes,
             dtype=dtype,
         )
         if config.qk_norm:
-            self.q_norm = RMSNorm(layers, config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype)
-            self.k_norm = RMSNorm(layers, config.head_dim, axis="head_dim", eps=config.norm_eps, dtype=dtype)
+            self.q_norm = norm(config, layers, config.head_dim, "head_dim", dtype=dtype)
+            self.k_norm = norm(config, layers, config.head_dim, "head_dim", dtype=dtype)
+        if config.qk_norm_whole:
+            self.q_norm = norm(config, layers, query_rows, "heads", dtype=dtype)
+            self.k_norm = norm(config, layers, kv_rows, "kv_heads", dtype=dtype)
+        if config.sinks:
+            self.sinks = parameter((layers, config.num_heads), ("layers", "heads"), dtype=dtype, std=1.0)
         self.config = config
 
     def project(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> tuple[Array, Array, Array]:
@@ -104,16 +105,30 @@ class Attention(nnx.Module):
     def options(self, layer: Layer) -> dict[str, Any]:
         """Returns what a layer's `attend` is told beside the arrays; a family may override it."""
         config = self.config
-        return {"scale": config.head_dim**-0.5, "window": window_of(config.windows, layer)}
+        scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        found: dict[str, Any] = {"scale": scale, "window": window_of(config.windows, layer)}
+        if config.attention_softcap is not None:
+            found["softcap"] = config.attention_softcap
+        if config.sinks:
+            found["sinks"] = lax.dynamic_index_in_dim(self.sinks[...], layer, keepdims=False).astype(jnp.float32)
+        return found
+
+    def normed(self, query: Array, key: Array, layer: Layer) -> tuple[Array, Array]:
+        """Normalises queries and keys, where the model does."""
+        if self.config.qk_norm:
+            return self.q_norm(query, layer), self.k_norm(key, layer)
+        if self.config.qk_norm_whole:
+            axes = self.config.shards.axes
+            return self.q_norm.over_heads(query, layer, axes), self.k_norm.over_heads(key, layer, axes)
+        return query, key
 
     def __call__(
         self, x: Float[Array, "T E"] | Normed, angles: Angles, cache: Cache, layer: Layer, attend: Attend
     ) -> tuple[Float[Array, "T E"], Cache]:
         query, key, value = self.project(x, layer)
-        if self.config.qk_norm:
-            query, key = self.q_norm(query, layer), self.k_norm(key, layer)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+        query, key = self.normed(query, key, layer)
+        if (own := angles_of(self.config, angles, layer)) is not None:
+            query, key = rotate(query, own), rotate(key, own)
         out, cache = attend(query, key, value, cache, layer, **self.options(layer))
         return self.o(rearrange(out, "t h d -> t (h d)"), layer), cache
 
@@ -126,16 +141,21 @@ def window_of(windows: tuple[int | None, ...], layer: Layer) -> Array | int | No
 
 
 class GatedMLP(nnx.Module):
-    """SwiGLU feed-forward (Shazeer, 2020): down(silu(gate(x)) · up(x))."""
+    """Gated feed-forward (Shazeer, 2020): down(activation(gate(x)) · up(x)); SwiGLU with "silu"."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
-        layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
-        self.gate = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
-        self.up = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
-        self.down = Linear(layers, width, inner, axes=("embed", "mlp"), reduce=config.shards.axes, dtype=dtype)
+        layers, width, inner, bias = config.num_layers, config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate = Linear(layers, inner, width, axes=("mlp", "embed"), bias=bias, dtype=dtype)
+        self.up = Linear(layers, inner, width, axes=("mlp", "embed"), bias=bias, dtype=dtype)
+        axes = config.shards.axes
+        self.down = Linear(layers, width, inner, axes=("embed", "mlp"), bias=bias, reduce=axes, dtype=dtype)
+        self.config = config
 
     def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
-        return self.down(self.up(x, layer), layer, gate=self.gate(x, layer))
+        gate, up = self.gate(x, layer), self.up(x, layer)
+        if self.config.activation == "silu":  # which a matrix may compute while it reads its input
+            return self.down(up, layer, gate=gate)
+        return self.down(gated(self.config, gate, up), layer)
 
 
 class DecoderLayers(nnx.Module):
@@ -143,20 +163,32 @@ class DecoderLayers(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         layers, width = config.num_layers, config.hidden_size
-        self.attn_norm = RMSNorm(layers, width, eps=config.norm_eps, dtype=dtype)
+        if config.norms != "after":
+            self.attn_norm = norm(config, layers, width, dtype=dtype)
+            self.mlp_norm = norm(config, layers, width, dtype=dtype)
+        if config.norms != "before":
+            self.attn_out_norm = norm(config, layers, width, dtype=dtype)
+            self.mlp_out_norm = norm(config, layers, width, dtype=dtype)
         self.attn = Attention(config, dtype=dtype)
-        self.mlp_norm = RMSNorm(layers, width, eps=config.norm_eps, dtype=dtype)
         mlp = GatedMLP if config.moe is None else ExpertsMLP
         self.mlp = mlp(config, dtype=dtype)
+        self.config = config
 
     def __call__(
         self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
     ) -> tuple[Float[Array, "T E"], Cache]:
+        before, after = self.config.norms != "after", self.config.norms != "before"
         with jax.named_scope("attention"):
-            out, cache = self.attn(self.attn_norm.later(x, layer), angles, cache, layer, attend)
-            x = x + out
+            normed = self.attn_norm.later(x, layer) if before else x
+            out, cache = self.attn(normed, angles, cache, layer, attend)
+            x = self._sum(x, self.attn_out_norm(out, layer) if after else out)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.mlp_norm.later(x, layer), layer), cache
+            out = self.mlp(self.mlp_norm.later(x, layer) if before else x, layer)
+            return self._sum(x, self.mlp_out_norm(out, layer) if after else out), cache
+
+    def _sum(self, x: Float[Array, "T E"], out: Float[Array, "T E"]) -> Float[Array, "T E"]:
+        scale = self.config.residual_scale
+        return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype))
 
 
 class Decoder(nnx.Module):
@@ -170,19 +202,18 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype)
         self.layers = DecoderLayers(config, dtype=dtype)
-        self.final_norm = RMSNorm(None, config.hidden_size, eps=config.norm_eps, dtype=dtype)
+        self.final_norm = norm(config, None, config.hidden_size, dtype=dtype)
         if not config.tie_word_embeddings:
             self.head = Embedding(config.vocab_size, config.hidden_size, shards=config.shards, dtype=dtype)
 
     def embed_tokens(self, token_ids: Int[Array, " T"], positions: Int[Array, " T"]) -> Float[Array, "T E"]:
         """Computes the input of the first layer."""
-        return self.embed(token_ids)
+        x, scale = self.embed(token_ids), self.config.embedding_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def angles(self, positions: Int[Array, " T"]) -> Angles:
         """Computes what the layers need to know of the positions, once for all layers."""
-        if self.config.rope is None:
-            return None
-        return rope_angles(positions, rope_frequencies(self.config.rope, self.config.head_dim))
+        return rope_angles(self.config, positions)
 
     def __call__(
         self,
@@ -216,4 +247,5 @@ class Decoder(nnx.Module):
         """Scores of every token of the vocabulary, float32."""
         with jax.named_scope("head"):
             head = self.embed if self.config.tie_word_embeddings else self.head
-            return head.logits(self.normed(x))
+            logits, scale = head.logits(self.normed(x)), self.config.logit_scale
+            return softcap(logits if scale == 1.0 else logits * scale, self.config.logit_softcap)

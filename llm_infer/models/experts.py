@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.layers import Layer, Linear, Normed, linear, silu
+from llm_infer.models.layers import Layer, Linear, Normed, gated, linear
 from llm_infer.parallel.collectives import first_of_part, sum_over
 
 
@@ -33,7 +33,7 @@ def block_rows(assignments: int, num_experts: int) -> int:
 
 
 class ExpertsMLP(nnx.Module):
-    """SwiGLU experts behind a softmax router; only the weights of experts that some token chose are read.
+    """Gated experts behind a softmax router, and maybe one for all tokens; only experts that some token chose are read.
 
     The (token, expert) pairs are sorted by expert and cut into blocks of rows of one expert each; a loop with a dynamic
     trip count goes over the blocks that exist. Nothing the size of tokens × experts × F is ever made.
@@ -43,14 +43,21 @@ class ExpertsMLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         assert config.moe is not None
-        layers, width = config.num_layers, config.hidden_size
-        experts, inner = config.moe.num_experts, config.moe.intermediate_size
-        self.router = Linear(layers, experts, width, axes=("router", "embed"), dtype=dtype)
+        layers, width, moe = config.num_layers, config.hidden_size, config.moe
+        experts, inner, bias = moe.num_experts, moe.intermediate_size, moe.expert_biases
+        self.router = Linear(layers, experts, width, axes=("router", "embed"), bias=moe.router_bias, dtype=dtype)
         # The experts' matrices lie below each other, so that every weight is 2-D per layer: rows x·F … (x+1)·F.
-        self.gate = Linear(layers, experts * inner, width, axes=("expert_rows", "embed"), dtype=dtype)
-        self.up = Linear(layers, experts * inner, width, axes=("expert_rows", "embed"), dtype=dtype)
-        self.down = Linear(layers, experts * width, inner, axes=("experts", "expert_mlp"), dtype=dtype)
-        self.config, self.shards = config.moe, config.shards
+        self.gate = Linear(layers, experts * inner, width, axes=("expert_rows", "embed"), bias=bias, dtype=dtype)
+        self.up = Linear(layers, experts * inner, width, axes=("expert_rows", "embed"), bias=bias, dtype=dtype)
+        self.down = Linear(layers, experts * width, inner, axes=("experts", "expert_mlp"), bias=bias, dtype=dtype)
+        if moe.shared_size:
+            inner = moe.shared_size
+            self.shared_gate = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
+            self.shared_up = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
+            self.shared_down = Linear(layers, width, inner, axes=("embed", "mlp"), dtype=dtype)
+        if moe.shared_gate:
+            self.shared_weight = Linear(layers, 1, width, axes=("router", "embed"), dtype=dtype)
+        self.model, self.config, self.shards = config, moe, config.shards
 
     def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
         x = x.array() if isinstance(x, Normed) else x
@@ -74,16 +81,44 @@ class ExpertsMLP(nnx.Module):
         def expert_rows(matrices: Linear, inputs: Float[Array, "R I"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
             return linear(inputs, matrices.weight.get_value(), layer, (num_here, expert))
 
+        def biased(matrices: Linear, out: Float[Array, "R O"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
+            if matrices.bias is None:
+                return out
+            each = matrices.bias[...]
+            return out + lax.dynamic_slice(each, (layer, expert * out.shape[1]), (1, out.shape[1]))
+
         def block(index: Int[Array, ""], out: Float[Array, "N E"]) -> Float[Array, "N E"]:
             expert = expert_of_block[index]
             inputs = x[lax.dynamic_slice(source, (index * rows,), (rows,))]
-            gated = silu(expert_rows(self.gate, inputs, expert)) * expert_rows(self.up, inputs, expert)
-            down = expert_rows(self.down, gated, expert)
+            gate, up = (biased(m, expert_rows(m, inputs, expert), expert) for m in (self.gate, self.up))
+            down = expert_rows(self.down, gated(self.model, gate, up), expert)
             return lax.dynamic_update_slice(out, down, (index * rows, jnp.int32(0)))
 
         out = lax.fori_loop(0, num_blocks, block, jnp.zeros((max_blocks * rows, width), x.dtype))
         chosen = out[place].reshape(tokens, moe.experts_per_token, width).astype(jnp.float32)
-        return sum_over(jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype), self.shards.axes)
+        if (bias := self.down.bias) is not None:
+            chosen = chosen + self._down_biases(bias[...][layer], experts, here)
+        total = jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype)
+        if moe.shared_size:
+            total = total + self._shared(x, layer)
+        return sum_over(total, self.shards.axes)
+
+    def _down_biases(
+        self, bias: Float[Array, " R"], experts: Int[Array, "T K"], here: Array | None
+    ) -> Float[Array, "T K E"]:
+        """Picks each pair's bias of the last matrix; of devices that share an expert, the first adds it."""
+        found = bias.reshape(-1, self.model.hidden_size).astype(jnp.float32)[experts]
+        if here is not None:
+            found = jnp.where(here[:, :, None], found, 0)
+        return jnp.where(lax.axis_index("tp") == 0, found, 0) if self.shards.tp > 1 else found
+
+    def _shared(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
+        """Computes this device's part of the expert that all tokens run through."""
+        gate, up = self.shared_gate(x, layer), self.shared_up(x, layer)
+        out = self.shared_down(gated(self.model, gate, up), layer)
+        if not self.config.shared_gate:
+            return out
+        return out * jax.nn.sigmoid(self.shared_weight(x, layer).astype(jnp.float32)).astype(out.dtype)
 
 
 def _blocks(

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llm_infer.models.config import UNCUT, RopeConfig, Shards
+from llm_infer.models.config import UNCUT, ModelConfig, Shards
 from llm_infer.parallel.axes import Axes, ParamSpec
 from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
@@ -86,38 +85,55 @@ def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Ar
     return out.astype(x.dtype)
 
 
-def rms_norm(x: Float[Array, "... E"], weight: Float[Array, " E"], eps: Array | float) -> Float[Array, "... E"]:
-    """Divides by the root mean square, in float32 (Zhang and Sennrich, 2019)."""
+def rms_norm(
+    x: Float[Array, "... E"], weight: Float[Array, " E"], eps: Array | float, cut: MeshAxes = ()
+) -> Float[Array, "... E"]:
+    """Divides by the root mean square, in float32 (Zhang and Sennrich, 2019). `cut` names mesh axes over which E is cut."""
     x32 = x.astype(jnp.float32)
-    scale = lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    squares = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    if cut:
+        squares = lax.pmean(squares, cut)
+    scale = lax.rsqrt(squares + eps)
     weight = weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + weight.shape)
     return (x32 * scale * weight).astype(x.dtype)
 
 
-def rope_frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-    """Computes angular frequencies [D/2] in float32; Llama 3 scaling stretches the low ones (formula of Meta's release)."""
-    frequencies = 1.0 / config.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
-    if config.factor != 1.0:
-        wavelength = 2 * np.pi / frequencies
-        low, high = config.low_freq_factor, config.high_freq_factor
-        smooth = np.clip((config.original_max_position / wavelength - low) / (high - low), 0.0, 1.0)
-        frequencies = frequencies * (smooth + (1 - smooth) / config.factor)
-    return frequencies.astype(np.float32)
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes GELU by its tanh approximation (Hendrycks and Gimpel, 2016), in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def rope_angles(
-    positions: Int[Array, " T"], frequencies: np.ndarray
-) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
-    """Computes cosine and sine [T, D/2] of the rotation of each position, float32."""
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes x · Φ(x), in float32."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "T H D"], angles: tuple[Array, Array]) -> Float[Array, "T H D"]:
-    """Rotates the two halves of each head (rotary embedding), in float32."""
-    cos, sin = (a[:, None, :] for a in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes x · sigmoid(x), in float32."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+ACTIVATIONS = {"silu": silu, "gelu_tanh": gelu_tanh, "gelu": gelu}
+"""Activations of gated MLPs by the names that `ModelConfig.activation` has, but for "clamped"."""
+
+
+def clamped(gate: Float[Array, "..."], up: Float[Array, "..."], limit: float, slope: float) -> Float[Array, "..."]:
+    """Computes (u + 1) · g · sigmoid(slope · g) of gates g cut above the limit and u cut on both sides (gpt-oss, 2025)."""
+    g = jnp.minimum(gate.astype(jnp.float32), limit)
+    u = jnp.clip(up.astype(jnp.float32), -limit, limit)
+    return ((u + 1) * g * jax.nn.sigmoid(slope * g)).astype(up.dtype)
+
+
+def gated(config: ModelConfig, gate: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Computes what goes into the last matrix of a model's MLP."""
+    if config.activation == "clamped":
+        return clamped(gate, up, config.swiglu_limit, config.swiglu_slope)
+    return ACTIVATIONS[config.activation](gate) * up
+
+
+def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """Bounds numbers smoothly to ±cap; None leaves them as they are."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Linear(nnx.Module):
@@ -171,6 +187,12 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "... E"], layer: Layer | None = None) -> Float[Array, "... E"]:
         return rms_norm(x, self.weight[...], self.eps) if layer is None else self.later(x, layer).array()
+
+    def over_heads(self, x: Float[Array, "T N D"], layer: Layer, cut: MeshAxes) -> Float[Array, "T N D"]:
+        """Normalises all heads together, those of the other devices along `cut` included."""
+        weight = lax.dynamic_index_in_dim(self.weight[...], layer, keepdims=False)
+        flat = x.reshape(x.shape[0], -1)
+        return rms_norm(flat, weight, self.eps, cut).reshape(x.shape)
 
     def later(self, x: Float[Array, "... E"], layer: Layer) -> Normed:
         """Leaves the norm to the matrices that take x."""
@@ -236,8 +258,3 @@ class Embedding(nnx.Module):
         else:
             out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         return gather_columns(out, self.axes)[:, : self.vocab] if self.axes else out
-
-
-def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Computes x · sigmoid(x), in float32."""
-    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)

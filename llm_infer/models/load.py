@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,16 +22,16 @@ from llm_infer.config import ONE_DEVICE, ParallelConfig
 from llm_infer.models.architectures import architecture_names, read_architecture
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
+from llm_infer.models.opened import OpenModel
 from llm_infer.models.params import Params, random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.sharded import Placement, place_over
-from llm_infer.models.tied_head import embedding_or_head, own_head
+from llm_infer.models.tied_head import HuggingFaceTensors, embedding_or_head, own_head
 from llm_infer.quant.stored import StoredWeights, store_dense
 from llm_infer.weights.checkpoint_writer import write_checkpoint
 from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.orbax_checkpoint import Checkpoint
-from llm_infer.weights.safetensors_files import SafetensorsSource
-from llm_infer.weights.sources import OpenModel, read_json
+from llm_infer.weights.sources import read_json
 from pallas_kernels import cpu_ffi, dispatch
 from pallas_kernels.quant_matmul import FORMATS
 
@@ -102,13 +102,16 @@ def load_model(
         note = f"weights of type {', '.join(kinds)} are read as float32: no native kernel multiplies with them"
         (progress or Progress.silent()).note(note)
     rules = module.rules(config)
-    if isinstance(opened.tensors, SafetensorsSource):
-        untied = own_head(config, rules, opened.tensors)
+    if opened.note is not None:
+        (progress or Progress.silent()).note(opened.note)
+    if opened.gguf is None:
+        tensors = cast(HuggingFaceTensors, opened.tensors)
+        untied = own_head(config, rules, tensors)
         if untied is not config:
             note = "config.json says that the head is the embedding, lm_head.weight differs from it: the model uses it"
             (progress or Progress.silent()).note(note)
         config = untied
-        rules = embedding_or_head(config, module.rules(config), opened.tensors)
+        rules = embedding_or_head(config, module.rules(config), tensors)
     placement = place_over(config, parallel)
     definition, specs = split_model(config, dtype)
     params = load_parameters(

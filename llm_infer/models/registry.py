@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,6 +14,7 @@ from llm_infer.models.config import ModelConfig
 
 if TYPE_CHECKING:
     from llm_infer.models.decoder import Decoder
+    from llm_infer.weights.gguf_names import GGUFNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +24,43 @@ class Family:
     Attributes:
         module: reads config keys and names weights; imported without JAX.
         decoder: "module:class" of what computes the model.
+        gguf: llama.cpp's names for it; the module's `GGUF` says how its files differ.
+        text_of: Hugging Face's classes of models that hold this one beside towers for pictures or sound.
     """
 
     module: str
     decoder: str = "llm_infer.models.decoder:Decoder"
+    gguf: tuple[str, ...] = ()
+    text_of: tuple[str, ...] = ()
 
 
 _HERE = "llm_infer.models.families"
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(f"{_HERE}.llama"),
+    "Gemma2ForCausalLM": Family(f"{_HERE}.gemma2", gguf=("gemma2",)),
+    "Gemma3ForCausalLM": Family(f"{_HERE}.gemma3", gguf=("gemma3",), text_of=("Gemma3ForConditionalGeneration",)),
+    "Glm4ForCausalLM": Family(f"{_HERE}.glm4", gguf=("glm4",)),
+    "GptOssForCausalLM": Family(f"{_HERE}.gpt_oss", gguf=("gpt-oss",)),
+    "GraniteForCausalLM": Family(f"{_HERE}.granite", gguf=("granite",)),
+    "LlamaForCausalLM": Family(f"{_HERE}.llama", gguf=("llama",)),
+    "MistralForCausalLM": Family(f"{_HERE}.mistral", text_of=("Mistral3ForConditionalGeneration",)),
+    "MixtralForCausalLM": Family(f"{_HERE}.mixtral"),
+    "Olmo2ForCausalLM": Family(f"{_HERE}.olmo2", gguf=("olmo2",)),
+    "Olmo3ForCausalLM": Family(f"{_HERE}.olmo3"),
     "OPTForCausalLM": Family(f"{_HERE}.opt", f"{_HERE}.opt_decoder:OPTDecoder"),
-    "Qwen2ForCausalLM": Family(f"{_HERE}.qwen2"),
-    "Qwen3ForCausalLM": Family(f"{_HERE}.qwen3"),
-    "Qwen3MoeForCausalLM": Family(f"{_HERE}.qwen3_moe"),
+    "Phi3ForCausalLM": Family(f"{_HERE}.phi3", gguf=("phi3",)),
+    "Qwen2ForCausalLM": Family(f"{_HERE}.qwen2", gguf=("qwen2",)),
+    "Qwen2MoeForCausalLM": Family(f"{_HERE}.qwen2_moe", gguf=("qwen2moe",)),
+    "Qwen3ForCausalLM": Family(f"{_HERE}.qwen3", gguf=("qwen3",)),
+    "Qwen3MoeForCausalLM": Family(f"{_HERE}.qwen3_moe", gguf=("qwen3moe",)),
+    "SmolLM3ForCausalLM": Family(f"{_HERE}.smollm3", gguf=("smollm3",)),
 }
+
+
+def is_known(values: Mapping[str, Any]) -> bool:
+    """Tells whether `family` finds a module for a config."""
+    names = values.get("architectures")
+    return isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) and names[0] in FAMILIES
 
 
 def family(values: Mapping[str, Any]) -> ModuleType:
@@ -49,8 +73,24 @@ def family(values: Mapping[str, Any]) -> ModuleType:
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
         raise ModelError(f"config.json: architectures={names!r:.60}, expected a list with one name")
     if names[0] not in FAMILIES:
-        raise ModelError(f"architecture {names[0]!r:.60} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        nearest = difflib.get_close_matches(names[0], FAMILIES, n=1, cutoff=0.0)[0]
+        raise ModelError(
+            f"architecture {names[0]!r:.60} is not supported; the nearest is {nearest}; supported: {', '.join(sorted(FAMILIES))}"
+        )
     return import_module(FAMILIES[names[0]].module)
+
+
+def gguf_family(name: str, where: str) -> tuple[str, GGUFNames]:
+    """Returns Hugging Face's class for a GGUF architecture, and the names in its files.
+
+    Raises:
+        ModelError: no family has it; `where` is the file.
+    """
+    for hf_class, row in FAMILIES.items():
+        if name in row.gguf:
+            return hf_class, import_module(row.module).GGUF
+    supported = ", ".join(sorted(each for row in FAMILIES.values() for each in row.gguf))
+    raise ModelError(f"{where}: architecture {name!r:.60} is not supported from GGUF; supported: {supported}")
 
 
 def decoder_class(config: ModelConfig) -> type[Decoder]:

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from llm_infer.models.config import ModelConfig
 from llm_infer.weights.rules import Rule
-from llm_infer.weights.safetensors_files import SafetensorsSource
+from llm_infer.weights.tensor_source import TensorSource
 
 HEAD = "lm_head.weight"
 
 
-def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSource) -> ModelConfig:
+@runtime_checkable
+class HuggingFaceTensors(TensorSource, Protocol):
+    """The tensors of a Hugging Face directory."""
+
+    def same_values(self, name: str, other: str) -> bool:
+        """Checks whether two tensors have the same shape and values."""
+        ...
+
+
+def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: HuggingFaceTensors) -> ModelConfig:
     """Returns the configuration, without `tie_word_embeddings` where the file holds a head that is not the embedding."""
     embedding, names = _embedding(rules), set(tensors.names)
     if not config.tie_word_embeddings or not {HEAD, embedding} <= names or tensors.same_values(HEAD, embedding):
@@ -24,7 +34,7 @@ def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSou
     return replace(config, tie_word_embeddings=False)
 
 
-def embedding_or_head(config: ModelConfig, rules: Sequence[Rule], tensors: SafetensorsSource) -> list[Rule]:
+def embedding_or_head(config: ModelConfig, rules: Sequence[Rule], tensors: HuggingFaceTensors) -> list[Rule]:
     """Returns the rules, with the embedding read from the head where they are one and the file holds it under that name."""
     embedding, names = _embedding(rules), set(tensors.names)
     if not config.tie_word_embeddings or embedding in names or HEAD not in names:

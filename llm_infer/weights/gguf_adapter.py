@@ -4,74 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
-from llm_infer.weights.gguf_rope import rope_scaling
+from llm_infer.weights.gguf_names import GGUFNames
+from llm_infer.weights.gguf_rope import YARN_KEYS, rope_scaling
 from pallas_kernels.quant_matmul.formats import FORMATS
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture, and how llama.cpp's converter renames and rearranges it.
-
-    Attributes:
-        model_type, hf_class: Hugging Face's names for it.
-        layer_names: name within `blk.N.` → name within `model.layers.N.`, both without `.weight` or `.bias`.
-        global_names: the same for tensors outside the layers.
-        interleaved_rope: whether rows of the query and key projections were reordered from (half, pair) to (pair, half) within
-            each head, because llama.cpp rotates neighbouring elements for this architecture.
-        bias_keys: those of "attention_bias" and "mlp_bias" that the Hugging Face config has.
-        experts: whether the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor per layer.
-    """
-
-    model_type: str
-    hf_class: str
-    layer_names: Mapping[str, str]
-    global_names: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "token_embd": "model.embed_tokens",
-            "output_norm": "model.norm",
-            "output": "lm_head",
-        }
-    )
-    interleaved_rope: bool = False
-    bias_keys: tuple[str, ...] = ()
-    experts: bool = False
-
-
-_DENSE_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-_QWEN3_LAYER = _DENSE_LAYER | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_MOE_LAYER = {name: hf for name, hf in _QWEN3_LAYER.items() if not hf.startswith("mlp.")} | {"ffn_gate_inp": "mlp.gate"}
 _EXPERT_STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 
-# Another architecture is one more entry.
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(
-        "llama", "LlamaForCausalLM", _DENSE_LAYER, interleaved_rope=True, bias_keys=("attention_bias", "mlp_bias")
-    ),
-    "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _DENSE_LAYER),
-    "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _QWEN3_LAYER, bias_keys=("attention_bias",)),
-    "qwen3moe": Architecture(
-        "qwen3_moe", "Qwen3MoeForCausalLM", _MOE_LAYER, bias_keys=("attention_bias",), experts=True
-    ),
-}
-
+_PATTERN = "attention.sliding_window_pattern"
 _ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not as a weight
 
 # fmt: off
@@ -112,30 +57,22 @@ _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def architecture_of(file: GGUFFile) -> Architecture:
-    """Returns the table entry for the file's `general.architecture`.
-
-    Raises:
-        ModelError: there is no entry, or the key is missing.
-    """
-    name = file.require("general.architecture", str)
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"{file.path}: architecture {name!r:.60} is not supported from GGUF; supported: {', '.join(ARCHITECTURES)}"
-        )
-    return ARCHITECTURES[name]
-
-
-def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
+def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) -> dict[str, Any]:
     """Returns a model's metadata as the dict that its Hugging Face `config.json` would hold.
 
+    Args:
+        file: the model.
+        hf_class: Hugging Face's class for its architecture.
+        architecture: names of its tensors and keys.
+
     Raises:
-        ModelError: the architecture or a key is unknown, a key is missing, or a value has the wrong type.
+        ModelError: a key is unknown, a key is missing, or a value has the wrong type.
     """
-    architecture = architecture_of(file)
     prefix = file.require("general.architecture", str) + "."
     present = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
-    known = _KNOWN_KEYS | {"expert_feed_forward_length"} if architecture.experts else _KNOWN_KEYS
+    known = _KNOWN_KEYS | architecture.keys.keys() | YARN_KEYS.keys()
+    known |= {"expert_feed_forward_length"} if architecture.experts else set()
+    known |= {_PATTERN} if "attention.sliding_window" in architecture.keys else set()
     neutral = {key for key in present & _NEUTRAL_KEYS.keys() if _is_neutral(key, file.metadata[prefix + key])}
     if unknown := sorted(present - known - neutral):
         raise ModelError(
@@ -164,12 +101,14 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
             )
     heads, width = integer("attention.head_count"), integer("embedding_length")
     head_dim = integer("attention.key_length", max(width // heads, 1))
-    for key in ("attention.value_length", "rope.dimension_count"):
+    rotated = integer("rope.dimension_count", head_dim)
+    for key in ("attention.value_length", *(() if architecture.partial_rotary else ("rope.dimension_count",))):
         if (found := integer(key, head_dim)) != head_dim:
             raise ModelError(f"{file.path}: metadata {prefix + key}={found}, expected the head size {head_dim}")
     theta = number("rope.freq_base", 10000.0)
     config: dict[str, Any] = {
-        "architectures": [architecture.hf_class],
+        **architecture.values,
+        "architectures": [hf_class],
         "model_type": architecture.model_type,
         "vocab_size": integer("vocab_size", _vocab_size(file)),
         "hidden_size": width,
@@ -180,11 +119,12 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": integer("context_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
-        "hidden_act": "silu",
         "rope_theta": theta,
-        "rope_scaling": rope_scaling(file, prefix, theta, head_dim, file.tensors.get(_ROPE_FACTORS)),
+        "rope_scaling": rope_scaling(file, prefix, theta, rotated, file.tensors.get(_ROPE_FACTORS)),
         "tie_word_embeddings": "output.weight" not in file.tensors,
     }
+    if architecture.partial_rotary:
+        config["partial_rotary_factor"] = rotated / head_dim
     for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
         if key in architecture.bias_keys:
             config[key] = tensor in file.tensors
@@ -196,10 +136,31 @@ def gguf_to_hf_config(file: GGUFFile) -> dict[str, Any]:
             # The file does not say; llama.cpp normalises the weights of every model of this architecture.
             "norm_topk_prob": True,
         }
+    for key, hf_key in architecture.keys.items():
+        if key in present - neutral:
+            whole = isinstance(file.metadata[prefix + key], int)
+            config[hf_key] = integer(key) if whole else number(key)
+    if _PATTERN in present:
+        config["layer_types"] = _layer_types(file, prefix + _PATTERN, config["num_hidden_layers"])
     for name in ("bos", "eos"):
         if (key := f"tokenizer.ggml.{name}_token_id") in file.metadata:
             config[f"{name}_token_id"] = file.require(key, int)
+    if architecture.adjust is not None:
+        architecture.adjust(config)
     return config
+
+
+def _layer_types(file: GGUFFile, key: str, layers: int) -> list[str]:
+    """Reads which layers have a window: a flag for each, or a number n: all but every n-th."""
+    value = file.metadata[key]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [bool((i + 1) % _integer(file, key)) for i in range(layers)]
+    flags = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(flags, list) or len(flags) != layers or not all(isinstance(each, bool) for each in flags):
+        raise ModelError(
+            f"{file.path}: metadata {key}={value!r:.80}, expected true or false for each of {layers} layers"
+        )
+    return ["sliding_attention" if each else "full_attention" for each in flags]
 
 
 def _is_neutral(key: str, value: Any) -> bool:
@@ -233,12 +194,11 @@ class GGUFSource:
     Tensors that the architecture's table does not know keep their name in the file, so that the loader reports them.
 
     Raises:
-        ModelError: the architecture is not supported or the head counts are missing.
+        ModelError: the head counts are missing.
     """
 
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-        architecture = architecture_of(file)
+    def __init__(self, file: GGUFFile, architecture: GGUFNames) -> None:
+        self.file, self._with_one = file, architecture.norms_with_one
         self._tensors: dict[str, GGUFTensor] = {}
         self._heads: dict[str, int] = {}
         prefix = file.require("general.architecture", str)
@@ -298,6 +258,8 @@ class GGUFSource:
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Reads all values into `out`, which has the tensor's shape, and converts them to its type."""
         self._tensors[name].read_into(out, self.row_order(name))
+        if self._with_one and len(out.shape) == 1 and name.endswith("norm.weight"):
+            out -= np.asarray(1, out.dtype)
 
     def stored(self, name: str) -> tuple[str, np.ndarray] | None:
         """Returns the kind and block rows [N, R] of a matrix, gathered in Hugging Face order; None for other tensors."""
@@ -314,7 +276,7 @@ class GGUFSource:
         self.file.close()
 
 
-def _hf_name(name: str, architecture: Architecture) -> tuple[str, str]:
+def _hf_name(name: str, architecture: GGUFNames) -> tuple[str, str]:
     """Returns the Hugging Face name, and the name within the block without its suffix; unknown names come back unchanged."""
     base, _, suffix = name.rpartition(".")
     if suffix not in ("weight", "bias"):
@@ -322,14 +284,18 @@ def _hf_name(name: str, architecture: Architecture) -> tuple[str, str]:
     if base in architecture.global_names:
         return f"{architecture.global_names[base]}.{suffix}", base
     parts = base.split(".", 2)
-    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal() and parts[2] in architecture.layer_names:
-        return f"model.layers.{int(parts[1])}.{architecture.layer_names[parts[2]]}.{suffix}", parts[2]
+    if len(parts) == 3 and parts[0] == "blk" and parts[1].isdecimal():
+        within, own = f"model.layers.{int(parts[1])}.", architecture.layer_names
+        if (whole := f"{parts[2]}.{suffix}") in own:
+            return within + own[whole], parts[2]
+        if parts[2] in own:
+            return f"{within}{own[parts[2]]}.{suffix}", parts[2]
     return name, ""
 
 
 def _expert_stack(name: str) -> str | None:
     """Returns the Hugging Face name, with a place for `expert`, of the matrices stacked in a tensor; None for other tensors."""
     parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _EXPERT_STACKS and parts[3] == "weight":
-        return f"model.layers.{int(parts[1])}.mlp.experts.{{expert}}.{_EXPERT_STACKS[parts[2]]}.weight"
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _EXPERT_STACKS and parts[3] in ("weight", "bias"):
+        return f"model.layers.{int(parts[1])}.mlp.experts.{{expert}}.{_EXPERT_STACKS[parts[2]]}.{parts[3]}"
     return None

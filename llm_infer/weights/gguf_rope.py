@@ -10,6 +10,8 @@ import numpy as np
 from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 
+YARN_KEYS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
+
 
 def rope_scaling(
     file: GGUFFile, prefix: str, theta: float, head_dim: int, factors: GGUFTensor | None
@@ -39,6 +41,9 @@ def rope_scaling(
     original = prefix + "rope.scaling.original_context_length"
     if original in file.metadata:
         scaling["original_max_position_embeddings"] = file.require(original, int)
+    for key, name in YARN_KEYS.items():
+        if prefix + key in file.metadata:
+            scaling[name] = float(str(np.float32(file.require(prefix + key, float))))
     return scaling
 
 

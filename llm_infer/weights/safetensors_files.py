@@ -216,6 +216,10 @@ class SafetensorsSource:
         # numpy converts through a small buffer of its own, so no temporary of the tensor's size is made.
         np.copyto(out, values, casting="unsafe")
 
+    def array(self, name: str) -> np.ndarray:
+        """Returns a read-only view of a tensor."""
+        return self._files[name].array(name)
+
     def same_values(self, name: str, other: str) -> bool:
         """Checks whether two tensors have the same shape and values, in parts of a few MB."""
         one, two = self._files[name].array(name), self._files[other].array(other)

@@ -1,10 +1,9 @@
-"""Goes from the model name that a user gives to files on this machine, and from there to a config and tensors."""
+"""Goes from the model name that a user gives to files on this machine."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,21 +12,10 @@ from llm_infer.base.errors import ModelError
 from llm_infer.base.files import typed_path
 from llm_infer.base.progress import Progress
 from llm_infer.weights import default_model
-from llm_infer.weights.gguf import GGUFFile
-from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from llm_infer.weights.hub import fetch_from_hub
 from llm_infer.weights.model_names import hub_name, why_unknown
-from llm_infer.weights.orbax_checkpoint import Checkpoint, is_checkpoint, why_no_checkpoint
-from llm_infer.weights.safetensors_files import INDEX_NAME, SafetensorsSource
-from llm_infer.weights.tensor_source import TensorSource
-
-GGUF_TOKENIZER = "gguf_tokenizer.json"
-"""File, in a checkpoint made from a GGUF file, that holds that file's metadata on its tokenizer."""
-
-_HF_TOKENIZER = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"),
-    *("chat_template.jinja", "additional_chat_templates/*.jinja"),
-)
+from llm_infer.weights.orbax_checkpoint import is_checkpoint, why_no_checkpoint
+from llm_infer.weights.safetensors_files import INDEX_NAME
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,38 +31,6 @@ class ModelSource:
     name: str
     kind: Literal["gguf", "huggingface", "orbax"]
     path: Path
-
-
-@dataclass(frozen=True, slots=True)
-class OpenModel:
-    """A model whose files are open and whose header is checked; no weight has been read.
-
-    Attributes:
-        source: where it is.
-        config: as in Hugging Face's config.json; for a checkpoint, `architectures` and the fields of `ModelConfig`.
-        tensors: the weights under Hugging Face names; for a checkpoint, the stacked parameters.
-        gguf: the GGUF file (its metadata hold tokenizer and chat template), or None for a directory.
-        checkpoint: the checkpoint, or None for other kinds.
-    """
-
-    source: ModelSource
-    config: dict[str, Any]
-    tensors: TensorSource
-    gguf: GGUFFile | None
-    checkpoint: Checkpoint | None = None
-
-    @property
-    def tokenizer_metadata(self) -> Mapping[str, Any] | None:
-        """GGUF metadata from which the tokenizer is built: of this file, or of the one from which a checkpoint was made."""
-        if self.gguf is not None:
-            return self.gguf.metadata
-        stored = None if self.checkpoint is None else self.checkpoint.tokenizer_directory / GGUF_TOKENIZER
-        return read_json(stored) if stored is not None and stored.is_file() else None
-
-    @property
-    def tokenizer_directory(self) -> Path:
-        """The directory of the tokenizer's files, for models without GGUF metadata."""
-        return self.source.path if self.checkpoint is None else self.checkpoint.tokenizer_directory
 
 
 def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
@@ -107,42 +63,6 @@ def resolve(name: str, *, progress: Progress | None = None) -> ModelSource:
     assert on_hub is not None  # or `why_unknown` had known it
     found = fetch_from_hub(on_hub, progress)
     return ModelSource(name, found.kind, found.path if found.kind == "gguf" else _checked_directory(found.path))
-
-
-def open_model(source: ModelSource) -> OpenModel:
-    """Opens the files of a model and reads its config.
-
-    Raises:
-        ModelError: a file is damaged, or the architecture is not supported.
-    """
-    if source.kind == "gguf":
-        file = GGUFFile(source.path)
-        return OpenModel(source, gguf_to_hf_config(file), GGUFSource(file), file)
-    if source.kind == "orbax":
-        checkpoint = Checkpoint(source.path)
-        config = {"architectures": [checkpoint.model.get("architecture")], **checkpoint.model}
-        return OpenModel(source, config, checkpoint, None, checkpoint)
-    return OpenModel(
-        source, read_json(source.path / "config.json"), SafetensorsSource.from_directory(source.path), None
-    )
-
-
-def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
-    """Returns what a checkpoint needs to build the same tokenizer and chat template: relative path → content.
-
-    GGUF metadata is kept as it is: a tokenizer.json cannot say which ids stand in for missing byte tokens, which
-    tokens end an answer, or that the vocabulary ends before those stand-ins.
-    """
-    if (metadata := opened.tokenizer_metadata) is not None:
-        kept = {
-            key: value.tolist() if hasattr(value, "tolist") else value
-            for key, value in metadata.items()
-            if key.startswith("tokenizer.") or key == "general.name"
-        }
-        return {GGUF_TOKENIZER: json.dumps(kept, ensure_ascii=False).encode()}
-    directory = opened.tokenizer_directory
-    found = [file for pattern in _HF_TOKENIZER for file in sorted(directory.glob(pattern))]
-    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in found}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors in files, under Hugging Face names. Nothing is read before it is asked for.
 

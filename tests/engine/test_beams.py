@@ -17,9 +17,10 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model, load_model
+from llm_infer.models.opened import open_model
 from llm_infer.models.params import merge_model
 from llm_infer.scheduler.request import Request
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.weights.sources import resolve
 from tests.engine.engines import EngineFactory
 from tests.models.family_checkpoints import dense_attend
 from tests.naive_beam import Scores, naive_beam_search

@@ -12,9 +12,10 @@ from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.runner import Runner
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
+from llm_infer.models.opened import open_model
 from llm_infer.scheduler.request import Request
 from llm_infer.scheduler.scheduler import Scheduler
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.weights.sources import resolve
 from tests.engine.engines import EngineFactory, greedy
 from tests.golden_tokens import assert_same_tokens, load_goldens
 

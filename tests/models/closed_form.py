@@ -14,12 +14,18 @@ def num_parameters(config: ModelConfig) -> int:
     qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * head_dim
     attention = qkv_rows * width + config.num_heads * head_dim * width
     attention += qkv_rows * config.qkv_bias + 2 * head_dim * config.qk_norm
-    if config.moe is None:
-        mlp = 3 * config.intermediate_size * width
+    attention += (config.num_heads + config.num_kv_heads) * head_dim * config.qk_norm_whole
+    attention += width * config.output_bias + config.num_heads * config.sinks
+    if (moe := config.moe) is None:
+        inner = config.intermediate_size
+        mlp = 3 * inner * width + (2 * inner + width) * config.mlp_bias
     else:
-        mlp = config.moe.num_experts * (3 * config.moe.intermediate_size * width + width)
+        inner = moe.intermediate_size
+        mlp = moe.num_experts * (3 * inner * width + width + (2 * inner + width) * moe.expert_biases + moe.router_bias)
+        mlp += 3 * moe.shared_size * width + width * moe.shared_gate
+    norms = 4 if config.norms == "both" else 2
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    return embeddings + config.num_layers * (attention + mlp + 2 * width) + width
+    return embeddings + config.num_layers * (attention + mlp + norms * width) + width
 
 
 def _of_opt(config: OPTConfig) -> int:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.models.load import LoadedModel, load_model
+from llm_infer.models.opened import open_model
 from llm_infer.models.params import merge_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.weights.sources import resolve
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "families"
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))

@@ -2,89 +2,122 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quantize
 
 from llm_infer.base.progress import Progress
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
+from llm_infer.models.opened import open_model
 from llm_infer.quant import StoredWeights
-from llm_infer.weights.safetensors_files import SafetensorsSource
-from llm_infer.weights.sources import open_model, read_json, resolve
+from llm_infer.weights.sources import read_json, resolve
 from tests.models.block_files import write_llama
 from tests.models.family_checkpoints import FOLDER, dense, load
 
-LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
+# Architectures whose q and k rows the converter reorders from (half, pair) to (pair, half) within a head.
+INTERLEAVED = ("llama", "granite", "smollm3")
+MORE_NUMBERS = {
+    "sliding_window": "add_sliding_window",
+    "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
+    "attn_logit_softcapping": "add_attn_logit_softcapping",
+    "final_logit_softcapping": "add_final_logit_softcapping",
+    "attention_multiplier": "add_attention_scale",
+    "embedding_multiplier": "add_embedding_scale",
+    "residual_multiplier": "add_residual_scale",
+    "logits_scaling": "add_logit_scale",
 }
-GLOBAL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+"""Key of config.json → the writer's method."""
 
 
 def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], str] = lambda _: "F32") -> None:
-    """One of the tiny checkpoints as GGUF; `kind` names the block type of a matrix, by its name in the file."""
+    """One of the tiny checkpoints as GGUF; `kind` names the block type of a matrix, by its name in the file.
+
+    Names of tensors are those of llama.cpp's own table.
+    """
     config = read_json(FOLDER / name / "config.json")
-    source = SafetensorsSource.from_directory(FOLDER / name)
-    writer = GGUFWriter(path, architecture)
+    tensors = open_model(resolve(str(FOLDER / name))).tensors
+    writer, heads = GGUFWriter(path, architecture), config["num_attention_heads"]
+    (number,) = (each for each, known in MODEL_ARCH_NAMES.items() if known == architecture)
+    names = get_tensor_name_map(number, config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    ropes = config["rope_parameters"]
+    rope = ropes.get("full_attention", ropes)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] != "default":
+        writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "beta_fast" in rope:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
-    experts = config.get("num_local_experts", 0)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        size = config.get("head_dim", config["hidden_size"] // heads)
+        writer.add_rope_dimension_count(int(size * rope["partial_rotary_factor"]))
+    for key, method in MORE_NUMBERS.items():
+        if config.get(key) is not None:
+            getattr(writer, method)(config[key])
+    kinds = config.get("layer_types") or []
+    if "sliding_attention" in kinds:
+        writer.add_sliding_window_pattern([each == "sliding_attention" for each in kinds])
+    experts = config.get("num_local_experts", config.get("num_experts", 0))
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
 
     def read(tensor: str) -> np.ndarray:
-        out = np.empty(source.shape(tensor), np.float32)
-        source.read_into(tensor, out)
+        out = np.empty(tensors.shape(tensor), np.float32)
+        tensors.read_into(tensor, out)
         return out
 
     def add(tensor: str, values: np.ndarray) -> None:
         if (
             values.ndim == 1
+            or tensor.endswith(".bias")
             or values.shape[-1] % 32
             or (type_ := GGMLQuantizationType[kind(tensor)]) == GGMLQuantizationType.F32
         ):
-            writer.add_tensor(tensor, values)
+            writer.add_tensor(tensor, np.ascontiguousarray(values))
         else:
             writer.add_tensor(tensor, quantize(values, type_), raw_dtype=type_)
 
-    for tensor in source.names:
-        base, suffix = tensor.rsplit(".", 1)
-        if base in GLOBAL:
-            add(f"{GLOBAL[base]}.{suffix}", read(tensor))
-        elif ".experts." not in base:
-            _, _, layer, rest = base.split(".", 3)
-            add(f"blk.{layer}.{LAYER[rest]}.{suffix}", read(tensor))
+    for tensor in tensors.names:
+        if ".experts." in tensor:
+            continue
+        values = read(tensor)
+        base, _, suffix = tensor.rpartition(".")
+        if tensor.endswith("sinks"):
+            base, suffix = tensor, "weight"
+        if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
+            values += 1
+        if architecture in INTERLEAVED and (found := re.search(r"([qk])_proj$", base)):
+            count = heads if found[1] == "q" else config["num_key_value_heads"]
+            values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        add(f"{names.get_name(base)}.{suffix}", values)
+    parts = ("weight", "bias") if architecture == "gpt-oss" else ("weight",)
     for layer in range(config["num_hidden_layers"] if experts else 0):
-        for part in ("gate", "up", "down"):
+        for matrix, suffix in itertools.product(("gate", "up", "down"), parts):
             block = f"model.layers.{layer}.mlp.experts"
-            stack = np.stack([read(f"{block}.{x}.{part}_proj.weight") for x in range(experts)])
-            add(f"blk.{layer}.ffn_{part}_exps.weight", stack)
+            stack = np.stack([read(f"{block}.{x}.{matrix}_proj.{suffix}") for x in range(experts)])
+            add(f"blk.{layer}.ffn_{matrix}_exps.{suffix}", stack)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -92,7 +125,14 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture"), [("qwen2_gqa", "qwen2"), ("qwen3_mha", "qwen3"), ("qwen3_moe_gqa", "qwen3moe")]
+    ("name", "architecture"),
+    [
+        *(("qwen2_gqa", "qwen2"), ("qwen3_mha", "qwen3"), ("qwen3_moe_gqa", "qwen3moe")),
+        *(("gemma2_gqa", "gemma2"), ("gemma3_gqa", "gemma3"), ("gpt_oss_mha", "gpt-oss")),
+        *(("granite_mha", "granite"), ("granite_gqa", "granite"), ("smollm3_mha", "smollm3")),
+        *(("olmo2_gqa", "olmo2"), ("olmo3_mha", "olmo2"), ("glm4_mha", "glm4"), ("glm4_gqa", "glm4")),
+        *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
+    ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:
     write_gguf(tmp_path / "model.gguf", name, architecture)

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from llm_infer.base.errors import ModelError, UserError
 from llm_infer.models.load import compute_dtype, load_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 from tests.models.family_checkpoints import FOLDER, NAMES, load
 
 
@@ -37,18 +38,17 @@ def check_error(directory: Path, message: str) -> None:
 def test_missing_surplus_and_misshapen_tensors(name: str, tmp_path: Path) -> None:
     directory = copy(name, tmp_path)
     block = "model.decoder.layers.1." if name.startswith("opt") else "model.layers.1."
-    change(directory, lambda tensors: tensors.pop(block + "self_attn.v_proj.weight"))
-    check_error(directory, rf"missing \(1\): {block}self_attn.v_proj.weight$")
+    matrix = "qkv_proj" if name.startswith("phi3") else "v_proj"
+    change(directory, lambda tensors: tensors.pop(f"{block}self_attn.{matrix}.weight"))
+    check_error(directory, rf"missing \(1\): {block}self_attn.{matrix}.weight$")
 
     directory = copy(name, tmp_path / "surplus")
-    change(directory, lambda tensors: tensors.update({block + "self_attn.sinks": np.zeros(4, np.float32)}))
-    check_error(directory, rf"surplus \(1\): {block}self_attn.sinks$")
+    change(directory, lambda tensors: tensors.update({block + "self_attn.twist": np.zeros(4, np.float32)}))
+    check_error(directory, rf"surplus \(1\): {block}self_attn.twist$")
 
-    directory = copy(name, tmp_path / "shape")
-    change(
-        directory, lambda tensors: tensors.update({block + "self_attn.k_proj.weight": np.zeros((7, 32), np.float32)})
-    )
-    check_error(directory, rf"wrong shape \(1\): .*{block}self_attn.k_proj.weight \[7, 32\]")
+    directory, out = copy(name, tmp_path / "shape"), "out_proj" if name.startswith("opt") else "o_proj"
+    change(directory, lambda tensors: tensors.update({f"{block}self_attn.{out}.weight": np.zeros((7, 32), np.float32)}))
+    check_error(directory, rf"wrong shape \(1\): .*{block}self_attn.{out}.weight \[7, 32\]")
 
 
 def test_truncated_file_and_unknown_key(tmp_path: Path) -> None:

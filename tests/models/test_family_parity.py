@@ -14,6 +14,10 @@ from tests.models.family_checkpoints import NAMES, dense, golden, load
 
 TOLERANCE = 1e-4  # absolute; logits and hidden states are of size 1 to 10
 BFLOAT16_TOLERANCE = 0.012  # root mean square of the error by that of the logits; docs/precision.md has the figures
+MORE_IN_BFLOAT16 = {
+    "gemma3_gqa": 0.0135,
+    "gemma3_mha": 0.027,
+}  # what transformers' own bfloat16 loses: 0.0132 and 0.0263
 
 
 SWEEP = pytest.mark.sweep  # compiling takes nearly all of the time, so only half of the product runs always
@@ -79,10 +83,10 @@ def test_paged_engine(name: str, bucket: int) -> None:
         np.testing.assert_allclose(found, logits[-1], atol=TOLERANCE, rtol=0)
 
 
-def check_bfloat16(found: np.ndarray, expected: np.ndarray) -> None:
+def check_bfloat16(found: np.ndarray, expected: np.ndarray, tolerance: float = BFLOAT16_TOLERANCE) -> None:
     error = float(np.sqrt(np.mean((found - expected) ** 2)) / expected.std())
     print(f"bfloat16: relative error {error:.4f}, largest {np.abs(found - expected).max():.4f}")
-    assert found.dtype == np.float32 and error < BFLOAT16_TOLERANCE
+    assert found.dtype == np.float32 and error < tolerance
 
 
 @pytest.mark.parametrize(
@@ -90,4 +94,5 @@ def check_bfloat16(found: np.ndarray, expected: np.ndarray) -> None:
 )
 def test_bfloat16(name: str) -> None:
     expected = golden(name)
-    check_bfloat16(dense(load(name, dtype="bfloat16"), expected.prompts[0])[0], expected.logits[0])
+    found, _ = dense(load(name, dtype="bfloat16"), expected.prompts[0])
+    check_bfloat16(found, expected.logits[0], MORE_IN_BFLOAT16.get(name, BFLOAT16_TOLERANCE))

@@ -10,7 +10,8 @@ import pytest
 from llm_infer.base.progress import Progress
 from llm_infer.bench.quality import PAGE_DTYPES, TeacherForced, compare
 from llm_infer.models.load import LoadedModel, load_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 from pallas_kernels import cpu_ffi
 from tests.golden_tokens import load_goldens
 

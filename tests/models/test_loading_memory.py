@@ -35,7 +35,8 @@ from pathlib import Path
 import jax, jax.numpy as jnp
 from llm_infer.models.load import load_model
 from llm_infer.base.progress import Progress
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

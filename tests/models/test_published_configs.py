@@ -16,10 +16,10 @@ from safetensors.numpy import load_file, save_file
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config_keys import NEUTRAL
 from llm_infer.models.load import load_model
+from llm_infer.models.opened import gguf_model, open_model
 from llm_infer.models.registry import family
 from llm_infer.weights.gguf import GGUFFile
-from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
-from llm_infer.weights.sources import open_model, read_json, resolve
+from llm_infer.weights.sources import read_json, resolve
 from tests.models.family_checkpoints import FOLDER, NAMES, dense, golden
 from tests.weights.tiny_models import CONFIG, HKV, HQ, L, hf_tensors, write_gguf
 
@@ -96,9 +96,10 @@ def config_of(name: str, change: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_keys_that_change_nothing_pass_and_others_do_not(name: str) -> None:
     plain = config_of(name, {})
-    for change in PUBLISHED:
-        assert config_of(name, change) == plain, change
     read = set(read_json(FOLDER / name / "config.json"))
+    for change in PUBLISHED:
+        others = {key: value for key, value in change.items() if key not in read}
+        assert config_of(name, others) == plain, change
     for key, values in NEUTRAL.items():
         for value in values if key not in read else ():
             assert config_of(name, {key: value}) == plain, key
@@ -112,8 +113,10 @@ def test_keys_that_change_nothing_pass_and_others_do_not(name: str) -> None:
         *({"is_encoder_decoder": True}, {"quantization_config": {"quant_method": "awq"}}, {"unknown": False}),
         *({"embedding_multiplier": True}, {"final_logit_softcapping": 30.0}),
     ):
-        with pytest.raises(ModelError, match=f"keys this architecture does not know: {next(iter(change))}"):
-            config_of(name, change)
+        turns_a_part = name.startswith(("glm4", "phi3")) and "partial_rotary_factor" in change
+        if not change.keys() & read and not turns_a_part:
+            with pytest.raises(ModelError, match=rf"config\.json.*{next(iter(change))}"):
+                config_of(name, change)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +145,7 @@ LLAMA3["original_max_position_embeddings"] = 64
     [
         *({"rope_theta": theta} for theta in (0, -1, math.nan, math.inf, 0.5, 1e300, "x", True, [1], 10**400)),
         *({"rope_scaling": value} for value in (5, "linear", [1], True, {"type": []}, {"rope_type": 3})),
-        *({"rope_scaling": {"type": "linear", "factor": factor}} for factor in (2.0, 0, -1, math.nan, "1", True)),
+        *({"rope_scaling": {"type": "linear", "factor": factor}} for factor in (0, -1, math.nan, "1", True)),
         {"rope_scaling": {"type": "linear"}},
         {"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 2.0}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -174,16 +177,16 @@ def test_gguf_keys_that_change_nothing(tmp_path: Path) -> None:
         "llama.tensor_data_layout": ("Meta AI original pth", text),
     }
     path = write_gguf(tmp_path / "a.gguf", hf_tensors(), extra=extra)
-    assert gguf_to_hf_config(GGUFFile(path)) == CONFIG
+    assert gguf_model(GGUFFile(path))[0] == CONFIG
     for key, value in (("attention.causal", (False, flag)), ("logit_scale", (0.5, f32)), ("pooling_type", (1, u32))):
         path = write_gguf(tmp_path / "b.gguf", hf_tensors(), extra={f"llama.{key}": value})
         with pytest.raises(ModelError, match=f"not understood.*llama.{key}"):
-            gguf_to_hf_config(GGUFFile(path))
+            gguf_model(GGUFFile(path))[0]
 
 
 def test_gguf_lists_of_equal_numbers_for_each_layer(tmp_path: Path) -> None:
     file = GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors()))
-    plain = {name: GGUFSource(file).row_order(name) for name in GGUFSource(file).names}
+    plain = {name: gguf_model(file)[1].row_order(name) for name in gguf_model(file)[1].names}
     lists = {
         "attention.head_count": HQ,
         "attention.head_count_kv": HKV,
@@ -191,13 +194,13 @@ def test_gguf_lists_of_equal_numbers_for_each_layer(tmp_path: Path) -> None:
     }
     for key, value in lists.items():
         file.metadata[f"llama.{key}"] = np.full(L, value, np.int32)
-    assert gguf_to_hf_config(file) == CONFIG
+    assert gguf_model(file)[0] == CONFIG
     for name, order in plain.items():
-        np.testing.assert_array_equal(GGUFSource(file).row_order(name), order)
+        np.testing.assert_array_equal(gguf_model(file)[1].row_order(name), order)
     for wrong in (np.array([HQ, HKV]), np.array([], np.int32), np.full(L, True), np.full(L, 4.0), [HQ, HQ]):
         file.metadata["llama.attention.head_count"] = wrong
         with pytest.raises(ModelError, match=r"llama\.attention\.head_count"):
-            gguf_to_hf_config(file)
+            gguf_model(file)[0]
 
 
 def copied(name: str, folder: Path) -> Path:

@@ -14,8 +14,9 @@ import pytest
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
 from llm_infer.engine.engine import Engine
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
+from llm_infer.models.opened import open_model
 from llm_infer.quant import StoredWeights
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.weights.sources import resolve
 from tests.engine.engines import greedy
 from tests.models.block_files import KINDS, write_llama
 from tests.models.family_checkpoints import dense, dense_run
@@ -88,7 +89,8 @@ from pathlib import Path
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from llm_infer.engine.engine import Engine
 from llm_infer.models.load import load_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 from tests.engine.engines import greedy
 from tests.models.test_stored_types import LENGTH, prompts
 import json

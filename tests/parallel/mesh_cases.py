@@ -29,9 +29,10 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model, save_model
+from llm_infer.models.opened import open_model
 from llm_infer.models.params import split_model
 from llm_infer.weights.default_model import DEFAULT_MODEL
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.weights.sources import resolve
 from tests.engine.engines import greedy, run_all, without_clock
 from tests.golden_tokens import assert_same_tokens, load_goldens
 from tests.models.family_checkpoints import FOLDER, dense, golden
@@ -78,6 +79,9 @@ CASES = {
     "qwen2 with biases on 1x8": Case("qwen2_gqa", (1, 8, 1)),
     "unfused on 1x4": Case("qwen3_gqa", (1, 4, 1), {"fused_qkv": False}),
     "converted on 1x8": Case("llama_gqa", (1, 8, 1), {"converted": True}),
+    "gemma3 on 2x4": Case("gemma3_gqa", (2, 4, 1)),
+    "gpt-oss on 2x2x2": Case("gpt_oss_gqa", (2, 2, 2)),
+    "olmo2 on 1x8": Case("olmo2_gqa", (1, 8, 1)),
     "native kernels on 2x2": Case("llama 8/8", (2, 2, 1), {"stored": "exact"}),
     "sampled, preempted, cached on 2x4": Case(
         "llama 8/2", (2, 4, 1), draw=dict(temperature=1.0, top_p=0.95, n=2), pages=7, rounds=2

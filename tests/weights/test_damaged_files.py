@@ -14,7 +14,8 @@ from safetensors.numpy import save_file
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.load import load_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 from tests.weights.tiny_models import CONFIG, hf_tensors, write_gguf
 
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueTy
 from gguf.quants import dequantize, quantize
 
 from llm_infer.base.errors import ModelError
+from llm_infer.models.opened import gguf_model
 from llm_infer.weights.gguf import GGUFFile
-from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from llm_infer.weights.gguf_blocks import _OWN, block_format
 from tests.weights.tiny_models import hf_tensors, write_gguf
 
@@ -132,8 +132,8 @@ def test_metadata_of_every_type(tmp_path: Path) -> None:
 def _use(path: Path) -> None:
     """All that a model's start does with a file."""
     file = GGUFFile(path)
-    gguf_to_hf_config(file)
-    source = GGUFSource(file)
+    gguf_model(file)[0]
+    source = gguf_model(file)[1]
     for name in source.names:
         source.read_into(name, np.empty(source.shape(name), np.float32))
 

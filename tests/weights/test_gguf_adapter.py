@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quantize
 
 from llm_infer.base.errors import ModelError
+from llm_infer.models.opened import gguf_model
 from llm_infer.weights.gguf import GGUFFile
-from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
 from tests.weights.tiny_models import CONFIG, D, hf_tensors, write_gguf
 
 
@@ -21,7 +21,7 @@ def test_tensors_come_back_under_their_hugging_face_names(tmp_path: Path, kind: 
     type_ = GGMLQuantizationType[kind]
     tensors = hf_tensors(tied=False)
     types = {name: type_ for name in tensors if "norm" not in name}
-    source = GGUFSource(GGUFFile(write_gguf(tmp_path / "a.gguf", tensors, types)))
+    source = gguf_model(GGUFFile(write_gguf(tmp_path / "a.gguf", tensors, types)))[1]
     assert set(source.names) == set(tensors)
     for name, values in tensors.items():
         assert source.shape(name) == values.shape
@@ -39,8 +39,8 @@ def test_tensors_come_back_under_their_hugging_face_names(tmp_path: Path, kind: 
 
 
 def test_config_equals_the_original(tmp_path: Path) -> None:
-    assert gguf_to_hf_config(GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors()))) == CONFIG
-    untied = gguf_to_hf_config(GGUFFile(write_gguf(tmp_path / "b.gguf", hf_tensors(tied=False))))
+    assert gguf_model(GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors())))[0] == CONFIG
+    untied = gguf_model(GGUFFile(write_gguf(tmp_path / "b.gguf", hf_tensors(tied=False))))[0]
     assert untied == CONFIG | {"tie_word_embeddings": False}
 
 
@@ -69,22 +69,22 @@ def test_llama3_rope_scaling_is_recovered(tmp_path: Path, factor: float, high: f
         rope_factors=factors,
     )
     file = GGUFFile(path)
-    assert gguf_to_hf_config(file)["rope_scaling"] == {
+    assert gguf_model(file)[0]["rope_scaling"] == {
         "rope_type": "llama3",
         "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": high,
         "original_max_position_embeddings": original // 16,
     }
-    assert "rope_freqs.weight" not in GGUFSource(file).names
+    assert "rope_freqs.weight" not in gguf_model(file)[1].names
 
 
 def test_other_rope_factors_are_refused_and_ones_mean_none(tmp_path: Path) -> None:
     odd = write_gguf(tmp_path / "a.gguf", hf_tensors(), rope_factors=np.linspace(1, 9, D // 2) ** 2)
     with pytest.raises(ModelError, match="do not follow Llama 3 scaling"):
-        gguf_to_hf_config(GGUFFile(odd))
+        gguf_model(GGUFFile(odd))[0]
     ones = write_gguf(tmp_path / "b.gguf", hf_tensors(), rope_factors=np.ones(D // 2))
-    assert gguf_to_hf_config(GGUFFile(ones))["rope_scaling"] is None
+    assert gguf_model(GGUFFile(ones))[0]["rope_scaling"] is None
 
 
 U32, F32, STR = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING
@@ -92,7 +92,7 @@ U32, F32, STR = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRIN
 
 def test_linear_rope_scaling(tmp_path: Path) -> None:
     extra = {"llama.rope.scaling.type": ("linear", STR), "llama.rope.scaling.factor": (4.0, F32)}
-    config = gguf_to_hf_config(GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors(), extra=extra)))
+    config = gguf_model(GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors(), extra=extra)))[0]
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
@@ -111,20 +111,20 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
 def test_metadata_that_would_change_the_computation_is_refused(tmp_path: Path, extra: dict, message: str) -> None:
     file = GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors(), extra=extra))
     with pytest.raises(ModelError, match=message):
-        gguf_to_hf_config(file)
+        gguf_model(file)[0]
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path: Path) -> None:
     file = GGUFFile(write_gguf(tmp_path / "a.gguf", hf_tensors(), architecture="mamba"))
-    with pytest.raises(ModelError, match=r"'mamba' is not supported from GGUF; supported: llama"):
-        gguf_to_hf_config(file)
+    with pytest.raises(ModelError, match=r"'mamba' is not supported from GGUF; supported: .*llama"):
+        gguf_model(file)[0]
     with pytest.raises(ModelError, match="mamba"):
-        GGUFSource(file)
+        gguf_model(file)[1]
 
 
 @pytest.mark.real
 def test_config_of_the_default_model(default_gguf: Path) -> None:
-    config = gguf_to_hf_config(GGUFFile(default_gguf))
+    config = gguf_model(GGUFFile(default_gguf))[0]
     assert config == {
         **CONFIG,
         "vocab_size": 49152,

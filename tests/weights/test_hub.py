@@ -13,10 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from llm_infer.base.errors import ModelError
+from llm_infer.models.opened import open_model
 from llm_infer.weights import hub
 from llm_infer.weights.gguf_choice import choose, gguf_models, labels
 from llm_infer.weights.model_names import HubName, hub_name
-from llm_infer.weights.sources import ModelSource, open_model
+from llm_infer.weights.sources import ModelSource
 from tests.weights.local_hub import Hub, environment, serving
 from tests.weights.tiny_models import CONFIG
 

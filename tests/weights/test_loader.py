@@ -18,9 +18,9 @@ import pytest
 
 from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
+from llm_infer.models.opened import gguf_model
 from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.gguf import GGUFFile
-from llm_infer.weights.gguf_adapter import GGUFSource
 from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.rules import Rule, fuse_qkv
 from tests.weights.tiny_models import HKV, HQ, D, E, F, L, V, hf_tensors, write_gguf
@@ -85,7 +85,7 @@ def _specs(dtype: object = np.float32) -> dict[str, jax.ShapeDtypeStruct]:
 
 def test_parameters_are_stacked_and_fused(tmp_path: Path) -> None:
     tensors = hf_tensors()
-    source = GGUFSource(GGUFFile(write_gguf(tmp_path / "a.gguf", tensors)))
+    source = gguf_model(GGUFFile(write_gguf(tmp_path / "a.gguf", tensors)))[1]
     parameters = load_parameters(source, _specs(), RULES, num_layers=L)
     assert {name: array.shape for name, array in parameters.items()} == {n: s.shape for n, s in _specs().items()}
     np.testing.assert_array_equal(parameters["embed"], tensors["model.embed_tokens.weight"])
@@ -200,7 +200,8 @@ MEMORY_SCRIPT = """
 import json, re, sys, threading, time
 import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
-from llm_infer.weights.sources import ModelSource, open_model
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import ModelSource
 from llm_infer.weights.loader import load_parameters
 from llm_infer.weights.rules import Rule, fuse_qkv
 

@@ -26,11 +26,12 @@ from llm_infer.models.config import ModelConfig, MoEConfig, RopeConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
 from llm_infer.models.families.opt import OPTConfig
 from llm_infer.models.load import LoadedModel, dummy_model, load_model, save_model
+from llm_infer.models.opened import open_model
 from llm_infer.models.params import split_model
 from llm_infer.text.tokenizer import Tokenizer
 from llm_infer.weights import checkpoint_writer
 from llm_infer.weights.orbax_checkpoint import FORMAT_VERSION, MANIFEST, Checkpoint
-from llm_infer.weights.sources import ModelSource, open_model, resolve
+from llm_infer.weights.sources import ModelSource, resolve
 from tests.weights.tiny_models import CONFIG, hf_tensors
 
 TINY = ModelConfig("LlamaForCausalLM", 64, 32, 2, 4, 2, 8, 64, 128, rope=RopeConfig(5e5, 8.0), norm_eps=1e-6)
@@ -346,7 +347,8 @@ from llm_infer.models.params import split_model
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json
 from llm_infer.models.load import LoadedModel, load_model, save_model
-from llm_infer.weights.sources import open_model, resolve
+from llm_infer.models.opened import open_model
+from llm_infer.weights.sources import resolve
 
 source, folder = map(Path, sys.argv[1:])
 assert jax.device_count() == 8
@@ -409,7 +411,7 @@ def _run(script: str, *arguments: Path, **environment: str) -> subprocess.Comple
 def test_the_default_models_tokenizer_loses_nothing(default_gguf: Path, tmp_path: Path, model: LoadedModel) -> None:
     """Only the weights are those of a tiny model here."""
     from llm_infer.llm import LLM
-    from llm_infer.weights.sources import tokenizer_files
+    from llm_infer.models.opened import tokenizer_files
 
     source = open_model(resolve(str(default_gguf)))
     save_model(

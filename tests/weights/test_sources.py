@@ -19,9 +19,10 @@ from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
 from llm_infer.commands import doctor
 from llm_infer.engine import compile_cache
+from llm_infer.models.opened import open_model
 from llm_infer.weights import default_model
 from llm_infer.weights.default_model import DEFAULT_MODEL, PinnedModel
-from llm_infer.weights.sources import ModelSource, open_model, resolve
+from llm_infer.weights.sources import ModelSource, resolve
 from pallas_kernels import tuned
 from pallas_kernels.cpu_ffi import compile as cpu_kernels
 from tests.weights.tiny_models import CONFIG, hf_tensors, write_gguf

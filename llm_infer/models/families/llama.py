@@ -8,16 +8,25 @@ from typing import Any
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+from llm_infer.weights.gguf_names import GGUFNames
 
 rules = llama_rules
 IGNORED_TENSORS = LLAMA_IGNORED
+GGUF = GGUFNames("llama", interleaved_rope=True, bias_keys=("attention_bias", "mlp_bias"))
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `LlamaConfig`."""
     reader = ConfigReader(values)
-    reader.expect("mlp_bias", False)
+    biased = reader.flag("attention_bias", False)
     reader.same_layers()
-    result = ModelConfig("LlamaForCausalLM", **reader.llama_like(), fused_qkv=fused_qkv)
+    result = ModelConfig(
+        "LlamaForCausalLM",
+        **reader.llama_like(),
+        qkv_bias=biased,
+        output_bias=biased,
+        mlp_bias=reader.flag("mlp_bias", False),
+        fused_qkv=fused_qkv,
+    )
     reader.finish()
     return result

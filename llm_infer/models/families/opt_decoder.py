@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from llm_infer.models.decoder import Angles, Attend, Attention, Cache, Decoder
+from llm_infer.models.decoder import Attend, Attention, Cache, Decoder
 from llm_infer.models.families.opt import POSITION_OFFSET, OPTConfig
 from llm_infer.models.layers import Embedding, Layer, LayerNorm, Linear, matmul_rows, parameter
+from llm_infer.models.rotary import Angles
 from llm_infer.parallel.collectives import MeshAxes
 
 
@@ -19,7 +22,8 @@ class OPTLayers(nnx.Module):
     def __init__(self, config: OPTConfig, *, dtype: DTypeLike) -> None:
         layers, width, inner = config.num_layers, config.hidden_size, config.intermediate_size
         self.attn_norm = LayerNorm(layers, width, eps=config.norm_eps, dtype=dtype)
-        self.attn = Attention(config, output_bias=True, dtype=dtype)
+        # Checkpoints written before `output_bias` do not have the field.
+        self.attn = Attention(replace(config, output_bias=True), dtype=dtype)
         self.mlp_norm = LayerNorm(layers, width, eps=config.norm_eps, dtype=dtype)
         self.mlp = PlainMLP(layers, width, inner, reduce=config.shards.axes, dtype=dtype)
         self.pre_norm = config.pre_norm

@@ -8,9 +8,11 @@ from typing import Any
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+from llm_infer.weights.gguf_names import DENSE_LAYER, QK_NORMS, GGUFNames
 
 rules = llama_rules
 IGNORED_TENSORS = LLAMA_IGNORED
+GGUF = GGUFNames("qwen3", DENSE_LAYER | QK_NORMS, bias_keys=("attention_bias",))
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
@@ -18,6 +20,15 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     # transformers assumes a head size of 128 where the config is silent.
     reader = ConfigReader({"head_dim": 128, **values})
     windows = reader.windows()
-    result = ModelConfig("Qwen3ForCausalLM", **reader.llama_like(), qk_norm=True, windows=windows, fused_qkv=fused_qkv)
+    biased = reader.flag("attention_bias", False)
+    result = ModelConfig(
+        "Qwen3ForCausalLM",
+        **reader.llama_like(),
+        qkv_bias=biased,
+        output_bias=biased,
+        qk_norm=True,
+        windows=windows,
+        fused_qkv=fused_qkv,
+    )
     reader.finish()
     return result

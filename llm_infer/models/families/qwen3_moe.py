@@ -5,57 +5,64 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.hf_config import ConfigReader
-from llm_infer.models.names import BLOCK, LLAMA_IGNORED, llama_rules
+from llm_infer.models.names import LLAMA_IGNORED, expert_rules, llama_rules
+from llm_infer.weights.gguf_names import DENSE_LAYER, QK_NORMS, GGUFNames
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
+GGUF = GGUFNames(
+    "qwen3_moe",
+    {name: hf for name, hf in (DENSE_LAYER | QK_NORMS).items() if not hf.startswith("mlp.")}
+    | {"ffn_gate_inp": "mlp.gate"},
+    bias_keys=("attention_bias",),
+    experts=True,
+)
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
-    """Makes the model configuration of a Hugging Face `Qwen3MoeConfig`.
-
-    Raises:
-        ModelError: also for models in which some layers are dense; none is published.
-    """
+    """Makes the model configuration of a Hugging Face `Qwen3MoeConfig`."""
     # transformers 5 writes the number of experts under another name than the published configs.
     renamed = {"num_experts" if key == "num_local_experts" else key: value for key, value in values.items()}
     reader = ConfigReader(renamed)
     reader.full_attention()
+    biased, moe = reader.flag("attention_bias", False), experts_of(reader)
+    result = ModelConfig(
+        "Qwen3MoeForCausalLM",
+        **reader.llama_like(),
+        qkv_bias=biased,
+        output_bias=biased,
+        qk_norm=True,
+        moe=moe,
+        fused_qkv=fused_qkv,
+    )
+    reader.finish()
+    return result
+
+
+def experts_of(reader: ConfigReader, **more: Any) -> MoEConfig:
+    """Reads Qwen's experts.
+
+    Raises:
+        ModelError: some layers are dense; no such model is published.
+    """
     reader.expect("decoder_sparse_step", 1)
     if dense := reader.take("mlp_only_layers", []):
         raise ModelError(f"config.json: mlp_only_layers={dense!r} is not supported, expected []: experts in all layers")
     # Both concern training alone.
     reader.take("output_router_logits", False)
     reader.take("router_aux_loss_coef", 0.0)
-    moe = MoEConfig(
+    return MoEConfig(
         num_experts=reader.integer("num_experts"),
         experts_per_token=reader.integer("num_experts_per_tok"),
         intermediate_size=reader.integer("moe_intermediate_size"),
         norm_topk_prob=reader.flag("norm_topk_prob", False),
+        **more,
     )
-    result = ModelConfig("Qwen3MoeForCausalLM", **reader.llama_like(), qk_norm=True, moe=moe, fused_qkv=fused_qkv)
-    reader.finish()
-    return result
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """Names Qwen3's tensors, the router, and the experts' matrices stacked below each other."""
-    assert config.moe is not None
-    experts = range(config.moe.num_experts)
-    return [
-        *llama_rules(config),
-        Rule("layers.mlp.router.weight", (BLOCK + "mlp.gate.weight",)),
-        *(
-            Rule(
-                f"layers.mlp.{name}.weight",
-                tuple(f"{BLOCK}mlp.experts.{x}.{name}_proj.weight" for x in experts),
-                arrange=np.concatenate,
-            )
-            for name in ("gate", "up", "down")
-        ),
-    ]
+    """Names Qwen3's tensors, the router and the experts."""
+    return [*llama_rules(config), *expert_rules(config)]

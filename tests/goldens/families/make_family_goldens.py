@@ -14,16 +14,40 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 STEPS = 12
@@ -46,6 +70,21 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+QWEN_EXPERTS = {
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
 }
 OPT = {"num_attention_heads": 4, "ffn_dim": 64, "vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2}
 OPT |= {"max_position_embeddings": 64, "dropout": 0.0, "attention_dropout": 0.0}
@@ -121,6 +160,181 @@ MODELS = {
     "opt_pre": (OPTForCausalLM, OPTConfig(**OPT, word_embed_proj_dim=32)),
     # As the 350m size: narrow embeddings and norms after the residual sums.
     "opt_post": (OPTForCausalLM, OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False)),
+    # Layers of both kinds, in the pattern of the family; windows shorter than a page, than a chunk and than the prompts.
+    "gemma3_mha": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **{**COMMON, **MHA, "num_hidden_layers": 6},
+            head_dim=16,
+            intermediate_size=64,
+            query_pre_attn_scalar=12,
+            sliding_window=5,
+        ),
+    ),
+    "gemma3_gqa": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig(
+            **{**COMMON, **GQA, "num_hidden_layers": 3},
+            head_dim=8,
+            intermediate_size=64,
+            query_pre_attn_scalar=8,
+            sliding_window=7,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            final_logit_softcapping=9.0,
+        ),
+    ),
+    "gemma2_mha": (
+        Gemma2ForCausalLM,
+        Gemma2Config(**COMMON, **MHA, head_dim=16, intermediate_size=64, query_pre_attn_scalar=12, sliding_window=5),
+    ),
+    "gemma2_gqa": (
+        Gemma2ForCausalLM,
+        Gemma2Config(
+            **{**COMMON, **GQA, "num_hidden_layers": 3},
+            head_dim=8,
+            intermediate_size=64,
+            query_pre_attn_scalar=8,
+            sliding_window=9,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=20.0,
+        ),
+    ),
+    "gpt_oss_mha": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **COMMON,
+            **MHA,
+            head_dim=16,
+            intermediate_size=16,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=5,
+            rope_parameters={**YARN, "truncate": False},
+        ),
+    ),
+    "gpt_oss_gqa": (
+        GptOssForCausalLM,
+        GptOssConfig(
+            **{**COMMON, **GQA, "num_hidden_layers": 3},
+            head_dim=8,
+            intermediate_size=32,
+            num_local_experts=4,
+            num_experts_per_tok=3,
+            sliding_window=7,
+            rope_parameters={**YARN},
+            swiglu_limit=1.5,
+        ),
+    ),
+    "mistral_mha": (MistralForCausalLM, MistralConfig(**COMMON, **MHA, intermediate_size=64, sliding_window=6)),
+    "mistral_gqa": (
+        MistralForCausalLM,
+        MistralConfig(
+            **COMMON, **GQA, head_dim=16, intermediate_size=64, sliding_window=None, rope_parameters={**YARN}
+        ),
+    ),
+    "smollm3_mha": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config(
+            **{**COMMON, **MHA, "num_hidden_layers": 4},
+            intermediate_size=64,
+            attention_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=False,
+        ),
+    ),
+    "smollm3_gqa": (
+        SmolLM3ForCausalLM,
+        SmolLM3Config(**{**COMMON, **GQA, "num_hidden_layers": 3}, intermediate_size=64, no_rope_layers=[1, 0, 1]),
+    ),
+    "granite_mha": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **COMMON,
+            **MHA,
+            intermediate_size=64,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.5,
+            attention_multiplier=0.2,
+            logits_scaling=2.0,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+    ),
+    "granite_gqa": (
+        GraniteForCausalLM,
+        GraniteConfig(
+            **COMMON,
+            **GQA,
+            intermediate_size=64,
+            embedding_multiplier=12.0,
+            residual_multiplier=0.22,
+            attention_multiplier=0.5,
+            logits_scaling=0.5,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "olmo2_mha": (Olmo2ForCausalLM, Olmo2Config(**COMMON, **MHA, intermediate_size=64)),
+    "olmo2_gqa": (
+        Olmo2ForCausalLM,
+        Olmo2Config(**{**COMMON, **GQA, "num_hidden_layers": 3}, intermediate_size=64, tie_word_embeddings=True),
+    ),
+    "olmo3_mha": (
+        Olmo3ForCausalLM,
+        Olmo3Config(**{**COMMON, **MHA, "num_hidden_layers": 4}, intermediate_size=64, sliding_window=5),
+    ),
+    "olmo3_gqa": (
+        Olmo3ForCausalLM,
+        Olmo3Config(
+            **{**COMMON, **GQA, "num_hidden_layers": 3},
+            intermediate_size=64,
+            sliding_window=7,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            rope_parameters={
+                "full_attention": {**YARN},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+            },
+        ),
+    ),
+    "mixtral_mha": (MixtralForCausalLM, MixtralConfig(**COMMON, **MHA, intermediate_size=16, sliding_window=6)),
+    "mixtral_gqa": (
+        MixtralForCausalLM,
+        MixtralConfig(**COMMON, **GQA, head_dim=16, intermediate_size=32, num_local_experts=4, num_experts_per_tok=3),
+    ),
+    "qwen2_moe_mha": (Qwen2MoeForCausalLM, Qwen2MoeConfig(**COMMON, **MHA, **QWEN_EXPERTS)),
+    "qwen2_moe_gqa": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig(**COMMON, **GQA, **QWEN_EXPERTS, norm_topk_prob=True, tie_word_embeddings=True),
+    ),
+    "phi3_mha": (
+        Phi3ForCausalLM,
+        Phi3Config(**{**COMMON, "pad_token_id": 0}, **MHA, intermediate_size=64, sliding_window=7),
+    ),
+    "phi3_gqa": (
+        Phi3ForCausalLM,
+        Phi3Config(
+            **{**COMMON, **GQA, "hidden_size": 64, "pad_token_id": 0},
+            intermediate_size=64,
+            partial_rotary_factor=0.75,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "glm4_mha": (
+        Glm4ForCausalLM,
+        Glm4Config(**{**COMMON, "pad_token_id": 0}, **MHA, head_dim=16, intermediate_size=64, attention_bias=False),
+    ),
+    "glm4_gqa": (
+        Glm4ForCausalLM,
+        Glm4Config(
+            **{**COMMON, **GQA, "num_hidden_layers": 3, "pad_token_id": 0},
+            head_dim=16,
+            intermediate_size=64,
+            partial_rotary_factor=0.25,
+        ),
+    ),
 }
 
 

@@ -1,0 +1,24 @@
+"""Mistral: Llama, the first version with a window in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+
+rules = llama_rules
+IGNORED_TENSORS = LLAMA_IGNORED
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Makes the model configuration of a Hugging Face `MistralConfig`."""
+    reader = ConfigReader(values)
+    fields = reader.llama_like()
+    window = reader.optional_integer("sliding_window")
+    windows = reader.layer_windows(window, ["sliding_attention"] * fields["num_layers"])
+    result = ModelConfig("MistralForCausalLM", **fields, windows=windows, fused_qkv=fused_qkv)
+    reader.finish()
+    return result

@@ -1,0 +1,37 @@
+"""Mixtral: Mistral with routed experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import LLAMA_IGNORED, expert_rules, llama_rules
+from llm_infer.weights.rules import Rule
+
+IGNORED_TENSORS = LLAMA_IGNORED
+_MATRICES = {name: f"block_sparse_moe.experts.{{x}}.{w}" for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Makes the model configuration of a Hugging Face `MixtralConfig`."""
+    reader = ConfigReader({"rms_norm_eps": 1e-5, "rope_theta": 1e6, **values})
+    fields = reader.llama_like()
+    for training in ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"):
+        reader.take(training, 0)
+    window = reader.optional_integer("sliding_window")
+    moe = MoEConfig(
+        num_experts=reader.integer("num_local_experts", 8),
+        experts_per_token=reader.integer("num_experts_per_tok", 2),
+        intermediate_size=fields["intermediate_size"],
+    )
+    windows = reader.layer_windows(window, ["sliding_attention"] * fields["num_layers"])
+    result = ModelConfig("MixtralForCausalLM", **fields, windows=windows, moe=moe, fused_qkv=fused_qkv)
+    reader.finish()
+    return result
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """Names Llama's tensors, the router and the experts."""
+    return [*llama_rules(config), *expert_rules(config, "block_sparse_moe.gate", _MATRICES)]

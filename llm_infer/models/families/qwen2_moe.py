@@ -1,0 +1,55 @@
+"""Qwen 1.5 and 2 mixtures of experts: Qwen2 with routed experts, and one for all tokens behind a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.families.qwen3_moe import experts_of
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
+from llm_infer.weights.gguf_names import DENSE_LAYER, GGUFNames
+from llm_infer.weights.rules import Rule
+
+_SHARED = {"ffn_gate_shexp": "gate", "ffn_up_shexp": "up", "ffn_down_shexp": "down"}
+IGNORED_TENSORS = LLAMA_IGNORED
+GGUF = GGUFNames(
+    "qwen2_moe",
+    {name: hf for name, hf in DENSE_LAYER.items() if not hf.startswith("mlp.")}
+    | {"ffn_gate_inp": "mlp.gate", "ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
+    | {name: f"mlp.shared_expert.{hf}_proj" for name, hf in _SHARED.items()},
+    experts=True,
+    keys={"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    adjust=lambda config: config.update(norm_topk_prob=False),
+)
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Makes the model configuration of a Hugging Face `Qwen2MoeConfig`."""
+    reader = ConfigReader(values)
+    reader.full_attention()
+    shared = reader.integer("shared_expert_intermediate_size", 5632)
+    moe = experts_of(reader, shared_size=shared, shared_gate=True)
+    result = ModelConfig(
+        "Qwen2MoeForCausalLM",
+        **reader.llama_like(),
+        qkv_bias=reader.flag("qkv_bias", True),
+        moe=moe,
+        fused_qkv=fused_qkv,
+    )
+    reader.finish()
+    return result
+
+
+def rules(config: ModelConfig) -> list[Rule]:
+    """Names Qwen2's tensors, router and experts, and the expert of all tokens with its gate."""
+    return [
+        *llama_rules(config),
+        *expert_rules(config),
+        *(
+            Rule(f"layers.mlp.shared_{name}.weight", (f"{BLOCK}mlp.shared_expert.{name}_proj.weight",))
+            for name in _SHARED.values()
+        ),
+        Rule("layers.mlp.shared_weight.weight", (BLOCK + "mlp.shared_expert_gate.weight",)),
+    ]
