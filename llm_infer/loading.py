@@ -50,7 +50,15 @@ def load(
     if opened.checkpoint is None:  # whose configuration is read with the weights, which are mapped
         module.config(opened.config, fused_qkv=fused_qkv).check_context(max_model_len)
     tokenizer = _tokenizer(opened)
-    model = load_model(opened, dtype=compute, fused_qkv=fused_qkv, stored=stored, parallel=parallel, progress=progress)
+    model = load_model(
+        opened,
+        dtype=compute,
+        fused_qkv=fused_qkv,
+        stored=stored,
+        parallel=parallel,
+        progress=progress,
+        max_model_len=max_model_len,
+    )
     opened.tensors.close()
     return tokenizer, model
 

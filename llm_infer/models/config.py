@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llm_infer.base.errors import ModelError, UserError
 
@@ -16,12 +16,15 @@ class RopeConfig:
         factor: by which low frequencies are divided, or all of them with "linear" (1 = no scaling).
         low_freq_factor, high_freq_factor: of "llama3": where the scaling sets in (Llama 3.1 release notes).
         original_max_position: context that the model was trained with before the scaling.
-        kind: "llama3", "linear" or "yarn".
+        kind: "llama3", "linear", "yarn" or "longrope".
         fraction: of each head's elements that are rotated, the first ones.
         beta_fast, beta_slow: of "yarn": rotations within the original context from which a frequency stays, and up to
             which it is divided by `factor` (Peng et al., 2023, section 3.2).
         truncate: of "yarn": the bounds between them are rounded to whole elements.
         amplitude: by which cosine and sine are multiplied.
+        short_factors, long_factors: of "longrope": by which each frequency is divided in engines whose sequences stay within
+            `original_max_position`, and in others (Ding et al., 2024).
+        long: which of the two are taken.
     """
 
     theta: float = 10000.0
@@ -35,6 +38,9 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
     amplitude: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    long: bool = True
 
     def rotated(self, head_dim: int) -> int:
         """Returns how many elements of a head are rotated."""
@@ -180,6 +186,14 @@ class ModelConfig:
                     f"head_dim={self.head_dim}: rotary embedding of {rotated} elements of each head needs an even number "
                     f"from 2 to {self.head_dim}"
                 )
+            if (
+                rope is not None
+                and rope.kind == "longrope"
+                and 2 * len(rope.long_factors) != rope.rotated(self.head_dim)
+            ):
+                raise ModelError(
+                    f"{len(rope.long_factors)} factors of the rotation for {rope.rotated(self.head_dim) // 2} frequencies"
+                )
         if len({rope.rotated(self.head_dim) for rope in self.layer_ropes if rope is not None}) > 1:
             raise ModelError("all layers with rotary positions must rotate as many elements of a head")
         if len(self.layer_ropes) not in (0, self.num_layers):
@@ -190,6 +204,17 @@ class ModelConfig:
             raise ModelError(
                 f"windows={self.windows}: expected one for each of the {self.num_layers} layers, at least 1 token or None"
             )
+
+    def for_length(self, max_model_len: int | None) -> ModelConfig:
+        """Returns the configuration for sequences up to this length; None for all that the model can have."""
+        length = self.max_position_embeddings if max_model_len is None else max_model_len
+
+        def chosen(rope: RopeConfig | None) -> RopeConfig | None:
+            if rope is None or rope.kind != "longrope":
+                return rope
+            return replace(rope, long=length > rope.original_max_position)
+
+        return replace(self, rope=chosen(self.rope), layer_ropes=tuple(map(chosen, self.layer_ropes)))
 
     @property
     def group_size(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.hf_config import MAX_INTEGER
+from llm_infer.models.config_numbers import MAX_INTEGER
 from llm_infer.models.registry import family
 
 _MAY_BE_ZERO = ("embedding_size", "shared_size")  # embeddings as wide as the model; no shared expert
@@ -18,8 +18,14 @@ _MAY_BE_ZERO = ("embedding_size", "shared_size")  # embeddings as wide as the mo
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """Returns all fields by name, except how it is cut over devices; nested configurations are objects, tuples are lists."""
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "shards"}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return _plain({name: value for name, value in dataclasses.asdict(config).items() if name != "shards"})
+
+
+def _plain(value: Any) -> Any:
+    """Turns tuples into lists, in objects and lists too."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def config_from_json(values: Mapping[str, Any]) -> ModelConfig:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import RopeConfig
 from llm_infer.models.config_keys import is_neutral, same
+from llm_infer.models.config_numbers import MAX_INTEGER, MAX_THETA, an_object, positive
+from llm_infer.models.hf_rope import read_rope
 
-MAX_INTEGER = 2**31 - 1
-"""Largest size or position: programs count in int32."""
-MAX_THETA = 1e15
-"""Published bases of rotary frequencies end at 5e10."""
-MAX_FACTOR = 1e6
-"""Published factors by which a context grows end at 128."""
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -120,6 +115,9 @@ class ConfigReader:
                 raise ModelError(f"config.json: layer_types has {kind!r:.60}, which is not supported")
         return kinds
 
+    def _context(self) -> int:
+        return self.integer("max_position_embeddings")
+
     def layer_windows(self, window: int | None, kinds: Sequence[str] = ()) -> tuple[int | None, ...]:
         """Reads `layer_types`, of full and sliding layers; where they are not listed, `kinds` has them for all layers."""
         found = self._layer_types("full_attention", "sliding_attention") or list(kinds)
@@ -129,15 +127,18 @@ class ConfigReader:
         windows = tuple(window if kind == "sliding_attention" else None for kind in found)
         return windows if any(windows) else ()
 
-    def rope(self, *, partial: bool = False) -> RopeConfig:
+    def rope(self, *, partial: bool = False, original: int | None = None) -> RopeConfig:
         """Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both.
 
-        `partial` says that the architecture may rotate a part of each head.
+        `partial` says that the architecture may rotate a part of each head; `original` is the context before the scaling where
+        the config has it elsewhere.
         """
         name = "rope_parameters" if self.take("rope_parameters", None) else "rope_scaling"
-        scaling = self._object(name, self.take(name, {}))
+        scaling = an_object(name, self.take(name, {}))
+        if original is not None and {"short_factor", "long_factor"} <= scaling.keys():
+            scaling["original_max_position_embeddings"] = original
         theta, fraction = self.take("rope_theta", 10000.0), self.take("partial_rotary_factor", 1.0) if partial else 1.0
-        result = self._rope(name, scaling, theta, fraction)
+        result = read_rope(name, scaling, theta, fraction, self._context)
         if result.fraction != 1.0 and not partial:
             raise ModelError("config.json: a partial_rotary_factor other than 1 is not supported here")
         return result
@@ -150,13 +151,15 @@ class ConfigReader:
             local: base of sliding layers in older configs without `rope_local_base_freq`, None for that of full layers; their
                 rotation is not scaled there.
         """
-        parameters = self._object("rope_parameters", self.take("rope_parameters", {}))
+        parameters = an_object("rope_parameters", self.take("rope_parameters", {}))
         kinds = ("full_attention", "sliding_attention")
         if parameters.keys() & set(kinds):
             if unknown := sorted(parameters.keys() - set(kinds)):
                 raise ModelError(f"config.json: unknown keys in rope_parameters: {unknown}")
             full, sliding = (
-                self._rope(f"rope_parameters[{kind!r}]", self._object(kind, parameters.get(kind, {})), theta, 1.0)
+                read_rope(
+                    f"rope_parameters[{kind!r}]", an_object(kind, parameters.get(kind, {})), theta, 1.0, self._context
+                )
                 for kind in kinds
             )
             return full, sliding
@@ -169,98 +172,6 @@ class ConfigReader:
             positive("rope_local_base_freq", self.take("rope_local_base_freq", local), MAX_THETA, 1.0)
         )
 
-    @staticmethod
-    def _object(name: str, value: object) -> dict[str, Any]:
-        """Returns a JSON object without its nulls, which say that a key is not set."""
-        if not isinstance(value, dict):
-            raise ModelError(f"config.json: {name}={value!r:.60}, expected an object or null")
-        return {key: each for key, each in value.items() if each is not None}
-
-    def _rope(self, name: str, scaling: dict[str, Any], theta: object, fraction: object) -> RopeConfig:
-        """Reads one rotation; `theta` and `fraction` are used where `scaling` does not say its own."""
-        plain = RopeConfig(
-            positive("rope_theta", scaling.pop("rope_theta", theta), MAX_THETA, 1.0),
-            fraction=positive("partial_rotary_factor", scaling.pop("partial_rotary_factor", fraction), 1.0),
-        )
-        older = scaling.pop("type", "default")
-        kind = str(scaling.pop("rope_type", older))
-        if kind == "dynamic":  # sets in behind max_position_embeddings, which no sequence passes
-            scaling, kind = {}, "default"
-        readers = {"llama3": self._llama3, "yarn": self._yarn, "linear": self._linear}
-        if kind in readers and "factor" in scaling and not same(scaling["factor"], 1.0):
-            result = readers[kind](name, scaling, plain)
-            if scaling:
-                raise ModelError(f"config.json: unknown keys in the rope scaling: {sorted(scaling)}")
-            return result
-        return self._unscaled(plain, kind, scaling)
-
-    def _linear(self, name: str, scaling: dict[str, Any], plain: RopeConfig) -> RopeConfig:
-        scaling.pop("original_max_position_embeddings", None)
-        return replace(
-            plain, kind="linear", factor=positive(f"{name}['factor']", scaling.pop("factor"), MAX_FACTOR, 1.0)
-        )
-
-    def _yarn(self, name: str, scaling: dict[str, Any], plain: RopeConfig) -> RopeConfig:
-        def number(key: str, default: float) -> float:
-            return positive(f"{name}[{key!r}]", scaling.pop(key, default), float(MAX_INTEGER))
-
-        factor = positive(f"{name}['factor']", scaling.pop("factor"), MAX_FACTOR, 1.0)
-        # Without a number of its own, or two whose quotient counts, it follows from the factor (Peng et al., section 3.3).
-        scales = [number(key, 0.0) if scaling.get(key) else 0.0 for key in ("mscale", "mscale_all_dim")]
-        for key in ("mscale", "mscale_all_dim", "finetuned"):
-            scaling.pop(key, None)
-        grown = [0.1 * each * math.log(factor) + 1.0 for each in (scales if all(scales) else (1.0, 0.0))]
-        original = number("original_max_position_embeddings", float(self.integer("max_position_embeddings")))
-        fast, slow = number("beta_fast", 32.0), number("beta_slow", 1.0)
-        if original != int(original) or fast <= slow or plain.theta == 1.0:
-            raise ModelError(
-                f"config.json: rope scaling 'yarn' has original_max_position_embeddings={original:g}, beta_fast={fast:g}, "
-                f"beta_slow={slow:g}: expected a whole number of positions and a beta_fast above beta_slow"
-            )
-        return replace(
-            plain,
-            kind="yarn",
-            factor=factor,
-            original_max_position=int(original),
-            beta_fast=fast,
-            beta_slow=slow,
-            truncate=bool(scaling.pop("truncate", True)),
-            amplitude=number("attention_factor", grown[0] / grown[1]),
-        )
-
-    def _llama3(self, name: str, scaling: dict[str, Any], plain: RopeConfig) -> RopeConfig:
-        numbers = {}
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            if key not in scaling:
-                raise ModelError(f"config.json: rope scaling 'llama3' has no {key!r}")
-            numbers[key] = positive(f"{name}[{key!r}]", scaling.pop(key), float(MAX_INTEGER))
-        factor, low, high, original = numbers.values()
-        if high <= low or factor < 1 or original != int(original):
-            raise ModelError(
-                f"config.json: rope scaling 'llama3' has factor={factor:g}, low_freq_factor={low:g}, "
-                f"high_freq_factor={high:g}, original_max_position_embeddings={original:g}: expected a factor of at least "
-                "1, a high one above the low one, and a whole number of positions"
-            )
-        return replace(
-            plain, factor=factor, low_freq_factor=low, high_freq_factor=high, original_max_position=int(original)
-        )
-
-    def _unscaled(self, plain: RopeConfig, kind: object, scaling: dict[str, Any]) -> RopeConfig:
-        """Accepts frequencies as they are: no scaling, or one by the factor 1."""
-        neutral = {"factor": 1.0, "attention_factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-        # Where the scaling would set in, which means nothing without one.
-        where = {"original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "finetuned"}
-        where |= {"low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()
-        known = kind == "default" or (kind in ("linear", "yarn", "llama3") and "factor" in scaling)
-        if not known or not all(
-            key in where or (key in neutral and same(value, neutral[key])) for key, value in scaling.items()
-        ):
-            raise ModelError(
-                f"config.json: rope scaling {kind!r:.60} with {scaling!r:.120} is not supported, expected 'default', "
-                "'llama3', 'yarn' or 'linear' with a factor"
-            )
-        return plain
-
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         """Reads the activation of a gated MLP, as `ModelConfig` names it."""
         value = self.take(key, default)
@@ -268,11 +179,11 @@ class ConfigReader:
             raise ModelError(f"config.json: {key}={value!r:.60} is not supported, expected one of {list(ACTIVATIONS)}")
         return ACTIVATIONS[value]
 
-    def llama_like(self, *, partial: bool = False) -> dict[str, Any]:
-        """Reads the fields of `ModelConfig` that all Llama-like configs spell the same way; `partial` as for `rope`."""
+    def llama_like(self, *, partial: bool = False, original: int | None = None) -> dict[str, Any]:
+        """Reads the fields of `ModelConfig` that all Llama-like configs spell the same way; arguments as for `rope`."""
         return {
             **self.sizes(),
-            "rope": self.rope(partial=partial),
+            "rope": self.rope(partial=partial, original=original),
             "activation": self.activation(),
             "tie_word_embeddings": self.flag("tie_word_embeddings", False),
         }
@@ -302,16 +213,3 @@ class ConfigReader:
                 f"config.json has keys this architecture does not know: {shown}. "
                 "They may change the computation, so the model is not loaded."
             )
-
-
-def positive(key: str, value: object, high: float = math.inf, low: float = 0.0) -> float:
-    """Returns the value as a finite number above 0, from `low` to `high`.
-
-    Raises:
-        ModelError: the value is something else.
-    """
-    wrong = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong or not (0 < value < math.inf and low <= value <= high):  # type: ignore[operator]
-        limits = f", from {low:g} to {high:g}" if high < math.inf else ""
-        raise ModelError(f"config.json: {key}={value!r:.60}, expected a finite positive number{limits}")
-    return float(value)  # type: ignore[arg-type]

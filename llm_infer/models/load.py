@@ -72,6 +72,7 @@ def load_model(
     stored: str | None = None,
     parallel: ParallelConfig = ONE_DEVICE,
     progress: Progress | None = None,
+    max_model_len: int | None = None,
 ) -> LoadedModel:
     """Reads the configuration, then the weights straight into stacked parameters.
 
@@ -86,18 +87,19 @@ def load_model(
             None reads values of `dtype`.
         parallel: sizes of the mesh over which the model is cut; every device gets its part of each parameter.
         progress: reports what is read.
+        max_model_len: length of the longest sequence, by which LongRoPE chooses its factors; None for the model's.
 
     Raises:
         UserError: the model cannot be cut so, or the mesh is larger than the devices.
         ModelError: unknown architecture or config key; missing, surplus or misshapen tensors; a damaged file.
     """
     if opened.checkpoint is not None:
-        loaded = _load_checkpoint(opened.checkpoint, dtype, fused_qkv, parallel, progress)
+        loaded = _load_checkpoint(opened.checkpoint, dtype, fused_qkv, parallel, progress, max_model_len)
         return loaded if stored is None else _with_stored(loaded, stored)
     module = family(opened.config)
-    config = module.config(opened.config, fused_qkv=fused_qkv)
+    config = module.config(opened.config, fused_qkv=fused_qkv).for_length(max_model_len)
     if stored is not None and fused_qkv and _mixed_qkv(opened, config):
-        config = module.config(opened.config, fused_qkv=False)
+        config = replace(config, fused_qkv=False)
     if stored is not None and (kinds := _kinds_without_kernel(opened)):
         note = f"weights of type {', '.join(kinds)} are read as float32: no native kernel multiplies with them"
         (progress or Progress.silent()).note(note)
@@ -213,9 +215,14 @@ def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
 
 
 def _load_checkpoint(
-    checkpoint: Checkpoint, dtype: DTypeLike, fused_qkv: bool, parallel: ParallelConfig, progress: Progress | None
+    checkpoint: Checkpoint,
+    dtype: DTypeLike,
+    fused_qkv: bool,
+    parallel: ParallelConfig,
+    progress: Progress | None,
+    max_model_len: int | None,
 ) -> LoadedModel:
-    config = config_from_json(checkpoint.model)
+    config = config_from_json(checkpoint.model).for_length(max_model_len)
     if config.fused_qkv != fused_qkv:
         raise ModelError(
             f"{checkpoint.path} was written with fused_qkv={config.fused_qkv}, asked for is fused_qkv={fused_qkv}: "

@@ -20,15 +20,17 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     """Computes angular frequencies [H] in float32, scaled."""
     rotated = config.rotated(head_dim)
     plain = 1.0 / config.theta ** (np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated))
-    if config.factor != 1.0:
+    if config.factor != 1.0 or config.kind == "longrope":
         plain = plain * _kept(config, plain, rotated)
     return plain.astype(np.float32)
 
 
 def _kept(config: RopeConfig, plain: np.ndarray, rotated: int) -> np.ndarray | float:
-    """Returns what is left of each frequency after the scaling: from 1 / factor to 1."""
+    """Returns by what each frequency is multiplied in the scaling."""
     if config.kind == "linear":
         return 1.0 / config.factor
+    if config.kind == "longrope":
+        return 1.0 / np.array(config.long_factors if config.long else config.short_factors, np.float32)
     if config.kind == "llama3":  # formula of Meta's release: by the wavelength
         wavelength = 2 * np.pi / plain
         low, high = config.low_freq_factor, config.high_freq_factor

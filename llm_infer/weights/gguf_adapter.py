@@ -11,7 +11,7 @@ import numpy as np
 from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 from llm_infer.weights.gguf_names import GGUFNames
-from llm_infer.weights.gguf_rope import YARN_KEYS, rope_scaling
+from llm_infer.weights.gguf_rope import ATTENTION_FACTOR, LONG_FACTORS, YARN_KEYS, rope_scaling
 from pallas_kernels.quant_matmul.formats import FORMATS
 
 _EXPERT_STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
@@ -72,6 +72,7 @@ def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) ->
     present = {key.removeprefix(prefix) for key in file.metadata if key.startswith(prefix)}
     known = _KNOWN_KEYS | architecture.keys.keys() | YARN_KEYS.keys()
     known |= {"expert_feed_forward_length"} if architecture.experts else set()
+    known |= {ATTENTION_FACTOR} if LONG_FACTORS[0] in file.tensors else set()
     known |= {_PATTERN} if "attention.sliding_window" in architecture.keys else set()
     neutral = {key for key in present & _NEUTRAL_KEYS.keys() if _is_neutral(key, file.metadata[prefix + key])}
     if unknown := sorted(present - known - neutral):
@@ -207,7 +208,7 @@ class GGUFSource:
         kv_heads = _integer(file, kv_key) if kv_key in file.metadata else heads
         reordered = {"attn_q": heads, "attn_k": kv_heads} if architecture.interleaved_rope else {}
         for name, tensor in file.tensors.items():
-            if name == _ROPE_FACTORS:
+            if name == _ROPE_FACTORS or name in LONG_FACTORS:
                 continue
             if architecture.experts and (stack := _expert_stack(name)) is not None:
                 for expert in range(tensor.shape[0]):

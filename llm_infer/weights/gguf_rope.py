@@ -10,6 +10,9 @@ import numpy as np
 from llm_infer.base.errors import ModelError
 from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 
+LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors of LongRoPE, read as part of the config."""
+ATTENTION_FACTOR = "rope.scaling.attn_factor"
 YARN_KEYS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
 
@@ -29,6 +32,8 @@ def rope_scaling(
     """
     kind_key = prefix + "rope.scaling.type"
     kind = file.require(kind_key, str) if kind_key in file.metadata else "none"
+    if LONG_FACTORS[0] in file.tensors:
+        return _longrope(file, prefix)
     if factors is not None:
         if kind not in ("none", "llama3"):
             raise ModelError(f"{file.path}: rope scaling {kind!r} together with {factors.name} is not supported")
@@ -44,6 +49,20 @@ def rope_scaling(
     for key, name in YARN_KEYS.items():
         if prefix + key in file.metadata:
             scaling[name] = float(str(np.float32(file.require(prefix + key, float))))
+    return scaling
+
+
+def _longrope(file: GGUFFile, prefix: str) -> dict[str, Any]:
+    scaling: dict[str, Any] = {"rope_type": "longrope"}
+    for name, key in zip(LONG_FACTORS, ("long_factor", "short_factor"), strict=True):
+        if name not in file.tensors or len(file.tensors[name].shape) != 1:
+            raise ModelError(f"{file.path}: expected a list of numbers in each of {' and '.join(LONG_FACTORS)}")
+        values = np.empty(file.tensors[name].shape, np.float32)
+        file.tensors[name].read_into(values)
+        scaling[key] = [float(str(value)) for value in values]
+    scaling["original_max_position_embeddings"] = file.require(prefix + "rope.scaling.original_context_length", int)
+    if prefix + ATTENTION_FACTOR in file.metadata:
+        scaling["attention_factor"] = float(str(np.float32(file.require(prefix + ATTENTION_FACTOR, float))))
     return scaling
 
 

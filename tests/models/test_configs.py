@@ -6,12 +6,15 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.architectures import architecture_config, architecture_names, read_architecture, table
+from llm_infer.models.config import RopeConfig
 from llm_infer.models.params import num_parameters, random_params, split_model
 from llm_infer.models.registry import family
+from llm_infer.models.rotary import frequencies
 from llm_infer.weights.sources import read_json
 from tests.models import closed_form
 from tests.models.family_checkpoints import FOLDER, NAMES, load
@@ -113,7 +116,7 @@ def test_an_unknown_key_is_refused(name: str) -> None:
         ("llama_mha", {"hidden_act": "relu2"}, "hidden_act='relu2' is not supported"),
         ("llama_mha", {"mlp_bias": 1}, "mlp_bias=1, expected true or false"),
         ("llama_mha", {"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
-        ("llama_mha", {"rope_parameters": {"rope_type": "su", "factor": 2.0}}, "rope scaling 'su'"),
+        ("llama_mha", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope scaling 'ntk'"),
         (
             "llama_mha",
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 1, "beta_slow": 1}},
@@ -144,6 +147,17 @@ def test_what_would_change_the_computation_is_refused(name: str, change: dict[st
     values = read_json(FOLDER / name / "config.json")
     with pytest.raises(ModelError, match=message):
         family(values).config(values | change)
+
+
+def test_factors_follow_the_longest_sequence() -> None:
+    values = read_json(FOLDER / "phi3_longrope" / "config.json")
+    config = family(values).config(values)
+    plain = frequencies(RopeConfig(fraction=0.75), config.head_dim)
+    for length, divisors in ((None, [1.0, 2.5, 7.0]), (9, [1.0, 2.5, 7.0]), (8, [1.0, 1.1, 1.5])):
+        chosen = config.for_length(length).rope
+        assert chosen is not None
+        np.testing.assert_allclose(frequencies(chosen, config.head_dim), plain / np.array(divisors), rtol=1e-6)
+    assert config.for_length(None) == config == config.for_length(64)
 
 
 def test_unknown_architectures() -> None:

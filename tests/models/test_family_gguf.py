@@ -57,7 +57,10 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     ropes = config["rope_parameters"]
     rope = ropes.get("full_attention", ropes)
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] != "default":
+    if rope["rope_type"] == "longrope":
+        for length in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{length}.weight", np.array(rope[f"{length}_factor"], np.float32))
+    elif rope["rope_type"] != "default":
         writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
     if "original_max_position_embeddings" in rope:
@@ -131,7 +134,7 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         *(("gemma2_gqa", "gemma2"), ("gemma3_gqa", "gemma3"), ("gpt_oss_mha", "gpt-oss")),
         *(("granite_mha", "granite"), ("granite_gqa", "granite"), ("smollm3_mha", "smollm3")),
         *(("olmo2_gqa", "olmo2"), ("olmo3_mha", "olmo2"), ("glm4_mha", "glm4"), ("glm4_gqa", "glm4")),
-        *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
+        *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("phi3_longrope", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
     ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:

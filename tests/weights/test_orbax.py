@@ -28,10 +28,12 @@ from llm_infer.models.families.opt import OPTConfig
 from llm_infer.models.load import LoadedModel, dummy_model, load_model, save_model
 from llm_infer.models.opened import open_model
 from llm_infer.models.params import split_model
+from llm_infer.models.registry import family
 from llm_infer.text.tokenizer import Tokenizer
 from llm_infer.weights import checkpoint_writer
 from llm_infer.weights.orbax_checkpoint import FORMAT_VERSION, MANIFEST, Checkpoint
-from llm_infer.weights.sources import ModelSource, resolve
+from llm_infer.weights.sources import ModelSource, read_json, resolve
+from tests.models.family_checkpoints import FOLDER, NAMES
 from tests.weights.tiny_models import CONFIG, hf_tensors
 
 TINY = ModelConfig("LlamaForCausalLM", 64, 32, 2, 4, 2, 8, 64, 128, rope=RopeConfig(5e5, 8.0), norm_eps=1e-6)
@@ -125,6 +127,13 @@ def test_fusion_is_fixed_when_it_is_written(written: Path) -> None:
     ids=lambda config: config.architecture,
 )
 def test_config_round_trip(config: ModelConfig) -> None:
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_of_every_family_round_trip(name: str) -> None:
+    values = read_json(FOLDER / name / "config.json")
+    config = family(values).config(values)
     assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
 
 
@@ -344,6 +353,7 @@ import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from llm_infer.base.errors import ModelError
 from llm_infer.models.params import split_model
+from llm_infer.models.registry import family
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json
 from llm_infer.models.load import LoadedModel, load_model, save_model

@@ -25,8 +25,7 @@ GGUF = GGUFNames(
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Phi3Config`."""
     reader = ConfigReader({"rms_norm_eps": 1e-5, **values})
-    fields = reader.llama_like(partial=True)
-    reader.take("original_max_position_embeddings", 4096)  # of the rotation's scaling, which is refused
+    fields = reader.llama_like(partial=True, original=reader.optional_integer("original_max_position_embeddings"))
     reader.take("embd_pdrop", 0.0)  # of training
     windows = reader.layer_windows(
         reader.optional_integer("sliding_window"), ["sliding_attention"] * fields["num_layers"]

@@ -335,6 +335,23 @@ MODELS = {
             partial_rotary_factor=0.25,
         ),
     ),
+    # Both prompts are longer than the original context, so that transformers takes the long factors from the first step on.
+    "phi3_longrope": (
+        Phi3ForCausalLM,
+        Phi3Config(
+            **{**COMMON, **GQA, "hidden_size": 64, "pad_token_id": 0},
+            intermediate_size=64,
+            original_max_position_embeddings=8,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0, 1.1, 1.5],
+                "long_factor": [1.0, 2.5, 7.0],
+                "original_max_position_embeddings": 8,
+            },
+        ),
+    ),
 }
 
 
