@@ -183,7 +183,7 @@ def main() -> None:
                 "tokenizer.ggml.add_eos_token": True,
             },
         ),
-        "bpe llama-bpe": ("bpe", {"tokenizer.ggml.pre": "llama-bpe"}),
+        **{f"bpe {pre}": ("bpe", {"tokenizer.ggml.pre": pre}) for pre in ("llama-bpe", "gpt-4o", "tekken")},
         "spm": ("spm", {}),
         "spm no prefix": ("spm", {"tokenizer.ggml.add_space_prefix": False, "tokenizer.ggml.add_bos_token": False}),
         "spm phi-3": ("spm", {"general.name": "Phi-3 test", "tokenizer.ggml.add_eos_token": True}),

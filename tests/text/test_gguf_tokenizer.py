@@ -21,6 +21,8 @@ MODELS = [
         "bpe deepseek-v3",
         "bpe smollm, bos and eos",
         "bpe llama-bpe",
+        "bpe gpt-4o",
+        "bpe tekken",
     ),
     *("spm", "spm no prefix", "spm phi-3"),
 ]
@@ -105,7 +107,7 @@ def test_named_templates(bpe_metadata: Mapping[str, Any]) -> None:
     [
         ({"tokenizer.ggml.model": "bert"}, "'bert'.*'gpt2'.*'llama'"),
         ({"tokenizer.ggml.model": None}, "no tokenizer.ggml.model"),
-        ({"tokenizer.ggml.pre": "tekken"}, "'tekken' is not supported.*llama-bpe.*qwen2.*smollm"),
+        ({"tokenizer.ggml.pre": "superbpe"}, "'superbpe' is not supported.*llama-bpe.*qwen2.*smollm"),
         ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.merges": None}, "tokenizer.ggml.merges"),
         ({"tokenizer.ggml.merges": ["t h", "x"]}, r"merges\[1\] = 'x'"),
