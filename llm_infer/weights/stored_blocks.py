@@ -16,6 +16,7 @@ from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.tensor_source import TensorSource
 from pallas_kernels.quant_matmul.formats import FORMATS
+from pallas_kernels.quant_matmul.tiles import ROWS
 
 _DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -95,13 +96,16 @@ def read_stored(
         from pallas_kernels.cpu_ffi.threads import default_threads
 
         threads = min(MOST_READERS, default_threads())
+    # A table is one matrix: its rows are shared out. Of layers there are enough.
+    parts = threads if len(kinds) < threads and rule.arrange is None else 1
+    size = -(-rows // (parts * ROWS)) * ROWS
 
-    def read(layer: int) -> int:
+    def read(layer: int, first: int) -> int:
         kind = kinds[layer]
-        out = stacks[kind][places[layer][1]]
-        parts = [_rows(source, name, kind) for name in groups[layer]]
+        out = stacks[kind][places[layer][1]][first : first + size]
+        tensors = [_rows(source, name, kind) for name in groups[layer]]
         # An arrangement moves whole rows, so it serves blocks as it serves values.
-        arranged = parts[0] if rule.arrange is None else rule.arrange(parts)
+        arranged = (tensors[0] if rule.arrange is None else rule.arrange(tensors))[first : first + size]
         if kind in tiled:
             from pallas_kernels.quant_matmul.weave import weave
 
@@ -110,8 +114,9 @@ def read_stored(
             out[...] = arranged
         return out.nbytes
 
+    jobs = [(layer, first) for layer in range(len(kinds)) for first in range(0, rows, size)]
     with ThreadPoolExecutor(threads) as pool:
-        for nbytes in pool.map(read, range(len(kinds))):
+        for nbytes in pool.map(lambda job: read(*job), jobs):
             task.advance(nbytes)
     return stacks, tuple(places)
 

@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
-from llm_infer.models.architectures import architecture_config
+from llm_infer.models.architectures import architecture_config, architecture_names
 from llm_infer.models.config import ModelConfig
 from pallas_kernels.targets import TARGETS, environment, why_not
 
@@ -50,8 +50,12 @@ class Job:
 
     def config(self) -> ModelConfig:
         """Returns the architecture's configuration."""
-        config = architecture_config(self.model)
-        return config if self.layers is None else replace(config, num_layers=self.layers)
+        config, layers = architecture_config(self.model), self.layers
+        if layers is None:
+            return config
+        return replace(
+            config, num_layers=layers, windows=config.windows[:layers], layer_ropes=config.layer_ropes[:layers]
+        )
 
     def parallel(self) -> ParallelConfig:
         """Returns the sizes for all eight devices of a slice, experts whole and all else cut by tensor parallelism; a GPU is
@@ -70,7 +74,7 @@ def run(models: str, slices: str, tokens: str, write: str | None, json_file: str
     jobs = [
         Job(model, each, num_tokens)
         for each in _chosen(slices, SLICES, "--slices")
-        for model in _chosen(models, MODELS, "--models")
+        for model in _chosen(models, MODELS, "--models", architecture_names())
         for num_tokens in steps
     ]
     if write:
@@ -181,7 +185,8 @@ def merged(old: str, new: str) -> str:
     for line in f"{old}\n{new}".splitlines():
         if found := re.match(r"\| (\S+) \| (\S+) \| (\w+ \d+) \||- (\S+), (\S+), (\w+ \d+): ", line):
             rows[tuple(filter(None, found.groups()))] = line
-    order = sorted(rows, key=lambda key: (SLICES.index(key[0]), key[2], MODELS.index(key[1])))
+    models = (*MODELS, *(name for name in architecture_names() if name not in MODELS))
+    order = sorted(rows, key=lambda key: (SLICES.index(key[0]), key[2], models.index(key[1])))
     return _table(
         [rows[key] for key in order if rows[key][0] == "|"], [rows[key] for key in order if rows[key][0] == "-"]
     )
@@ -205,8 +210,9 @@ def _table(rows: list[str], refusals: list[str]) -> str:
     return "\n".join([*HEAD, *rows] + (["", REFUSED, "", *refusals] if refusals else []))
 
 
-def _chosen(text: str, known: tuple[str, ...], flag: str) -> list[str]:
-    chosen = [part.strip() for part in text.split(",")] if text else list(known)
+def _chosen(text: str, usual: Sequence[str], flag: str, known: Sequence[str] | None = None) -> list[str]:
+    """Reads a list of names among `known`; the usual ones where none are given."""
+    known, chosen = known or usual, [part.strip() for part in text.split(",")] if text else list(usual)
     if unknown := [name for name in chosen if name not in known]:
         raise UserError(f"{flag} {unknown[0]!r}: expected some of {','.join(known)}")
     return chosen
