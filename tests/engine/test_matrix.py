@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from llm_infer.config import SpeculativeConfig
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
+from llm_infer.models.config import ModelConfig, MoEConfig, RopeConfig
 from llm_infer.models.load import dummy_model
 from llm_infer.scheduler.plan import StepPlan
 from tests.engine.engines import STEPS, EngineFactory, run_all, without_clock
@@ -55,6 +56,42 @@ PRODUCT = list(itertools.product(*FACTORS.values()))
 DRAWN = random.Random(20).sample(PRODUCT, 10)
 
 
+WINDOWS = (5, 24, None)
+MODELS = {
+    "llama": CONFIG,
+    # As Gemma 3 and gpt-oss: windows shorter and longer than a page, each with its own rotation.
+    "windows": replace(
+        CONFIG,
+        num_layers=3,
+        windows=WINDOWS,
+        layer_ropes=tuple(RopeConfig(1e4 if window else 1e6) for window in WINDOWS),
+        norms="both",
+        activation="gelu_tanh",
+        attention_softcap=20.0,
+        qk_norm=True,
+    ),
+    "experts": replace(
+        CONFIG,
+        windows=(24, None),
+        sinks=True,
+        activation="clamped",
+        output_bias=True,
+        moe=MoEConfig(4, 2, 32, router_bias=True, expert_biases=True),
+    ),
+}
+
+
+def over_models(rows: list[Row]) -> list:
+    """Every row with each model; for the others than Llama most run with `-m sweep`."""
+    return [
+        pytest.param(
+            name, row, id=f"{name}-{row}", marks=[] if name == "llama" or row in ROWS[2:5] else [pytest.mark.sweep]
+        )
+        for name in MODELS
+        for row in rows
+    ]
+
+
 def test_rows_contain_every_pair() -> None:
     assert len(ROWS) <= 24 and set(ROWS) <= set(PRODUCT)
     for (i, first), (j, second) in itertools.combinations(enumerate(FACTORS.values()), 2):
@@ -62,9 +99,15 @@ def test_rows_contain_every_pair() -> None:
         assert not missing, (list(FACTORS)[i], list(FACTORS)[j], missing)
 
 
-@pytest.fixture(scope="module")
-def make_engine() -> EngineFactory:
-    model, small = dummy_model(CONFIG, seed=3), dummy_model(replace(CONFIG, num_layers=1))
+def first_layer(config: ModelConfig) -> ModelConfig:
+    return replace(config, num_layers=1, windows=config.windows[:1], layer_ropes=config.layer_ropes[:1])
+
+
+@cache
+def factory_of(name: str) -> EngineFactory:
+    """Engines over one of MODELS, made once: pytest would make a fixture anew for each row."""
+    config = MODELS[name]
+    model, small = dummy_model(config, seed=3), dummy_model(first_layer(config))
     # A model with the target's first layer alone is right now and then.
     params = {name: p if name.startswith(("embed", "final")) else p[:1] for name, p in model.params.items()}
     factory = EngineFactory(
@@ -97,10 +140,10 @@ def requests(*, copies: bool, beams: bool) -> list[tuple[list[int], SamplingPara
     return asked
 
 
-@pytest.fixture(scope="module")
-def alone(make_engine: EngineFactory) -> dict:
+@cache
+def alone(name: str) -> dict:
     """What each request gives when nothing else is in the engine, one token at a time, the prompt in one piece."""
-    found = {}
+    found, make_engine = {}, factory_of(name)
     for copies, beams in itertools.product((True, False), repeat=2):
         for prompt, params in requests(copies=copies, beams=beams):
             if (key := (tuple(prompt), params)) not in found:
@@ -109,7 +152,8 @@ def alone(make_engine: EngineFactory) -> dict:
     return found
 
 
-def check(make_engine: EngineFactory, alone: dict, row: Row) -> None:
+def check(name: str, row: Row) -> None:
+    make_engine = factory_of(name)
     values = dict(zip(FACTORS, row, strict=True))
     copies, beams, speculation = values.pop("copies"), values.pop("beams"), values.pop("speculation")
     pages = values.pop("pages")
@@ -128,7 +172,7 @@ def check(make_engine: EngineFactory, alone: dict, row: Row) -> None:
     for _ in range(1 + values["cache"]):  # the second time the prefix cache is filled
         outputs = run_all(engine, [prompt for prompt, _ in asked], [params for _, params in asked])
         for (prompt, params), output in zip(asked, outputs, strict=True):
-            assert output == alone[tuple(prompt), params], (row, len(prompt), params)
+            assert output == alone(name)[tuple(prompt), params], (row, len(prompt), params)
     scheduler, speculator = engine.scheduler, engine.speculator
     # What the row is about has happened.
     if pages == 64:
@@ -141,22 +185,23 @@ def check(make_engine: EngineFactory, alone: dict, row: Row) -> None:
     assert not values["cache"] or scheduler.prefix_cache is None or scheduler.prefix_cache.num_hits > 0
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
-def test_every_pair(make_engine: EngineFactory, alone: dict, row: Row) -> None:
-    check(make_engine, alone, row)
+@pytest.mark.parametrize(("name", "row"), over_models(ROWS))
+def test_every_pair(name: str, row: Row) -> None:
+    check(name, row)
 
 
-@pytest.mark.parametrize("row", DRAWN, ids=str)
-def test_some_of_the_product(make_engine: EngineFactory, alone: dict, row: Row) -> None:
-    check(make_engine, alone, row)
+@pytest.mark.parametrize(("name", "row"), over_models(DRAWN))
+def test_some_of_the_product(name: str, row: Row) -> None:
+    check(name, row)
 
 
 @pytest.mark.sweep
-def test_the_product(make_engine: EngineFactory, alone: dict) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_the_product(name: str) -> None:
     failed = []
     for row in PRODUCT:
         try:
-            check(make_engine, alone, row)
+            check(name, row)
         except AssertionError as error:
             failed.append(f"{row}: {error}")
     assert not failed, "\n".join(failed)
