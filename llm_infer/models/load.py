@@ -258,11 +258,25 @@ def dummy_model(
     stored: str | None = None,
     parallel: ParallelConfig = ONE_DEVICE,
 ) -> LoadedModel:
-    """Makes a model with random weights on its devices; nothing is read. `stored` and `parallel` as for `load_model`."""
+    """Makes a model with random weights on its devices; nothing is read. `stored` and `parallel` as for `load_model`.
+
+    Raises:
+        UserError: the model cannot be cut so, or does not fit into memory.
+    """
     placement = place_over(config, parallel)
     definition, specs = split_model(config, dtype)
     shardings = placement and {name: placement.sharding(name, len(spec.shape)) for name, spec in specs.items()}
-    params = random_params(config, dtype, seed, placement and placement.arrange, shardings)
+    try:
+        made = random_params(config, dtype, seed, placement and placement.arrange, shardings)
+        params = jax.block_until_ready(made)  # which is when it is known
+    except jax.errors.JaxRuntimeError as error:
+        if "out of memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = sum(spec.size for spec in specs.values()) * jnp.dtype(dtype).itemsize / 1e9
+        raise UserError(
+            f"{size:.0f} GB of random weights do not fit into memory: take a smaller architecture (llm-infer models lists them), "
+            "a narrower dtype, or more devices"
+        ) from None
     model = _loaded(config, definition, params, dtype, placement)
     return model if stored is None else _with_stored(model, stored)
 

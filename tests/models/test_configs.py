@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_infer.base.errors import ModelError
+from llm_infer.base.errors import ModelError, UserError
 from llm_infer.models.architectures import architecture_config, architecture_names, read_architecture, table
 from llm_infer.models.config import RopeConfig
+from llm_infer.models.load import dummy_model
 from llm_infer.models.params import num_parameters, random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.rotary import frequencies
@@ -93,6 +95,12 @@ def test_memory_is_what_a_loaded_model_takes(name: str) -> None:
 def test_memory_of_random_weights() -> None:
     config = architecture_config("smollm2-135m")
     assert sum(array.nbytes for array in random_params(config, jnp.bfloat16).values()) == 269_030_016
+
+
+def test_random_weights_that_do_not_fit() -> None:
+    huge = replace(architecture_config("llama-3.1-405b"), vocab_size=2**31 - 1)
+    with pytest.raises(UserError, match=r"GB of random weights do not fit into memory: take a smaller architecture"):
+        dummy_model(huge)
 
 
 def test_the_table() -> None:

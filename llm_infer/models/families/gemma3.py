@@ -29,7 +29,6 @@ GGUF = GGUFNames(
     keys=WINDOW_KEYS
     | {
         "rope.freq_base_swa": "rope_local_base_freq",
-        "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
     values={"hidden_activation": "gelu_pytorch_tanh"},
@@ -55,6 +54,9 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     reader = ConfigReader(_DEFAULTS | {key: value for key, value in values.items() if value is not None})
     sizes = reader.sizes()
     reader.expect("use_bidirectional_attention", False)
+    reader.expect(
+        "attn_logit_softcapping", None
+    )  # null in all that are published; transformers has the key and does not use it
     pattern = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
     kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(sizes["num_layers"])]
     windows = reader.layer_windows(reader.integer("sliding_window", 4096), kinds)
@@ -72,7 +74,6 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         activation=reader.activation("hidden_activation", "gelu_pytorch_tanh"),
         embedding_scale=sizes["hidden_size"] ** 0.5,
         attention_scale=reader.number("query_pre_attn_scalar", 256) ** -0.5,
-        attention_softcap=reader.optional_number("attn_logit_softcapping"),
         logit_softcap=reader.optional_number("final_logit_softcapping"),
         fused_qkv=fused_qkv,
     )
