@@ -69,6 +69,8 @@ class MoEConfig:
     shared_gate: bool = False
 
     def __post_init__(self) -> None:
+        if self.num_experts > 1 << 16:  # lists are made that long
+            raise ModelError(f"num_experts={self.num_experts}, expected at most {1 << 16}")
         if self.experts_per_token > self.num_experts:
             raise ModelError(
                 f"num_experts_per_tok={self.experts_per_token} is more than num_experts={self.num_experts}"

@@ -7,10 +7,14 @@ from typing import Any
 
 from llm_infer.base.errors import ModelError
 
+LARGEST = 1e300
+"""Above it whole numbers may be none that a float holds."""
 MAX_INTEGER = 2**31 - 1
 """Largest size or position: programs count in int32."""
 MAX_THETA = 1e15
 """Published bases of rotary frequencies end at 5e10."""
+MAX_LAYERS = 100_000
+"""Published models end at 126."""
 MAX_FACTOR = 1e6
 """Published factors by which a context grows end at 128."""
 
@@ -22,7 +26,7 @@ def positive(key: str, value: object, high: float = math.inf, low: float = 0.0) 
         ModelError: the value is something else.
     """
     wrong = isinstance(value, bool) or not isinstance(value, int | float)
-    if wrong or not (0 < value < math.inf and low <= value <= high):  # type: ignore[operator]
+    if wrong or not (0 < value < LARGEST and low <= value <= high):  # type: ignore[operator]
         limits = f", from {low:g} to {high:g}" if high < math.inf else ""
         raise ModelError(f"config.json: {key}={value!r:.60}, expected a finite positive number{limits}")
     return float(value)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import RopeConfig
 from llm_infer.models.config_keys import is_neutral, same
-from llm_infer.models.config_numbers import MAX_INTEGER, MAX_THETA, an_object, positive
+from llm_infer.models.config_numbers import MAX_INTEGER, MAX_LAYERS, MAX_THETA, an_object, positive
 from llm_infer.models.hf_rope import read_rope
 
 ACTIVATIONS = {
@@ -77,7 +77,7 @@ class ConfigReader:
 
     def windows(self) -> tuple[int | None, ...]:
         """Reads the window of each layer, in the older and the newer way to say which layers have one."""
-        layers = self.integer("num_hidden_layers")
+        layers = self.layers()
         # A window of null hides nothing, whatever the switch says.
         switched_on = self.flag("use_sliding_window", False) and self._values.get("sliding_window", 4096) is not None
         # Without the switch these two have no effect.
@@ -115,13 +115,22 @@ class ConfigReader:
                 raise ModelError(f"config.json: layer_types has {kind!r:.60}, which is not supported")
         return kinds
 
+    def layers(self) -> int:
+        """Takes the number of layers."""
+        found = self.integer("num_hidden_layers")
+        if found > MAX_LAYERS:  # lists are made that long
+            raise ModelError(f"config.json: num_hidden_layers={found}, expected at most {MAX_LAYERS}")
+        return found
+
     def _context(self) -> int:
         return self.integer("max_position_embeddings")
 
     def layer_windows(self, window: int | None, kinds: Sequence[str] = ()) -> tuple[int | None, ...]:
         """Reads `layer_types`, of full and sliding layers; where they are not listed, `kinds` has them for all layers."""
+        if window is not None and window >= self._context():
+            window = None  # it hides nothing
         found = self._layer_types("full_attention", "sliding_attention") or list(kinds)
-        layers = self.integer("num_hidden_layers")
+        layers = self.layers()
         if found and len(found) != layers:
             raise ModelError(f"config.json: layer_types has {len(found)} entries, expected num_hidden_layers={layers}")
         windows = tuple(window if kind == "sliding_attention" else None for kind in found)
@@ -147,27 +156,28 @@ class ConfigReader:
         """Reads the rotations of full and of sliding layers: newer configs hold both by the kind of layer.
 
         Args:
-            theta: base of full layers unless the config says it.
-            local: base of sliding layers in older configs without `rope_local_base_freq`, None for that of full layers; their
-                rotation is not scaled there.
+            theta: base of full layers unless the config says it, and of sliding ones where `local` is None.
+            local: base of sliding layers unless the config says it. In older configs their rotation is not scaled, and without
+                `local` has the base of full layers.
         """
         parameters = an_object("rope_parameters", self.take("rope_parameters", {}))
         kinds = ("full_attention", "sliding_attention")
         if parameters.keys() & set(kinds):
             if unknown := sorted(parameters.keys() - set(kinds)):
                 raise ModelError(f"config.json: unknown keys in rope_parameters: {unknown}")
+            bases = (theta, theta if local is None else local)
             full, sliding = (
                 read_rope(
-                    f"rope_parameters[{kind!r}]", an_object(kind, parameters.get(kind, {})), theta, 1.0, self._context
+                    f"rope_parameters[{kind!r}]", an_object(kind, parameters.get(kind, {})), base, 1.0, self._context
                 )
-                for kind in kinds
+                for kind, base in zip(kinds, bases, strict=True)
             )
             return full, sliding
         if self._values.get("rope_theta") is None:
             self._values["rope_theta"] = theta
         full = self.rope()
         if local is None:
-            return full, full
+            return full, RopeConfig(full.theta)
         return full, RopeConfig(
             positive("rope_local_base_freq", self.take("rope_local_base_freq", local), MAX_THETA, 1.0)
         )
@@ -194,7 +204,7 @@ class ConfigReader:
         return {
             "vocab_size": self.integer("vocab_size"),
             "hidden_size": width,
-            "num_layers": self.integer("num_hidden_layers"),
+            "num_layers": self.layers(),
             "num_heads": heads,
             "num_kv_heads": self.integer("num_key_value_heads", heads),
             "head_dim": self.integer("head_dim", max(1, width // heads)),

@@ -63,6 +63,9 @@ def _yarn(name: str, scaling: dict[str, Any], plain: RopeConfig, context: Callab
         scaling.pop(key, None)
     grown = [0.1 * each * math.log(factor) + 1.0 for each in (scales if all(scales) else (1.0, 0.0))]
     original = number("original_max_position_embeddings", float(context()))
+    truncate = scaling.pop("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ModelError(f"config.json: {name}['truncate']={truncate!r:.60}, expected true or false")
     fast, slow = number("beta_fast", 32.0), number("beta_slow", 1.0)
     if original != int(original) or fast <= slow or plain.theta == 1.0:
         raise ModelError(
@@ -76,7 +79,7 @@ def _yarn(name: str, scaling: dict[str, Any], plain: RopeConfig, context: Callab
         original_max_position=int(original),
         beta_fast=fast,
         beta_slow=slow,
-        truncate=bool(scaling.pop("truncate", True)),
+        truncate=truncate,
         amplitude=number("attention_factor", grown[0] / grown[1]),
     )
 

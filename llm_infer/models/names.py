@@ -52,7 +52,7 @@ def one_qkv_rules(config: ModelConfig) -> list[Rule]:
 
     def part(name: str) -> Arrange:
         first, end = ends[name]
-        return lambda tensors: tensors[0][first:end]
+        return lambda tensors: _rows(tensors[0], query + 2 * key)[first:end]
 
     def fused(tensors: Sequence[np.ndarray]) -> np.ndarray:
         return fuse([part(name)(tensors) for name in ends])
@@ -63,12 +63,19 @@ def one_qkv_rules(config: ModelConfig) -> list[Rule]:
     return [Rule(f"layers.attn.{name}.weight", tensor, arrange=part(name)) for name in ends]
 
 
+def _rows(tensor: np.ndarray, count: int) -> np.ndarray:
+    """Returns a tensor of so many rows; ValueError for another, as the loader expects of an arrangement."""
+    if not tensor.shape or tensor.shape[0] != count:
+        raise ValueError(f"{list(tensor.shape)} for {count} rows")
+    return tensor
+
+
 def gate_up_rules(config: ModelConfig) -> list[Rule]:
     """Names the MLP of a file that has gates and, below them, ups in one matrix."""
     inner, tensor = config.intermediate_size, (BLOCK + "mlp.gate_up_proj.weight",)
     return [
-        Rule("layers.mlp.gate.weight", tensor, arrange=lambda tensors: tensors[0][:inner]),
-        Rule("layers.mlp.up.weight", tensor, arrange=lambda tensors: tensors[0][inner : 2 * inner]),
+        Rule("layers.mlp.gate.weight", tensor, arrange=lambda tensors: _rows(tensors[0], 2 * inner)[:inner]),
+        Rule("layers.mlp.up.weight", tensor, arrange=lambda tensors: _rows(tensors[0], 2 * inner)[inner:]),
         Rule("layers.mlp.down.weight", (BLOCK + "mlp.down_proj.weight",)),
     ]
 

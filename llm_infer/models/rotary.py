@@ -45,7 +45,7 @@ def _kept(config: RopeConfig, plain: np.ndarray, rotated: int) -> np.ndarray | f
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotated - 1)
-    divided = np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0.0, 1.0)
+    divided = np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / ((high - low) or 0.001), 0.0, 1.0)
     return divided / config.factor + (1 - divided)
 
 

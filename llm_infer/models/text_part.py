@@ -72,10 +72,12 @@ def text_class(config: Mapping[str, Any]) -> str | None:
     names = config.get("architectures")
     if not isinstance(names, list) or not isinstance(config.get("text_config"), dict):
         return None
+    if not all(isinstance(name, str) for name in names):
+        return None
     return next((hf_class for hf_class, row in FAMILIES.items() if set(names) & set(row.text_of)), None)
 
 
 def text_config(config: Mapping[str, Any], hf_class: str) -> dict[str, Any]:
-    """Returns the text model's config as if it stood alone."""
+    """Returns the text model's config as if it stood alone; whether the head is the embedding, the outer one decides."""
     tied = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
-    return tied | dict(config["text_config"]) | {"architectures": [hf_class]}
+    return dict(config["text_config"]) | tied | {"architectures": [hf_class]}

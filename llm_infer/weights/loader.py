@@ -171,7 +171,7 @@ def _arranged_shape(rule: Rule, shapes: tuple[tuple[int, ...], ...]) -> tuple[in
     try:
         # One byte seen from every index: only the result takes memory, a quarter of one layer's parameter.
         return rule.arrange([np.broadcast_to(np.uint8(0), shape) for shape in shapes]).shape
-    except ValueError:  # numpy and `fuse_qkv` raise it where shapes do not fit
+    except (ValueError, IndexError):  # numpy and `fuse_qkv` raise them where shapes do not fit
         return None
 
 

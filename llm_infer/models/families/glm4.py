@@ -15,6 +15,13 @@ from llm_infer.weights.gguf_names import DENSE_LAYER, GGUFNames
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
+_DEFAULTS = {
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "rms_norm_eps": 1.5625e-7,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
 _NORMS = {
     "attn_norm": "input_layernorm",
     "attn_out_norm": "post_self_attn_layernorm",
@@ -36,7 +43,7 @@ GGUF = GGUFNames(
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Glm4Config`."""
-    reader = ConfigReader({"partial_rotary_factor": 0.5, "attention_bias": True, "rms_norm_eps": 1.5625e-7, **values})
+    reader = ConfigReader(_DEFAULTS | dict(values))
     result = ModelConfig(
         "Glm4ForCausalLM",
         **reader.llama_like(partial=True),

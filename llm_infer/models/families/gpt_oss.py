@@ -42,7 +42,17 @@ _DEFAULTS = {
     "rope_theta": 150000.0,
     "head_dim": 64,
     "sliding_window": 128,
+    "num_key_value_heads": 8,
 }
+_ROTATION = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""What transformers assumes where the config does not speak of it."""
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
@@ -56,6 +66,8 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     given.pop("norm_topk_prob", None)
     given.pop("moe_intermediate_size", None)
     renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in given.items()}
+    if not renamed.keys() & {"rope_scaling", "rope_parameters"} and "rope_scaling" not in values:
+        renamed["rope_scaling"] = _ROTATION
     reader = ConfigReader(_DEFAULTS | renamed)
     reader.expect("hidden_act", "silu")
     reader.expect("attention_bias", True)

@@ -36,11 +36,27 @@ class ExpertTensors:
                 continue
             part = "bias" if suffix == "_bias" else "weight"
             halves = {"gate": 0, "up": 1} if which == "gate_up" else {"down": None}
-            if not source.shape(name):
-                raise ModelError(f"{source.description}: {name} is a number, expected the experts' {part}")
+            self._check(name, base, which, suffix)
             for expert in range(source.shape(name)[0]):
                 for half, offset in halves.items():
                     self._parts[f"{base}.{expert}.{half}_proj.{part}"] = (f"{base}.{which}_proj", expert, offset)
+
+    def _check(self, name: str, base: str, which: str, suffix: str) -> None:
+        """Raises ModelError for a stack whose axes or scales are not those of experts."""
+        source, shape = self._source, self._source.shape(name)
+        axes = {"": 3, "_bias": 2, "_blocks": 4}[suffix]
+        if len(shape) != axes:
+            raise ModelError(f"{source.description}: {name} has shape {list(shape)}, expected {axes} axes")
+        if suffix != "_blocks":
+            return
+        scales = f"{base}.{which}_proj_scales"
+        found = source.shape(scales) if scales in set(source.names) else None
+        bytes_ = found is not None and source.dtype(name) == source.dtype(scales) == np.uint8
+        if not bytes_ or found != shape[:3] or shape[3] != _BLOCK.elements // 2:
+            raise ModelError(
+                f"{source.description}: {name} {list(shape)} and {scales} {'absent' if found is None else list(found)}: expected "
+                f"bytes [experts, rows, blocks, {_BLOCK.elements // 2}] and [experts, rows, blocks]"
+            )
 
     @property
     def names(self) -> Iterable[str]:

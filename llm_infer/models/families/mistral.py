@@ -15,7 +15,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `MistralConfig`."""
-    reader = ConfigReader(values)
+    reader = ConfigReader({"num_key_value_heads": 8, "sliding_window": 4096, **values})
     fields = reader.llama_like()
     window = reader.optional_integer("sliding_window")
     windows = reader.layer_windows(window, ["sliding_attention"] * fields["num_layers"])

@@ -16,7 +16,7 @@ _MATRICES = {name: f"block_sparse_moe.experts.{{x}}.{w}" for name, w in (("gate"
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `MixtralConfig`."""
-    reader = ConfigReader({"rms_norm_eps": 1e-5, "rope_theta": 1e6, **values})
+    reader = ConfigReader({"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, **values})
     fields = reader.llama_like()
     for training in ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"):
         reader.take(training, 0)

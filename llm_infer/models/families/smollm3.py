@@ -22,7 +22,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     Raises:
         ModelError: also for a list of layers with rotary positions that is not one of 0 and 1 for each layer.
     """
-    reader = ConfigReader({"tie_word_embeddings": True, **values})
+    reader = ConfigReader({"tie_word_embeddings": True, "rope_theta": 2e6, **values})
     biased, windows, fields = reader.flag("attention_bias", False), reader.windows(), reader.llama_like()
     layers, interval = fields["num_layers"], reader.integer("no_rope_layer_interval", 4)
     # In spite of its name the list has a 1 for each layer with rotary positions.
