@@ -38,6 +38,15 @@ def compute_capability(device_kind: str) -> tuple[int, int] | None:
     return next((capability for name, capability in _CAPABILITIES if name in device_kind), None)
 
 
+def shared_memory(device_kind: str) -> int:
+    """Returns the bytes of shared memory that a thread block may have (CUDA C++ Programming Guide, "Technical specifications per
+    compute capability"); those of the smallest cards for one that is not in the table."""
+    capability = compute_capability(device_kind)
+    if capability is not None and (9, 0) <= capability < (12, 0):
+        return 227 << 10
+    return 163 << 10 if capability == (8, 0) else 99 << 10
+
+
 def why_not_capability(device_kind: str, least: tuple[int, int], for_what: str) -> str | None:
     """Says why a card lacks this compute capability; None where it has it (as a card not in the table is taken to)."""
     found = compute_capability(device_kind)

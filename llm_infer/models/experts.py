@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Int
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.layers import Layer, Linear, Normed, gated, linear
 from llm_infer.parallel.collectives import first_of_part, sum_over
+from llm_infer.quant import StoredWeights
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import grouped_matmul
 
 
 def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
@@ -35,8 +38,9 @@ def block_rows(assignments: int, num_experts: int) -> int:
 class ExpertsMLP(nnx.Module):
     """Gated experts behind a softmax router, and maybe one for all tokens; only experts that some token chose are read.
 
-    The (token, expert) pairs are sorted by expert and cut into blocks of rows of one expert each; a loop with a dynamic
-    trip count goes over the blocks that exist. Nothing the size of tokens × experts × F is ever made.
+    The (token, expert) pairs are sorted by expert. A kernel multiplies all of them where there is one; else they are cut into
+    blocks of rows of one expert each, and a loop with a dynamic trip count goes over the blocks that exist. Nothing the size
+    of tokens × experts × F is ever made.
 
     Over a mesh every device routes all tokens, computes the pairs of its own experts, and the results are summed.
     """
@@ -61,25 +65,75 @@ class ExpertsMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
         x = x.array() if isinstance(x, Normed) else x
-        (tokens, width), moe = x.shape, self.config
+        moe = self.config
         weights, experts = route(self.router(x, layer), moe)
-        rows, num_here = block_rows(experts.size, moe.num_experts), moe.num_experts // self.shards.ep
-        # Each expert that is used adds less than one block of padding.
-        max_blocks = min(experts.size, -(-experts.size // rows) + num_here)
-        here = None
+        here, num_here = None, moe.num_experts // self.shards.ep
         if self.shards.ep > 1:
             experts = experts - first_of_part(num_here, ("ep",))
             here = (experts >= 0) & (experts < num_here)
             weights, experts = jnp.where(here, weights, 0), jnp.where(here, experts, num_here)
-        place, expert_of_block, num_blocks = _blocks(experts.reshape(-1), num_here, rows, max_blocks)
-        if here is not None:  # behind the last block, where nothing is kept
-            place = jnp.where(here.reshape(-1), place, max_blocks * rows)
-        token = jnp.arange(experts.size, dtype=jnp.int32) // moe.experts_per_token
+        products = self._grouped if self._has_grouped_kernel(x, experts.size, num_here) else self._in_blocks
+        chosen = products(x, layer, experts, num_here).astype(jnp.float32)
+        if (bias := self.down.bias) is not None:
+            chosen = chosen + self._down_biases(bias[...][layer], experts, here)
+        total = jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype)
+        if moe.shared_size:
+            total = total + self._shared(x, layer)
+        return sum_over(total, self.shards.axes)
+
+    def _has_grouped_kernel(self, x: Float[Array, "T E"], pairs: int, num_experts: int) -> bool:
+        """Tells whether a kernel multiplies all experts' rows at once, reading matrices where they lie in their stack.
+
+        XLA's own ragged product copies each layer's matrices out of the stack on TPUs and multiplies with all experts on CPUs
+        and GPUs. The loop over blocks is the better choice there, but on a GPU it takes a launch or more for each product.
+        """
+        weight = self.gate.weight.get_value()
+        if isinstance(weight, StoredWeights):
+            return False
+        shapes = {"x": (pairs, x.shape[1]), "weights": weight.shape, "group_sizes": (num_experts,)}
+        dtypes = {"x": x.dtype.name, "weights": weight.dtype.name, "group_sizes": "int32"}
+        return dispatch.choose("grouped_matmul", dispatch.Case(*dispatch.target(), shapes, dtypes)).name == "gpu_triton"
+
+    def _grouped(
+        self, x: Float[Array, "T E"], layer: Layer, experts: Int[Array, "T K"], num_experts: int
+    ) -> Float[Array, "T K E"]:
+        """Multiplies the rows of all experts by one kernel per matrix, without the last bias."""
+        flat = experts.reshape(-1)
+        order = jnp.argsort(flat, stable=True)
+        expert = flat[order]
+        sizes = jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+        rows = x[order // self.config.experts_per_token]
+
+        def product(matrices: Linear, inputs: Float[Array, "A I"]) -> Float[Array, "A O"]:
+            return grouped_matmul(inputs, matrices.weight[...], sizes, layer)
+
+        def biased(matrices: Linear) -> Float[Array, "A O"]:
+            out = product(matrices, rows)
+            if matrices.bias is None:
+                return out
+            return out + matrices.bias[...][layer].reshape(num_experts, -1).at[expert].get(mode="clip")
+
+        out = product(self.down, gated(self.model, biased(self.gate), biased(self.up)))
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        return out[place].reshape(*experts.shape, -1)
+
+    def _in_blocks(
+        self, x: Float[Array, "T E"], layer: Layer, experts: Int[Array, "T K"], num_experts: int
+    ) -> Float[Array, "T K E"]:
+        """Loops over blocks of rows of one expert, without the last bias."""
+        width, rows = x.shape[1], block_rows(experts.size, self.config.num_experts)
+        # Each expert that is used adds less than one block of padding.
+        max_blocks = min(experts.size, -(-experts.size // rows) + num_experts)
+        flat = experts.reshape(-1)
+        place, expert_of_block, num_blocks = _blocks(flat, num_experts, rows, max_blocks)
+        if self.shards.ep > 1:  # other devices' pairs go behind the last block, where nothing is kept
+            place = jnp.where(flat < num_experts, place, max_blocks * rows)
+        token = jnp.arange(experts.size, dtype=jnp.int32) // self.config.experts_per_token
         # Padding rows read token 0; nobody reads what becomes of them.
         source = jnp.zeros(max_blocks * rows, jnp.int32).at[place].set(token)
 
         def expert_rows(matrices: Linear, inputs: Float[Array, "R I"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
-            return linear(inputs, matrices.weight.get_value(), layer, (num_here, expert))
+            return linear(inputs, matrices.weight.get_value(), layer, (num_experts, expert))
 
         def biased(matrices: Linear, out: Float[Array, "R O"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
             if matrices.bias is None:
@@ -95,13 +149,7 @@ class ExpertsMLP(nnx.Module):
             return lax.dynamic_update_slice(out, down, (index * rows, jnp.int32(0)))
 
         out = lax.fori_loop(0, num_blocks, block, jnp.zeros((max_blocks * rows, width), x.dtype))
-        chosen = out[place].reshape(tokens, moe.experts_per_token, width).astype(jnp.float32)
-        if (bias := self.down.bias) is not None:
-            chosen = chosen + self._down_biases(bias[...][layer], experts, here)
-        total = jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype)
-        if moe.shared_size:
-            total = total + self._shared(x, layer)
-        return sum_over(total, self.shards.axes)
+        return out[place].reshape(*experts.shape, width)
 
     def _down_biases(
         self, bias: Float[Array, " R"], experts: Int[Array, "T K"], here: Array | None

@@ -6,6 +6,7 @@ Which tile belongs to which expert follows from the group sizes in a few small X
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.dispatch import Case
-from pallas_kernels.gpu_devices import why_not_capability
+from pallas_kernels.dispatch import Case, target
+from pallas_kernels.gpu_devices import shared_memory, why_not_capability
 
 
 def why_not(case: Case) -> str | None:
@@ -22,26 +23,55 @@ def why_not(case: Case) -> str | None:
     return why_not_capability(case.device_kind, (8, 0), "for Triton")
 
 
-def grouped_matmul(
-    x: jax.Array, weights: jax.Array, group_sizes: jax.Array, layer: jax.Array, *, interpret: bool = False
-) -> jax.Array:
-    """Multiplies on a GPU, see `pallas_kernels.grouped_matmul.grouped_matmul`; `interpret` runs the kernel in Pallas'
-    interpreter."""
-    rows, num_experts = x.shape[0], group_sizes.shape[0]
-    features = weights.shape[1] // num_experts
-    exact = jnp.promote_types(x.dtype, weights.dtype) == jnp.float32
+class Blocks(NamedTuple):
+    """Sizes of a thread block: `tile` rows of one expert by `columns` features, `depth` of the width in each step of its loop,
+    of which `stages` are fetched ahead."""
+
+    tile: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+def choose_blocks(rows: int, num_experts: int, device_kind: str, *, exact: bool) -> Blocks:
+    """Chooses sizes, for bfloat16 by what was fastest on an H100 (docs/performance.md); `exact` for float32 products."""
     # Were the rows even, a tile would hold all of an expert's, between what a matrix unit takes and what registers hold.
     per_expert = pl.cdiv(rows, num_experts)
     tile = min(64 if exact else 128, max(16, 1 << (per_expert - 1).bit_length()))
-    tiles = _tiles(group_sizes, rows, tile)
-    block = dict(tile=tile, columns=64 if exact or tile < 64 else 128, depth=32 if exact else 64)
+    if exact:
+        return Blocks(tile, 64, 32, 4, 2)
+    columns, depth = (64, 128) if tile < 64 else (256, 64)
+    fit = shared_memory(device_kind) // ((tile + columns) * depth * 2)
+    return Blocks(tile, columns, depth, 8 if tile == 128 else 4, min(3 if tile == 128 else 4, fit))
+
+
+def grouped_matmul(
+    x: jax.Array,
+    weights: jax.Array,
+    group_sizes: jax.Array,
+    layer: jax.Array,
+    *,
+    blocks: Blocks | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """Multiplies on a GPU, see `pallas_kernels.grouped_matmul.grouped_matmul`.
+
+    `blocks` are the sizes to use; None takes what `choose_blocks` says. `interpret` runs the kernel in Pallas' interpreter.
+    """
+    rows, num_experts = x.shape[0], group_sizes.shape[0]
+    features = weights.shape[1] // num_experts
+    if blocks is None:
+        exact = jnp.promote_types(x.dtype, weights.dtype) == jnp.float32
+        blocks = choose_blocks(rows, num_experts, target()[1], exact=exact)
+    tiles = _tiles(group_sizes, rows, blocks.tile)
     return pl.pallas_call(
-        functools.partial(_kernel, features, **block),
-        grid=(tiles.shape[0], pl.cdiv(features, block["columns"])),
+        functools.partial(_kernel, features, tile=blocks.tile, columns=blocks.columns, depth=blocks.depth),
+        grid=(tiles.shape[0], pl.cdiv(features, blocks.columns)),
         out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
-        compiler_params=plgpu.CompilerParams(num_warps=8 if tile == 128 else 4, num_stages=2 if exact else 4),
+        compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
-        name=f"grouped_matmul_{weights.dtype.name}_{tile}",
+        name=f"grouped_matmul_{weights.dtype.name}_{blocks.tile}",
     )(tiles, layer.reshape(1), x, weights)
 
 
@@ -73,12 +103,15 @@ def _kernel(features: int, tiles_ref, layer_ref, x_ref, weights_ref, out_ref, *,
     def _multiply() -> None:
         row = first + jnp.arange(tile, dtype=jnp.int32)
         column = block * columns + jnp.arange(columns, dtype=jnp.int32)
+        # What a tile has too much reads something else instead, and is not stored: loads without masks are fetched ahead.
+        x_row = jnp.minimum(row, x_ref.shape[0] - 1)[:, None]
+        w_row = (expert * features + jnp.minimum(column, features - 1))[:, None]
 
         def add(step: jax.Array, acc: jax.Array) -> jax.Array:
             k = (step * depth + jnp.arange(depth, dtype=jnp.int32))[None, :]
-            x = plgpu.load(x_ref.at[row[:, None], k], mask=(row < end)[:, None] & (k < width), other=0.0)
-            mask = (column < features)[:, None] & (k < width)
-            w = plgpu.load(weights_ref.at[layer, (expert * features + column)[:, None], k], mask=mask, other=0.0)
+            inside = {} if width % depth == 0 else {"mask": k < width, "other": 0.0}
+            x = plgpu.load(x_ref.at[x_row, k], **inside)
+            w = plgpu.load(weights_ref.at[layer, w_row, k], **inside)
             product = lax.dot_general(
                 x.astype(dtype),
                 w.astype(dtype),

@@ -40,16 +40,42 @@ def expected(mlp: ExpertsMLP, x: np.ndarray, layer: int) -> np.ndarray:
     return out
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize(
     ("tokens", "experts", "chosen", "normalise"), [(2, 8, 2, True), (33, 8, 2, False), (70, 4, 4, True)]
 )
-def test_equals_the_obvious_computation(tokens: int, experts: int, chosen: int, normalise: bool) -> None:
+def test_equals_the_obvious_computation(
+    tokens: int, experts: int, chosen: int, normalise: bool, grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if grouped:  # by XLA's product in the place of a GPU's kernel
+        monkeypatch.setattr(ExpertsMLP, "_has_grouped_kernel", lambda *_: True)
     rng = np.random.default_rng(0)
     definition, specs = make(experts, chosen, normalise=normalise)
     params = jax.tree.map(lambda spec: (rng.standard_normal(spec.shape) * 0.25).astype(np.float32), specs)
     x = rng.standard_normal((tokens, E)).astype(np.float32)
     found = jax.jit(lambda params, x, layer: nnx.merge(definition, params)(x, layer))(params, x, jnp.int32(1))
     np.testing.assert_allclose(found, expected(nnx.merge(definition, params), x, 1), atol=2e-6)
+
+
+def test_one_product_for_all_experts_adds_their_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    moe = MoEConfig(8, 3, F, router_bias=True, expert_biases=True)
+    config = ModelConfig("GptOssForCausalLM", 32, E, L, 2, 2, 8, F, 64, moe=moe)
+    definition, specs = nnx.split(ExpertsMLP(config, dtype=jnp.float32))
+    params = jax.tree.map(lambda spec: rng.standard_normal(spec.shape).astype(np.float32), specs)
+    x = jnp.asarray(rng.standard_normal((21, E)), jnp.float32)
+    blocks = jax.jit(lambda params: nnx.merge(definition, params)(x, jnp.int32(1)))(params)
+    monkeypatch.setattr(ExpertsMLP, "_has_grouped_kernel", lambda *_: True)
+    grouped = jax.jit(lambda params: nnx.merge(definition, params)(x, jnp.int32(1)))(params)
+    np.testing.assert_allclose(grouped, blocks, rtol=2e-5, atol=2e-5)
+
+
+def test_a_gpu_multiplies_with_all_experts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig("Qwen3MoeForCausalLM", 32, E, L, 2, 2, 8, F, 64, moe=MoEConfig(8, 2, F))
+    layer, x = ExpertsMLP(config, dtype=jnp.bfloat16), jnp.zeros((4, E), jnp.bfloat16)
+    assert not layer._has_grouped_kernel(x, 8, 8)
+    monkeypatch.setattr("pallas_kernels.dispatch.target", lambda: ("gpu", "NVIDIA H200"))
+    assert layer._has_grouped_kernel(x, 8, 8)
 
 
 @pytest.mark.parametrize("experts", [[3] * 11, [0, 1, 2, 3], [3, 3, 0, 3, 2, 0, 3, 3, 3]])

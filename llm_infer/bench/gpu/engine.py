@@ -1,4 +1,4 @@
-"""Section of the GPU run: the whole engine with random weights of Llama 3.1 8B, decode and end to end."""
+"""Sections of the GPU run: the whole engine with random weights of Llama 3.1 8B, and with layers of models with experts."""
 
 from __future__ import annotations
 
@@ -30,9 +30,15 @@ class Measured(NamedTuple):
     weights: int
 
 
-def make_engine(setting: Setting) -> Measured:
-    """Starts the engine."""
-    architecture = read_architecture("llama-3.1-8b")
+EXPERTS = {"gpt-oss-20b": 12, "qwen3-30b-a3b": 12}
+"""Architecture → layers of it that fit beside the pages."""
+
+
+def make_engine(setting: Setting, name: str = "llama-3.1-8b", layers: int | None = None) -> Measured:
+    """Starts the engine with an architecture, or with its first layers."""
+    architecture = read_architecture(name)
+    if layers is not None:
+        architecture["num_hidden_layers"] = layers
     batches, prompt, new = ((1, 16, 64, 256), 512, 128)
     limits = SchedulerConfig(max_num_seqs=256, max_num_batched_tokens=2048, max_model_len=2048)
     page_size, memory = 64, 24 << 30
@@ -56,10 +62,17 @@ def make_engine(setting: Setting) -> Measured:
     return Measured(engine, batches, prompt, new, weights)
 
 
-def throughput(setting: Setting) -> Iterator[Row]:
+def experts(setting: Setting) -> Iterator[Row]:
+    """Measures the same with models with experts, of which a step of few sequences reads some."""
+    for name, layers in EXPERTS.items():
+        for row in throughput(setting, name, layers):
+            yield {"model": name, "layers": layers} | row
+
+
+def throughput(setting: Setting, name: str = "llama-3.1-8b", layers: int | None = None) -> Iterator[Row]:
     """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
     started = time.monotonic()
-    engine, batches, prompt, new, weights = make_engine(setting)
+    engine, batches, prompt, new, weights = make_engine(setting, name, layers)
     yield {"batch": "all", "start s": time.monotonic() - started, "programs": len(engine.runner.buckets)}
     rng = np.random.default_rng(0)
     for batch in batches:

@@ -29,6 +29,7 @@ SECTIONS = {
     "attention": ("kernels", "attention"),
     "draws": ("draws", "draws"),
     "engine": ("engine", "throughput"),
+    "experts": ("engine", "experts"),
     "profile": ("profile", "profile"),
     "products": ("products", "products"),
     "peers": ("peers", "attention"),

@@ -29,12 +29,17 @@ from llm_infer.models.registry import family
 
 SHAPE = dict(num_hidden_layers=4, hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=4096)
 SHAPE |= dict(num_key_value_heads=2, head_dim=64)
-ENGINES = {
-    "float32": ("float32", 16, None),
-    "bfloat16": ("bfloat16", 64, None),
-    "float32, n-gram": ("float32", 64, SpeculativeConfig(method="ngram", num_speculative_tokens=4)),
+WINDOW = 100
+NGRAM = SpeculativeConfig(method="ngram", num_speculative_tokens=4)
+ENGINES: dict[str, tuple[str, str, int, SpeculativeConfig | None]] = {
+    "float32": ("llama-3.1-8b", "float32", 16, None),
+    "bfloat16": ("llama-3.1-8b", "bfloat16", 64, None),
+    "float32, n-gram": ("llama-3.1-8b", "float32", 64, NGRAM),
+    "float32, windows and soft-caps": ("gemma-2-2b", "float32", 16, None),
+    "float32, windows, sinks and experts": ("gpt-oss-20b", "float32", 16, NGRAM),
+    "bfloat16, windows, sinks and experts": ("gpt-oss-20b", "bfloat16", 64, None),
 }
-"""Name → dtype, page size, proposals."""
+"""Name → architecture (in SHAPE's sizes), dtype, page size, proposals."""
 NEW = 24
 REQUESTS = {
     "greedy": SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, logprobs=1),
@@ -47,7 +52,8 @@ REQUESTS = {
 PROMPTS = 7, 150, 300
 """Lengths: within a page, and longer than a step."""
 NEAR = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest difference of a log-probability: of sums in another order, and of roundings to bfloat16."""
+"""Largest difference of a log-probability: of sums in another order, and of roundings to bfloat16. Those may send a token to
+another expert, which changes it by more than 1: with experts the median counts."""
 
 
 def tokens(setting: Setting) -> Iterator[Row]:
@@ -71,8 +77,10 @@ def tokens(setting: Setting) -> Iterator[Row]:
             wanted = expected[name][kind]
             row: Row = {"engine": name, "request": kind}
             if kind == "prompt logprobs":
-                error = float(np.abs(np.concatenate(found) - np.concatenate(wanted)).max())
-                yield row | {"ok": error <= NEAR[ENGINES[name][0]], "error": error}
+                errors = np.abs(np.concatenate(found) - np.concatenate(wanted))
+                chaotic = name.startswith("bfloat16") and name.endswith("experts")
+                counts = np.median(errors) if chaotic else errors.max()
+                yield row | {"ok": bool(counts <= NEAR[ENGINES[name][1]]), "error": float(errors.max())}
             else:
                 same = float(np.mean([a == b for a, b in zip(found, wanted, strict=True)]))
                 yield row | {"ok": same == 1 if name.startswith("float32") else None, "same": same}
@@ -88,8 +96,12 @@ def generate(engines: list[str], kinds: list[str]) -> dict[str, dict[str, Any]]:
         jax.config.update("jax_default_matmul_precision", None)
 
 
-def _generate(kinds: list[str], dtype: str, page_size: int, speculative: SpeculativeConfig | None) -> dict[str, Any]:
-    architecture = read_architecture("llama-3.1-8b") | SHAPE
+def _generate(
+    kinds: list[str], name: str, dtype: str, page_size: int, speculative: SpeculativeConfig | None
+) -> dict[str, Any]:
+    architecture = read_architecture(name) | SHAPE
+    if "sliding_window" in architecture:
+        architecture["sliding_window"] = WINDOW
     model = dummy_model(family(architecture).config(architecture, fused_qkv=True), jnp.dtype(dtype))
     limits = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128, max_model_len=512)
     cache = CacheConfig(page_size=page_size, memory_bytes=1 << 26)
