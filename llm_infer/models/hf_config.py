@@ -21,6 +21,8 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
 }
 """Hugging Face's name of an activation → that of `ModelConfig`."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as `layer_types` names them."""
 
 
 class ConfigReader:
@@ -125,16 +127,20 @@ class ConfigReader:
     def _context(self) -> int:
         return self.integer("max_position_embeddings")
 
-    def layer_windows(self, window: int | None, kinds: Sequence[str] = ()) -> tuple[int | None, ...]:
-        """Reads `layer_types`, of full and sliding layers; where they are not listed, `kinds` has them for all layers."""
-        if window is not None and window >= self._context():
-            window = None  # it hides nothing
-        found = self._layer_types("full_attention", "sliding_attention") or list(kinds)
+    def layer_kinds(self, full_every: int | None = None) -> list[str]:
+        """Reads `layer_types`, of full and sliding layers; where they are not listed, each `full_every`-th is full, or none."""
         layers = self.layers()
-        if found and len(found) != layers:
-            raise ModelError(f"config.json: layer_types has {len(found)} entries, expected num_hidden_layers={layers}")
-        windows = tuple(window if kind == "sliding_attention" else None for kind in found)
-        return windows if any(windows) else ()
+        default = [FULL if full_every and (i + 1) % full_every == 0 else SLIDING for i in range(layers)]
+        kinds = self._layer_types(FULL, SLIDING) or default
+        if len(kinds) != layers:
+            raise ModelError(f"config.json: layer_types has {len(kinds)} entries, expected num_hidden_layers={layers}")
+        return kinds
+
+    def layer_windows(self, window: int | None, kinds: Sequence[str]) -> tuple[int | None, ...]:
+        """Returns the window of each layer of these kinds; a window as long as the context hides nothing and is none."""
+        if window is None or window >= self._context() or SLIDING not in kinds:
+            return ()
+        return tuple(window if kind == SLIDING else None for kind in kinds)
 
     def rope(self, *, partial: bool = False, original: int | None = None) -> RopeConfig:
         """Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both.
@@ -152,25 +158,30 @@ class ConfigReader:
             raise ModelError("config.json: a partial_rotary_factor other than 1 is not supported here")
         return result
 
-    def ropes(self, theta: float, local: float | None = None) -> tuple[RopeConfig, RopeConfig]:
-        """Reads the rotations of full and of sliding layers: newer configs hold both by the kind of layer.
+    def layer_ropes(self, kinds: Sequence[str], theta: float, local: float | None = None) -> dict[str, Any]:
+        """Reads the fields of `ModelConfig` on rotations where those of sliding layers, whatever their window, are others.
 
         Args:
+            kinds: the kind of each layer.
             theta: base of full layers unless the config says it, and of sliding ones where `local` is None.
             local: base of sliding layers unless the config says it. In older configs their rotation is not scaled, and without
                 `local` has the base of full layers.
         """
+        full, sliding = self._full_and_sliding(theta, local)
+        return {"rope": full, "layer_ropes": tuple(sliding if kind == SLIDING else full for kind in kinds)}
+
+    def _full_and_sliding(self, theta: float, local: float | None) -> tuple[RopeConfig, RopeConfig]:
+        """Reads both rotations; newer configs hold them by the kind of layer."""
         parameters = an_object("rope_parameters", self.take("rope_parameters", {}))
-        kinds = ("full_attention", "sliding_attention")
-        if parameters.keys() & set(kinds):
-            if unknown := sorted(parameters.keys() - set(kinds)):
+        if parameters.keys() & {FULL, SLIDING}:
+            if unknown := sorted(parameters.keys() - {FULL, SLIDING}):
                 raise ModelError(f"config.json: unknown keys in rope_parameters: {unknown}")
             bases = (theta, theta if local is None else local)
             full, sliding = (
                 read_rope(
                     f"rope_parameters[{kind!r}]", an_object(kind, parameters.get(kind, {})), base, 1.0, self._context
                 )
-                for kind, base in zip(kinds, bases, strict=True)
+                for kind, base in zip((FULL, SLIDING), bases, strict=True)
             )
             return full, sliding
         if self._values.get("rope_theta") is None:

@@ -41,6 +41,12 @@ def test_gemma3_slides_with_a_base_of_its_own(parameters: dict[str, Any]) -> Non
     assert [rope.theta for rope in found.layer_ropes if rope] == [1e4, 1e4, 1e6]
 
 
+@pytest.mark.parametrize(("name", "bases"), [("gemma3_gqa", [1e4, 1e4, 1e6]), ("olmo3_gqa", [500.0, 1e4, 500.0])])
+def test_windows_that_hide_nothing_leave_the_rotations(name: str, bases: list[float]) -> None:
+    found = config_of(name, {"sliding_window": 64})
+    assert found.windows == () and [rope.theta for rope in found.layer_ropes if rope] == bases
+
+
 def test_what_is_absent() -> None:
     rope = config_of("smollm3_mha", {}, without=("rope_parameters",)).rope
     assert rope is not None and rope.theta == 2e6

@@ -46,12 +46,11 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     reader.expect("use_bidirectional_attention", False)
     # Both spellings of the activation are published; transformers reads this one.
     reader.take("hidden_act", "")
-    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(sizes["num_layers"])]
     result = ModelConfig(
         "Gemma2ForCausalLM",
         **sizes,
         rope=reader.rope(),
-        windows=reader.layer_windows(reader.integer("sliding_window"), kinds),
+        windows=reader.layer_windows(reader.integer("sliding_window"), reader.layer_kinds(2)),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
         norms="both",
         add_one_to_norms=True,

@@ -58,15 +58,12 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         "attn_logit_softcapping", None
     )  # null in all that are published; transformers has the key and does not use it
     pattern = reader.integer("sliding_window_pattern", reader.integer("_sliding_window_pattern", 6))
-    kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(sizes["num_layers"])]
-    windows = reader.layer_windows(reader.integer("sliding_window", 4096), kinds)
-    full, sliding = reader.ropes(1e6, 1e4)
+    kinds = reader.layer_kinds(pattern)
     result = ModelConfig(
         "Gemma3ForCausalLM",
         **sizes,
-        rope=full,
-        layer_ropes=tuple(full if window is None else sliding for window in windows),
-        windows=windows,
+        **reader.layer_ropes(kinds, 1e6, 1e4),
+        windows=reader.layer_windows(reader.integer("sliding_window", 4096), kinds),
         tie_word_embeddings=reader.flag("tie_word_embeddings", True),
         qk_norm=True,
         norms="both",

@@ -78,7 +78,6 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     for training in ("output_router_logits", "router_aux_loss_coef", "experts_per_token"):
         reader.take(training, 0)
     sizes = reader.sizes()
-    kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(sizes["num_layers"])]
     moe = MoEConfig(
         num_experts=reader.integer("num_local_experts"),
         experts_per_token=reader.integer("num_experts_per_tok"),
@@ -90,7 +89,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         "GptOssForCausalLM",
         **sizes,
         rope=reader.rope(),
-        windows=reader.layer_windows(reader.integer("sliding_window"), kinds),
+        windows=reader.layer_windows(reader.integer("sliding_window"), reader.layer_kinds(2)),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         qkv_bias=True,
         output_bias=True,

@@ -20,13 +20,12 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     fields = reader.llama_like()
     for training in ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"):
         reader.take(training, 0)
-    window = reader.optional_integer("sliding_window")
     moe = MoEConfig(
         num_experts=reader.integer("num_local_experts", 8),
         experts_per_token=reader.integer("num_experts_per_tok", 2),
         intermediate_size=fields["intermediate_size"],
     )
-    windows = reader.layer_windows(window, ["sliding_attention"] * fields["num_layers"])
+    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
     result = ModelConfig("MixtralForCausalLM", **fields, windows=windows, moe=moe, fused_qkv=fused_qkv)
     reader.finish()
     return result

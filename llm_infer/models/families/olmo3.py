@@ -17,16 +17,12 @@ IGNORED_TENSORS = LLAMA_IGNORED
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Olmo3Config`."""
     reader = ConfigReader({"rms_norm_eps": 1e-5, **values})
-    biased, sizes = reader.flag("attention_bias", False), reader.sizes()
-    kinds = ["full_attention" if (i + 1) % 4 == 0 else "sliding_attention" for i in range(sizes["num_layers"])]
-    windows = reader.layer_windows(reader.integer("sliding_window", 4096), kinds)
-    full, sliding = reader.ropes(500000.0)
+    biased, kinds = reader.flag("attention_bias", False), reader.layer_kinds(4)
     result = ModelConfig(
         "Olmo3ForCausalLM",
-        **sizes,
-        rope=full,
-        layer_ropes=tuple(full if window is None else sliding for window in windows),
-        windows=windows,
+        **reader.sizes(),
+        **reader.layer_ropes(kinds, 500000.0),
+        windows=reader.layer_windows(reader.integer("sliding_window", 4096), kinds),
         activation=reader.activation(),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
         qkv_bias=biased,
