@@ -209,6 +209,11 @@ class ConfigReader:
             "tie_word_embeddings": self.flag("tie_word_embeddings", False),
         }
 
+    def attention_biases(self) -> dict[str, Any]:
+        """Reads the fields of `ModelConfig` on biases where one key speaks of all of attention's projections."""
+        biased = self.flag("attention_bias", False)
+        return {"qkv_bias": biased, "output_bias": biased}
+
     def sizes(self) -> dict[str, Any]:
         """Reads the sizes, and the epsilon of norms."""
         heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")

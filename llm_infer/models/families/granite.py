@@ -28,12 +28,10 @@ GGUF = GGUFNames(
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `GraniteConfig`."""
     reader = ConfigReader(values)
-    biased = reader.flag("attention_bias", False)
     result = ModelConfig(
         "GraniteForCausalLM",
         **reader.llama_like(),
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         mlp_bias=reader.flag("mlp_bias", False),
         embedding_scale=reader.number("embedding_multiplier", 1.0),
         residual_scale=reader.number("residual_multiplier", 1.0),

@@ -18,13 +18,11 @@ GGUF = GGUFNames("llama", interleaved_rope=True, bias_keys=("attention_bias", "m
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `LlamaConfig`."""
     reader = ConfigReader(values)
-    biased = reader.flag("attention_bias", False)
     reader.same_layers()
     result = ModelConfig(
         "LlamaForCausalLM",
         **reader.llama_like(),
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         mlp_bias=reader.flag("mlp_bias", False),
         fused_qkv=fused_qkv,
     )

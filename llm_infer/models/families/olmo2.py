@@ -32,12 +32,10 @@ GGUF = GGUFNames(
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Olmo2Config`."""
     reader = ConfigReader({"rms_norm_eps": 1e-5, **values})
-    biased = reader.flag("attention_bias", False)
     result = ModelConfig(
         "Olmo2ForCausalLM",
         **reader.llama_like(),
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         qk_norm_whole=True,
         norms="after",
         fused_qkv=fused_qkv,

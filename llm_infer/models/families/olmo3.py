@@ -17,7 +17,7 @@ IGNORED_TENSORS = LLAMA_IGNORED
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Olmo3Config`."""
     reader = ConfigReader({"rms_norm_eps": 1e-5, **values})
-    biased, kinds = reader.flag("attention_bias", False), reader.layer_kinds(4)
+    kinds = reader.layer_kinds(4)
     result = ModelConfig(
         "Olmo3ForCausalLM",
         **reader.sizes(),
@@ -25,8 +25,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         windows=reader.layer_windows(reader.integer("sliding_window", 4096), kinds),
         activation=reader.activation(),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         qk_norm_whole=True,
         norms="after",
         fused_qkv=fused_qkv,

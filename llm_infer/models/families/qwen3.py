@@ -20,12 +20,10 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     # transformers assumes a head size of 128 where the config is silent.
     reader = ConfigReader({"head_dim": 128, **values})
     windows = reader.windows()
-    biased = reader.flag("attention_bias", False)
     result = ModelConfig(
         "Qwen3ForCausalLM",
         **reader.llama_like(),
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         qk_norm=True,
         windows=windows,
         fused_qkv=fused_qkv,

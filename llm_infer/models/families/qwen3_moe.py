@@ -28,12 +28,11 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     renamed = {"num_experts" if key == "num_local_experts" else key: value for key, value in values.items()}
     reader = ConfigReader(renamed)
     reader.full_attention()
-    biased, moe = reader.flag("attention_bias", False), experts_of(reader)
+    moe = experts_of(reader)
     result = ModelConfig(
         "Qwen3MoeForCausalLM",
         **reader.llama_like(),
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         qk_norm=True,
         moe=moe,
         fused_qkv=fused_qkv,

@@ -23,7 +23,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         ModelError: also for a list of layers with rotary positions that is not one of 0 and 1 for each layer.
     """
     reader = ConfigReader({"tie_word_embeddings": True, "rope_theta": 2e6, **values})
-    biased, windows, fields = reader.flag("attention_bias", False), reader.windows(), reader.llama_like()
+    windows, fields = reader.windows(), reader.llama_like()
     layers, interval = fields["num_layers"], reader.integer("no_rope_layer_interval", 4)
     # In spite of its name the list has a 1 for each layer with rotary positions.
     rotated = reader.take("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
@@ -34,8 +34,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         **fields,
         layer_ropes=tuple(fields["rope"] if each else None for each in rotated),
         windows=windows,
-        qkv_bias=biased,
-        output_bias=biased,
+        **reader.attention_biases(),
         mlp_bias=reader.flag("mlp_bias", False),
         fused_qkv=fused_qkv,
     )
