@@ -79,7 +79,6 @@ class ConfigReader:
 
     def windows(self) -> tuple[int | None, ...]:
         """Reads the window of each layer, in the older and the newer way to say which layers have one."""
-        layers = self.layers()
         # A window of null hides nothing, whatever the switch says.
         switched_on = self.flag("use_sliding_window", False) and self._values.get("sliding_window", 4096) is not None
         # Without the switch these two have no effect.
@@ -88,13 +87,8 @@ class ConfigReader:
         first = self.take("max_window_layers", 28)
         if isinstance(first, bool) or not isinstance(first, int) or first < 0:
             raise ModelError(f"config.json: max_window_layers={first!r:.60}, expected a whole number from 0")
-        kinds = self._layer_types("full_attention", *(["sliding_attention"] if switched_on else []))
-        if not kinds:
-            kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-        if len(kinds) != layers:
-            raise ModelError(f"config.json: layer_types has {len(kinds)} entries, expected num_hidden_layers={layers}")
-        windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-        return windows if any(windows) else ()
+        default = [FULL if i < first else SLIDING for i in range(self.layers())]
+        return self.layer_windows(window, self._kinds(default, FULL, *([SLIDING] if switched_on else [])))
 
     def full_attention(self) -> None:
         """Refuses sliding windows, in the older and the newer way to ask for them."""
@@ -102,11 +96,11 @@ class ConfigReader:
             raise ModelError("config.json: use_sliding_window=true is not supported, expected false")
         # Without the switch these two have no effect.
         self._taken.update(("sliding_window", "max_window_layers"))
-        self._layer_types("full_attention")
+        self._layer_types(FULL)
 
     def same_layers(self) -> None:
         """Refuses layers that do not attend to the whole context."""
-        self._layer_types("full_attention")
+        self._layer_types(FULL)
 
     def _layer_types(self, *allowed: str) -> list[str]:
         kinds = self.take("layer_types", [])
@@ -115,6 +109,14 @@ class ConfigReader:
         for kind in kinds:
             if kind not in allowed:
                 raise ModelError(f"config.json: layer_types has {kind!r:.60}, which is not supported")
+        return kinds
+
+    def _kinds(self, default: list[str], *allowed: str) -> list[str]:
+        kinds = self._layer_types(*allowed) or default
+        if len(kinds) != len(default):
+            raise ModelError(
+                f"config.json: layer_types has {len(kinds)} entries, expected num_hidden_layers={len(default)}"
+            )
         return kinds
 
     def layers(self) -> int:
@@ -129,12 +131,8 @@ class ConfigReader:
 
     def layer_kinds(self, full_every: int | None = None) -> list[str]:
         """Reads `layer_types`, of full and sliding layers; where they are not listed, each `full_every`-th is full, or none."""
-        layers = self.layers()
-        default = [FULL if full_every and (i + 1) % full_every == 0 else SLIDING for i in range(layers)]
-        kinds = self._layer_types(FULL, SLIDING) or default
-        if len(kinds) != layers:
-            raise ModelError(f"config.json: layer_types has {len(kinds)} entries, expected num_hidden_layers={layers}")
-        return kinds
+        default = [FULL if full_every and (i + 1) % full_every == 0 else SLIDING for i in range(self.layers())]
+        return self._kinds(default, FULL, SLIDING)
 
     def layer_windows(self, window: int | None, kinds: Sequence[str]) -> tuple[int | None, ...]:
         """Returns the window of each layer of these kinds; a window as long as the context hides nothing and is none."""
