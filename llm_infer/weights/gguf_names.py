@@ -17,6 +17,8 @@ DENSE_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+MOE_LAYER = {name: hf for name, hf in DENSE_LAYER.items() if not hf.startswith("mlp.")} | {"ffn_gate_inp": "mlp.gate"}
+"""With a router in place of the MLP; how experts are stacked, all architectures have in common."""
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 OUT_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 """Norms after attention and MLP."""
