@@ -218,6 +218,10 @@ class ModelConfig:
 
         return replace(self, rope=chosen(self.rope), layer_ropes=tuple(map(chosen, self.layer_ropes)))
 
+    def with_layers(self, number: int) -> ModelConfig:
+        """Returns the configuration of the first layers alone."""
+        return replace(self, num_layers=number, windows=self.windows[:number], layer_ropes=self.layer_ropes[:number])
+
     @property
     def group_size(self) -> int:
         """Query heads per KV head (G)."""

@@ -18,7 +18,7 @@ from llm_infer.config import SpeculativeConfig
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.models.config import ModelConfig, MoEConfig, RopeConfig
+from llm_infer.models.config import MoEConfig, RopeConfig
 from llm_infer.models.load import dummy_model
 from llm_infer.scheduler.plan import StepPlan
 from tests.engine.engines import STEPS, EngineFactory, run_all, without_clock
@@ -99,15 +99,11 @@ def test_rows_contain_every_pair() -> None:
         assert not missing, (list(FACTORS)[i], list(FACTORS)[j], missing)
 
 
-def first_layer(config: ModelConfig) -> ModelConfig:
-    return replace(config, num_layers=1, windows=config.windows[:1], layer_ropes=config.layer_ropes[:1])
-
-
 @cache
 def factory_of(name: str) -> EngineFactory:
     """Engines over one of MODELS, made once: pytest would make a fixture anew for each row."""
     config = MODELS[name]
-    model, small = dummy_model(config, seed=3), dummy_model(first_layer(config))
+    model, small = dummy_model(config, seed=3), dummy_model(config.with_layers(1))
     # A model with the target's first layer alone is right now and then.
     params = {name: p if name.startswith(("embed", "final")) else p[:1] for name, p in model.params.items()}
     factory = EngineFactory(

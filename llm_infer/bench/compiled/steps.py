@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,8 @@ class Job:
 
     def config(self) -> ModelConfig:
         """Returns the architecture's configuration."""
-        config, layers = architecture_config(self.model), self.layers
-        if layers is None:
-            return config
-        return replace(
-            config, num_layers=layers, windows=config.windows[:layers], layer_ropes=config.layer_ropes[:layers]
-        )
+        config = architecture_config(self.model)
+        return config if self.layers is None else config.with_layers(self.layers)
 
     def parallel(self) -> ParallelConfig:
         """Returns the sizes for all eight devices of a slice, experts whole and all else cut by tensor parallelism; a GPU is
