@@ -46,6 +46,17 @@ class RopeConfig:
         """Returns how many elements of a head are rotated."""
         return int(head_dim * self.fraction)
 
+    def check(self, head_dim: int) -> None:
+        """Raises ModelError for heads that cannot be rotated so."""
+        rotated = self.rotated(head_dim)
+        if rotated % 2 or not 0 < rotated <= head_dim:
+            raise ModelError(
+                f"head_dim={head_dim}: rotary embedding of {rotated} elements of each head needs an even number "
+                f"from 2 to {head_dim}"
+            )
+        if self.kind == "longrope" and 2 * len(self.long_factors) != rotated:
+            raise ModelError(f"{len(self.long_factors)} factors of the rotation for {rotated // 2} frequencies")
+
 
 @dataclass(frozen=True, slots=True)
 class MoEConfig:
@@ -183,19 +194,8 @@ class ModelConfig:
                 f"num_attention_heads={self.num_heads} is not a multiple of num_key_value_heads={self.num_kv_heads}"
             )
         for rope in (self.rope, *self.layer_ropes):
-            if rope is not None and ((rotated := rope.rotated(self.head_dim)) % 2 or not 0 < rotated <= self.head_dim):
-                raise ModelError(
-                    f"head_dim={self.head_dim}: rotary embedding of {rotated} elements of each head needs an even number "
-                    f"from 2 to {self.head_dim}"
-                )
-            if (
-                rope is not None
-                and rope.kind == "longrope"
-                and 2 * len(rope.long_factors) != rope.rotated(self.head_dim)
-            ):
-                raise ModelError(
-                    f"{len(rope.long_factors)} factors of the rotation for {rope.rotated(self.head_dim) // 2} frequencies"
-                )
+            if rope is not None:
+                rope.check(self.head_dim)
         if len({rope.rotated(self.head_dim) for rope in self.layer_ropes if rope is not None}) > 1:
             raise ModelError("all layers with rotary positions must rotate as many elements of a head")
         if len(self.layer_ropes) not in (0, self.num_layers):
