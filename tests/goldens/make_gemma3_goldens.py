@@ -7,17 +7,14 @@ are no chats, and the beginnings of six pages of docs/, longer than the model's 
 greedy ids, the top-two margin of every step, and every 64th logit of the last prompt token.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
-import transformers
+from greedy import save_greedy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS = 64
 STRIDE = 64
 PAGES = ("architecture", "using", "serving", "cli", "precision", "cloud_tpu")
 LENGTHS = (560, 600, 700, 777, 900, 1024)  # tokens of the long prompts
@@ -38,28 +35,4 @@ for page, length in zip(PAGES, LENGTHS, strict=True):
     text = (here.parents[1] / "docs" / f"{page}.md").read_text()
     prompt_ids.append([2, *tokenizer(text, add_special_tokens=False)["input_ids"]][:length])
 
-tokens, margins, last_logits = [], [], []
-with torch.inference_mode():
-    for ids in prompt_ids:
-        out = model(torch.tensor([ids]), use_cache=True)
-        last_logits.append(out.logits[0, -1, ::STRIDE].numpy())
-        row_tokens, row_margins = [], []
-        for _ in range(STEPS):
-            top = torch.topk(out.logits[0, -1], 2).values
-            token = int(out.logits[0, -1].argmax())
-            row_tokens.append(token)
-            row_margins.append(float(top[0] - top[1]))
-            out = model(torch.tensor([[token]]), past_key_values=out.past_key_values, use_cache=True)
-        tokens.append(row_tokens)
-        margins.append(row_margins)
-        print(len(ids), len(set(row_tokens)), min(row_margins), repr(tokenizer.decode(row_tokens))[:90], flush=True)
-
-np.savez_compressed(
-    here / "gemma3_greedy.npz",
-    prompt_ids=np.array(json.dumps(prompt_ids)),
-    tokens=np.array(tokens, np.int32),
-    margins=np.array(margins, np.float32),
-    last_logits=np.array(last_logits, np.float32),
-    stride=np.array(STRIDE),
-    versions=np.array(json.dumps({"transformers": transformers.__version__, "torch": torch.__version__})),
-)
+save_greedy(here / "gemma3_greedy.npz", model, tokenizer, prompt_ids, STRIDE)
