@@ -193,8 +193,7 @@ def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:
     (rule,) = [rule for rule in family(opened.config).rules(config) if rule.param == "layers.attn.qkv.weight"]
     names = set(opened.tensors.names)
     for group in rule.tensor_names(config.num_layers if config.num_layers < len(names) else 0):
-        found = [opened.tensors.stored(name) for name in group if name in names]
-        if len({None if stored is None else stored[0] for stored in found}) > 1:
+        if len({opened.tensors.stored_kind(name) for name in group if name in names}) > 1:
             return True
     return False
 

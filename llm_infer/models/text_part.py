@@ -58,8 +58,12 @@ class TextTensors:
         """Checks whether two tensors have the same shape and values."""
         return self._source.same_values(self._names[name], self._names[other])
 
-    def stored(self, name: str) -> None:
+    def stored_kind(self, name: str) -> None:
         """Returns None: safetensors files hold plain values only."""
+        return self._source.stored_kind(self._names[name])
+
+    def stored(self, name: str) -> None:
+        """Returns None, as `stored_kind` does."""
         return self._source.stored(self._names[name])
 
     def close(self) -> None:

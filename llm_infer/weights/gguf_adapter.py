@@ -262,14 +262,18 @@ class GGUFSource:
         if self._with_one and len(out.shape) == 1 and name.endswith("norm.weight"):
             out -= np.asarray(1, out.dtype)
 
-    def stored(self, name: str) -> tuple[str, np.ndarray] | None:
-        """Returns the kind and block rows [N, R] of a matrix, gathered in Hugging Face order; None for other tensors."""
+    def stored_kind(self, name: str) -> str | None:
+        """Returns the kind of a matrix in blocks that a kernel multiplies with; None for other tensors."""
         tensor = self._tensors[name]
         kind = tensor.type.lower()
-        if len(tensor.shape) != 2 or kind not in FORMATS or FORMATS[kind].dtype != "uint8":
+        return kind if len(tensor.shape) == 2 and kind in FORMATS and FORMATS[kind].dtype == "uint8" else None
+
+    def stored(self, name: str) -> tuple[str, np.ndarray] | None:
+        """Returns the kind and block rows [N, R] of such a matrix, gathered in Hugging Face order; None for other tensors."""
+        if (kind := self.stored_kind(name)) is None:
             return None
-        order = self.row_order(name)
-        return kind, tensor.blocks if order is None else tensor.blocks[order]
+        blocks, order = self._tensors[name].blocks, self.row_order(name)
+        return kind, blocks if order is None else blocks[order]
 
     def close(self) -> None:
         """Lets go of the file."""

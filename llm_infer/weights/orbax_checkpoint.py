@@ -133,8 +133,12 @@ class Checkpoint:
         file = array.single_file
         out[...] = array.map(file) if file else np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
 
-    def stored(self, name: str) -> None:
+    def stored_kind(self, name: str) -> None:
         """Returns None: a checkpoint holds plain values only."""
+        return None
+
+    def stored(self, name: str) -> None:
+        """Returns None, as `stored_kind` does."""
         return None
 
     def close(self) -> None:

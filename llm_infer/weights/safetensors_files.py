@@ -229,8 +229,12 @@ class SafetensorsSource:
         parts = (slice(start, start + (1 << 20)) for start in range(0, one.size, 1 << 20))
         return all(np.array_equal(one[part].astype(np.float32), two[part].astype(np.float32)) for part in parts)
 
-    def stored(self, name: str) -> None:
+    def stored_kind(self, name: str) -> None:
         """Returns None: safetensors files hold plain values only."""
+        return None
+
+    def stored(self, name: str) -> None:
+        """Returns None, as `stored_kind` does."""
         return None
 
     def close(self) -> None:

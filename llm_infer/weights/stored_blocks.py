@@ -122,13 +122,11 @@ def read_stored(
 
 
 def _kind(source: TensorSource, name: str) -> str:
-    stored = source.stored(name)
-    return stored[0] if stored is not None else _DENSE.get(source.dtype(name).name, "f32")
+    return source.stored_kind(name) or _DENSE.get(source.dtype(name).name, "f32")
 
 
 def _rows(source: TensorSource, name: str, kind: str) -> np.ndarray:
-    stored = source.stored(name)
-    if stored is not None and stored[0] == kind:
+    if source.stored_kind(name) == kind and (stored := source.stored(name)) is not None:
         return stored[1]
     values = np.empty(source.shape(name), _dtype(FORMATS[kind].dtype))
     source.read_into(name, values)

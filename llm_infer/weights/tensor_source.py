@@ -43,6 +43,10 @@ class TensorSource(Protocol):
         """
         ...
 
+    def stored_kind(self, name: str) -> str | None:
+        """Returns the kind of what `stored` returns, and reads nothing."""
+        ...
+
     def stored(self, name: str) -> tuple[str, np.ndarray] | None:
         """Returns a matrix as the file stores it: its kind (see `pallas_kernels.quant_matmul`) and its rows [N, R] in blocks.
 

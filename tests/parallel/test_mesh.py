@@ -183,8 +183,8 @@ class OneMatrix:
     def shape(self, name: str) -> tuple[int, int]:
         return 64, 96
 
-    def stored(self, name: str) -> tuple[str, None]:
-        return "q4_1", None
+    def stored_kind(self, name: str) -> str:
+        return "q4_1"
 
 
 def test_blocks_are_not_cut() -> None:

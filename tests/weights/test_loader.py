@@ -48,6 +48,10 @@ class Arrays:
         self.reads += 1
         np.copyto(out, self.tensors[name], casting="unsafe")
 
+    def stored_kind(self, name: str) -> None:
+        """Plain values only."""
+        return None
+
     def stored(self, name: str) -> None:
         """Plain values only."""
         return None

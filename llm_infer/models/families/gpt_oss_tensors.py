@@ -27,11 +27,9 @@ class ExpertTensors:
         self._source = source
         self._parts: dict[str, tuple[str, int, int | None]] = {}
         """Name → the stack's name up to `_proj`, the expert, and 0 for gates, 1 for ups, None for down."""
-        self._others = {name: name for name in source.names if not _STACK.fullmatch(name)}
-        for name in source.names:
-            if (found := _STACK.fullmatch(name)) is None:
-                continue
-            base, which, suffix = found.groups()
+        self._stacks = {name: found.groups() for name in source.names if (found := _STACK.fullmatch(name))}
+        self._others = set(source.names) - self._stacks.keys()
+        for name, (base, which, suffix) in self._stacks.items():
             if suffix == "_scales":
                 continue
             part = "bias" if suffix == "_bias" else "weight"
@@ -50,7 +48,7 @@ class ExpertTensors:
         if suffix != "_blocks":
             return
         scales = f"{base}.{which}_proj_scales"
-        found = source.shape(scales) if scales in set(source.names) else None
+        found = source.shape(scales) if scales in self._stacks else None
         bytes_ = found is not None and source.dtype(name) == source.dtype(scales) == np.uint8
         if not bytes_ or found != shape[:3] or shape[3] != _BLOCK.elements // 2:
             raise ModelError(
@@ -77,9 +75,9 @@ class ExpertTensors:
 
     def _packed(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns a matrix's blocks [out, in / 32, 16] and scales [out, in / 32]; None where it is not in blocks."""
-        stack, expert, offset = self._parts[name]
-        if name.endswith("bias") or f"{stack}_blocks" not in set(self._source.names):
+        if self.stored_kind(name) is None:
             return None
+        stack, expert, offset = self._parts[name]
         blocks, scales = (self._source.array(f"{stack}_{each}")[expert] for each in ("blocks", "scales"))
         return (blocks, scales) if offset is None else (blocks[offset::2], scales[offset::2])
 
@@ -109,9 +107,15 @@ class ExpertTensors:
         else:
             np.copyto(out, self._rows(name), casting="unsafe")
 
+    def stored_kind(self, name: str) -> str | None:
+        """Returns "mxfp4" for an expert's matrix in blocks; None for other tensors."""
+        if name in self._others or name.endswith("bias") or f"{self._parts[name][0]}_blocks" not in self._stacks:
+            return None
+        return "mxfp4"
+
     def stored(self, name: str) -> tuple[str, np.ndarray] | None:
-        """Returns an expert's matrix as GGUF stores MXFP4, [out, in / 32 · 17]; None for other tensors."""
-        if name in self._others or (packed := self._packed(name)) is None:
+        """Returns such a matrix as GGUF stores MXFP4, [out, in / 32 · 17]; None for other tensors."""
+        if (packed := self._packed(name)) is None:
             return None
         codes, scales = _codes(packed[0]), packed[1]
         rows = np.concatenate((scales[..., None], codes[..., :16] | codes[..., 16:] << 4), axis=-1)
