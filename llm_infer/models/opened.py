@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llm_infer.models.registry import family, gguf_family, is_known
+from llm_infer.models.registry import family, gguf_family
 from llm_infer.models.text_part import TextTensors, text_class, text_config
 from llm_infer.weights.gguf import GGUFFile
 from llm_infer.weights.gguf_adapter import GGUFSource, gguf_to_hf_config
@@ -78,7 +78,7 @@ def open_model(source: ModelSource) -> OpenModel:
         found = TextTensors(tensors)
         left_out = f"{config['architectures'][0]}: its text model is loaded, without what reads pictures or sound"
         return OpenModel(source, text_config(config, hf_class), found, None, note=left_out)
-    arranged = getattr(family(config), "tensors", None) if is_known(config) else None
+    arranged = getattr(family(config), "tensors", None)
     return OpenModel(source, config, tensors if arranged is None else arranged(tensors), None)
 
 

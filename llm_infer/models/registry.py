@@ -57,12 +57,6 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def is_known(values: Mapping[str, Any]) -> bool:
-    """Tells whether `family` finds a module for a config."""
-    names = values.get("architectures")
-    return isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) and names[0] in FAMILIES
-
-
 def family(values: Mapping[str, Any]) -> ModuleType:
     """Returns the family module of a Hugging Face config, by its `architectures` entry.
 
