@@ -66,7 +66,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     given.pop("norm_topk_prob", None)
     given.pop("moe_intermediate_size", None)
     renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in given.items()}
-    if not renamed.keys() & {"rope_scaling", "rope_parameters"} and "rope_scaling" not in values:
+    if "rope_scaling" not in values and "rope_parameters" not in renamed:
         renamed["rope_scaling"] = _ROTATION
     reader = ConfigReader(_DEFAULTS | renamed)
     reader.expect("hidden_act", "silu")
