@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +44,11 @@ def check_likeliest(model: LoadedModel, texts: list[list[int]], starts: list[int
         np.testing.assert_array_less(logits.max(-1) - chosen, CLOSE_CALL)
 
 
-def check_engine(stored: LoadedModel, read: LoadedModel) -> None:
-    """Checks greedy tokens in batches of BATCHES, which have different kernels and programs."""
-    config = EngineConfig(CacheConfig(num_pages=128), SchedulerConfig(max(BATCHES), 64, 64))
+def check_engine(stored: LoadedModel, read: LoadedModel, batches: Sequence[int]) -> None:
+    """Checks greedy tokens in batches of such sizes, which have different kernels and programs."""
+    config = EngineConfig(CacheConfig(num_pages=128), SchedulerConfig(max(batches), 64, 64))
     engine, vocab = Engine(stored, config), stored.config.vocab_size
-    for batch in BATCHES:
+    for batch in batches:
         asked = prompts(batch, vocab)
         found = greedy(engine, asked, [LENGTH - len(prompt) for prompt in asked])
         checked = range(0, batch, 1 if batch < 9 else 4)
@@ -54,7 +56,7 @@ def check_engine(stored: LoadedModel, read: LoadedModel) -> None:
         check_likeliest(read, texts, [len(asked[i]) for i in checked])
 
 
-def check(path: Path, fused: bool) -> None:
+def check(path: Path, fused: bool, batches: Sequence[int] = BATCHES) -> None:
     opened = open_model(resolve(str(path)))
     stored, read = load_model(opened, stored="exact", fused_qkv=fused), load_model(opened, fused_qkv=fused)
     up = stored.params["layers.mlp.up.weight"]
@@ -62,7 +64,7 @@ def check(path: Path, fused: bool) -> None:
     for found, expected in zip(dense(stored, range(1, 32)), dense(read, range(1, 32)), strict=True):
         # Blocks of any bytes make large numbers, so the bound is a part of them.
         np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, float(np.sqrt(np.mean(expected**2)))), rtol=0)
-    check_engine(stored, read)
+    check_engine(stored, read, batches)
 
 
 def mixed(name: str) -> str:
@@ -70,11 +72,13 @@ def mixed(name: str) -> str:
     return KINDS[sum(map(ord, name)) % len(KINDS)]
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", *(pytest.param(k, marks=pytest.mark.sweep) for k in KINDS if k != "Q4_K")])
-@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.sweep)])
-def test_one_type(tmp_path: Path, kind: str, fused: bool) -> None:
+ALL = [pytest.param(*row, BATCHES, marks=pytest.mark.sweep) for row in itertools.product(KINDS, (True, False))]
+
+
+@pytest.mark.parametrize(("kind", "fused", "batches"), [("Q4_K", True, (8,)), *ALL])
+def test_one_type(tmp_path: Path, kind: str, fused: bool, batches: Sequence[int]) -> None:
     write_llama(tmp_path / "model.gguf", lambda _: kind, layers=3, width=512, ff=1536, vocab=320)
-    check(tmp_path / "model.gguf", fused)
+    check(tmp_path / "model.gguf", fused, batches)
 
 
 @pytest.mark.sweep
@@ -85,6 +89,7 @@ def test_many_types_at_once(tmp_path: Path) -> None:
 
 CHILD = """
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from llm_infer.engine.engine import Engine
