@@ -48,6 +48,8 @@ class RopeConfig:
 
     def check(self, head_dim: int) -> None:
         """Raises ModelError for heads that cannot be rotated so."""
+        if not 0 < self.fraction <= 1:
+            raise ModelError(f"rotary embedding of {self.fraction} of each head, expected a fraction up to 1")
         rotated = self.rotated(head_dim)
         if rotated % 2 or not 0 < rotated <= head_dim:
             raise ModelError(
