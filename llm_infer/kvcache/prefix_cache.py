@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from llm_infer.kvcache.page_allocator import InvariantError, PageAllocator
+from llm_infer.kvcache.groups import Windows, first_kept
+from llm_infer.kvcache.page_allocator import NULL_PAGE, InvariantError, PageAllocator
 
 
 class PrefixCache:
@@ -20,17 +21,21 @@ class PrefixCache:
     Only full pages of committed steps are inserted and shared pages are never written, so no sequence reads a slot that
     another writes in the same step, as `paged_attention` demands (checked in `tests/host/fake_device.py`).
 
+    Of a group of layers with a window only the pages count that the token behind a prefix sees; a prefix is known if all
+    groups have what they need of it.
+
     Attributes:
         num_queries: prompt tokens that were looked up (counted when the sequence is admitted).
         num_hits: those of them that were found.
     """
 
-    def __init__(self, allocator: PageAllocator, page_size: int) -> None:
+    def __init__(self, allocator: PageAllocator, page_size: int, windows: Windows = (None,)) -> None:
         self._allocator = allocator
         self._page_size = page_size
+        self._windows = windows
         self._pack = struct.Struct(f"<{page_size}i").pack
-        self._page_of: list[dict[bytes, int]] = [{} for _ in range(allocator.num_shards)]
-        self._digest_of: list[dict[int, bytes]] = [{} for _ in range(allocator.num_shards)]
+        self._page_of: list[list[dict[bytes, int]]] = [[{} for _ in windows] for _ in range(allocator.num_shards)]
+        self._place_of: list[dict[int, tuple[int, bytes]]] = [{} for _ in range(allocator.num_shards)]
         self.num_queries = 0
         self.num_hits = 0
         allocator.on_evict(self._forget)
@@ -43,38 +48,54 @@ class PrefixCache:
             page = self._pack(*tokens[index * size : (index + 1) * size])
             digests.append(hashlib.sha256(parent + page).digest())
 
-    def lookup(self, shard: int, digests: Iterable[bytes]) -> list[int]:
-        """Returns the pages of the longest known prefix. The caller becomes an owner (`PageTable.adopt`) before it allocates."""
-        page_of = self._page_of[shard]
-        pages = []
-        for digest in digests:
-            page = page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def lookup(self, shard: int, digests: Sequence[bytes]) -> list[list[int]]:
+        """Returns each group's pages of the longest known prefix, the null page for those that it does not need.
+
+        The caller becomes an owner (`PageTable.adopt`) before it allocates.
+        """
+        groups = list(zip(self._page_of[shard], self._windows, strict=True))
+        count = len(digests)
+        for page_of, window in groups:
+            if window is None:
+                count = next((index for index in range(count) if digests[index] not in page_of), count)
+        shorter = count
+        while shorter is not None:
+            count, shorter = shorter, None
+            for page_of, window in groups:
+                first = first_kept(window, count * self._page_size, self._page_size)
+                missing = (i for i in range(count - 1, first - 1, -1) if window is not None and digests[i] not in page_of)
+                if (shorter := next(missing, None)) is not None:
+                    break
+        found = []
+        for page_of, window in groups:
+            first = first_kept(window, count * self._page_size, self._page_size)
+            found.append([NULL_PAGE] * first + [page_of[digest] for digest in digests[first:count]])
+        return found
 
     def count(self, queries: int, hits: int) -> None:
         """Adds to the counters, in tokens."""
         self.num_queries += queries
         self.num_hits += hits
 
-    def insert(self, shard: int, digest: bytes, page: int) -> None:
-        """Keeps a full page, computed and never written again; no effect if the digest is known."""
-        if digest not in self._page_of[shard]:
+    def insert(self, shard: int, digest: bytes, page: int, group: int = 0) -> None:
+        """Keeps a full page of a group, computed and never written again; no effect if the digest is known."""
+        page_of = self._page_of[shard][group]
+        if digest not in page_of:
             self._allocator.keep(shard, page)
-            self._page_of[shard][digest] = page
-            self._digest_of[shard][page] = digest
+            page_of[digest] = page
+            self._place_of[shard][page] = group, digest
 
     def pages(self, shard: int) -> list[int]:
         """Returns the pages that the cache owns, for `PageAllocator.check`."""
-        page_of, digest_of = self._page_of[shard], self._digest_of[shard]
-        if len(page_of) != len(digest_of) or any(page_of.get(digest) != page for page, digest in digest_of.items()):
-            raise InvariantError(f"shard {shard}: {len(page_of)} digests for {len(digest_of)} pages, or they disagree")
-        return list(digest_of)
+        page_of, place_of = self._page_of[shard], self._place_of[shard]
+        known = sum(map(len, page_of))
+        if known != len(place_of) or any(page_of[group].get(d) != page for page, (group, d) in place_of.items()):
+            raise InvariantError(f"shard {shard}: {known} digests for {len(place_of)} pages, or they disagree")
+        return list(place_of)
 
     def _forget(self, shard: int, page: int) -> None:
-        del self._page_of[shard][self._digest_of[shard].pop(page)]
+        group, digest = self._place_of[shard].pop(page)
+        del self._page_of[shard][group][digest]
 
 
 def _root(salt: str | None) -> bytes:

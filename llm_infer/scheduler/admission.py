@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llm_infer.kvcache.groups import pages_at_most
+from llm_infer.kvcache.page_allocator import NULL_PAGE
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.request import Sequence, Status
 
@@ -21,27 +23,28 @@ class Admission:
     books: Books
     watermark: int
 
-    def find(self, sequence: Sequence, shards: Iterable[int]) -> tuple[int, list[int]] | None:
+    def find(self, sequence: Sequence, shards: Iterable[int]) -> tuple[int, list[list[int]]] | None:
         """Finds the best of `shards` on which a sequence fits, and its cached pages there; None if it fits on none.
 
         A shard is good if it has much of the prefix and many pages left: a whole hit weighs as much as an empty pool.
         """
         allocator, page_size = self.books.allocator, self.books.page_size
-        of_others: list[int] | None = []
+        of_others: list[list[int]] | None = [[] for _ in self.books.windows]
         if sequence.table is None:
-            of_others = sequence.request.strategy.pages_of_others(sequence, page_size)
-            if of_others is None:
+            found = sequence.request.strategy.pages_of_others(sequence, page_size)
+            if found is None:
                 return None
+            of_others = found or of_others
         best, place = 0.0, None
         for shard in sorted(shards):
             if not self.books.has_slot(sequence, shard):
                 continue
-            cached = max(of_others, self._lookup(sequence, shard), key=len)
+            cached = max(of_others, self._lookup(sequence, shard), key=lambda groups: len(groups[0]))
             # The others of its group wait for this one.
             num_running = len(self.books.running[shard])
             num_running -= sum(member.status is Status.RUNNING for member in sequence.group)
             if self._fits(sequence, shard, cached, num_running):
-                hit = len(cached) * page_size / len(sequence.tokens)
+                hit = len(cached[0]) * page_size / len(sequence.tokens)
                 score = 1 + hit + allocator.num_available(shard) / allocator.num_usable
                 score -= 1e-6 * num_running  # a tie goes to the shard with fewer sequences
                 if score > best:
@@ -50,30 +53,36 @@ class Admission:
 
     def num_uncached(self, sequence: Sequence) -> int:
         """Counts the tokens of a waiting sequence that no shard's prefix cache has."""
-        cached = max(len(self._lookup(sequence, shard)) for shard in range(len(self.books.running)))
+        cached = max(len(self._lookup(sequence, shard)[0]) for shard in range(len(self.books.running)))
         return len(sequence.tokens) - cached * self.books.page_size
 
-    def _lookup(self, sequence: Sequence, shard: int) -> list[int]:
+    def _lookup(self, sequence: Sequence, shard: int) -> list[list[int]]:
         """Returns cached pages for a sequence without pages. Its last token is always computed, to have logits to draw from."""
         cache = self.books.prefix_cache
         if cache is None or sequence.table is not None or sequence.request.whole_prompt:
-            return []
+            return [[] for _ in self.books.windows]
         left = 1 + sequence.request.strategy.num_joint(sequence)
         full = (len(sequence.tokens) - left) // self.books.page_size
         cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
         return cache.lookup(shard, sequence.digests[:full])
 
-    def _fits(self, sequence: Sequence, shard: int, cached: list[int], num_running: int) -> bool:
+    def _fits(self, sequence: Sequence, shard: int, cached: list[list[int]], num_running: int) -> bool:
         """Tells whether all its pages are there, and beside other sequences the watermark and a page for each of them to grow.
 
         The second part bounds preemption: between an admission and the next shortage every sequence can fill a page.
         """
-        allocator = self.books.allocator
+        books = self.books
+        allocator, length = books.allocator, len(sequence.tokens)
         if sequence.table is not None:
-            needed = sequence.table.pages_needed(len(sequence.tokens) - sequence.table.length)
+            needed = sequence.table.pages_needed(length - sequence.table.length)
         else:
-            needed = -(-len(sequence.tokens) // self.books.page_size) - len(cached)
-        reserve = self.watermark + num_running if num_running else 0
+            # What it needs at a time: groups with a window get their pages chunk by chunk.
+            held = [sum(page != NULL_PAGE for page in pages) for pages in cached]
+            needed = sum(
+                max(0, pages_at_most((window,), length, books.page_size, books.ahead) - has)
+                for window, has in zip(books.windows, held, strict=True)
+            )
+        reserve = self.watermark + num_running * len(books.windows) if num_running else 0
         # Idle cached pages count as available until the sequence itself takes them.
-        available = allocator.num_available(shard) - allocator.num_idle(shard, cached)
+        available = allocator.num_available(shard) - sum(allocator.num_idle(shard, pages) for pages in cached)
         return needed + reserve <= available

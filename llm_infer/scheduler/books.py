@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from llm_infer.kvcache.page_allocator import PageAllocator
+from llm_infer.kvcache.groups import Windows
+from llm_infer.kvcache.page_allocator import NULL_PAGE, PageAllocator
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.kvcache.prefix_cache import PrefixCache
 from llm_infer.scheduler.request import Sequence, Status
@@ -19,15 +20,25 @@ class Books:
         parked: `parked[shard]`, the waiting sequences that hold pages: forks that share those of their prompt.
         free_slots: `free_slots[shard]`.
         allocator, prefix_cache: the pages; None without prefix caching.
+        windows: of each group of layers that has pages.
+        ahead: tokens of a sequence that may be planned and not committed.
     """
 
     def __init__(
-        self, *, num_pages: int, page_size: int, num_shards: int, num_slots: int, enable_prefix_caching: bool
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        num_shards: int,
+        num_slots: int,
+        enable_prefix_caching: bool,
+        windows: Windows = (None,),
+        ahead: int = 0,
     ) -> None:
-        self.page_size = page_size
+        self.page_size, self.windows, self.ahead = page_size, windows, ahead
         self.num_slots = num_slots
         self.allocator = PageAllocator(num_pages, num_shards)
-        self.prefix_cache = PrefixCache(self.allocator, page_size) if enable_prefix_caching else None
+        self.prefix_cache = PrefixCache(self.allocator, page_size, windows) if enable_prefix_caching else None
         self.waiting: list[Sequence] = []
         self.running: list[list[Sequence]] = [[] for _ in range(num_shards)]
         self.parked: list[list[Sequence]] = [[] for _ in range(num_shards)]
@@ -39,15 +50,15 @@ class Books:
         if sequence.table is not None:
             insort(self.parked[sequence.table.shard], sequence, key=_rank)
 
-    def start(self, sequence: Sequence, shard: int, cached: list[int]) -> PageTable:
+    def start(self, sequence: Sequence, shard: int, cached: list[list[int]]) -> PageTable:
         """Makes a waiting sequence run in a slot; its table has the pages it held, or else those in `cached`."""
         _remove(self.waiting, sequence)
         _remove(self.parked[shard], sequence)
         if sequence.table is None:
-            sequence.table = PageTable(self.allocator, shard, self.page_size)
+            sequence.table = PageTable(self.allocator, shard, self.page_size, self.windows)
             sequence.table.adopt(cached)
             sequence.num_computed = sequence.table.length
-            sequence.num_cached_pages = len(cached)
+            sequence.num_cached_pages = len(cached[0])
         sequence.request.shard = shard
         self.enter_slot(sequence, shard)
         return sequence.table
@@ -75,6 +86,7 @@ class Books:
         length = len(parent.request.prompt) - 1
         assert parent.table is not None
         child.table = parent.table.fork(length)
+        child.table.release_behind(length)
         child.num_computed = length
         child.digests = list(parent.digests)
         child.num_cached_pages = parent.num_cached_pages
@@ -98,7 +110,9 @@ class Books:
         if cache is not None:
             cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
             for index in range(sequence.num_cached_pages, full):
-                cache.insert(table.shard, sequence.digests[index], table.pages[index])
+                for group, pages in enumerate(table.groups):
+                    if pages[index] != NULL_PAGE:
+                        cache.insert(table.shard, sequence.digests[index], pages[index], group)
         sequence.num_cached_pages = full
 
     def enter_slot(self, sequence: Sequence, shard: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from llm_infer.kvcache.page_allocator import InvariantError
+from llm_infer.kvcache.page_allocator import NULL_PAGE, InvariantError
+from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, Status
@@ -43,13 +44,19 @@ def check_books(books: Books, requests: Iterable[Request]) -> None:
         if shards != (set() if request.shard is None else {request.shard}):
             raise InvariantError(f"request {request.request_id!r} is on shard {request.shard}, its pages on {shards}")
     owners = [
-        [s.table.pages for s in (*running, *parked) if s.table is not None]
+        [s.table.held() for s in (*running, *parked) if s.table is not None]
         for running, parked in zip(books.running, books.parked, strict=True)
     ]
     if books.prefix_cache is not None:
         for shard, lists in enumerate(owners):
             lists.append(books.prefix_cache.pages(shard))
     books.allocator.check(owners)
+
+
+def _places(table: PageTable) -> Iterable[tuple[list[int], int]]:
+    """Yields each group's pages and the number of its places."""
+    for pages, window in zip(table.groups, table.windows, strict=True):
+        yield pages, table.length if window is None else table.covered
 
 
 def _check_sequence(books: Books, sequence: Sequence) -> None:
@@ -70,7 +77,9 @@ def _check_sequence(books: Books, sequence: Sequence) -> None:
     if table is None:
         if sequence.num_computed or running:
             raise InvariantError(f"{sequence} has no pages")
-    elif len(table.pages) != -(-table.length // table.page_size):
-        raise InvariantError(f"{sequence}: {len(table.pages)} pages of {table.page_size} for {table.length} places")
+    elif any(len(pages) != -(-end // table.page_size) for pages, end in _places(table)):
+        raise InvariantError(f"{sequence}: pages of {table.page_size} and places: {list(_places(table))}")
+    elif any(NULL_PAGE in pages for pages, window in zip(table.groups, table.windows, strict=True) if window is None):
+        raise InvariantError(f"{sequence} has lost pages: {table.groups}")
     elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length + sequence.num_drafts:
         raise InvariantError(f"{sequence} has {table.length} places, and one token at least is not computed")

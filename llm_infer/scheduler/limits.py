@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llm_infer.base.errors import RequestError
+from llm_infer.config import SchedulerConfig
+from llm_infer.kvcache.groups import Windows, pages_at_most
 from llm_infer.scheduler.request import Request
+
+
+def tokens_ahead(config: SchedulerConfig) -> int:
+    """Returns how many tokens of a sequence may be planned and not committed: those of the step in flight and of the next."""
+    return 2 * max(config.max_num_batched_tokens, config.num_scheduler_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +24,15 @@ class Limits:
         max_num_seqs: sequences that run at the same time.
         num_pages: pages that can be handed out.
         page_size: tokens in a page.
+        windows, ahead: see `Books`.
     """
 
     max_model_len: int
     max_num_seqs: int
     num_pages: int
     page_size: int
+    windows: Windows = (None,)
+    ahead: int = 0
 
     def longest(self, request: Request) -> int:
         """Returns the number of tokens to which a sequence of a request may grow.
@@ -61,4 +71,5 @@ class Limits:
         """Counts the pages of a group of sequences of so many tokens each, which may share nothing but the prompt."""
         # The page with the last prompt token is counted for each: it may be computed again by a beam that returns.
         shared = (len(request.prompt) - 1) // self.page_size
-        return shared + request.width * (-(-length // self.page_size) - shared)
+        all_ = pages_at_most(self.windows, length, self.page_size, self.ahead)
+        return request.width * all_ - (request.width - 1) * shared * self.windows.count(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
@@ -109,18 +111,37 @@ class ShardPlan:
         """Makes a place for the next token of a running sequence; False if it had to give up its own pages."""
         table = sequence.table
         assert table is not None
-        # The first: its last prompt token, which has its place since admission.
-        if table.length > sequence.num_computed or table.append_in_place():
+        end = sequence.num_computed + 1
+        # The first: its last prompt token, which may have its place since admission.
+        if table.covered >= end or table.append_in_place():
             return True
-        while table.pages_needed(1) > self.num_available:
+        while table.pages_to(end) > self.num_available:
             if self.take_pages() is sequence:
                 return False
-        self.append(table, 1)
+        self.extend(table, end)
         return True
 
-    def append(self, table: PageTable, count: int) -> None:
-        """Makes places behind a table; the pages for them are there."""
-        for source, destination in table.append(count):
+    def chunk(self, sequence: Sequence, count: int) -> int:
+        """Makes places for up to `count` tokens of a prompt, fewer where pages are short, and returns for how many.
+
+        Only layers with a window have none yet. Nobody gives up pages for them: those before them may be planned already.
+        """
+        table, start = sequence.table, sequence.num_computed
+        assert table is not None
+        while count and table.pages_to(start + count) > self.num_available:
+            count //= 2
+            self.short_of_pages = True
+        if count:
+            self.extend(table, start + count)
+        return count
+
+    def extend(self, table: PageTable, end: int) -> None:
+        """Makes places up to position `end`; the pages for them are there."""
+        self.note_copies(table.extend(end))
+
+    def note_copies(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Plans copies of pages."""
+        for source, destination in copies:
             self.allocator.pin(self.shard, source)  # it must not become the destination of another copy of this step
             self.copies.append((source, destination))
 

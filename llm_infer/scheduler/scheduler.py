@@ -11,10 +11,11 @@ from typing import Any
 from llm_infer.base.errors import RequestError
 from llm_infer.config import SchedulerConfig
 from llm_infer.decoding.speculative import Speculator
+from llm_infer.kvcache.groups import Windows
 from llm_infer.scheduler.admission import Admission
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.invariants import check_books, check_in_flight
-from llm_infer.scheduler.limits import Limits
+from llm_infer.scheduler.limits import Limits, tokens_ahead
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.plan_builder import PlanBuilder, ShardPlan
 from llm_infer.scheduler.request import Request, Sequence, Status, TokenEvent
@@ -49,6 +50,7 @@ class Scheduler:
         max_model_len: longest sequence in tokens.
         num_shards: data-parallel shards.
         enable_prefix_caching: keep and find full pages by their tokens.
+        windows: of each group of layers that has pages of its own, see `PageGroups`.
         clock: current time in seconds.
         speculator: proposes tokens for requests that allow it.
     """
@@ -62,6 +64,7 @@ class Scheduler:
         max_model_len: int,
         num_shards: int = 1,
         enable_prefix_caching: bool = True,
+        windows: Windows = (None,),
         clock: Callable[[], float] = time.monotonic,
         speculator: Speculator | None = None,
     ) -> None:
@@ -75,6 +78,8 @@ class Scheduler:
             num_shards=num_shards,
             num_slots=config.max_num_seqs,
             enable_prefix_caching=enable_prefix_caching,
+            windows=windows,
+            ahead=tokens_ahead(config),
         )
         self.allocator = self.books.allocator
         self.prefix_cache = self.books.prefix_cache
@@ -83,7 +88,9 @@ class Scheduler:
         self.num_copied_pages = 0
         self._strategies = Strategies(speculator, config.max_num_batched_tokens)
         self._admission = Admission(self.books, int(config.watermark * self.allocator.num_usable))
-        self._limits = Limits(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size)
+        self._limits = Limits(
+            *(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size, windows, self.books.ahead)
+        )
         self._submitted: deque[StepPlan] = deque()
         self._num_arrived = 0
         self._num_planned = 0
@@ -227,7 +234,9 @@ class Scheduler:
     def _prefill(self, sequence: Sequence, plan: ShardPlan) -> None:
         """Computes as much as the budget allows of what a sequence computes without others."""
         end = sequence.length - sequence.request.strategy.num_joint(sequence)
-        plan.add_row(sequence, min(end - sequence.num_computed, plan.budget))
+        count = plan.chunk(sequence, min(end - sequence.num_computed, plan.budget))
+        if count:
+            plan.add_row(sequence, count)
 
     def _break_stall(self, plan: ShardPlan) -> bool:
         """Makes the last group give way where nothing can run, because groups wait for the rest of their own."""
@@ -237,7 +246,7 @@ class Scheduler:
             return False
         first = running[0].request
         alone = not books.parked[plan.shard] and all(member.request is first for member in running)
-        if alone and books.waiting[0].request is first:
+        if alone and books.waiting and books.waiting[0].request is first:
             raise RuntimeError(
                 f"the beams of request {first.request_id!r} do not fit the pages although they are alone"
             )
@@ -276,17 +285,17 @@ class Scheduler:
                 return True
         return False
 
-    def _admit(self, sequence: Sequence, cached: list[int], plan: ShardPlan) -> None:
+    def _admit(self, sequence: Sequence, cached: list[list[int]], plan: ShardPlan) -> None:
         request = sequence.request
         if self.prefix_cache is not None and sequence.table is None and sequence.status is Status.WAITING:
-            self.prefix_cache.count(len(sequence.tokens), len(cached) * self.page_size)
+            self.prefix_cache.count(len(sequence.tokens), len(cached[0]) * self.page_size)
         table = self.books.start(sequence, plan.shard, cached)
         sequence.first_step = self._num_planned
         if request.first_scheduled_time is None:
             request.first_scheduled_time = self._clock()
             request.num_cached_tokens = sequence.num_computed
         plan.step.admitted.append(sequence)
-        plan.append(table, len(sequence.tokens) - table.length)
+        plan.note_copies(table.reserve(len(sequence.tokens) - table.length))
         self._prefill(sequence, plan)
 
     # ------------------------------------------------------------------ results

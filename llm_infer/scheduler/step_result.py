@@ -34,7 +34,13 @@ class StepResult:
         self.page_size = books.page_size
 
     def offer_pages(self, sequence: Sequence, computed: int) -> None:
-        """Offers pages that are full of the first `computed` tokens of a sequence; of one that still runs."""
+        """Offers pages that are full of the first `computed` tokens of a sequence, and gives back those that nothing behind
+        them sees; of one that still runs."""
+        if sequence.status is not Status.RUNNING:
+            return
         full = computed // self.page_size
-        if full > sequence.num_cached_pages and sequence.status is Status.RUNNING:
+        if full > sequence.num_cached_pages:
             self.books.offer_pages(sequence, full)
+        assert sequence.table is not None
+        if sequence.table.has_windows:
+            sequence.table.release_behind(computed)

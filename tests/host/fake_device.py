@@ -74,7 +74,8 @@ class FakeDevice:
 
         copies = plan.copies[shard]
         sources, destinations = {pair[0] for pair in copies}, [pair[1] for pair in copies]
-        assert len(set(destinations)) == len(destinations) <= len(rows) and not sources & set(destinations)
+        assert len(set(destinations)) == len(destinations) and not sources & set(destinations)
+        assert len(destinations) <= len(rows) * len(self.scheduler.books.windows)
         assert 0 not in sources | set(destinations)
         for source, destination in copies:
             pages[destination] = pages[source]
@@ -107,12 +108,13 @@ class FakeDevice:
 
     def _write(self, shard: int, sequence: Sequence, position: int, token: int, written: set[tuple[int, int]]) -> None:
         assert sequence.table is not None and position < sequence.table.length
-        page, offset = divmod(position, self.scheduler.page_size)
-        page = sequence.table.pages[page]
-        assert page != 0 and (page, offset) not in written
-        self._check_owners(shard, page, position, sequence)
-        written.add((page, offset))
-        self.pages[shard, page, offset] = token, position
+        index, offset = divmod(position, self.scheduler.page_size)
+        for pages in sequence.table.groups:
+            page = pages[index]
+            assert page != 0 and (page, offset) not in written
+            self._check_owners(shard, page, position, sequence)
+            written.add((page, offset))
+            self.pages[shard, page, offset] = token, position
 
     def _run_steps(self, shard: int, plan: StepPlan, written: set[tuple[int, int]]) -> list[list[int]]:
         """Several decode steps: `ids[step][row]`, -1 where the row has ended. A program may have room for more steps."""
@@ -138,7 +140,7 @@ class FakeDevice:
         """Nobody else owns a page that is written, but forks that wait for this very step to compute their prompt."""
         count = self.scheduler.allocator.refcount(shard, page)
         if count > 1:
-            owners = [s for s in self.scheduler.books.waiting if s.table is not None and page in s.table.pages]
+            owners = [s for s in self.scheduler.books.waiting if s.table is not None and page in s.table.held()]
             forks = [s for s in owners if s.request is writer.request and s.num_computed == len(s.request.prompt) - 1]
             assert count == 1 + len(forks), f"{writer} writes page {page}, which has {count} owners"
             assert writer.sample_index == 0 and position < len(writer.request.prompt)
@@ -150,7 +152,9 @@ class FakeDevice:
         for row in rows:
             if row.sequence not in self.ended:
                 assert row.sequence.table is not None
-                read.update((row.sequence.table.pages[at // size], at % size) for at in range(row.start + row.count))
+                for pages, window in zip(row.sequence.table.groups, self.scheduler.books.windows, strict=True):
+                    first = 0 if window is None else max(0, row.start - window + 1)
+                    read.update((pages[at // size], at % size) for at in range(first, row.start + row.count))
         assert all(read[slot] <= 1 for slot in written)
 
     def _attend(self, shard: int, sequence: Sequence, length: int) -> int:
@@ -159,13 +163,17 @@ class FakeDevice:
         if sequence in self.ended:
             self.candidates[shard].append([])
             return -1
-        seen = self.pages[shard, sequence.table.pages].reshape(-1, 2)[:length]
-        assert seen[:, 1].tolist() == list(range(length)), f"{sequence}: positions {seen[:, 1]}"
-        tokens = seen[:, 0].tolist()
+        known = sequence.tokens[:length]
+        tokens = (known + [-1] * length)[:length]  # those that the host does not know are in the pages
+        for pages, window in zip(sequence.table.groups, self.scheduler.books.windows, strict=True):
+            first = 0 if window is None else max(0, length - window)
+            seen = self.pages[shard, pages].reshape(-1, 2)[first:length]
+            assert seen[:, 1].tolist() == list(range(first, length)), f"{sequence}: positions {seen[:, 1]}"
+            tokens[first:] = seen[:, 0].tolist()
+            assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"
         values = log_probabilities(tokens) if sequence.request.sampling.beam_width else np.zeros(0)
         self.candidates[shard].append([(int(i), float(values[i])) for i in np.argsort(-values, kind="stable")])
-        known = sequence.tokens[:length]
-        assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"
+        assert -1 not in tokens
         drawn = next_token(tokens, sequence.sample_index)
         self.last_ids[shard, sequence.slot] = drawn
         return drawn

@@ -158,9 +158,9 @@ def test_lookup_gives_the_longest_known_prefix_of_its_shard() -> None:
     digests = [b"a", b"b", b"c"]
     for digest, page in zip(digests, table.pages, strict=True):
         cache.insert(1, digest, page)
-    assert cache.lookup(1, digests) == table.pages
-    assert cache.lookup(1, [b"a", b"x", b"c"]) == table.pages[:1]
-    assert cache.lookup(0, digests) == []
+    assert cache.lookup(1, digests) == [table.pages]
+    assert cache.lookup(1, [b"a", b"x", b"c"]) == [table.pages[:1]]
+    assert cache.lookup(0, digests) == [[]]
     allocator.check([[], [table.pages, cache.pages(1)]])
 
 
@@ -191,11 +191,11 @@ def test_eviction_takes_the_least_recently_used_and_ends_before_beginnings() -> 
     again.adopt(cache.lookup(0, old_digests[:1]))  # used again: now the most recent
     again.free()
     taken = allocator.allocate(0, 3)
-    assert [len(cache.lookup(0, digests)) for digests in (old_digests, new_digests)] == [1, 2]
+    assert [len(cache.lookup(0, digests)[0]) for digests in (old_digests, new_digests)] == [1, 2]
     in_use = PageTable(allocator, 0, 4)
     in_use.adopt(cache.lookup(0, new_digests))
     taken += allocator.allocate(0, 1)
-    assert cache.lookup(0, old_digests) == [] and cache.lookup(0, new_digests) == in_use.pages
+    assert cache.lookup(0, old_digests) == [[]] and cache.lookup(0, new_digests) == [in_use.pages]
     with pytest.raises(OutOfPages, match="the prefix cache can give back 0"):
         allocator.allocate(0, 1)
     allocator.check([[taken, in_use.pages, cache.pages(0)]])

@@ -49,6 +49,7 @@ class HostMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.live: list[Request] = []
+        self.given_back = 0
         self.engine = FakeEngine(**self.configuration)
 
     @initialize(count=st.integers(0, 40), number=st.integers(0, 2**16))
@@ -94,9 +95,26 @@ class HostMachine(RuleBasedStateMachine):
     def take(self, steps: int) -> None:
         for _ in range(steps):
             self.engine.step()
+            self.check_windows()
         for request in self.live:
             self.engine.verify(request)
         self.live = [request for request in self.live if not request.finished]
+
+    def check_windows(self) -> None:
+        """A group with a window holds no more pages than the window and the tokens on their way take."""
+        scheduler = self.engine.scheduler
+        on_the_way = Counter[Any]()
+        for plan, *_ in self.engine.pending:
+            for row in (row for rows in plan.rows for row in rows):
+                on_the_way[row.sequence] += row.count + row.steps - 1
+        for sequence in (s for where in (scheduler.books.running, scheduler.books.parked) for each in where for s in each):
+            table = sequence.table
+            assert table is not None
+            for pages, window in zip(table.groups, table.windows, strict=True):
+                if window is not None:
+                    held = sum(page != 0 for page in pages)
+                    assert held <= -(-(window + on_the_way[sequence]) // table.page_size) + 1, sequence
+                    self.given_back += len(pages) - held
 
     def teardown(self) -> None:
         if self.engine.failed:
@@ -109,6 +127,7 @@ class HostMachine(RuleBasedStateMachine):
             assert scheduler.allocator.num_available(shard) == scheduler.allocator.num_usable, "pages leaked"
         cache = scheduler.prefix_cache
         self.totals["steps"] += len(self.engine.plans)
+        self.totals["pages given back"] += self.given_back
         self.totals["requests"] += len(self.engine.requests)
         self.totals["preemptions"] += scheduler.num_preemptions
         self.totals["beam searches"] += sum(request.sampling.beam_width is not None for request in self.engine.requests)
@@ -125,14 +144,16 @@ def configuration(number: int) -> dict[str, Any]:
     draw = random.Random(number)
     max_num_seqs = draw.randint(1, 6)
     page_size = draw.choice([1, 2, 4])
+    windows = random.Random(number + 100).choice([(None,), (None, 3), (4, None), (None, 2, 7), (None, 1, 5, 5), (12,)])
     return {
+        "windows": windows,
         "overlap": number % 2 == 0,
         "enable_prefix_caching": number % 3 > 0,
         "num_shards": 2 if number % 4 == 2 or number % 8 == 3 else 1,
         "policy": draw.choice(["fcfs", "priority"]),
         "page_size": page_size,
         # From just enough for the longest sequence to room for three.
-        "num_pages": 1 + draw.choice([1, 1, 1, 2]) * (24 // page_size) + draw.randint(-1, 1),
+        "num_pages": 1 + (draw.choice([1, 1, 1, 2]) * (24 // page_size) + draw.randint(-1, 1)) * len(windows),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + draw.choice([0, 3, 12]),
         "max_model_len": 25,
@@ -163,5 +184,6 @@ def test_host_layer_keeps_its_invariants(number: int) -> None:
         )
         rounds += 1
     print(Machine.configuration, dict(Machine.totals))
+    assert Machine.totals["pages given back"] > 0 or Machine.configuration["windows"] == (None,)
     if Machine.configuration["enable_prefix_caching"]:
         assert Machine.totals["cached tokens"] > 0

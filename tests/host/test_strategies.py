@@ -36,7 +36,7 @@ class Jacobi(Draw):
         assert table is not None
         if table.pages_needed(len(guesses)) > plan.num_available:
             guesses = []
-        plan.append(table, len(guesses))
+        plan.extend(table, table.length + len(guesses))
         plan.num_drafts += len(guesses)
         sequence.num_drafts = len(guesses)
         plan.add_row(sequence, 1, tuple(guesses))

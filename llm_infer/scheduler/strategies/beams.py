@@ -63,12 +63,12 @@ class Beams(Strategy):
         """Implements `Strategy`: the last tokens of several beams are computed in one step."""
         return int(len(sequence.request.members) > 1)
 
-    def pages_of_others(self, sequence: Sequence, page_size: int) -> list[int] | None:
+    def pages_of_others(self, sequence: Sequence, page_size: int) -> list[list[int]] | None:
         """Implements `Strategy`: it is too early while pages of a beam are not computed, or not known to be.
 
         Beams return after a preemption one by one, so that each finds what those before it have computed.
         """
-        best: list[int] = []
+        best: list[list[int]] = []
         for other in sequence.request.members:
             if other is sequence or other.status is not Status.RUNNING:
                 continue
@@ -80,8 +80,8 @@ class Beams(Strategy):
             equal = _common_prefix(sequence.tokens, other.tokens)
             own = len(sequence.tokens) - 1 - self.num_joint(sequence)  # something is left for it to compute
             count = min(equal // page_size, own // page_size, other.num_cached_pages)
-            if count > len(best):
-                best = other.table.pages[:count]
+            if count > (len(best[0]) if best else 0):
+                best = other.table.prefix(count) or best
         return best
 
     def _advance(self, request: Request, result: StepResult) -> None:
@@ -108,13 +108,15 @@ def _are_ready(beams: Iterable[Sequence]) -> bool:
 
 def _make_room(request: Request, plan: ShardPlan) -> bool:
     """Makes places for the next tokens of all beams; False if they had to give up their pages."""
-    # A beam that has returned after a preemption has had its place since then.
-    tables = [b.table for b in request.members if b.table is not None and b.table.length == b.num_computed]
-    while pages_needed(tables) > plan.num_available:
+    end = request.sequences[0].num_computed + 1
+    tables = [beam.table for beam in request.members if beam.table is not None]
+    # A beam that has returned after a preemption has had its place since then, but not in layers with a window.
+    late, tables = [t for t in tables if t.length >= end > t.covered], [t for t in tables if t.length < end]
+    while pages_needed(tables) + sum(table.pages_to(end) for table in late) > plan.num_available:
         if plan.take_pages().request is request:
             return False
-    for table in tables:
-        plan.append(table, 1)
+    for table in (*tables, *late):
+        plan.extend(table, end)
     return True
 
 
@@ -126,10 +128,11 @@ def pages_needed(tables: Iterable[PageTable]) -> int:
     needed, sharers, refcounts = 0, Counter[int](), {}
     for table in tables:
         if table.length % table.page_size == 0:
-            needed += 1
-        else:
-            sharers[table.pages[-1]] += 1
-            refcounts[table.pages[-1]] = table.refcount_of_last()
+            needed += len(table.groups)
+            continue
+        for page, refcount in table.last_pages():
+            sharers[page] += 1
+            refcounts[page] = refcount
     return needed + sum(count - (refcounts[page] == count) for page, count in sharers.items())
 
 

@@ -35,7 +35,9 @@ class Draw(Strategy):
             events.append(TokenEvent(sequence, token, reason))
             if reason is not None:
                 break
-        if len(tokens) > sequence.num_cached_pages * result.page_size + result.page_size:  # the last is not computed
+        windows = sequence.table is not None and sequence.table.has_windows
+        # The last token is not computed.
+        if windows or len(tokens) > sequence.num_cached_pages * result.page_size + result.page_size:
             result.offer_pages(sequence, len(tokens) - 1)
         if reason is not None:
             result.finish(sequence, reason)

@@ -25,7 +25,7 @@ def choose_steps(books: Books, wanted: int) -> int:
                 return 1
             table = sequence.table
             assert table is not None
-            pages += table.pages_needed(sequence.num_computed + steps - table.length)
+            pages += table.pages_to(sequence.num_computed + steps)
         if pages > books.allocator.num_available(shard):
             return 1
     return wanted
@@ -38,6 +38,6 @@ def add_steps(sequence: Sequence, plan: ShardPlan) -> int:
     """
     table, steps = sequence.table, min(plan.steps, sequence.max_length - sequence.length)
     assert table is not None
-    plan.append(table, sequence.num_computed + steps - table.length)
+    plan.extend(table, sequence.num_computed + steps)
     plan.add_row(sequence, 1, steps=steps)
     return steps

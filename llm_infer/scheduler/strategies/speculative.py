@@ -115,7 +115,7 @@ class Speculative(Draw):
         assert table is not None
         if not drafts or table.pages_needed(len(drafts)) > plan.num_available:
             return ()
-        plan.append(table, len(drafts))
+        plan.extend(table, table.length + len(drafts))
         plan.num_drafts += len(drafts)
         sequence.num_drafts = len(drafts)
         return tuple(drafts)

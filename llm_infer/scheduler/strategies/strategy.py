@@ -48,8 +48,11 @@ class Strategy(ABC):
         """Counts the tokens at the end of a sequence that are only computed together with those of its group."""
         return 0
 
-    def pages_of_others(self, sequence: Sequence, page_size: int) -> list[int] | None:
-        """Finds full computed pages that a sequence without pages can share with others of its request; None: ask later."""
+    def pages_of_others(self, sequence: Sequence, page_size: int) -> list[list[int]] | None:
+        """Finds full computed pages that a sequence without pages can share with others of its request, by group.
+
+        An empty list: there are none; None: ask later.
+        """
         return []
 
     def ended(self, sequence: Sequence) -> None:
