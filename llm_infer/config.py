@@ -40,11 +40,13 @@ class CacheConfig:
 
     Attributes:
         page_size: tokens in a page.
-        num_pages: pages per data-parallel shard including the null page; None sizes the pool from `memory_bytes`.
+        num_pages: pages per data-parallel shard including the null page; None sizes the pool from `memory_bytes`. A page holds
+            all layers, or those of one group where layers with windows have pages of their own (`kvcache.groups`).
         memory_bytes: bytes of the pool; None sizes it from `memory_utilization`.
         memory_utilization: share of each device's memory for weights, pages and steps together; None is 0.9 on
             accelerators, and on CPUs a pool of the smaller of 1 GiB and 25 % of RAM.
         enable_prefix_caching: keep full pages of finished sequences and share them with later prompts.
+        disable_hybrid_kv_cache_manager: keep the pages that layers with a window have left behind, as if they saw all.
         dtype: of keys and values in the pages, one of PAGE_DTYPES; None takes the model's. int8 is for CPUs: each token and head
             has a scale in its page.
     """
@@ -55,10 +57,11 @@ class CacheConfig:
     memory_utilization: float | None = None
     enable_prefix_caching: bool = True
     dtype: str | None = None
+    disable_hybrid_kv_cache_manager: bool = False
 
     def __post_init__(self) -> None:
         _require_integers(self, "page_size", "num_pages", "memory_bytes")
-        _require_switches(self, "enable_prefix_caching")
+        _require_switches(self, "enable_prefix_caching", "disable_hybrid_kv_cache_manager")
         _require(
             self.dtype is None or self.dtype in PAGE_DTYPES,
             f"kv_cache_dtype={self.dtype!r}: expected auto, {', '.join(PAGE_DTYPES)}",

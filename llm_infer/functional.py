@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int
 from llm_infer.base.errors import UserError
 from llm_infer.base.progress import Progress
 from llm_infer.engine.platform import layer_loop, query_rows
-from llm_infer.engine.step.state import FULL, Cache
-from llm_infer.engine.step.step import attention_over
+from llm_infer.engine.step.paged import attention_over
+from llm_infer.engine.step.state import PAGES, Cache
 from llm_infer.loading import load as load_with_settings
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params, merge_model
@@ -88,7 +88,7 @@ def empty_cache(model: LoadedModel, num_pages: int, *, page_size: int = PAGE_SIZ
         head_dim=config.head_dim,
         dtype=model.dtype,
     )
-    return {FULL: jnp.zeros(shape, kv_pool_dtype(platform, model.dtype))}
+    return {PAGES: jnp.zeros(shape, kv_pool_dtype(platform, model.dtype))}
 
 
 def make_plan(

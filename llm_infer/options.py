@@ -68,6 +68,7 @@ class EngineOptions:
         aliases=("gpu_memory_utilization",),
     )
     enable_prefix_caching: bool = setting(True, "Share the pages of equal prompt beginnings.")
+    disable_hybrid_kv_cache_manager: bool = setting(False, "Keep the pages that layers with a window have left behind.")
     policy: str = setting(
         "fcfs",
         "Order of waiting requests. First come, first served; or by the `priority` of each, smaller first.",
@@ -155,6 +156,7 @@ class EngineOptions:
                 self.kv_cache_memory,
                 self.memory_utilization,
                 enable_prefix_caching=self.enable_prefix_caching,
+                disable_hybrid_kv_cache_manager=self.disable_hybrid_kv_cache_manager,
                 dtype=pages if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
             ),
             scheduler=SchedulerConfig(

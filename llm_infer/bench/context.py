@@ -13,7 +13,7 @@ import numpy as np
 
 from llm_infer.bench.lists import whole_numbers
 from llm_infer.bench.offline import measure
-from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.state import PAGES
 from llm_infer.llm import LLM
 
 COPIED_BYTES = 1 << 28
@@ -39,9 +39,12 @@ def run(
         for length in lengths:
             tpot = measure(engine, rng, 1, length, new_tokens)["tpot_s"]
             seconds[length] = min(seconds[length], tpot)
-    pool = engine.runner.state.cache[FULL]
-    token_bytes = pool.nbytes // (pool.shape[1] * engine.config.cache.page_size)
-    report = growth(seconds, token_bytes, copy_bandwidth(len(os.sched_getaffinity(0))))
+    pool = engine.runner.state.cache[PAGES]
+    config, layers = engine.runner.model.config, pool.shape[0]
+    token_bytes = pool.nbytes // (pool.shape[1] * engine.config.cache.page_size) * config.num_layers // layers
+    # Of tokens that layers with a window have left behind nothing is read.
+    added = {n: (config.kv_bytes(n) - config.kv_bytes(lengths[0])) / config.kv_bytes_per_token(2) for n in lengths}
+    report = growth(seconds, token_bytes, copy_bandwidth(len(os.sched_getaffinity(0))), added)
     print(table(report))
     if json_file:
         Path(json_file).write_text(
@@ -49,17 +52,20 @@ def run(
         )
 
 
-def growth(seconds: dict[int, float], token_bytes: int, bandwidth: float) -> dict[str, Any]:
+def growth(
+    seconds: dict[int, float], token_bytes: int, bandwidth: float, added_tokens: dict[int, float] | None = None
+) -> dict[str, Any]:
     """Returns each context's time beyond the shortest one's, also as a multiple of the time to read the added keys and values.
 
     Args:
         seconds: time per token of each context length, the shortest first.
         token_bytes: bytes of keys and values of a token.
         bandwidth: bytes per second.
+        added_tokens: tokens that all layers together see more than at the shortest length, by length; None: all of them.
     """
     shortest, rows = next(iter(seconds)), []
     for length, taken in seconds.items():
-        added = (length - shortest) * token_bytes
+        added = ((length - shortest) if added_tokens is None else added_tokens[length]) * token_bytes
         extra = taken - seconds[shortest]
         ratio = extra / (added / bandwidth) if added else None
         rows.append({"context": length, "tpot_s": taken, "added_bytes": added, "added_s": extra, "ratio": ratio})

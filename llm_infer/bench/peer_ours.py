@@ -18,7 +18,7 @@ def main(path: str, threads: str, depths: str, precision: str) -> None:
     from llm_infer.bench.peer_programs.reporting import PREFILL, PROMPT, SIZES, numbers, report_all
     from llm_infer.bench.rates import measure
     from llm_infer.engine.engine import Engine
-    from llm_infer.engine.step.state import FULL
+    from llm_infer.engine.step.state import PAGES
     from llm_infer.llm import LLM
 
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def main(path: str, threads: str, depths: str, precision: str) -> None:
 
     engine = engine_for(usual)
     context = engine.runner.model.config.max_position_embeddings
-    pages = engine.config.cache.dtype or engine.runner.state.cache[FULL].dtype
+    pages = engine.config.cache.dtype or engine.runner.state.cache[PAGES].dtype
     about = f"--precision {precision}, weights as in the file, cache in {pages}"
     del engine
     report_all(f"{__version__} (jax {jax.__version__})", about, prefill, decode, numbers(depths))

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_text
 from llm_infer.base.progress import Progress
-from llm_infer.engine.step.state import FULL
-from llm_infer.engine.step.step import attention_over
+from llm_infer.engine.step.paged import attention_over
+from llm_infer.engine.step.state import PAGES
 from llm_infer.loading import differing_tokens, load
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import merge_model
@@ -86,7 +86,7 @@ class TeacherForced:
         def forward(params: dict, ids: Array, positions: Array, plan: AttentionPlan) -> Float[Array, "T V"]:
             decoder = merge_model(model.definition, params)
 
-            cache = {FULL: jnp.zeros(pool_shape, pool_dtype)}
+            cache = {PAGES: jnp.zeros(pool_shape, pool_dtype)}
             hidden, _ = decoder(ids, positions, cache, attention_over(plan))
             return jax.nn.log_softmax(decoder.logits(hidden), axis=-1)
 

@@ -16,14 +16,18 @@ commands = Commands()
 
 
 @commands.command()
-def models(debug: Debug = False) -> None:
+def models(
+    context: Annotated[int, typer.Option(min=1, help="Tokens of the sequence whose KV pages are counted.")] = 8192,
+    debug: Debug = False,
+) -> None:
     """Lists architectures that can run with random weights.
 
-    Shows parameters, and the memory that weights and KV pages take.
+    Shows parameters, and the memory that weights and KV pages take. Layers with a window keep no more than it holds, so a
+    sequence may take less than its tokens times the bytes of one.
     """
     from llm_infer.models.architectures import table
 
-    print(table())
+    print(table(context))
 
 
 @commands.command()

@@ -77,9 +77,12 @@ class DraftModel:
                 f"{max_model_len}: lower max_model_len or choose another draft model"
             )
         scheduler = replace(config.scheduler, num_scheduler_steps=max(2, max_tokens))
+        cache = replace(config.cache, disable_hybrid_kv_cache_manager=True)  # its tables have one group
+        # Pages of the target may hold fewer layers, of which it then has more.
+        num_pages = min(num_pages, config.scheduler.max_num_seqs * -(-max_model_len // config.cache.page_size) + 1)
         self.runner = Runner(
             model,
-            replace(config, scheduler=scheduler),
+            replace(config, scheduler=scheduler, cache=cache),
             num_pages=num_pages,
             max_model_len=max_model_len,
             channel=channel,

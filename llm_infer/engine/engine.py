@@ -356,6 +356,7 @@ class Engine:
             max_model_len=self.max_model_len,
             num_shards=self._num_shards,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
+            windows=self.runner.step_programs.groups.windows,
             speculator=self.speculator,
         )
 

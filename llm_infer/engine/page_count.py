@@ -50,7 +50,7 @@ def choose_num_pages(
         CapacityError: not even one page fits beside the null page, or the pool is larger than the machine's memory.
     """
     cache, sharding = steps.engine.cache, steps.sharding
-    max_pages = steps.engine.scheduler.max_num_seqs * steps.pages_per_seq + 1
+    max_pages = steps.most_pages
     if cache.num_pages is not None:
         pages = cache.num_pages
     elif cache.memory_bytes is not None:
@@ -92,7 +92,7 @@ def choose_num_pages(
 
 
 def page_bytes(steps: StepPrograms) -> int:
-    """Counts the bytes of a page of all layers on each device."""
+    """Counts the bytes of a page on each device."""
     return local_bytes(steps.cache(2)) // 2
 
 

@@ -18,11 +18,14 @@ from llm_infer.engine.memory import page_dtype
 from llm_infer.engine.platform import layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.multi_step import make_steps
+from llm_infer.engine.step.paged import Paging
 from llm_infer.engine.step.sharding import StepSharding
-from llm_infer.engine.step.state import FULL, StepInputs, StepState
+from llm_infer.engine.step.state import PAGES, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
+from llm_infer.kvcache.groups import PageGroups, group_layers, one_group, pages_at_most
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
+from llm_infer.scheduler.limits import tokens_ahead
 from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
 from pallas_kernels.paged_attention.plan import PlanShape
 
@@ -71,23 +74,40 @@ class StepPrograms:
         return -(-self.max_model_len // self.engine.cache.page_size)
 
     @property
+    def groups(self) -> PageGroups:
+        """The groups of layers that share pages."""
+        if self.engine.cache.disable_hybrid_kv_cache_manager:
+            return one_group(self.config.num_layers)
+        ahead = tokens_ahead(self.engine.scheduler)
+        return group_layers(self.config.windows, self.config.num_layers, self.max_model_len, ahead)
+
+    @property
+    def most_pages(self) -> int:
+        """Pages that all running sequences take at full length, the null page included."""
+        scheduler = self.engine.scheduler
+        sizes = self.max_model_len, self.engine.cache.page_size, tokens_ahead(scheduler)
+        return scheduler.max_num_seqs * pages_at_most(self.groups.windows, *sizes) + 1
+
+    @property
     def query_rows(self) -> int:
         """Most query rows of one work item of a prefill."""
         return query_rows(self.sharding.platform, self.config.group_size)
 
     def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
         """Lays out the step buffer of a token bucket: all sizes follow from the bucket and the configured maxima."""
-        scheduler = self.engine.scheduler
+        scheduler, groups = self.engine.scheduler, len(self.groups.windows)
         sequences = min(bucket, max(self.smallest_batch, scheduler.max_num_seqs))
         if StepFeatures.STEPS in features:  # a token of each sequence
             shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self.query_rows, sequences))
-            return StepLayout(shape, sequences, scheduler.num_scheduler_steps)
+            return StepLayout(shape, sequences, scheduler.num_scheduler_steps, groups)
         draws = min(bucket, sequences + MAX_DRAFTS) if StepFeatures.DRAFTS in features else sequences
-        return StepLayout(PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket)), draws)
+        shape = PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket))
+        return StepLayout(shape, draws, groups=groups)
 
     def cache(self, num_pages: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes the pools, `num_pages` of each data-parallel shard."""
-        return {FULL: self.sharding.pool(num_pages, self.engine.cache.page_size, self.page_dtype)}
+        sizes = num_pages, self.engine.cache.page_size, self.groups.depth
+        return {PAGES: self.sharding.pool(*sizes, self.page_dtype)}
 
     def penalties(self) -> PenaltyState:
         """Describes what steps with PENALTIES keep of each slot."""
@@ -114,12 +134,12 @@ class StepPrograms:
     ) -> jax.stages.Lowered:
         """Lowers the step of a token bucket with these features for the devices of `sharding`."""
         layout, sharding = self.layout(bucket, features), self.sharding
-        loop = layer_loop(sharding.platform)
+        paging, loop = Paging(self.groups, self.engine.cache.page_size), layer_loop(sharding.platform)
         if StepFeatures.STEPS in features:
-            alone, page_size = sharding.num_shards == 1, self.engine.cache.page_size
-            step = make_steps(self.definition, layout, features, page_size, loop=loop, ends_early=alone)
+            alone = sharding.num_shards == 1
+            step = make_steps(self.definition, layout, features, paging, loop=loop, ends_early=alone)
         else:
-            step = make_step(self.definition, layout, features, loop=loop, keep_logits=keep_logits)
+            step = make_step(self.definition, layout, features, paging=paging, loop=loop, keep_logits=keep_logits)
         params = jax.tree.map(described, dict(self.params))
         state, inputs = self.state(features, num_pages), self.inputs(bucket, features)
         return sharding.jit(step, params, state, inputs).lower(params, state, inputs)

@@ -164,7 +164,8 @@ class Runner:
             for pool in self.state.cache.values():
                 empty_in_huge_pages(pool)
         self._slots = [
-            SlotTable(self.max_num_seqs, self.step_programs.pages_per_seq) for _ in range(sharding.num_shards)
+            SlotTable(self.max_num_seqs, self.step_programs.pages_per_seq, len(self.step_programs.groups.windows))
+            for _ in range(sharding.num_shards)
         ]
         # Sequences that have got a slot whose row of `state.penalties` is not set, and their shards: steps of a prompt that
         # do not draw have no such state.
@@ -309,7 +310,9 @@ class Runner:
         start = np.fromiter((row.start for row in rows), np.int32, n)
         slot = np.fromiter((row.sequence.slot for row in rows), np.int32, n)
         samples = np.fromiter((row.samples for row in rows), bool, n)
-        np.take(slots.tables, slot, axis=0, out=f["block_tables"][:n])
+        np.take(slots.tables[0], slot, axis=0, out=f["block_tables"][:n])
+        if layout.groups > 1:
+            np.take(slots.tables[1:], slot, axis=1, out=f["more_tables"][:, :n])
         fill_plan(layout.plan, f, count, start + count, f["block_tables"], page_size)
 
         ends = np.cumsum(count)

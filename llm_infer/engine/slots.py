@@ -17,11 +17,12 @@ from llm_infer.scheduler.request import Sequence
 
 
 class SlotTable:
-    """Rows of a shard's `slots` sequences; `fields` has those of ROW_FIELDS by name."""
+    """Rows of a shard's `slots` sequences; `fields` has those of ROW_FIELDS by name, `tables` the pages of each group."""
 
-    def __init__(self, slots: int, pages_per_seq: int) -> None:
+    def __init__(self, slots: int, pages_per_seq: int, groups: int = 1) -> None:
         array = partial(np.zeros, slots)
-        self.tables = np.zeros((slots, pages_per_seq), np.int32)
+        self.tables = np.zeros((groups, slots, pages_per_seq), np.int32)
+        self._first, *self._others = self.tables  # most models have one group only, which a loop would cost
         self.fields = {field.name: array(field.dtype) for field in ROW_FIELDS}
         self.stop_ids = np.full((slots, STOP_IDS), -1, np.int32)
         self._features = array(np.int64)
@@ -31,25 +32,30 @@ class SlotTable:
     def update(self, row: ScheduledRow, page_size: int) -> bool:
         """Brings the slot of a row up to date; True if its sequence has just got the slot.
 
-        Only pages that this step writes can have changed since the last step.
+        Only pages that this step writes can have changed since the last step, but for those that a window has left behind:
+        nobody looks at them.
         """
         sequence, slot = row.sequence, row.sequence.slot
         assert slot is not None and sequence.table is not None, "a scheduled sequence has a slot and pages"
-        pages = sequence.table.pages
+        groups = sequence.table.groups
         owner = (sequence, sequence.first_step)  # a sequence that was preempted comes back with other pages
         fresh = self._owners[slot] != owner
         if fresh:
             self._owners[slot] = owner
             self._set_fields(sequence, slot)
-            self.tables[slot] = 0
+            self.tables[:, slot] = 0
             first = 0
         else:
             first = row.start // page_size
             last = (row.end - 1) // page_size
             if first == last:
-                self.tables[slot, first] = pages[first]
+                self._first[slot, first] = groups[0][first]
+                if self._others:
+                    for table, pages in zip(self._others, groups[1:], strict=True):
+                        table[slot, first] = pages[first]
                 return False
-        self.tables[slot, first : len(pages)] = pages[first:]
+        for table, pages in zip(self.tables, groups, strict=True):
+            table[slot, first : len(pages)] = pages[first:]
         return fresh
 
     def features_at(self, row: ScheduledRow) -> StepFeatures:

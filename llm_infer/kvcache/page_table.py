@@ -61,14 +61,15 @@ class PageTable:
 
     def append_in_place(self) -> bool:
         """Makes a place for one more token if that needs no page (the common case of a decode step); else False."""
-        if self.length % self.page_size == 0 or self.covered < self.length:
+        length = self.length
+        if length % self.page_size == 0 or self.covered < length:
             return False
-        refcount = self._allocator.refcount
-        for pages in self.groups:
-            if refcount(self.shard, pages[-1]) > 1:
-                return False
-        self.length += 1
-        self.covered += 1
+        groups, refcount = self.groups, self._allocator.refcount
+        if refcount(self.shard, groups[0][-1]) > 1:
+            return False
+        if len(groups) > 1 and any(refcount(self.shard, pages[-1]) > 1 for pages in groups):
+            return False
+        self.length = self.covered = length + 1
         return True
 
     def append(self, count: int) -> list[tuple[int, int]]:

@@ -63,7 +63,9 @@ class PrefixCache:
             count, shorter = shorter, None
             for page_of, window in groups:
                 first = first_kept(window, count * self._page_size, self._page_size)
-                missing = (i for i in range(count - 1, first - 1, -1) if window is not None and digests[i] not in page_of)
+                missing = (
+                    i for i in range(count - 1, first - 1, -1) if window is not None and digests[i] not in page_of
+                )
                 if (shorter := next(missing, None)) is not None:
                     break
         found = []

@@ -240,3 +240,9 @@ class ModelConfig:
     def kv_bytes_per_token(self, itemsize: int = 4) -> int:
         """Counts the bytes of K and V of one token over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+
+    def kv_bytes(self, length: int, itemsize: int = 2) -> int:
+        """Counts the bytes of K and V of what the layers see of a sequence of so many tokens."""
+        seen = sum(length if window is None else min(length, window) for window in self.windows)
+        tokens = seen if self.windows else self.num_layers * length
+        return tokens * self.kv_bytes_per_token(itemsize) // self.num_layers

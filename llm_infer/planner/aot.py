@@ -131,11 +131,10 @@ def compile_step(
     )
     layout = programs.layout(tokens)
     size = StepSize(tokens, layout.num_draws, layout.size, max_num_seqs)
-    one_page = page_bytes(config, cut, target.platform, page_size, dtype)
+    one_page = page_bytes(config, cut, target.platform, page_size, dtype, programs.groups.depth)
     budget = int(target.memory_bytes * UTILIZATION)
     fits = pages_beside_weights(config, cut, size, budget, one_page)
-    most = max_num_seqs * programs.pages_per_seq + 1
-    pages = min(fits, most) if num_pages is None else num_pages
+    pages = min(fits, programs.most_pages) if num_pages is None else num_pages
     expected = estimate(config, cut, size, num_pages=max(2, pages), bytes_of_page=one_page)
     if pages < 2:
         raise UserError(

@@ -79,11 +79,13 @@ def weights_of_device(config: ModelConfig, cut: Cut = Cut()) -> int:
     return sum(spec.size_on_device({"tp": cut.tp, "ep": cut.ep}) for spec in specs.values())
 
 
-def page_bytes(config: ModelConfig, cut: Cut, platform: str, page_size: int, dtype: str) -> int:
-    """Counts the bytes of one page of all layers on one device, in the platform's layout."""
+def page_bytes(
+    config: ModelConfig, cut: Cut, platform: str, page_size: int, dtype: str, layers: int | None = None
+) -> int:
+    """Counts the bytes of one page of all layers, or of so many, on one device, in the platform's layout."""
     from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape  # needs JAX
 
-    sizes = {"num_layers": config.num_layers, "page_size": page_size, "head_dim": config.head_dim}
+    sizes = {"num_layers": layers or config.num_layers, "page_size": page_size, "head_dim": config.head_dim}
     shape = kv_pool_shape(platform, num_pages=2, num_kv_heads=cut.kv_heads(config), dtype=dtype, **sizes)
     return math.prod(shape) // 2 * kv_pool_dtype(platform, dtype).itemsize
 

@@ -74,6 +74,7 @@ class EngineFactory:
             page_size=config.cache.page_size,
             max_model_len=self.max_model_len,
             enable_prefix_caching=cache,
+            windows=engine.runner.step_programs.groups.windows,
             speculator=engine.speculator,
         )
         return engine

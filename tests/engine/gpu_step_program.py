@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llm_infer.engine.platform import compiler_options, layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
-from llm_infer.engine.step.state import FULL, StepInputs, StepState
+from llm_infer.engine.step.state import PAGES, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
 from llm_infer.models.architectures import read_architecture
 from llm_infer.models.params import abstract_params, split_model
@@ -45,7 +45,7 @@ for tokens in (8,):
             step, donate_argnums=1, in_shardings=replicated, out_shardings=replicated, compiler_options=options
         )
         state, inputs = (
-            StepState({FULL: pool}, array((1, 65), jnp.int32)),
+            StepState({PAGES: pool}, array((1, 65), jnp.int32)),
             StepInputs(array((1, layout.size), jnp.int32)),
         )
         arguments = params, state, inputs

@@ -16,7 +16,7 @@ from llm_infer.config import CacheConfig, EngineConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.memory import page_dtype
 from llm_infer.engine.page_count import page_bytes
-from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.state import PAGES
 from llm_infer.models.load import LoadedModel, dummy_model
 from tests.engine.engines import EngineFactory, run_all, without_clock
 from tests.engine.test_speculation import CONFIG, COUNT, LENGTH, NGRAM, requests
@@ -40,7 +40,7 @@ def test_tokens_do_not_depend_on_company(model: LoadedModel, kernels: str, monke
     prompts, params = [*prompts, prompts[3]], [*params, beams()]
     alone = make_engine(chunk=32, cache=False, overlap=False)
     expected = [run_all(alone, [prompt], [param])[0] for prompt, param in zip(prompts, params, strict=True)]
-    pool = alone.runner.state.cache[FULL]
+    pool = alone.runner.state.cache[PAGES]
     assert pool.dtype == jnp.uint8 and pool.shape[-1] == CONFIG.head_dim + 4
     for chunk, pages, overlap, speculative in ((8, 64, True, None), (32, 10, True, NGRAM), (8, 9, False, None)):
         engine = make_engine(chunk=chunk, pages=pages, overlap=overlap, speculative=speculative)
@@ -68,7 +68,7 @@ def test_llm_and_the_command_line_take_it(default_gguf: Path) -> None:
     llm = LLM(str(default_gguf), max_model_len=64, max_num_seqs=1, kv_cache_dtype="int8", progress=False)
     greedy = SamplingParams(temperature=0.0, max_tokens=12)
     text = llm.generate("The capital of France is", greedy)[0].outputs[0].text
-    assert text.startswith(" Paris") and llm.engine.runner.state.cache[FULL].dtype == jnp.uint8
+    assert text.startswith(" Paris") and llm.engine.runner.state.cache[PAGES].dtype == jnp.uint8
     flags = ["-m", str(default_gguf), "-n", "12", "--temp", "0", "-c", "64", "--raw", "--kv-cache-dtype", "int8"]
     done = CliRunner().invoke(app, ["generate", "-p", "The capital of France is", *flags])
     assert done.exit_code == 0 and text.strip() in done.output, done.output

@@ -11,7 +11,7 @@ from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.step.features import for_steps
-from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.state import PAGES
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.scheduler.plan import StepPlan
@@ -124,7 +124,7 @@ def test_programs_of_several_steps_work_in_place_and_nothing_compiles_later(mode
     engine = Engine(model, config)
     assert sorted(engine.warm_up()) == [2, 2, 4, 4, 8]
     program = engine.runner.compile(4, StepFeatures.STEPS)
-    memory, pool = program.run.memory_analysis(), engine.runner.state.cache[FULL].nbytes
+    memory, pool = program.run.memory_analysis(), engine.runner.state.cache[PAGES].nbytes
     assert memory.alias_size_in_bytes >= pool and memory.temp_size_in_bytes < pool / 20
     compiled: list[str] = []
     listener = lambda name, _seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731

@@ -22,7 +22,7 @@ from llm_infer.engine.memory import (
     physical_memory,
 )
 from llm_infer.engine.page_count import LARGEST, page_bytes, pages_that_fit
-from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.state import PAGES
 from tests.models.family_checkpoints import load
 
 
@@ -98,7 +98,7 @@ def limited(utilization: float) -> Engine:
 def test_the_compiled_engine_stays_within_the_limit_and_a_page_more_would_not() -> None:
     engine = limited(0.8)
     steps, pages = engine.runner.step_programs, engine.scheduler.allocator.num_usable + 1
-    assert engine.runner.state.cache[FULL].shape[1] == pages == engine.runner.num_pages
+    assert engine.runner.state.cache[PAGES].shape[1] == pages == engine.runner.num_pages
     taken = device_bytes(steps.lower(4, LARGEST, pages).compile())
     assert taken <= 0.8 * LIMIT < taken + page_bytes(steps)
 

@@ -12,7 +12,7 @@ from llm_infer.decoding.features import PLAIN, StepFeatures, features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.engine.step.layout import StepLayout, token_buckets
-from llm_infer.engine.step.state import FULL
+from llm_infer.engine.step.state import PAGES
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel, dummy_model
 from pallas_kernels.paged_attention.plan import PlanShape
@@ -34,7 +34,7 @@ def test_pool_is_updated_in_place_and_arguments_are_few(model: LoadedModel) -> N
     engine = make_engine(model)
     program = engine.runner.compile(2).run
     memory = program.memory_analysis()
-    pool = engine.runner.state.cache[FULL].nbytes
+    pool = engine.runner.state.cache[PAGES].nbytes
     assert pool > 10_000_000
     assert memory.alias_size_in_bytes >= pool
     assert memory.temp_size_in_bytes < pool / 50

@@ -107,7 +107,9 @@ class HostMachine(RuleBasedStateMachine):
         for plan, *_ in self.engine.pending:
             for row in (row for rows in plan.rows for row in rows):
                 on_the_way[row.sequence] += row.count + row.steps - 1
-        for sequence in (s for where in (scheduler.books.running, scheduler.books.parked) for each in where for s in each):
+        for sequence in (
+            s for where in (scheduler.books.running, scheduler.books.parked) for each in where for s in each
+        ):
             table = sequence.table
             assert table is not None
             for pages, window in zip(table.groups, table.windows, strict=True):

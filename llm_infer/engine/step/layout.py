@@ -33,11 +33,13 @@ class StepLayout:
         plan: sizes of the attention plan (T, S, B and rows of a work item).
         draws: rows R of logits: one per sequence, behind them those of proposed tokens; 0 stands for one per sequence.
         steps: tokens that are drawn one after the other at most.
+        groups: groups of layers with block tables of their own; `more_tables` has those after the first.
     """
 
     plan: PlanShape
     draws: int = 0
     steps: int = 1
+    groups: int = 1
 
     @property
     def num_draws(self) -> int:
@@ -57,10 +59,13 @@ class StepLayout:
         tokens, rows = (self.plan.tokens,), (self.num_draws,)
         per_token = dict.fromkeys(("token_ids", "positions", "feeds", "feed_slot", "targets"), tokens)
         per_row = dict.fromkeys(
-            ("logits_row", "slot", "position", *(field.name for field in ROW_FIELDS), "copy_from", "copy_to"),
+            ("logits_row", "slot", "position", *(field.name for field in ROW_FIELDS)),
             rows,
         )
-        fields = {**per_token, **per_row, "num_copies": (1,), **plan_fields(self.plan)}
+        copies = dict.fromkeys(("copy_from", "copy_to"), (self.num_draws * self.groups,))
+        fields = {**per_token, **per_row, **copies, "num_copies": (1,), **plan_fields(self.plan)}
+        if self.groups > 1:
+            fields |= {"more_tables": (self.groups - 1, self.plan.sequences, self.plan.pages_per_seq)}
         if self.steps > 1:
             fields |= {"num_steps": rows, "max_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
         return fields

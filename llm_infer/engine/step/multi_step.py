@@ -11,8 +11,9 @@ from jaxtyping import Array
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.penalties import PenaltyState
 from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.paged import Paging, attention_over, copied_pages
 from llm_infer.engine.step.state import Cache, StepInputs, StepState
-from llm_infer.engine.step.step import StepFunction, attention_over, copied_pages, draw_ids, drawn_outputs
+from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan
@@ -23,7 +24,7 @@ def make_steps(
     definition: nnx.GraphDef,
     layout: StepLayout,
     features: StepFeatures,
-    page_size: int,
+    paging: Paging,
     *,
     loop: LayerLoop = 1,
     ends_early: bool = True,
@@ -48,8 +49,12 @@ def make_steps(
         ) -> tuple[Array, Array, Cache, PenaltyState | None, dict[str, Array]]:
             active = ~ended & (index < f["num_steps"])
             positions = f["positions"] + index
-            plan = decode_plan(first_plan, positions, active, page_size)
-            hidden, cache = model(ids, positions, cache, attention_over(plan), loop=loop)
+            plan = decode_plan(first_plan, positions, active, paging.page_size)
+            attend = attention_over(plan)
+            if layout.groups > 1:
+                rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
+                attend = paging.attention_over(plan, f["more_tables"], rows, positions, active)
+            hidden, cache = model(ids, positions, cache, attend, loop=loop)
             logits = model.logits(hidden)
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}
             drawn, penalties = draw_ids(logits, rows, penalties, mask)

@@ -60,11 +60,12 @@ class StepSharding:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    def pool(self, num_pages: int, page_size: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """Describes the KV pool: `num_pages` of each shard with ids of its own, and of every page each device's heads."""
+    def pool(self, num_pages: int, page_size: int, num_layers: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Describes the KV pool: `num_pages` of each shard with ids of its own, each for so many layers, and of every page
+        each device's heads."""
         shape = kv_pool_shape(
             self.platform,
-            num_layers=self.config.num_layers,
+            num_layers=num_layers,
             num_pages=num_pages,
             page_size=page_size,
             num_kv_heads=self.config.num_kv_heads // self.config.shards.devices,

@@ -16,11 +16,11 @@ from llm_infer.decoding.penalties import PenaltyState
 
 Pages = Shaped[Array, "L P ..."]
 
-FULL = "full"
-"""The group of layers that remember keys and values of every token, in pages."""
+PAGES = "pages"
+"""The pool of pages with keys and values, of which groups of layers have theirs (`kvcache.groups`)."""
 
 Cache = Mapping[str, Pages]
-"""Pools by the name of the group of layers that they belong to."""
+"""What layers remember, by its kind."""
 
 
 class StepState(NamedTuple):
@@ -29,7 +29,7 @@ class StepState(NamedTuple):
     A field is None in programs that do not need it, and before the first step that does.
 
     Attributes:
-        cache: pools by group.
+        cache: pools by kind.
         last_ids: the last drawn id of each slot; one slot more than sequences takes what nobody reads.
         penalties: with PENALTIES, what penalties and biases read.
     """

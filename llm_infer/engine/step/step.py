@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,12 @@ from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn,
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.engine.step.layout import StepLayout
-from llm_infer.engine.step.state import FULL, Cache, StepInputs, StepState
-from llm_infer.models.decoder import Attend, Layer, LayerLoop
+from llm_infer.engine.step.paged import Paging, attention_over, copied_pages
+from llm_infer.engine.step.state import StepInputs, StepState
+from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
-from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
+from pallas_kernels.paged_attention import AttentionPlan
 
 LOGITS_BLOCK = 32
 """Rows whose logits exist at the same time when all tokens of a step need them."""
@@ -36,10 +36,13 @@ def make_step(
     layout: StepLayout,
     features: StepFeatures = PLAIN,
     *,
+    paging: Paging | None = None,
     loop: LayerLoop = 1,
     keep_logits: bool = False,
 ) -> StepFunction:
     """Makes the step of one token bucket and a set of features, to be jitted with the state donated.
+
+    `paging` is needed where the layout has several groups of layers.
 
     `step(params, state, inputs) -> (state, outputs)`: copies shared pages that are about to be written, fetches ids that
     are still on the device, runs the model over the pages, draws the next id of each row and keeps it in the row's slot
@@ -56,7 +59,12 @@ def make_step(
 
         cache = copied_pages(state.cache, f)
         token_ids = jnp.where(f["feeds"] == 1, state.last_ids[0, f["feed_slot"]], f["token_ids"])
-        hidden, cache = model(token_ids, f["positions"], cache, attention_over(plan), loop=loop)
+        attend = attention_over(plan)
+        if paging is not None and layout.groups > 1:
+            token = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+            rows = jnp.sum(token[:, None] >= f["q_start"][None, 1:], axis=1, dtype=jnp.int32)
+            attend = paging.attention_over(plan, f["more_tables"], rows, f["positions"], token < f["q_start"][-1])
+        hidden, cache = model(token_ids, f["positions"], cache, attend, loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
         ids, penalties = draw_ids(logits, f, state.penalties, None if inputs.allowed is None else inputs.allowed[0])
         last_ids = state.last_ids.at[0, f["slot"]].set(ids)
@@ -82,23 +90,6 @@ def make_step(
         return StepState(cache, last_ids, penalties), outputs
 
     return step
-
-
-def copied_pages(cache: Cache, f: Mapping[str, Array]) -> Cache:
-    """Copies the shared pages that the step is about to write."""
-    return {**cache, FULL: copy_pages(cache[FULL], f["copy_from"], f["copy_to"], f["num_copies"][0])}
-
-
-def attention_over(plan: AttentionPlan) -> Attend:
-    """Makes what the model attends with: the pages, in the order of a plan."""
-
-    def attend(
-        query: Array, key: Array, value: Array, cache: Cache, layer: Layer, **options: Any
-    ) -> tuple[Array, Cache]:
-        out, pages = paged_attention(query, key, value, cache[FULL], plan, layer=layer, **options)
-        return out, {**cache, FULL: pages}
-
-    return attend
 
 
 def draw_ids(
