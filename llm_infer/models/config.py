@@ -70,6 +70,9 @@ class MoEConfig:
         router_bias, expert_biases: the router, and the experts' matrices, have biases.
         shared_size: F of the expert that every token runs through beside its own; 0 for none.
         shared_gate: what that expert computes is multiplied by the sigmoid of a number for each token.
+        scores: of the experts: "softmax" over all, or "sigmoid" of each alone.
+        correction: a number for each expert is added to its score when the K best are chosen, and not to its weight (Wang et al.,
+            "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024).
     """
 
     num_experts: int
@@ -80,10 +83,14 @@ class MoEConfig:
     expert_biases: bool = False
     shared_size: int = 0
     shared_gate: bool = False
+    scores: str = "softmax"
+    correction: bool = False
 
     def __post_init__(self) -> None:
         if self.num_experts > 1 << 16:  # lists are made that long
             raise ModelError(f"num_experts={self.num_experts}, expected at most {1 << 16}")
+        if self.scores not in ("softmax", "sigmoid"):
+            raise ModelError(f"scores of experts by {self.scores!r:.60}, expected softmax or sigmoid")
         if self.experts_per_token > self.num_experts:
             raise ModelError(
                 f"num_experts_per_tok={self.experts_per_token} is more than num_experts={self.num_experts}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +13,26 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.layers import Layer, Linear, Normed, gated, linear
+from llm_infer.models.layers import Layer, Linear, Normed, gated, linear, parameter
 from llm_infer.parallel.collectives import first_of_part, sum_over
 from llm_infer.quant import StoredWeights
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import grouped_matmul
 
+SCORES = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
 
-def route(logits: Float[Array, "T X"], config: MoEConfig) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
-    """Picks weights (float32) and numbers of each token's experts: the K largest of a softmax over all experts."""
-    weights, experts = lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), config.experts_per_token)
+
+def route(
+    logits: Float[Array, "T X"], config: MoEConfig, correction: Float[Array, " X"] | None = None
+) -> tuple[Float[Array, "T K"], Int[Array, "T K"]]:
+    """Picks weights (float32) and numbers of each token's experts: those with the K largest scores, corrected where there is
+    a correction; the weights are the scores."""
+    scores = SCORES[config.scores](logits.astype(jnp.float32))
+    if correction is None:
+        weights, experts = lax.top_k(scores, config.experts_per_token)
+    else:
+        _, experts = lax.top_k(scores + correction.astype(jnp.float32)[None], config.experts_per_token)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return weights, experts
@@ -36,7 +48,7 @@ def block_rows(assignments: int, num_experts: int) -> int:
 
 
 class ExpertsMLP(nnx.Module):
-    """Gated experts behind a softmax router, and maybe one for all tokens; only experts that some token chose are read.
+    """Gated experts behind a router, and maybe one for all tokens; only experts that some token chose are read.
 
     The (token, expert) pairs are sorted by expert. A kernel multiplies all of them where there is one; else they are cut into
     blocks of rows of one expert each, and a loop with a dynamic trip count goes over the blocks that exist. Nothing the size
@@ -59,6 +71,8 @@ class ExpertsMLP(nnx.Module):
             self.shared_gate = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
             self.shared_up = Linear(layers, inner, width, axes=("mlp", "embed"), dtype=dtype)
             self.shared_down = Linear(layers, width, inner, axes=("embed", "mlp"), dtype=dtype)
+        if moe.correction:
+            self.correction = parameter((layers, experts), ("layers", "router"), dtype=jnp.float32, std=0.1)
         if moe.shared_gate:
             self.shared_weight = Linear(layers, 1, width, axes=("router", "embed"), dtype=dtype)
         self.model, self.config, self.shards = config, moe, config.shards
@@ -66,7 +80,8 @@ class ExpertsMLP(nnx.Module):
     def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
         x = x.array() if isinstance(x, Normed) else x
         moe = self.config
-        weights, experts = route(self.router(x, layer), moe)
+        correction = self.correction[...][layer] if moe.correction else None
+        weights, experts = route(self.router(x, layer), moe, correction)
         here, num_here = None, moe.num_experts // self.shards.ep
         if self.shards.ep > 1:
             experts = experts - first_of_part(num_here, ("ep",))

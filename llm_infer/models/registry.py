@@ -43,6 +43,7 @@ FAMILIES: dict[str, Family] = {
     "GptOssForCausalLM": Family(f"{_HERE}.gpt_oss", gguf=("gpt-oss",)),
     "GraniteForCausalLM": Family(f"{_HERE}.granite", gguf=("granite",)),
     "LlamaForCausalLM": Family(f"{_HERE}.llama", gguf=("llama",)),
+    "MiniMaxM2ForCausalLM": Family(f"{_HERE}.minimax_m2", gguf=("minimax-m2",)),
     "MistralForCausalLM": Family(f"{_HERE}.mistral", text_of=("Mistral3ForConditionalGeneration",)),
     "MixtralForCausalLM": Family(f"{_HERE}.mixtral"),
     "Olmo2ForCausalLM": Family(f"{_HERE}.olmo2", gguf=("olmo2",)),

@@ -14,7 +14,7 @@ from llm_infer.weights.gguf_names import GGUFNames
 from llm_infer.weights.gguf_rope import ATTENTION_FACTOR, LONG_FACTORS, YARN_KEYS, rope_scaling
 from pallas_kernels.quant_matmul.formats import FORMATS
 
-_EXPERT_STACKS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
+_EXPERT_STACKS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 
 _PATTERN = "attention.sliding_window_pattern"
 _ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not as a weight
@@ -210,9 +210,9 @@ class GGUFSource:
         for name, tensor in file.tensors.items():
             if name == _ROPE_FACTORS or name in LONG_FACTORS:
                 continue
-            if architecture.experts and (stack := _expert_stack(name)) is not None:
+            if architecture.experts and (stack := _expert_stack(name, architecture)) is not None:
                 for expert in range(tensor.shape[0]):
-                    self._tensors[stack.format(expert=expert)] = tensor.part(expert)
+                    self._tensors[stack.replace("{x}", str(expert))] = tensor.part(expert)
                 continue
             hf_name, base = _hf_name(name, architecture)
             self._tensors[hf_name] = tensor
@@ -298,9 +298,9 @@ def _hf_name(name: str, architecture: GGUFNames) -> tuple[str, str]:
     return name, ""
 
 
-def _expert_stack(name: str) -> str | None:
-    """Returns the Hugging Face name, with a place for `expert`, of the matrices stacked in a tensor; None for other tensors."""
+def _expert_stack(name: str, architecture: GGUFNames) -> str | None:
+    """Returns the Hugging Face name of the matrices stacked in a tensor, `{x}` for an expert's number; None for other tensors."""
     parts = name.split(".")
     if len(parts) == 4 and parts[0] == "blk" and parts[2] in _EXPERT_STACKS and parts[3] in ("weight", "bias"):
-        return f"model.layers.{int(parts[1])}.mlp.experts.{{expert}}.{_EXPERT_STACKS[parts[2]]}.{parts[3]}"
+        return f"model.layers.{int(parts[1])}.{architecture.expert_names[_EXPERT_STACKS[parts[2]]]}.{parts[3]}"
     return None

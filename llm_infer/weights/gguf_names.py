@@ -39,6 +39,7 @@ class GGUFNames:
         norms_with_one: whether the scales of norms have the one added that Hugging Face's lack.
         bias_keys: those of "attention_bias" and "mlp_bias" that the Hugging Face config has.
         experts: whether the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor per layer.
+        expert_names: names of an expert's matrices within a layer, `{x}` for its number.
         partial_rotary: whether a part of each head may be rotated.
         keys: further metadata keys, below "<architecture>.", → keys of the Hugging Face config that hold the same number.
         values: keys of the Hugging Face config that the file does not say.
@@ -58,6 +59,9 @@ class GGUFNames:
     norms_with_one: bool = False
     bias_keys: tuple[str, ...] = ()
     experts: bool = False
+    expert_names: Mapping[str, str] = field(
+        default_factory=lambda: {name: f"mlp.experts.{{x}}.{name}_proj" for name in ("gate", "up", "down")}
+    )
     partial_rotary: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})

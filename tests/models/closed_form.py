@@ -22,6 +22,7 @@ def num_parameters(config: ModelConfig) -> int:
     else:
         inner = moe.intermediate_size
         mlp = moe.num_experts * (3 * inner * width + width + (2 * inner + width) * moe.expert_biases + moe.router_bias)
+        mlp += moe.num_experts * moe.correction
         mlp += 3 * moe.shared_size * width + width * moe.shared_gate
     norms = 4 if config.norms == "both" else 2
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)

@@ -41,6 +41,7 @@ PUBLISHED = {
     "llama-3.1-70b": 70_553_706_496,
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.2-1b": 1_235_814_400,
+    "minimax-m2": 228_689_764_864,
     "mistral-7b-v0.3": 7_248_023_552,
     "mistral-small-24b": 23_572_403_200,
     "mixtral-8x7b": 46_702_792_704,
@@ -75,7 +76,10 @@ def test_what_modules_declare_is_the_closed_form(name: str) -> None:
         _, specs = split_model(config, jnp.bfloat16)
         assert sum(spec.size for spec in specs.values()) == closed_form.num_parameters(config)
         kept = jnp.float32 if config.add_one_to_norms else jnp.bfloat16
-        assert all(spec.dtype == (kept if "norm" in key else jnp.bfloat16) for key, spec in specs.items())
+        assert all(
+            spec.dtype == (jnp.float32 if "correction" in key else kept if "norm" in key else jnp.bfloat16)
+            for key, spec in specs.items()
+        )
         assert len(specs) <= 25
     # The rules name every parameter once and no other.
     rules = family(read_architecture(name)).rules(config)
@@ -88,6 +92,7 @@ def test_memory_is_what_a_loaded_model_takes(name: str) -> None:
         model = load(name, dtype=dtype)
         norms = sum(value.size for key, value in model.params.items() if "norm" in key)
         kept = (4 - itemsize) * norms if model.config.add_one_to_norms else 0
+        kept += (4 - itemsize) * sum(value.size for key, value in model.params.items() if "correction" in key)
         expected = itemsize * closed_form.num_parameters(model.config) + kept
         assert sum(array.nbytes for array in model.params.values()) == expected
 

@@ -18,6 +18,7 @@ from llm_infer.base.progress import Progress
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
 from llm_infer.models.opened import open_model
 from llm_infer.quant import StoredWeights
+from llm_infer.weights.gguf_names import GGUFNames
 from llm_infer.weights.sources import read_json, resolve
 from tests.models.block_files import write_llama
 from tests.models.family_checkpoints import FOLDER, dense, load
@@ -109,6 +110,8 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         base, _, suffix = tensor.rpartition(".")
         if tensor.endswith("sinks"):
             base, suffix = tensor, "weight"
+        if tensor.endswith("correction_bias"):
+            base, suffix = tensor.removesuffix("_bias"), "bias"
         if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
             values += 1
         if architecture in INTERLEAVED and (found := re.search(r"([qk])_proj$", base)):
@@ -118,8 +121,11 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     parts = ("weight", "bias") if architecture == "gpt-oss" else ("weight",)
     for layer in range(config["num_hidden_layers"] if experts else 0):
         for matrix, suffix in itertools.product(("gate", "up", "down"), parts):
-            block = f"model.layers.{layer}.mlp.experts"
-            stack = np.stack([read(f"{block}.{x}.{matrix}_proj.{suffix}") for x in range(experts)])
+            of_one = GGUFNames("").expert_names[matrix]
+            if architecture == "minimax-m2":
+                of_one = f"block_sparse_moe.experts.{{x}}.{dict(gate='w1', up='w3', down='w2')[matrix]}"
+            block = f"model.layers.{layer}.{of_one}.{suffix}"
+            stack = np.stack([read(block.replace("{x}", str(x))) for x in range(experts)])
             add(f"blk.{layer}.ffn_{matrix}_exps.{suffix}", stack)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -135,6 +141,7 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         *(("granite_mha", "granite"), ("granite_gqa", "granite"), ("smollm3_mha", "smollm3")),
         *(("olmo2_gqa", "olmo2"), ("olmo3_mha", "olmo2"), ("glm4_mha", "glm4"), ("glm4_gqa", "glm4")),
         *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("phi3_longrope", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
+        *(("minimax_m2_mha", "minimax-m2"), ("minimax_m2_gqa", "minimax-m2")),
     ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:

@@ -81,6 +81,7 @@ CASES = {
     "converted on 1x8": Case("llama_gqa", (1, 8, 1), {"converted": True}),
     "gemma3 on 2x4": Case("gemma3_gqa", (2, 4, 1)),
     "gpt-oss on 2x2x2": Case("gpt_oss_gqa", (2, 2, 2)),
+    "minimax on 2x2x2": Case("minimax_m2_gqa", (2, 2, 2)),
     "olmo2 on 1x8": Case("olmo2_gqa", (1, 8, 1)),
     "native kernels on 2x2": Case("llama 8/8", (2, 2, 1), {"stored": "exact"}),
     "sampled, preempted, cached on 2x4": Case(

@@ -35,7 +35,7 @@ CASES = (
     *("beams on 2x4", "speculation on 2x4", "draft model on 2x2"),
 )
 MORE_CASES = (
-    *("olmo2 on 1x8", "gpt-oss on 2x2x2"),
+    *("olmo2 on 1x8", "gpt-oss on 2x2x2", "minimax on 2x2x2"),
     "wide experts on 1x2x2",
     "unfused on 1x4",
     "penalties on 4x2",
@@ -79,7 +79,7 @@ def check_collectives(result: dict[str, Any]) -> None:
         assert not result["inside"] and not result["outside"]
         return
     # Norms over all heads sum the squares of queries and keys, in one.
-    inside = 3 if result["name"].startswith("olmo2") else 2
+    inside = 3 if result["name"].startswith(("olmo2", "minimax")) else 2
     assert result["inside"] == {"all-reduce": inside}, "a layer (the body of the loop over layers)"
     assert result["outside"] == {"all-reduce": 1, "all-gather": 1}
     rows, vocab = result["logits"]

@@ -26,6 +26,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MiniMaxM2Config,
+    MiniMaxM2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -352,6 +354,16 @@ MODELS = {
             },
         ),
     ),
+    "minimax_m2_mha": (
+        MiniMaxM2ForCausalLM,
+        MiniMaxM2Config(
+            **COMMON, **MHA, head_dim=16, intermediate_size=16, num_local_experts=8, num_experts_per_tok=2, rotary_dim=8
+        ),
+    ),
+    "minimax_m2_gqa": (
+        MiniMaxM2ForCausalLM,
+        MiniMaxM2Config(**COMMON, **GQA, head_dim=8, intermediate_size=32, num_local_experts=16, num_experts_per_tok=4),
+    ),
 }
 
 
@@ -369,6 +381,9 @@ def fill(model: torch.nn.Module, seed: int) -> None:
         else:
             values = noise * parameter.shape[-1] ** -0.5
         parameter.data = values.to(torch.bfloat16).float()
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.copy_((0.3 * torch.randn(buffer.shape, generator=generator)).to(torch.bfloat16).float())
 
 
 def compute(model: torch.nn.Module, seed: int) -> dict[str, np.ndarray]:
