@@ -73,6 +73,10 @@ class MoEConfig:
         scores: of the experts: "softmax" over all, or "sigmoid" of each alone.
         correction: a number for each expert is added to its score when the K best are chosen, and not to its weight (Wang et al.,
             "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", 2024).
+        groups, top_groups: experts are chosen in those of so many equal groups whose two best scores have the largest sums
+            (DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024).
+        scale: of the K weights, at the end.
+        dense_first: layers before the first with experts; they have a dense MLP.
     """
 
     num_experts: int
@@ -85,6 +89,10 @@ class MoEConfig:
     shared_gate: bool = False
     scores: str = "softmax"
     correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    scale: float = 1.0
+    dense_first: int = 0
 
     def __post_init__(self) -> None:
         if self.num_experts > 1 << 16:  # lists are made that long
@@ -94,6 +102,15 @@ class MoEConfig:
         if self.experts_per_token > self.num_experts:
             raise ModelError(
                 f"num_experts_per_tok={self.experts_per_token} is more than num_experts={self.num_experts}"
+            )
+        of_one, rest = divmod(self.num_experts, self.groups)
+        if rest or not 1 <= self.top_groups <= self.groups or (self.groups > 1 and of_one < 2):
+            raise ModelError(
+                f"{self.num_experts} experts in {self.groups} groups of which {self.top_groups} are chosen"
+            )
+        if self.experts_per_token > of_one * self.top_groups:
+            raise ModelError(
+                f"{self.experts_per_token} experts for each token, of {of_one} in each of {self.top_groups} groups"
             )
 
 

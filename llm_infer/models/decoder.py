@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
@@ -143,8 +144,9 @@ def window_of(windows: tuple[int | None, ...], layer: Layer) -> Array | int | No
 class GatedMLP(nnx.Module):
     """Gated feed-forward (Shazeer, 2020): down(activation(gate(x)) · up(x)); SwiGLU with "silu"."""
 
-    def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
-        layers, width, inner, bias = config.num_layers, config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, layers: int | None = None) -> None:
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        layers = config.num_layers if layers is None else layers
         self.gate = Linear(layers, inner, width, axes=("mlp", "embed"), bias=bias, dtype=dtype)
         self.up = Linear(layers, inner, width, axes=("mlp", "embed"), bias=bias, dtype=dtype)
         axes = config.shards.axes
@@ -170,20 +172,24 @@ class DecoderLayers(nnx.Module):
             self.attn_out_norm = norm(config, layers, width, dtype=dtype)
             self.mlp_out_norm = norm(config, layers, width, dtype=dtype)
         self.attn = Attention(config, dtype=dtype)
-        mlp = GatedMLP if config.moe is None else ExpertsMLP
-        self.mlp = mlp(config, dtype=dtype)
+        self.mlp = (GatedMLP if config.moe is None else ExpertsMLP)(config, dtype=dtype)
+        self.dense_first = 0 if config.moe is None else config.moe.dense_first
+        if self.dense_first:
+            self.dense_mlp = GatedMLP(config, dtype=dtype, layers=self.dense_first)
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend
+        self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend, dense: bool = False
     ) -> tuple[Float[Array, "T E"], Cache]:
+        """Computes one layer; `dense` says that it is one of the first, of which some mixtures have no experts."""
         before, after = self.config.norms != "after", self.config.norms != "before"
         with jax.named_scope("attention"):
             normed = self.attn_norm.later(x, layer) if before else x
             out, cache = self.attn(normed, angles, cache, layer, attend)
             x = self._sum(x, self.attn_out_norm(out, layer) if after else out)
         with jax.named_scope("mlp"):
-            out = self.mlp(self.mlp_norm.later(x, layer) if before else x, layer)
+            normed = self.mlp_norm.later(x, layer) if before else x
+            out = self.dense_mlp(normed, layer) if dense else self.mlp(normed, layer - self.dense_first)
             return self._sum(x, self.mlp_out_norm(out, layer) if after else out), cache
 
     def _sum(self, x: Float[Array, "T E"], out: Float[Array, "T E"]) -> Float[Array, "T E"]:
@@ -228,15 +234,18 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(token_ids, positions)
         angles = self.angles(positions)
 
-        def block(carry: tuple[Array, Cache], layer: Layer) -> tuple[tuple[Array, Cache], None]:
-            return self.layers(carry[0], angles, carry[1], layer, attend), None
+        def block(dense: bool, carry: tuple[Array, Cache], layer: Layer) -> tuple[tuple[Array, Cache], None]:
+            more = {"dense": True} if dense else {}
+            return self.layers(carry[0], angles, carry[1], layer, attend, **more), None
 
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        if loop == "unroll":
-            for index in range(self.config.num_layers):
-                (x, cache), _ = block((x, cache), jnp.int32(index))
-        else:
-            (x, cache), _ = lax.scan(block, (x, cache), layers, unroll=loop)
+        first = 0 if self.config.moe is None else self.config.moe.dense_first
+        for dense, layers in ((True, range(first)), (False, range(first, self.config.num_layers))):
+            if loop == "unroll":
+                for index in layers:
+                    (x, cache), _ = block(dense, (x, cache), jnp.int32(index))
+            elif len(layers):
+                numbers = jnp.array(layers, jnp.int32)
+                (x, cache), _ = lax.scan(partial(block, dense), (x, cache), numbers, unroll=loop)
         return x, cache
 
     def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:

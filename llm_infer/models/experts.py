@@ -28,14 +28,26 @@ def route(
     """Picks weights (float32) and numbers of each token's experts: those with the K largest scores, corrected where there is
     a correction; the weights are the scores."""
     scores = SCORES[config.scores](logits.astype(jnp.float32))
-    if correction is None:
+    if correction is None and config.groups == 1:
         weights, experts = lax.top_k(scores, config.experts_per_token)
     else:
-        _, experts = lax.top_k(scores + correction.astype(jnp.float32)[None], config.experts_per_token)
+        ranked = scores if correction is None else scores + correction.astype(jnp.float32)[None]
+        _, experts = lax.top_k(_in_best_groups(ranked, config), config.experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, experts
+    return weights * config.scale if config.scale != 1.0 else weights, experts
+
+
+def _in_best_groups(scores: Float[Array, "T X"], config: MoEConfig) -> Float[Array, "T X"]:
+    """Leaves the scores of experts in the best groups, and puts those of others below all."""
+    if config.top_groups == config.groups:
+        return scores
+    grouped = scores.reshape(scores.shape[0], config.groups, -1)
+    best_two, _ = lax.top_k(grouped, 2)
+    _, best = lax.top_k(jnp.sum(best_two, axis=-1), config.top_groups)
+    kept = jnp.any(best[:, :, None] == jnp.arange(config.groups)[None, None], axis=1)
+    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def block_rows(assignments: int, num_experts: int) -> int:
@@ -59,7 +71,7 @@ class ExpertsMLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         assert config.moe is not None
-        layers, width, moe = config.num_layers, config.hidden_size, config.moe
+        layers, width, moe = config.num_layers - config.moe.dense_first, config.hidden_size, config.moe
         experts, inner, bias = moe.num_experts, moe.intermediate_size, moe.expert_biases
         self.router = Linear(layers, experts, width, axes=("router", "embed"), bias=moe.router_bias, dtype=dtype)
         # The experts' matrices lie below each other, so that every weight is 2-D per layer: rows x·F … (x+1)·F.

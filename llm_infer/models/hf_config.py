@@ -60,6 +60,13 @@ class ConfigReader:
         value = self.take(key, None)
         return None if value is None else positive(key, value)
 
+    def count(self, key: str, default: int) -> int:
+        """Takes a whole number from 0."""
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ModelError(f"config.json: {key}={value!r:.60}, expected a whole number from 0")
+        return value
+
     def optional_integer(self, key: str) -> int | None:
         """Takes a positive whole number, or null for none."""
         return None if self.take(key, None) is None else self.integer(key)
@@ -84,9 +91,7 @@ class ConfigReader:
         # Without the switch these two have no effect.
         self._taken.update(("sliding_window", "max_window_layers"))
         window = self.integer("sliding_window", 4096) if switched_on else None
-        first = self.take("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-            raise ModelError(f"config.json: max_window_layers={first!r:.60}, expected a whole number from 0")
+        first = self.count("max_window_layers", 28)
         default = [FULL if i < first else SLIDING for i in range(self.layers())]
         return self.layer_windows(window, self._kinds(default, FULL, *([SLIDING] if switched_on else [])))
 

@@ -40,6 +40,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": Family(f"{_HERE}.gemma2", gguf=("gemma2",)),
     "Gemma3ForCausalLM": Family(f"{_HERE}.gemma3", gguf=("gemma3",), text_of=("Gemma3ForConditionalGeneration",)),
     "Glm4ForCausalLM": Family(f"{_HERE}.glm4", gguf=("glm4",)),
+    "Glm4MoeForCausalLM": Family(f"{_HERE}.glm4_moe"),
     "GptOssForCausalLM": Family(f"{_HERE}.gpt_oss", gguf=("gpt-oss",)),
     "GraniteForCausalLM": Family(f"{_HERE}.granite", gguf=("granite",)),
     "LlamaForCausalLM": Family(f"{_HERE}.llama", gguf=("llama",)),

@@ -136,8 +136,8 @@ def _check(
         spec = specs[rule.param]
         groups = rule.tensor_names(num_layers)
         expected = tuple(spec.shape[1:] if rule.stacked else spec.shape)
-        if rule.stacked and spec.shape[0] != num_layers:
-            raise ValueError(f"{rule.param} is stacked over {spec.shape[0]} layers, the model has {num_layers}")
+        if rule.stacked and spec.shape[0] != len(groups):
+            raise ValueError(f"{rule.param} is stacked over {spec.shape[0]} layers, its rule names {len(groups)}")
         fits: dict[tuple[tuple[int, ...], ...], bool] = {}
         for group in groups:
             absent = [name for name in group if name not in names]

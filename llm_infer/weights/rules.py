@@ -31,6 +31,7 @@ class Rule:
             to each layer; either all of the names have it or none.
         arrange: makes the parameter (of one layer) of the tensors, in the order of `sources`; None takes the only one
             as it is. It must work for every float type and decide by shapes alone.
+        first, end: the layers that have it, from the first to the one before `end`; None: to the last.
         optional: the parameter may be absent from the file; then it is left out of what the loader returns. A
             parameter that the model does not have (no spec) is skipped, and its tensors are not surplus.
     """
@@ -39,6 +40,8 @@ class Rule:
     sources: tuple[str, ...]
     arrange: Arrange | None = None
     optional: bool = False
+    first: int = 0
+    end: int | None = None
 
     def __post_init__(self) -> None:
         if not self.sources or (self.arrange is None and len(self.sources) != 1):
@@ -55,7 +58,8 @@ class Rule:
         """Returns the names of the tensors, one tuple per layer; one tuple in all for a parameter that is not stacked."""
         if not self.stacked:
             return [self.sources]
-        return [tuple(s.replace("{layer}", str(layer)) for s in self.sources) for layer in range(num_layers)]
+        layers = range(self.first, num_layers if self.end is None else min(self.end, num_layers))
+        return [tuple(s.replace("{layer}", str(layer)) for s in self.sources) for layer in layers]
 
 
 def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:

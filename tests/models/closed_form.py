@@ -18,15 +18,17 @@ def num_parameters(config: ModelConfig) -> int:
     attention += width * config.output_bias + config.num_heads * config.sinks
     if (moe := config.moe) is None:
         inner = config.intermediate_size
-        mlp = 3 * inner * width + (2 * inner + width) * config.mlp_bias
+        mlps = config.num_layers * (3 * inner * width + (2 * inner + width) * config.mlp_bias)
     else:
         inner = moe.intermediate_size
         mlp = moe.num_experts * (3 * inner * width + width + (2 * inner + width) * moe.expert_biases + moe.router_bias)
         mlp += moe.num_experts * moe.correction
         mlp += 3 * moe.shared_size * width + width * moe.shared_gate
+        dense = moe.dense_first
+        mlps = (config.num_layers - dense) * mlp + dense * 3 * config.intermediate_size * width
     norms = 4 if config.norms == "both" else 2
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    return embeddings + config.num_layers * (attention + mlp + norms * width) + width
+    return embeddings + config.num_layers * (attention + norms * width) + mlps + width
 
 
 def _of_opt(config: OPTConfig) -> int:

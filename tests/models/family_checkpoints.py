@@ -87,13 +87,18 @@ def dense_run(model: LoadedModel) -> Callable[[Sequence[int]], tuple[np.ndarray,
         positions = jnp.arange(len(ids), dtype=jnp.int32)
         angles = decoder.angles(positions)
 
-        def layer(x: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x, _ = decoder.layers(x, angles, None, index, dense_attend)
+        def layer(x: jax.Array, index: jax.Array, **first: bool) -> tuple[jax.Array, jax.Array]:
+            x, _ = decoder.layers(x, angles, None, index, dense_attend, **first)
             return x, x
 
         layers = jnp.arange(model.config.num_layers, dtype=jnp.int32)
-        last, hidden = jax.lax.scan(layer, decoder.embed_tokens(ids, positions), layers)
-        return decoder.logits(last), hidden
+        num_dense = 0 if model.config.moe is None else model.config.moe.dense_first
+        x, found = decoder.embed_tokens(ids, positions), []
+        for index in range(num_dense):
+            x, _ = layer(x, jnp.int32(index), dense=True)
+            found.append(x)
+        last, hidden = jax.lax.scan(layer, x, layers[num_dense:])
+        return decoder.logits(last), jnp.concatenate((jnp.stack(found), hidden)) if found else hidden
 
     def call(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         logits, hidden = run(model.params, jnp.asarray(ids, jnp.int32))

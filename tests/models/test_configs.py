@@ -33,6 +33,7 @@ PUBLISHED = {
     "gemma-3-27b": 27_009_346_304,
     "gemma-3-4b": 3_880_263_168,
     "glm-4-9b-0414": 9_400_279_040,
+    "glm-4.5-air": 106_852_251_264,  # without the layer that predicts further tokens
     "gpt-oss-120b": 116_829_156_672,
     "gpt-oss-20b": 20_914_757_184,
     "granite-3.3-2b": 2_533_539_840,
@@ -83,7 +84,7 @@ def test_what_modules_declare_is_the_closed_form(name: str) -> None:
         assert len(specs) <= 25
     # The rules name every parameter once and no other.
     rules = family(read_architecture(name)).rules(config)
-    assert sorted(rule.param for rule in rules) == sorted(specs)
+    assert sorted(rule.param for rule in rules if rule.param in specs or not rule.optional) == sorted(specs)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,10 +17,12 @@ BFLOAT16_TOLERANCE = 0.012  # root mean square of the error by that of the logit
 MORE_IN_BFLOAT16 = {
     "gemma3_gqa": 0.0135,
     "gemma3_mha": 0.027,
-    "minimax_m2_gqa": 0.051,
-}  # what transformers' own bfloat16 loses: 0.0132, 0.0263, and 0.0090, but here rounding sends one token to another expert
+    "glm4_moe_gqa": 0.225,  # rounding sends a token to another expert, in transformers, too
+    "minimax_m2_gqa": 0.051,  # so here; transformers' loses 0.0090
+}  # what transformers' own bfloat16 loses: 0.0132, 0.0263, 0.2225
 
 
+PAGES = 48  # enough where layers with windows have pages of their own
 SWEEP = pytest.mark.sweep  # compiling takes nearly all of the time, so only a part of the product runs always
 
 
@@ -46,12 +48,12 @@ def run_engine(name: str, *, bucket: int, fused_qkv: bool) -> tuple[list[list[in
     """Greedy tokens of both prompts in one batch, and each prompt's last logits, with steps of at most `bucket` tokens."""
     expected = golden(name)
     config = EngineConfig(
-        CacheConfig(page_size=8, num_pages=12),
+        CacheConfig(page_size=8, num_pages=PAGES),
         SchedulerConfig(max_num_seqs=2, max_num_batched_tokens=bucket, max_model_len=48),
         check_every_step=True,
     )
     engine = Engine(load(name, fused_qkv=fused_qkv), config)
-    runner = engine.runner = Runner(engine.runner.model, config, num_pages=12, max_model_len=48, keep_logits=True)
+    runner = engine.runner = Runner(engine.runner.model, config, num_pages=PAGES, max_model_len=48, keep_logits=True)
     runner.buckets = type(runner.buckets)([bucket])  # one program to compile
     requests = [
         engine.add_request(ids, SamplingParams(temperature=0.0, max_tokens=len(tokens), ignore_eos=True))

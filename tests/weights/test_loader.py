@@ -163,7 +163,7 @@ def test_all_problems_are_in_one_message_and_nothing_is_read() -> None:
 def test_more_layers_than_the_file_has() -> None:
     tensors = hf_tensors()
     specs = _specs() | {"norm": jax.ShapeDtypeStruct((L + 1, E), np.dtype(np.float32))}
-    with pytest.raises(ValueError, match="stacked over 2 layers, the model has 3"):
+    with pytest.raises(ValueError, match="stacked over 2 layers, its rule names 3"):
         load_parameters(Arrays(tensors), _specs(), RULES, num_layers=L + 1)
     with pytest.raises(ModelError, match="config says 1000000000 layers"):
         load_parameters(Arrays(tensors), specs, RULES, num_layers=10**9)

@@ -20,6 +20,8 @@ from transformers import (
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteConfig,
@@ -363,6 +365,37 @@ MODELS = {
     "minimax_m2_gqa": (
         MiniMaxM2ForCausalLM,
         MiniMaxM2Config(**COMMON, **GQA, head_dim=8, intermediate_size=32, num_local_experts=16, num_experts_per_tok=4),
+    ),
+    # The second in groups of experts, with two dense layers and biases, as the largest size.
+    "glm4_moe_mha": (
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig(
+            **{**COMMON, **MHA, "num_hidden_layers": 3},
+            head_dim=16,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            n_routed_experts=8,
+            num_experts_per_tok=2,
+            first_k_dense_replace=1,
+        ),
+    ),
+    "glm4_moe_gqa": (
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig(
+            **{**COMMON, **GQA, "num_hidden_layers": 4},
+            head_dim=8,
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            n_routed_experts=16,
+            num_experts_per_tok=4,
+            n_shared_experts=2,
+            first_k_dense_replace=2,
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            use_qk_norm=True,
+            attention_bias=True,
+        ),
     ),
 }
 
