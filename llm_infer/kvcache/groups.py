@@ -48,7 +48,7 @@ def group_layers(windows: Windows, num_layers: int, max_model_len: int, ahead: i
     """Divides layers into groups of equal windows and, but for the last of each kind, equal size.
 
     The size is the one with which a sequence of full length takes the least memory: with more layers in a page the smaller
-    kind's pages have room that nobody uses, with fewer there are more groups.
+    kind's pages have room that nobody uses, with fewer there are more groups. Too many kinds make one group of all.
 
     Args:
         windows: of each layer; empty where all see everything.
@@ -68,6 +68,8 @@ def group_layers(windows: Windows, num_layers: int, max_model_len: int, ahead: i
     def cost(groups: PageGroups) -> int:
         return groups.depth * sum(tokens_kept(window, max_model_len, ahead) for window in groups.windows)
 
+    if len(kinds) > MOST_GROUPS:
+        return one_group(num_layers)
     sizes = range(max(map(len, kinds.values())), 0, -1)
     return min((each for each in map(cut, sizes) if len(each.windows) <= MOST_GROUPS), key=cost)
 

@@ -59,11 +59,12 @@ class Admission:
     def _lookup(self, sequence: Sequence, shard: int) -> list[list[int]]:
         """Returns cached pages for a sequence without pages. Its last token is always computed, to have logits to draw from."""
         cache = self.books.prefix_cache
-        if cache is None or sequence.table is not None or sequence.request.whole_prompt:
+        request = sequence.request
+        if cache is None or sequence.table is not None or request.whole_prompt or request.uncached:
             return [[] for _ in self.books.windows]
-        left = 1 + sequence.request.strategy.num_joint(sequence)
+        left = 1 + request.strategy.num_joint(sequence)
         full = (len(sequence.tokens) - left) // self.books.page_size
-        cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
+        cache.extend(sequence.digests, sequence.tokens, full, request.cache_salt)
         return cache.lookup(shard, sequence.digests[:full])
 
     def _fits(self, sequence: Sequence, shard: int, cached: list[list[int]], num_running: int) -> bool:
@@ -76,12 +77,14 @@ class Admission:
         if sequence.table is not None:
             needed = sequence.table.pages_needed(length - sequence.table.length)
         else:
-            # What it needs at a time: groups with a window get their pages chunk by chunk.
-            held = [sum(page != NULL_PAGE for page in pages) for pages in cached]
-            needed = sum(
-                max(0, pages_at_most((window,), length, books.page_size, books.ahead) - has)
-                for window, has in zip(books.windows, held, strict=True)
-            )
+            pages, needed = -(-length // books.page_size), 0
+            for window, found in zip(books.windows, cached, strict=True):
+                missing = pages - len(found)
+                # A group with a window gets its pages chunk by chunk and gives some back; beams keep them for each other.
+                if window is not None and sequence.request.width == 1:
+                    most = pages_at_most((window,), length, books.page_size, books.ahead)
+                    missing = min(missing, most - len(found) + found.count(NULL_PAGE))
+                needed += missing
         reserve = self.watermark + num_running * len(books.windows) if num_running else 0
         # Idle cached pages count as available until the sequence itself takes them.
         available = allocator.num_available(shard) - sum(allocator.num_idle(shard, pages) for pages in cached)

@@ -60,8 +60,9 @@ class Limits:
         if needed > self.num_pages:
             width = request.sampling.beam_width
             each, lower = ("", "") if width is None else (f" with {width} beams", "beam_width, ")
+            of_all = "" if len(self.windows) == 1 else f", in {len(self.windows)} groups of layers"
             raise RequestError(
-                f"the request can grow to {limit} tokens{each}, which need {needed} pages of {self.page_size} tokens; "
+                f"the request can grow to {limit} tokens{each}, which need {needed} pages of {self.page_size} tokens{of_all}; "
                 f"there are {self.num_pages}: raise num_pages or kv_cache_memory, or lower {lower}max_tokens or "
                 "max_model_len"
             )
@@ -70,6 +71,8 @@ class Limits:
     def _most_pages(self, request: Request, length: int) -> int:
         """Counts the pages of a group of sequences of so many tokens each, which may share nothing but the prompt."""
         # The page with the last prompt token is counted for each: it may be computed again by a beam that returns.
+        if request.width == 1:
+            return pages_at_most(self.windows, length, self.page_size, self.ahead)
+        # Until all beams have returned from a preemption, layers with a window keep everything, too.
         shared = (len(request.prompt) - 1) // self.page_size
-        all_ = pages_at_most(self.windows, length, self.page_size, self.ahead)
-        return request.width * all_ - (request.width - 1) * shared * self.windows.count(None)
+        return len(self.windows) * (shared + request.width * (-(-length // self.page_size) - shared))

@@ -66,6 +66,8 @@ class Request:
         num_cached_tokens: prompt tokens whose K/V the prefix cache had.
         num_preemptions: how often one of its sequences lost its pages.
         spare_slots: slots of a group, some of which has one, for those that do not run.
+        uncached: beams that found different parts of themselves in the prefix cache had no pages left to share: they return
+            without it.
     """
 
     request_id: str
@@ -94,6 +96,7 @@ class Request:
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
     spare_slots: list[int] = field(default_factory=list, init=False)
+    uncached: bool = field(default=False, init=False)
     arrival_time: float | None = field(default=None, init=False)
     first_scheduled_time: float | None = field(default=None, init=False)
     first_token_time: float | None = field(default=None, init=False)

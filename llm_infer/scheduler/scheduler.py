@@ -209,6 +209,8 @@ class Scheduler:
         self.allocator.unpin_all()
         self.num_preemptions += builder.num_preemptions
         plan = builder.build(self._num_planned)
+        if plan is None and builder.preempted and not self._submitted:  # those may be admitted now
+            return self.schedule()
         if plan is not None:
             self.num_copied_pages += sum(map(len, plan.copies))
             self._num_planned += 1
@@ -247,9 +249,11 @@ class Scheduler:
         first = running[0].request
         alone = not books.parked[plan.shard] and all(member.request is first for member in running)
         if alone and books.waiting and books.waiting[0].request is first:
-            raise RuntimeError(
-                f"the beams of request {first.request_id!r} do not fit the pages although they are alone"
-            )
+            if first.uncached:
+                raise RuntimeError(
+                    f"the beams of request {first.request_id!r} do not fit the pages although they are alone"
+                )
+            first.uncached = True
         plan.take_pages()
         plan.short_of_pages = False
         return True

@@ -42,5 +42,6 @@ class StepResult:
         if full > sequence.num_cached_pages:
             self.books.offer_pages(sequence, full)
         assert sequence.table is not None
-        if sequence.table.has_windows:
+        # Beams that wait to return will share what this one has computed, from where they part.
+        if sequence.table.has_windows and all(member.status is Status.RUNNING for member in sequence.group):
             sequence.table.release_behind(computed)

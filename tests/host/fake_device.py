@@ -57,6 +57,7 @@ class FakeDevice:
         self.scheduler = scheduler
         self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 2), -1, np.int64)
         self.candidates: list[list[list[tuple[int, float]]]] = []
+        self.written: dict[Sequence, dict[int, int]] = {}  # tokens by position
         self.ended: set[Sequence] = set()  # before the host knows: what steps do for them is for nothing
         self.last_ids = np.full((scheduler.num_shards, scheduler.config.max_num_seqs), -1, np.int64)
 
@@ -108,6 +109,7 @@ class FakeDevice:
 
     def _write(self, shard: int, sequence: Sequence, position: int, token: int, written: set[tuple[int, int]]) -> None:
         assert sequence.table is not None and position < sequence.table.length
+        self.written.setdefault(sequence, {})[position] = token
         index, offset = divmod(position, self.scheduler.page_size)
         for pages in sequence.table.groups:
             page = pages[index]
@@ -164,7 +166,8 @@ class FakeDevice:
             self.candidates[shard].append([])
             return -1
         known = sequence.tokens[:length]
-        tokens = (known + [-1] * length)[:length]  # those that the host does not know are in the pages
+        # Those that the host does not know are in the pages, or were there before the windows left them behind.
+        tokens = known + [self.written[sequence][at] for at in range(len(known), length)]
         for pages, window in zip(sequence.table.groups, self.scheduler.books.windows, strict=True):
             first = 0 if window is None else max(0, length - window)
             seen = self.pages[shard, pages].reshape(-1, 2)[first:length]
@@ -173,7 +176,6 @@ class FakeDevice:
             assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"
         values = log_probabilities(tokens) if sequence.request.sampling.beam_width else np.zeros(0)
         self.candidates[shard].append([(int(i), float(values[i])) for i in np.argsort(-values, kind="stable")])
-        assert -1 not in tokens
         drawn = next_token(tokens, sequence.sample_index)
         self.last_ids[shard, sequence.slot] = drawn
         return drawn

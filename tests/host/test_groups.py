@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from llm_infer.base.errors import RequestError
 from llm_infer.kvcache.groups import PageGroups, group_layers, pages_at_most
 from llm_infer.kvcache.page_allocator import NULL_PAGE, PageAllocator
 from llm_infer.kvcache.page_table import PageTable
@@ -122,3 +125,43 @@ def test_a_long_context_holds_a_quarter_of_the_bytes(name: str) -> None:
             most = max(most, len(table.held()))
     assert most <= pages_at_most(groups.windows, LONG, 16, 2 * chunk)
     assert most * groups.depth <= 0.25 * layers * (LONG // 16)
+
+
+def test_more_kinds_than_groups_are_one_group() -> None:
+    assert group_layers(tuple(range(1, 10)), 9, 1024, 8).windows == (None,)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("window", [2, 3])
+def test_beams_return_from_a_preemption_where_windows_have_left_their_beginning_behind(
+    window: int, cache: bool
+) -> None:
+    draw = random.Random(28)
+    engine = FakeEngine(
+        windows=(None, window),
+        page_size=4,
+        num_pages=43,  # just enough for the beams alone
+        max_model_len=80,
+        max_num_seqs=4,
+        max_num_batched_tokens=4,
+        enable_prefix_caching=cache,
+        overlap=False,
+    )
+    engine.add([draw.randint(0, 2) for _ in range(50)], max_tokens=25, ignore_eos=True)
+    engine.add([draw.randint(0, 2) for _ in range(37)], beam_width=3, max_tokens=14, ignore_eos=True)
+    engine.run(20_000)
+    assert engine.scheduler.num_preemptions > 0
+    for request in engine.requests:
+        engine.verify(request)
+
+
+def test_beams_need_no_more_memory_than_with_one_group() -> None:
+    limits = {"max_model_len": 2048, "max_num_batched_tokens": 128, "page_size": 16}
+    for groups in (1, 6):
+        windows = (None, *(512,) * (groups - 1))
+        engine = FakeEngine(windows=windows, num_pages=1 + 39 * groups, **limits)
+        engine.add([1] * 500, beam_width=4, max_tokens=20)
+        with pytest.raises(
+            RequestError, match="pages of 16 tokens" + (", in 6 groups of layers" if groups > 1 else ";")
+        ):
+            FakeEngine(windows=windows, num_pages=39 * groups, **limits).add([1] * 500, beam_width=4, max_tokens=20)

@@ -112,6 +112,8 @@ class HostMachine(RuleBasedStateMachine):
         ):
             table = sequence.table
             assert table is not None
+            if sequence.request.width > 1 and sequence.request.num_preemptions:
+                continue  # beams keep pages for those that return later
             for pages, window in zip(table.groups, table.windows, strict=True):
                 if window is not None:
                     held = sum(page != 0 for page in pages)
