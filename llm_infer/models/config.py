@@ -25,6 +25,7 @@ class RopeConfig:
         short_factors, long_factors: of "longrope": by which each frequency is divided in engines whose sequences stay within
             `original_max_position`, and in others (Ding et al., 2024).
         long: which of the two are taken.
+        query_beta: by 1 + query_beta · log(1 + ⌊position / original_max_position⌋) queries are multiplied (Meta, Llama 4, 2025).
     """
 
     theta: float = 10000.0
@@ -41,6 +42,7 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     long: bool = True
+    query_beta: float = 0.0
 
     def rotated(self, head_dim: int) -> int:
         """Returns how many elements of a head are rotated."""

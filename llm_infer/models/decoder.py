@@ -129,7 +129,7 @@ class Attention(nnx.Module):
         query, key, value = self.project(x, layer)
         query, key = self.normed(query, key, layer)
         if (own := angles_of(self.config, angles, layer)) is not None:
-            query, key = rotate(query, own), rotate(key, own)
+            query, key = rotate(query, key, own)
         out, cache = attend(query, key, value, cache, layer, **self.options(layer))
         return self.o(rearrange(out, "t h d -> t (h d)"), layer), cache
 

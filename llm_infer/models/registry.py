@@ -46,6 +46,7 @@ FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(f"{_HERE}.llama", gguf=("llama",)),
     "MiniMaxM2ForCausalLM": Family(f"{_HERE}.minimax_m2", gguf=("minimax-m2",)),
     "MistralForCausalLM": Family(f"{_HERE}.mistral", text_of=("Mistral3ForConditionalGeneration",)),
+    "Ministral3ForCausalLM": Family(f"{_HERE}.ministral3", text_of=("Mistral3ForConditionalGeneration",)),
     "MixtralForCausalLM": Family(f"{_HERE}.mixtral"),
     "Olmo2ForCausalLM": Family(f"{_HERE}.olmo2", gguf=("olmo2",)),
     "Olmo3ForCausalLM": Family(f"{_HERE}.olmo3"),

@@ -11,9 +11,10 @@ from jaxtyping import Array, Float, Int
 from llm_infer.models.config import ModelConfig, RopeConfig
 from llm_infer.models.layers import Layer
 
-Angles = tuple[Float[Array, "T H"], Float[Array, "T H"]] | tuple[Float[Array, "R T H"], Float[Array, "R T H"]] | None
+Angles = tuple[Array, ...] | None
 """Cosine and sine of each position's rotation, [T, H] for the first 2 · H elements of a head; [R, T, H] where layers differ, see
-`tables`. None for models without rotary positions."""
+`tables`. A third array [T, 1] multiplies queries, where the model scales them by position. None for models without rotary
+positions."""
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
@@ -74,11 +75,15 @@ def angles(config: ModelConfig, positions: Int[Array, " T"]) -> Angles:
 
     made = [table(rope) for rope in different]
     if len(made) == 1:
-        return made[0]
+        (rope,) = different
+        if rope is None or not rope.query_beta:
+            return made[0]
+        passed = jnp.floor(positions.astype(jnp.float32) / rope.original_max_position)
+        return *made[0], (1 + rope.query_beta * jnp.log1p(passed))[:, None]
     return jnp.stack([cos for cos, _ in made]), jnp.stack([sin for _, sin in made])
 
 
-def angles_of(config: ModelConfig, angles: Angles, layer: Layer) -> tuple[Array, Array] | None:
+def angles_of(config: ModelConfig, angles: Angles, layer: Layer) -> Angles:
     """Picks a layer's angles."""
     if angles is None or angles[0].ndim == 2:
         return angles
@@ -87,9 +92,20 @@ def angles_of(config: ModelConfig, angles: Angles, layer: Layer) -> tuple[Array,
     return cos, sin
 
 
-def rotate(x: Float[Array, "T N D"], angles: tuple[Array, Array]) -> Float[Array, "T N D"]:
+def rotate(
+    query: Float[Array, "T Hq D"], key: Float[Array, "T Hkv D"], angles: tuple[Array, ...]
+) -> tuple[Float[Array, "T Hq D"], Float[Array, "T Hkv D"]]:
+    """Rotates queries and keys, and scales queries where the model does."""
+    cos, sin, *scale = angles
+    turned = _rotated(query, cos, sin)
+    if scale:
+        turned = turned * scale[0][:, None]
+    return turned.astype(query.dtype), _rotated(key, cos, sin).astype(key.dtype)
+
+
+def _rotated(x: Float[Array, "T N D"], cos: Float[Array, "T H"], sin: Float[Array, "T H"]) -> Float[Array, "T N D"]:
     """Rotates the two halves of the first elements of each head, as many as there are angles for; in float32."""
-    cos, sin = (each[:, None, :] for each in angles)
+    cos, sin = cos[:, None, :], sin[:, None, :]
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1).astype(x.dtype)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)

@@ -78,7 +78,11 @@ def text_class(config: Mapping[str, Any]) -> str | None:
         return None
     if not all(isinstance(name, str) for name in names):
         return None
-    return next((hf_class for hf_class, row in FAMILIES.items() if set(names) & set(row.text_of)), None)
+    found = [hf_class for hf_class, row in FAMILIES.items() if set(names) & set(row.text_of)]
+    # A class may hold the one or the other: modules are named as Hugging Face names a type of model.
+    kind = config["text_config"].get("model_type")
+    named = [hf_class for hf_class in found if FAMILIES[hf_class].module.rpartition(".")[2] == kind]
+    return next(iter(named or found), None)
 
 
 def text_config(config: Mapping[str, Any], hf_class: str) -> dict[str, Any]:

@@ -27,25 +27,35 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize("prefixes", PREFIXES.values(), ids=PREFIXES.keys())
-def test_the_text_model_of_a_repository_with_towers(tmp_path: Path, prefixes: tuple[str, str]) -> None:
-    directory = Path(shutil.copytree(FOLDER / "gemma3_gqa", tmp_path / "model"))
+@pytest.mark.parametrize(
+    ("name", "outer_class"),
+    [
+        ("gemma3_gqa", "Gemma3ForConditionalGeneration"),
+        ("mistral_gqa", "Mistral3ForConditionalGeneration"),
+        ("ministral3_gqa", "Mistral3ForConditionalGeneration"),
+    ],
+)
+def test_the_text_model_of_a_repository_with_towers(
+    tmp_path: Path, name: str, outer_class: str, prefixes: tuple[str, str]
+) -> None:
+    directory = Path(shutil.copytree(FOLDER / name, tmp_path / "model"))
     config = read_json(directory / "config.json")
     del config["architectures"]
-    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config, "vision_config": {"depth": 3}}
+    outer = {"architectures": [outer_class], "text_config": config, "vision_config": {"depth": 3}}
     (directory / "config.json").write_text(json.dumps(outer | {"boi_token_index": 5}))
     tensors = {
-        name.replace("model.", prefixes[0], 1): values
-        for name, values in load_file(directory / "model.safetensors").items()
+        tensor.replace("model.", prefixes[0], 1): values
+        for tensor, values in load_file(directory / "model.safetensors").items()
     }
     tensors |= {"vision_tower.layers.0.weight": np.zeros((2, 2), np.float32)}
     save_file(tensors, directory / "model.safetensors")
     shown = StringIO()
     model = load_model(open_model(resolve(str(directory))), progress=Progress(stream=shown))
     assert "its text model is loaded" in shown.getvalue()
-    plain = load("gemma3_gqa")
+    plain = load(name)
     assert model.config == plain.config and model.params.keys() == plain.params.keys()
-    for name, values in plain.params.items():
-        np.testing.assert_array_equal(model.params[name], values, err_msg=name)
+    for param, values in plain.params.items():
+        np.testing.assert_array_equal(model.params[param], values, err_msg=param)
 
 
 def blocks_of_fp4(shape: tuple[int, ...], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -30,6 +30,8 @@ from transformers import (
     LlamaForCausalLM,
     MiniMaxM2Config,
     MiniMaxM2ForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -395,6 +397,29 @@ MODELS = {
             routed_scaling_factor=2.5,
             use_qk_norm=True,
             attention_bias=True,
+        ),
+    ),
+    # Positions behind several times the original context, where queries grow.
+    "ministral3_mha": (
+        Ministral3ForCausalLM,
+        Ministral3Config(
+            **COMMON,
+            **MHA,
+            head_dim=16,
+            intermediate_size=64,
+            rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.4},
+        ),
+    ),
+    "ministral3_gqa": (
+        Ministral3ForCausalLM,
+        Ministral3Config(
+            **COMMON,
+            **GQA,
+            head_dim=8,
+            intermediate_size=64,
+            sliding_window=7,
+            tie_word_embeddings=True,
+            rope_parameters={**YARN, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1},
         ),
     ),
 }

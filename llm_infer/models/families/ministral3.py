@@ -1,0 +1,44 @@
+"""Ministral 3: Mistral with YaRN, and queries that grow with the position as Llama 4's do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from llm_infer.base.errors import ModelError
+from llm_infer.models.config import ModelConfig
+from llm_infer.models.config_numbers import an_object, positive
+from llm_infer.models.hf_config import ConfigReader
+from llm_infer.models.names import LLAMA_IGNORED, llama_rules
+
+rules = llama_rules
+IGNORED_TENSORS = LLAMA_IGNORED
+_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_DEFAULTS = {"rms_norm_eps": 1e-5, "num_key_value_heads": 8, "head_dim": 128}
+
+
+def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
+    """Makes the model configuration of a Hugging Face `Ministral3Config`."""
+    rope = an_object("rope_parameters", values.get("rope_parameters") or _ROPE)
+    rope.pop("max_position_embeddings", None)  # the model's own, once more
+    beta = rope.pop("llama_4_scaling_beta", None)
+    reader = ConfigReader({**_DEFAULTS, **values, "rope_parameters": rope})
+    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
+    fields = reader.llama_like()
+    if beta is not None:
+        if "original_max_position_embeddings" not in rope or fields["rope"].kind != "yarn":
+            raise ModelError("config.json: llama_4_scaling_beta without YaRN's original_max_position_embeddings")
+        number = positive("rope_parameters['llama_4_scaling_beta']", beta, 1e6)
+        fields["rope"] = replace(fields["rope"], query_beta=number)
+    result = ModelConfig("Ministral3ForCausalLM", **fields, windows=windows, fused_qkv=fused_qkv)
+    reader.finish()
+    return result
