@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,11 +13,12 @@ import numpy as np
 import pytest
 
 from llm_infer.base.errors import ModelError, UserError
+from llm_infer.models import params
 from llm_infer.models.architectures import architecture_config, architecture_names, read_architecture, table
 from llm_infer.models.config import RopeConfig
 from llm_infer.models.load import dummy_model
 from llm_infer.models.params import num_parameters, random_params, split_model
-from llm_infer.models.registry import family
+from llm_infer.models.registry import FAMILIES, family
 from llm_infer.models.rotary import frequencies
 from llm_infer.weights.sources import read_json
 from tests.models import closed_form
@@ -183,3 +186,14 @@ def test_unknown_architectures() -> None:
         family({"architectures": ["MambaForCausalLM"]})
     with pytest.raises(ModelError, match="expected a list with one name"):
         family({})
+
+
+def test_a_family_is_known_to_its_file_and_its_row_alone() -> None:
+    root = Path(params.__file__).parents[1]
+    apart = {root / "models" / "registry.py", *(root / "models" / "families").glob("*.py")}
+    for path in set(root.rglob("*.py")) - apart:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("llm_infer.models.families"), path
+            elif isinstance(node, ast.Constant):
+                assert node.value not in FAMILIES, path
