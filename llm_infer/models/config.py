@@ -103,16 +103,18 @@ class MoEConfig:
             raise ModelError(f"scores of experts by {self.scores!r:.60}, expected softmax or sigmoid")
         if self.experts_per_token > self.num_experts:
             raise ModelError(
-                f"num_experts_per_tok={self.experts_per_token} is more than num_experts={self.num_experts}"
+                f"num_experts_per_tok={self.experts_per_token} is more than num_experts={self.num_experts} (num_local_experts or "
+                "n_routed_experts in some configs)"
             )
         of_one, rest = divmod(self.num_experts, self.groups)
         if rest or not 1 <= self.top_groups <= self.groups or (self.groups > 1 and of_one < 2):
             raise ModelError(
-                f"{self.num_experts} experts in {self.groups} groups of which {self.top_groups} are chosen"
+                f"n_group={self.groups}, topk_group={self.top_groups}: expected a part of the groups, and the {self.num_experts} "
+                "experts to divide into groups of two or more"
             )
         if self.experts_per_token > of_one * self.top_groups:
             raise ModelError(
-                f"{self.experts_per_token} experts for each token, of {of_one} in each of {self.top_groups} groups"
+                f"num_experts_per_tok={self.experts_per_token} is more than topk_group={self.top_groups} groups of {of_one} have"
             )
 
 
@@ -226,6 +228,10 @@ class ModelConfig:
                 rope.check(self.head_dim)
         if len({rope.rotated(self.head_dim) for rope in self.layer_ropes if rope is not None}) > 1:
             raise ModelError("all layers with rotary positions must rotate as many elements of a head")
+        if self.moe is not None and self.moe.dense_first > self.num_layers:
+            raise ModelError(
+                f"first_k_dense_replace={self.moe.dense_first} is more than num_hidden_layers={self.num_layers}"
+            )
         if len(self.layer_ropes) not in (0, self.num_layers):
             raise ModelError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if self.windows and (
@@ -248,7 +254,9 @@ class ModelConfig:
 
     def with_layers(self, number: int) -> ModelConfig:
         """Returns the configuration of the first layers alone."""
-        return replace(self, num_layers=number, windows=self.windows[:number], layer_ropes=self.layer_ropes[:number])
+        moe = self.moe and replace(self.moe, dense_first=min(self.moe.dense_first, number))
+        own = {"windows": self.windows[:number], "layer_ropes": self.layer_ropes[:number]}
+        return replace(self, num_layers=number, moe=moe, **own)
 
     @property
     def group_size(self) -> int:

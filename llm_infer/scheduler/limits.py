@@ -60,6 +60,7 @@ class Limits:
         if needed > self.num_pages:
             width = request.sampling.beam_width
             each, lower = ("", "") if width is None else (f" with {width} beams", "beam_width, ")
+            lower += "" if len(self.windows) == 1 else "max_num_batched_tokens, "
             of_all = "" if len(self.windows) == 1 else f", in {len(self.windows)} groups of layers"
             raise RequestError(
                 f"the request can grow to {limit} tokens{each}, which need {needed} pages of {self.page_size} tokens{of_all}; "

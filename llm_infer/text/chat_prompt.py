@@ -144,7 +144,9 @@ def _chosen_template(tokenizer: Tokenizer, tools: object, given: object) -> str:
             )
         return templates.get(given, given)
     if not templates:
-        raise RequestError("this model has no chat template: use raw prompts (LLM.generate, or --raw)")
+        raise RequestError(
+            "this model has no chat template: use raw prompts (/v1/completions, LLM.generate, or generate --raw)"
+        )
     if tools is not None and "tool_use" in templates:
         return templates["tool_use"]
     if "default" not in templates:

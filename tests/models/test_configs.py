@@ -159,6 +159,8 @@ def test_an_unknown_key_is_refused(name: str) -> None:
         ("qwen2_mha", {"attention_bias": True}, "does not know: attention_bias"),
         ("qwen3_moe_mha", {"mlp_only_layers": [0]}, r"mlp_only_layers=\[0\] is not supported"),
         ("qwen3_moe_mha", {"decoder_sparse_step": 2}, "decoder_sparse_step=2 is not supported"),
+        ("glm4_moe_gqa", {"first_k_dense_replace": 9}, "first_k_dense_replace=9 is more than num_hidden_layers=4"),
+        ("glm4_moe_gqa", {"topk_group": 5}, "n_group=4, topk_group=5: expected a part of the groups"),
         ("qwen3_moe_mha", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_experts=8"),
         ("opt_pre", {"activation_function": "gelu"}, "activation_function='gelu'"),
         ("opt_pre", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm=True"),
