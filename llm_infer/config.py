@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from llm_infer.base.errors import UserError
@@ -246,3 +246,7 @@ class EngineConfig:
         _require_integers(self, "seed")
         _require_switches(self, "overlap", "check_every_step", "fused_qkv")
         _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")
+
+    def one_group(self) -> EngineConfig:
+        """Returns these settings for a model all of whose layers keep their pages, as a draft model's do."""
+        return replace(self, cache=replace(self.cache, disable_hybrid_kv_cache_manager=True))

@@ -37,7 +37,7 @@ def layer_index(layer: jax.Array | int, num_layers: int) -> jax.Array:
     return jnp.asarray(number, jnp.int32)
 
 
-def case_of(arrays: Mapping[str, jax.Array], **options: Any) -> dispatch.Case:
+def case_of(arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct], **options: Any) -> dispatch.Case:
     """Returns the case of a call with these array arguments and static settings, on the device for which code is traced."""
     platform, device_kind = dispatch.target()
     return dispatch.Case(

@@ -12,6 +12,7 @@ from llm_infer.base.errors import UserError
 from llm_infer.config import EngineConfig
 from llm_infer.decoding.features import PLAIN
 from llm_infer.decoding.speculative import Speculator
+from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.runner import Runner
 from llm_infer.engine.warm_up import WarmUp, prefill_sizes, up_to
 from llm_infer.kvcache.page_allocator import PageAllocator
@@ -77,12 +78,11 @@ class DraftModel:
                 f"{max_model_len}: lower max_model_len or choose another draft model"
             )
         scheduler = replace(config.scheduler, num_scheduler_steps=max(2, max_tokens))
-        cache = replace(config.cache, disable_hybrid_kv_cache_manager=True)  # its tables have one group
         # Pages of the target may hold fewer layers, of which it then has more.
-        num_pages = min(num_pages, config.scheduler.max_num_seqs * -(-max_model_len // config.cache.page_size) + 1)
+        num_pages = min(num_pages, StepPrograms.of(model, config.one_group(), max_model_len).most_pages)
         self.runner = Runner(
             model,
-            replace(config, scheduler=scheduler, cache=cache),
+            replace(config.one_group(), scheduler=scheduler),
             num_pages=num_pages,
             max_model_len=max_model_len,
             channel=channel,

@@ -139,7 +139,7 @@ class StepPrograms:
             alone = sharding.num_shards == 1
             step = make_steps(self.definition, layout, features, paging, loop=loop, ends_early=alone)
         else:
-            step = make_step(self.definition, layout, features, paging=paging, loop=loop, keep_logits=keep_logits)
+            step = make_step(self.definition, layout, features, paging, loop=loop, keep_logits=keep_logits)
         params = jax.tree.map(described, dict(self.params))
         state, inputs = self.state(features, num_pages), self.inputs(bucket, features)
         return sharding.jit(step, params, state, inputs).lower(params, state, inputs)

@@ -123,7 +123,7 @@ class Runner:
         self.step_programs = StepPrograms.of(model, config, max_model_len)
         self._sharding = self.step_programs.sharding
         if num_pages is None:
-            beside = None if draft_model is None else StepPrograms.of(draft_model, config, max_model_len)
+            beside = None if draft_model is None else StepPrograms.of(draft_model, config.one_group(), max_model_len)
             num_pages = choose_num_pages(self.step_programs, self.buckets[-1], device_memory, beside)
             num_pages = num_pages if channel is None else channel.smallest(num_pages)
         self.num_pages = num_pages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 MOST_GROUPS = 8
@@ -92,9 +91,3 @@ def _pages(window: int | None, length: int, page_size: int, ahead: int) -> int:
 def first_kept(window: int | None, position: int, page_size: int) -> int:
     """Returns the index of the first page that a token at `position`, or a later one, sees."""
     return 0 if window is None else max(0, position - window + 1) // page_size
-
-
-def kept_behind(windows: Windows, count: int, page_size: int) -> Iterator[range]:
-    """Yields, of each group, the pages of the first `count` that the token behind them sees."""
-    for window in windows:
-        yield range(first_kept(window, count * page_size, page_size), count)

@@ -48,7 +48,7 @@ class PageTable:
 
     def pages_needed(self, count: int) -> int:
         """Returns how many pages that `append(count)` would allocate, copies of shared pages included."""
-        return self._needed(self.length + count, self.length + count)
+        return self.pages_to(self.length + count)
 
     def pages_to(self, end: int) -> int:
         """Returns how many pages that `extend(end)` would allocate, copies of shared pages included."""
@@ -152,10 +152,14 @@ class PageTable:
         """Gives back all pages."""
         self.truncate(0)
 
-    def _ends(self, length: int, covered: int) -> Iterable[tuple[list[int], int, int]]:
+    def ends(self, length: int | None = None, covered: int | None = None) -> list[int]:
+        """Returns the position where each group's places end, or would if `length` and `covered` were so."""
+        length, covered = self.length if length is None else length, self.covered if covered is None else covered
+        return [length if window is None else covered for window in self.windows]
+
+    def _growing(self, length: int, covered: int) -> Iterable[tuple[list[int], int, int]]:
         """Yields the pages of each group that is to grow, the position where its places end, and where they shall end."""
-        for pages, window in zip(self.groups, self.windows, strict=True):
-            end, new_end = (self.length, length) if window is None else (self.covered, covered)
+        for pages, end, new_end in zip(self.groups, self.ends(), self.ends(length, covered), strict=True):
             if new_end > end:
                 yield pages, end, new_end
 
@@ -164,7 +168,7 @@ class PageTable:
 
     def _needed(self, length: int, covered: int) -> int:
         needed = 0
-        for pages, end, new_end in self._ends(length, covered):
+        for pages, end, new_end in self._growing(length, covered):
             needed += -(-new_end // self.page_size) - len(pages) + self._shares_last(pages, end)
         return needed
 
@@ -172,7 +176,7 @@ class PageTable:
         copies, needed = [], self._needed(length, covered)
         if needed:
             new = self._allocator.allocate(self.shard, needed)
-            for pages, end, new_end in self._ends(length, covered):
+            for pages, end, new_end in self._growing(length, covered):
                 if self._shares_last(pages, end):
                     source, pages[-1] = pages[-1], new.pop()
                     self._allocator.release(self.shard, (source,))

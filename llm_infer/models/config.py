@@ -228,9 +228,9 @@ class ModelConfig:
                 rope.check(self.head_dim)
         if len({rope.rotated(self.head_dim) for rope in self.layer_ropes if rope is not None}) > 1:
             raise ModelError("all layers with rotary positions must rotate as many elements of a head")
-        if self.moe is not None and self.moe.dense_first > self.num_layers:
+        if self.dense_first > self.num_layers:
             raise ModelError(
-                f"first_k_dense_replace={self.moe.dense_first} is more than num_hidden_layers={self.num_layers}"
+                f"first_k_dense_replace={self.dense_first} is more than num_hidden_layers={self.num_layers}"
             )
         if len(self.layer_ropes) not in (0, self.num_layers):
             raise ModelError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
@@ -257,6 +257,11 @@ class ModelConfig:
         moe = self.moe and replace(self.moe, dense_first=min(self.moe.dense_first, number))
         own = {"windows": self.windows[:number], "layer_ropes": self.layer_ropes[:number]}
         return replace(self, num_layers=number, moe=moe, **own)
+
+    @property
+    def dense_first(self) -> int:
+        """Layers with a dense MLP before the first with experts; 0 for models without experts, which have but one kind."""
+        return 0 if self.moe is None else self.moe.dense_first
 
     @property
     def group_size(self) -> int:

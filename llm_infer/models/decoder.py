@@ -173,9 +173,8 @@ class DecoderLayers(nnx.Module):
             self.mlp_out_norm = norm(config, layers, width, dtype=dtype)
         self.attn = Attention(config, dtype=dtype)
         self.mlp = (GatedMLP if config.moe is None else ExpertsMLP)(config, dtype=dtype)
-        self.dense_first = 0 if config.moe is None else config.moe.dense_first
-        if self.dense_first:
-            self.dense_mlp = GatedMLP(config, dtype=dtype, layers=self.dense_first)
+        if config.dense_first:
+            self.dense_mlp = GatedMLP(config, dtype=dtype, layers=config.dense_first)
         self.config = config
 
     def __call__(
@@ -189,7 +188,7 @@ class DecoderLayers(nnx.Module):
             x = self._sum(x, self.attn_out_norm(out, layer) if after else out)
         with jax.named_scope("mlp"):
             normed = self.mlp_norm.later(x, layer) if before else x
-            out = self.dense_mlp(normed, layer) if dense else self.mlp(normed, layer - self.dense_first)
+            out = self.dense_mlp(normed, layer) if dense else self.mlp(normed, layer - self.config.dense_first)
             return self._sum(x, self.mlp_out_norm(out, layer) if after else out), cache
 
     def _sum(self, x: Float[Array, "T E"], out: Float[Array, "T E"]) -> Float[Array, "T E"]:
@@ -238,7 +237,7 @@ class Decoder(nnx.Module):
             more = {"dense": True} if dense else {}
             return self.layers(carry[0], angles, carry[1], layer, attend, **more), None
 
-        first = 0 if self.config.moe is None else self.config.moe.dense_first
+        first = self.config.dense_first
         for dense, layers in ((True, range(first)), (False, range(first, self.config.num_layers))):
             if loop == "unroll":
                 for index in layers:

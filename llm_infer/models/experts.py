@@ -17,6 +17,7 @@ from llm_infer.models.layers import Layer, Linear, Normed, gated, linear, parame
 from llm_infer.parallel.collectives import first_of_part, sum_over
 from llm_infer.quant import StoredWeights
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import case_of
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 SCORES = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
@@ -71,7 +72,7 @@ class ExpertsMLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         assert config.moe is not None
-        layers, width, moe = config.num_layers - config.moe.dense_first, config.hidden_size, config.moe
+        layers, width, moe = config.num_layers - config.dense_first, config.hidden_size, config.moe
         experts, inner, bias = moe.num_experts, moe.intermediate_size, moe.expert_biases
         self.router = Linear(layers, experts, width, axes=("router", "embed"), bias=moe.router_bias, dtype=dtype)
         # The experts' matrices lie below each other, so that every weight is 2-D per layer: rows x·F … (x+1)·F.
@@ -117,9 +118,12 @@ class ExpertsMLP(nnx.Module):
         weight = self.gate.weight.get_value()
         if isinstance(weight, StoredWeights):
             return False
-        shapes = {"x": (pairs, x.shape[1]), "weights": weight.shape, "group_sizes": (num_experts,)}
-        dtypes = {"x": x.dtype.name, "weights": weight.dtype.name, "group_sizes": "int32"}
-        return dispatch.choose("grouped_matmul", dispatch.Case(*dispatch.target(), shapes, dtypes)).name == "gpu_triton"
+        rows, sizes = (
+            jax.ShapeDtypeStruct((pairs, x.shape[1]), x.dtype),
+            jax.ShapeDtypeStruct((num_experts,), jnp.int32),
+        )
+        case = case_of({"x": rows, "weights": weight, "group_sizes": sizes})
+        return dispatch.choose("grouped_matmul", case).name == "gpu_triton"
 
     def _grouped(
         self, x: Float[Array, "T E"], layer: Layer, experts: Int[Array, "T K"], num_experts: int

@@ -71,6 +71,10 @@ class ConfigReader:
         """Takes a positive whole number, or null for none."""
         return None if self.take(key, None) is None else self.integer(key)
 
+    def ignore(self, *keys: str) -> None:
+        """Takes keys that change nothing here, whatever they say."""
+        self._taken.update(keys)
+
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuses other values of the key than these: they would change the computation in a way that is not built here."""
         value = self.take(key, allowed[0])
@@ -144,6 +148,10 @@ class ConfigReader:
         if window is None or window >= self._context() or SLIDING not in kinds:
             return ()
         return tuple(window if kind == SLIDING else None for kind in kinds)
+
+    def sliding_windows(self) -> tuple[int | None, ...]:
+        """Reads `sliding_window`, of all layers but those that `layer_types` calls full."""
+        return self.layer_windows(self.optional_integer("sliding_window"), self.layer_kinds())
 
     def rope(self, *, partial: bool = False, original: int | None = None) -> RopeConfig:
         """Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both.

@@ -8,6 +8,7 @@ from types import MappingProxyType
 import numpy as np
 
 from llm_infer.models.config import ModelConfig
+from llm_infer.weights.gguf_names import EXPERT
 from llm_infer.weights.rules import Arrange, Rule, fuse_qkv
 
 BLOCK = "model.layers.{layer}."
@@ -83,7 +84,7 @@ def gate_up_rules(config: ModelConfig) -> list[Rule]:
 def expert_rules(
     config: ModelConfig,
     router: str = "mlp.gate",
-    matrices: Mapping[str, str] = MappingProxyType({n: f"mlp.experts.{{x}}.{n}_proj" for n in ("gate", "up", "down")}),
+    matrices: Mapping[str, str] = MappingProxyType(EXPERT),
     parts: Sequence[str] = ("weight",),
 ) -> list[Rule]:
     """Names the router, and the experts' matrices (and biases) stacked below each other; `{x}` stands for the expert."""
@@ -101,6 +102,11 @@ def expert_rules(
             for part in parts
         ),
     ]
+
+
+def shared_expert_rules(expert: str) -> list[Rule]:
+    """Names the matrices of the expert that every token runs through; `expert` is its name within a layer."""
+    return [Rule(f"layers.mlp.shared_{name}.weight", (f"{BLOCK}{expert}.{name}_proj.weight",)) for name in EXPERT]
 
 
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 
 from llm_infer.kvcache.page_allocator import NULL_PAGE, InvariantError
-from llm_infer.kvcache.page_table import PageTable
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, Status
@@ -53,12 +52,6 @@ def check_books(books: Books, requests: Iterable[Request]) -> None:
     books.allocator.check(owners)
 
 
-def _places(table: PageTable) -> Iterable[tuple[list[int], int]]:
-    """Yields each group's pages and the number of its places."""
-    for pages, window in zip(table.groups, table.windows, strict=True):
-        yield pages, table.length if window is None else table.covered
-
-
 def _check_sequence(books: Books, sequence: Sequence) -> None:
     running = sum(sequence in members for members in books.running)
     waiting = books.waiting.count(sequence)
@@ -77,8 +70,8 @@ def _check_sequence(books: Books, sequence: Sequence) -> None:
     if table is None:
         if sequence.num_computed or running:
             raise InvariantError(f"{sequence} has no pages")
-    elif any(len(pages) != -(-end // table.page_size) for pages, end in _places(table)):
-        raise InvariantError(f"{sequence}: pages of {table.page_size} and places: {list(_places(table))}")
+    elif [len(pages) for pages in table.groups] != [-(-end // table.page_size) for end in table.ends()]:
+        raise InvariantError(f"{sequence}: pages {table.groups} of {table.page_size} for places up to {table.ends()}")
     elif any(NULL_PAGE in pages for pages, window in zip(table.groups, table.windows, strict=True) if window is None):
         raise InvariantError(f"{sequence} has lost pages: {table.groups}")
     elif sequence.num_computed > table.length or sequence.num_computed >= sequence.length + sequence.num_drafts:

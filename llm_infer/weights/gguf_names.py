@@ -19,6 +19,8 @@ DENSE_LAYER = {
 }
 MOE_LAYER = {name: hf for name, hf in DENSE_LAYER.items() if not hf.startswith("mlp.")} | {"ffn_gate_inp": "mlp.gate"}
 """With a router in place of the MLP; how experts are stacked, all architectures have in common."""
+EXPERT = {name: f"mlp.experts.{{x}}.{name}_proj" for name in ("gate", "up", "down")}
+"""An expert's matrices → their names within a layer, `{x}` for its number."""
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 OUT_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 """Norms after attention and MLP."""
@@ -39,7 +41,7 @@ class GGUFNames:
         norms_with_one: whether the scales of norms have the one added that Hugging Face's lack.
         bias_keys: those of "attention_bias" and "mlp_bias" that the Hugging Face config has.
         experts: whether the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor per layer.
-        expert_names: names of an expert's matrices within a layer, `{x}` for its number.
+        expert_names: see EXPERT.
         partial_rotary: whether a part of each head may be rotated.
         keys: further metadata keys, below "<architecture>.", → keys of the Hugging Face config that hold the same number.
         values: keys of the Hugging Face config that the file does not say.
@@ -59,9 +61,7 @@ class GGUFNames:
     norms_with_one: bool = False
     bias_keys: tuple[str, ...] = ()
     experts: bool = False
-    expert_names: Mapping[str, str] = field(
-        default_factory=lambda: {name: f"mlp.experts.{{x}}.{name}_proj" for name in ("gate", "up", "down")}
-    )
+    expert_names: Mapping[str, str] = field(default_factory=lambda: EXPERT)
     partial_rotary: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})

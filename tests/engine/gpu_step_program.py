@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_infer.decoding.features import PLAIN
 from llm_infer.engine.platform import compiler_options, layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
+from llm_infer.engine.step.paged import Paging
 from llm_infer.engine.step.state import PAGES, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
+from llm_infer.kvcache.groups import one_group
 from llm_infer.models.architectures import read_architecture
 from llm_infer.models.params import abstract_params, split_model
 from llm_infer.models.registry import family
@@ -37,7 +40,7 @@ found = {}
 for tokens in (8,):
     rows = min(tokens, query_rows("gpu", config.num_heads // config.num_kv_heads))
     layout = StepLayout(PlanShape(tokens, min(tokens, 64), 4096 // PAGE_SIZE, rows))
-    step = make_step(definition, layout, loop=layer_loop(target.platform))
+    step = make_step(definition, layout, PLAIN, Paging(one_group(2), PAGE_SIZE), loop=layer_loop(target.platform))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert dispatch.target() == ("gpu", target.device_kind)
         options = compiler_options("gpu", params)

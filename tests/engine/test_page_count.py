@@ -22,6 +22,8 @@ from llm_infer.engine.memory import (
     physical_memory,
 )
 from llm_infer.engine.page_count import LARGEST, page_bytes, pages_that_fit
+from llm_infer.engine.programs import StepPrograms
+from llm_infer.engine.runner import Runner
 from llm_infer.engine.step.state import PAGES
 from tests.models.family_checkpoints import load
 
@@ -123,3 +125,16 @@ def test_the_limit_of_a_cpu_is_what_the_machine_has_free(tmp_path: Path, monkeyp
     assert 0 < free_memory() <= physical_memory()
     monkeypatch.setattr("llm_infer.engine.memory.free_memory", lambda: 1 << 20)
     assert memory_limit(jax.devices()) == (1 << 20) // len(jax.devices())
+
+
+def test_pages_of_a_draft_model_hold_all_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, found = load("gemma3_gqa"), {}  # three layers, each with a page of its own where windows give some back
+
+    def choose(steps: StepPrograms, largest: int, limit: int | None, beside: StepPrograms) -> int:
+        found["own"], found["beside"] = page_bytes(steps), page_bytes(beside)
+        return 40
+
+    monkeypatch.setattr("llm_infer.engine.runner.choose_num_pages", choose)
+    config = EngineConfig(CacheConfig(), SchedulerConfig(2, 4))
+    Runner(model, config, max_model_len=48, draft_model=model)
+    assert found["beside"] == 3 * found["own"]

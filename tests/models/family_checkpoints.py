@@ -92,7 +92,7 @@ def dense_run(model: LoadedModel) -> Callable[[Sequence[int]], tuple[np.ndarray,
             return x, x
 
         layers = jnp.arange(model.config.num_layers, dtype=jnp.int32)
-        num_dense = 0 if model.config.moe is None else model.config.moe.dense_first
+        num_dense = model.config.dense_first
         x, found = decoder.embed_tokens(ids, positions), []
         for index in range(num_dense):
             x, _ = layer(x, jnp.int32(index), dense=True)

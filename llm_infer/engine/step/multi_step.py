@@ -11,7 +11,7 @@ from jaxtyping import Array
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.penalties import PenaltyState
 from llm_infer.engine.step.layout import StepLayout
-from llm_infer.engine.step.paged import Paging, attention_over, copied_pages
+from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import Cache, StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs
 from llm_infer.models.decoder import LayerLoop
@@ -50,10 +50,8 @@ def make_steps(
             active = ~ended & (index < f["num_steps"])
             positions = f["positions"] + index
             plan = decode_plan(first_plan, positions, active, paging.page_size)
-            attend = attention_over(plan)
-            if layout.groups > 1:
-                rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
-                attend = paging.attention_over(plan, f["more_tables"], rows, positions, active)
+            rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
+            attend = paging.attention_over(plan, f.get("more_tables"), rows, positions, active)
             hidden, cache = model(ids, positions, cache, attend, loop=loop)
             logits = model.logits(hidden)
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}

@@ -38,7 +38,7 @@ class Paging:
     def attention_over(
         self,
         plan: AttentionPlan,
-        more_tables: Int[Array, "G-1 S B"],
+        more_tables: Int[Array, "G-1 S B"] | None,
         rows: Int[Array, " T"],
         positions: Int[Array, " T"],
         used: Bool[Array, " T"],
@@ -47,9 +47,11 @@ class Paging:
 
         Args:
             plan: of the first group; but for pages, those of the others are the same.
-            more_tables: block tables of the others.
+            more_tables: block tables of the others; None where there are none.
             rows, positions, used: the sequence of each token, its position, and whether it is a token at all.
         """
+        if more_tables is None:
+            return attention_over(plan)
         tables = jnp.concatenate((plan.block_tables[None], more_tables))
         # A sequence past the last stands for padding, which is written to the null page.
         pages = tables.at[:, rows, positions // self.page_size].get(mode="clip")

@@ -12,13 +12,13 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
-from llm_infer.decoding.features import PLAIN, StepFeatures
+from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
 from llm_infer.decoding.sample import SamplingRows, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.engine.step.layout import StepLayout
-from llm_infer.engine.step.paged import Paging, attention_over, copied_pages
+from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
@@ -34,15 +34,13 @@ StepFunction = Callable[[Params, StepState, StepInputs], tuple[StepState, dict[s
 def make_step(
     definition: nnx.GraphDef,
     layout: StepLayout,
-    features: StepFeatures = PLAIN,
+    features: StepFeatures,
+    paging: Paging,
     *,
-    paging: Paging | None = None,
     loop: LayerLoop = 1,
     keep_logits: bool = False,
 ) -> StepFunction:
     """Makes the step of one token bucket and a set of features, to be jitted with the state donated.
-
-    `paging` is needed where the layout has several groups of layers.
 
     `step(params, state, inputs) -> (state, outputs)`: copies shared pages that are about to be written, fetches ids that
     are still on the device, runs the model over the pages, draws the next id of each row and keeps it in the row's slot
@@ -59,11 +57,11 @@ def make_step(
 
         cache = copied_pages(state.cache, f)
         token_ids = jnp.where(f["feeds"] == 1, state.last_ids[0, f["feed_slot"]], f["token_ids"])
-        attend = attention_over(plan)
-        if paging is not None and layout.groups > 1:
-            token = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-            rows = jnp.sum(token[:, None] >= f["q_start"][None, 1:], axis=1, dtype=jnp.int32)
-            attend = paging.attention_over(plan, f["more_tables"], rows, f["positions"], token < f["q_start"][-1])
+        # The sequence of each token; padding lies behind the last range.
+        token = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+        owner = jnp.sum(token[:, None] >= f["q_start"][None, 1:], axis=1, dtype=jnp.int32)
+        used = token < f["q_start"][-1]
+        attend = paging.attention_over(plan, f.get("more_tables"), owner, f["positions"], used)
         hidden, cache = model(token_ids, f["positions"], cache, attend, loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
         ids, penalties = draw_ids(logits, f, state.penalties, None if inputs.allowed is None else inputs.allowed[0])
@@ -77,8 +75,6 @@ def make_step(
             with jax.named_scope("pool"):
                 normed = model.normed(hidden).astype(jnp.float32)
                 outputs["pooled_last"] = normed[f["logits_row"]][None]
-                # Padding rows lie behind the last range and fall out of the sum.
-                owner = jnp.searchsorted(f["q_start"][1:], jnp.arange(hidden.shape[0]), side="right")
                 outputs["pooled_sum"] = jax.ops.segment_sum(normed, owner, f["logits_row"].shape[0])[None]
         if StepFeatures.BEAMS in features:
             with jax.named_scope("beams"):

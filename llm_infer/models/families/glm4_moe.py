@@ -10,20 +10,19 @@ import numpy as np
 
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.hf_config import ConfigReader
-from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
+from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules, shared_expert_rules
+from llm_infer.weights.gguf_names import EXPERT
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
 _DEFAULTS = {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
-_MATRICES = ("gate", "up", "down")
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Glm4MoeConfig`."""
     reader = ConfigReader(_DEFAULTS | dict(values))
     fields = reader.llama_like(partial=True)
-    for unused in ("num_nextn_predict_layers", "num_mtp_layers", "output_router_logits"):
-        reader.take(unused, 0)
+    reader.ignore("num_nextn_predict_layers", "num_mtp_layers", "output_router_logits")
     inner = reader.integer("moe_intermediate_size", 1408)
     moe = MoEConfig(
         num_experts=reader.integer("n_routed_experts", 128),
@@ -58,17 +57,14 @@ def rules(config: ModelConfig) -> list[Rule]:
         *llama_rules(config),
         *(
             Rule(f"layers.dense_mlp.{name}.weight", (f"{BLOCK}mlp.{name}_proj.weight",), end=dense)
-            for name in (_MATRICES if dense else ())
+            for name in (EXPERT if dense else ())
         ),
         *(
             replace(rule, first=dense)
             for rule in (
                 *expert_rules(config),
                 Rule("layers.mlp.correction", (BLOCK + "mlp.gate.e_score_correction_bias",)),
-                *(
-                    Rule(f"layers.mlp.shared_{name}.weight", (f"{BLOCK}mlp.shared_experts.{name}_proj.weight",))
-                    for name in _MATRICES
-                ),
+                *shared_expert_rules("mlp.shared_experts"),
             )
         ),
     ]

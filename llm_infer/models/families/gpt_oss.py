@@ -75,8 +75,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     if blocks and (not isinstance(blocks, dict) or blocks.get("quant_method") != "mxfp4"):
         raise ModelError(f"config.json: quantization_config={blocks!r:.80} is not supported, expected mxfp4")
     reader.take("initial_context_length", 4096)  # of the rotation's scaling, which says it itself
-    for training in ("output_router_logits", "router_aux_loss_coef", "experts_per_token"):
-        reader.take(training, 0)
+    reader.ignore("output_router_logits", "router_aux_loss_coef", "experts_per_token")
     sizes = reader.sizes()
     moe = MoEConfig(
         num_experts=reader.integer("num_local_experts"),

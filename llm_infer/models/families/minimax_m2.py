@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.families.mixtral import MATRICES
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
 from llm_infer.weights.gguf_names import MOE_LAYER, QK_NORMS, GGUFNames
@@ -14,7 +15,6 @@ from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
 _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 5e6, "num_key_value_heads": 8, "head_dim": 128}
-_MATRICES = {name: f"block_sparse_moe.experts.{{x}}.{w}" for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
 _CORRECTION = "block_sparse_moe.e_score_correction_bias"
 _SIGMOID = 2
 """llama.cpp's number for scores by a sigmoid."""
@@ -33,7 +33,7 @@ GGUF = GGUFNames(
     | QK_NORMS
     | {"exp_probs_b.bias": _CORRECTION},
     experts=True,
-    expert_names=_MATRICES,
+    expert_names=MATRICES,
     partial_rotary=True,
     keys={"expert_gating_func": "expert_gating_func"},
     adjust=_name_sizes,
@@ -59,10 +59,8 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
             f"config.json: attn_type_list={kinds!r:.60} is not supported, expected a list of 1: softmax attention"
         )
     # Of training, of heads that predict further tokens, and of an MLP that no layer has.
-    for unused in ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "shared_moe_mode"):
-        reader.take(unused, 0)
-    for unused in ("use_mtp", "num_mtp_modules", "mtp_transformer_layers", "mlp_intermediate_size"):
-        reader.take(unused, 0)
+    reader.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "shared_moe_mode")
+    reader.ignore("use_mtp", "num_mtp_modules", "mtp_transformer_layers", "mlp_intermediate_size")
     moe = MoEConfig(
         num_experts=reader.integer("num_local_experts", 256),
         experts_per_token=reader.integer("num_experts_per_tok", 8),
@@ -70,9 +68,13 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
         scores="sigmoid",
         correction=True,
     )
-    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
     result = ModelConfig(
-        "MiniMaxM2ForCausalLM", **fields, qk_norm_whole=True, windows=windows, moe=moe, fused_qkv=fused_qkv
+        "MiniMaxM2ForCausalLM",
+        **fields,
+        qk_norm_whole=True,
+        windows=reader.sliding_windows(),
+        moe=moe,
+        fused_qkv=fused_qkv,
     )
     reader.finish()
     return result
@@ -90,6 +92,6 @@ def rules(config: ModelConfig) -> list[Rule]:
     """Names Llama's tensors, the router with its correction, and the experts."""
     return [
         *llama_rules(config),
-        *expert_rules(config, "block_sparse_moe.gate", _MATRICES),
+        *expert_rules(config, "block_sparse_moe.gate", MATRICES),
         Rule("layers.mlp.correction", (BLOCK + _CORRECTION,)),
     ]

@@ -32,13 +32,12 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     rope.pop("max_position_embeddings", None)  # the model's own, once more
     beta = rope.pop("llama_4_scaling_beta", None)
     reader = ConfigReader({**_DEFAULTS, **values, "rope_parameters": rope})
-    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
     fields = reader.llama_like()
     if beta is not None:
         if "original_max_position_embeddings" not in rope or fields["rope"].kind != "yarn":
             raise ModelError("config.json: llama_4_scaling_beta without YaRN's original_max_position_embeddings")
         number = positive("rope_parameters['llama_4_scaling_beta']", beta, 1e6)
         fields["rope"] = replace(fields["rope"], query_beta=number)
-    result = ModelConfig("Ministral3ForCausalLM", **fields, windows=windows, fused_qkv=fused_qkv)
+    result = ModelConfig("Ministral3ForCausalLM", **fields, windows=reader.sliding_windows(), fused_qkv=fused_qkv)
     reader.finish()
     return result

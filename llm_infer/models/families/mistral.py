@@ -16,7 +16,8 @@ IGNORED_TENSORS = LLAMA_IGNORED
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `MistralConfig`."""
     reader = ConfigReader({"num_key_value_heads": 8, "sliding_window": 4096, **values})
-    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
-    result = ModelConfig("MistralForCausalLM", **reader.llama_like(), windows=windows, fused_qkv=fused_qkv)
+    result = ModelConfig(
+        "MistralForCausalLM", **reader.llama_like(), windows=reader.sliding_windows(), fused_qkv=fused_qkv
+    )
     reader.finish()
     return result

@@ -11,26 +11,24 @@ from llm_infer.models.names import LLAMA_IGNORED, expert_rules, llama_rules
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
-_MATRICES = {name: f"block_sparse_moe.experts.{{x}}.{w}" for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
+MATRICES = {name: f"block_sparse_moe.experts.{{x}}.{w}" for name, w in (("gate", "w1"), ("up", "w3"), ("down", "w2"))}
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `MixtralConfig`."""
     reader = ConfigReader({"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, **values})
     fields = reader.llama_like()
-    for training in ("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"):
-        reader.take(training, 0)
+    reader.ignore("output_router_logits", "router_aux_loss_coef", "router_jitter_noise")  # of training
     moe = MoEConfig(
         num_experts=reader.integer("num_local_experts", 8),
         experts_per_token=reader.integer("num_experts_per_tok", 2),
         intermediate_size=fields["intermediate_size"],
     )
-    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
-    result = ModelConfig("MixtralForCausalLM", **fields, windows=windows, moe=moe, fused_qkv=fused_qkv)
+    result = ModelConfig("MixtralForCausalLM", **fields, windows=reader.sliding_windows(), moe=moe, fused_qkv=fused_qkv)
     reader.finish()
     return result
 
 
 def rules(config: ModelConfig) -> list[Rule]:
     """Names Llama's tensors, the router and the experts."""
-    return [*llama_rules(config), *expert_rules(config, "block_sparse_moe.gate", _MATRICES)]
+    return [*llama_rules(config), *expert_rules(config, "block_sparse_moe.gate", MATRICES)]

@@ -27,7 +27,6 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     reader = ConfigReader({"rms_norm_eps": 1e-5, **values})
     fields = reader.llama_like(partial=True, original=reader.optional_integer("original_max_position_embeddings"))
     reader.take("embd_pdrop", 0.0)  # of training
-    windows = reader.layer_windows(reader.optional_integer("sliding_window"), reader.layer_kinds())
-    result = ModelConfig("Phi3ForCausalLM", **fields, windows=windows, fused_qkv=fused_qkv)
+    result = ModelConfig("Phi3ForCausalLM", **fields, windows=reader.sliding_windows(), fused_qkv=fused_qkv)
     reader.finish()
     return result

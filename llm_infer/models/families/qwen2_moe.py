@@ -8,7 +8,7 @@ from typing import Any
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.families.qwen3_moe import experts_of
 from llm_infer.models.hf_config import ConfigReader
-from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
+from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules, shared_expert_rules
 from llm_infer.weights.gguf_names import MOE_LAYER, GGUFNames
 from llm_infer.weights.rules import Rule
 
@@ -47,9 +47,6 @@ def rules(config: ModelConfig) -> list[Rule]:
     return [
         *llama_rules(config),
         *expert_rules(config),
-        *(
-            Rule(f"layers.mlp.shared_{name}.weight", (f"{BLOCK}mlp.shared_expert.{name}_proj.weight",))
-            for name in _SHARED.values()
-        ),
+        *shared_expert_rules("mlp.shared_expert"),
         Rule("layers.mlp.shared_weight.weight", (BLOCK + "mlp.shared_expert_gate.weight",)),
     ]

@@ -44,9 +44,7 @@ def experts_of(reader: ConfigReader, **more: Any) -> MoEConfig:
     reader.expect("decoder_sparse_step", 1)
     if dense := reader.take("mlp_only_layers", []):
         raise ModelError(f"config.json: mlp_only_layers={dense!r} is not supported, expected []: experts in all layers")
-    # Both concern training alone.
-    reader.take("output_router_logits", False)
-    reader.take("router_aux_loss_coef", 0.0)
+    reader.ignore("output_router_logits", "router_aux_loss_coef")  # of training
     return MoEConfig(
         num_experts=reader.integer("num_experts"),
         experts_per_token=reader.integer("num_experts_per_tok"),
