@@ -88,7 +88,8 @@ def gguf_model(file: GGUFFile) -> tuple[dict[str, Any], GGUFSource]:
     Raises:
         ModelError: the architecture is not supported, or the metadata are not understood.
     """
-    hf_class, names = gguf_family(file.require("general.architecture", str), str(file.path))
+    name = file.require("general.architecture", str)
+    hf_class, names = gguf_family(name, bool(file.metadata.get(f"{name}.expert_count")), str(file.path))
     return gguf_to_hf_config(file, hf_class, names), GGUFSource(file, names)
 
 

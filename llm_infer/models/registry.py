@@ -24,7 +24,8 @@ class Family:
     Attributes:
         module: reads config keys and names weights; imported without JAX.
         decoder: "module:class" of what computes the model.
-        gguf: llama.cpp's names for it; the module's `GGUF` says how its files differ.
+        gguf: llama.cpp's names for it; the module's `GGUF` says how its files differ. Where two families have the same name,
+            "name+experts" stands for the one with experts.
         text_of: Hugging Face's classes of models that hold this one beside towers for pictures or sound.
     """
 
@@ -40,14 +41,16 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": Family(f"{_HERE}.gemma2", gguf=("gemma2",)),
     "Gemma3ForCausalLM": Family(f"{_HERE}.gemma3", gguf=("gemma3",), text_of=("Gemma3ForConditionalGeneration",)),
     "Glm4ForCausalLM": Family(f"{_HERE}.glm4", gguf=("glm4",)),
-    "Glm4MoeForCausalLM": Family(f"{_HERE}.glm4_moe"),
+    "Glm4MoeForCausalLM": Family(f"{_HERE}.glm4_moe", gguf=("glm4moe",)),
     "GptOssForCausalLM": Family(f"{_HERE}.gpt_oss", gguf=("gpt-oss",)),
     "GraniteForCausalLM": Family(f"{_HERE}.granite", gguf=("granite",)),
     "LlamaForCausalLM": Family(f"{_HERE}.llama", gguf=("llama",)),
     "MiniMaxM2ForCausalLM": Family(f"{_HERE}.minimax_m2", gguf=("minimax-m2",)),
     "MistralForCausalLM": Family(f"{_HERE}.mistral", text_of=("Mistral3ForConditionalGeneration",)),
-    "Ministral3ForCausalLM": Family(f"{_HERE}.ministral3", text_of=("Mistral3ForConditionalGeneration",)),
-    "MixtralForCausalLM": Family(f"{_HERE}.mixtral"),
+    "Ministral3ForCausalLM": Family(
+        f"{_HERE}.ministral3", gguf=("mistral3",), text_of=("Mistral3ForConditionalGeneration",)
+    ),
+    "MixtralForCausalLM": Family(f"{_HERE}.mixtral", gguf=("llama+experts",)),
     "Olmo2ForCausalLM": Family(f"{_HERE}.olmo2", gguf=("olmo2",)),
     "Olmo3ForCausalLM": Family(f"{_HERE}.olmo3"),
     "OPTForCausalLM": Family(f"{_HERE}.opt", f"{_HERE}.opt_decoder:OPTDecoder"),
@@ -77,16 +80,22 @@ def family(values: Mapping[str, Any]) -> ModuleType:
     return import_module(FAMILIES[names[0]].module)
 
 
-def gguf_family(name: str, where: str) -> tuple[str, GGUFNames]:
+def gguf_family(name: str, experts: bool, where: str) -> tuple[str, GGUFNames]:
     """Returns Hugging Face's class for a GGUF architecture, and the names in its files.
 
+    Args:
+        name: llama.cpp's name of the architecture.
+        experts: whether the file says that it has experts.
+        where: the file.
+
     Raises:
-        ModelError: no family has it; `where` is the file.
+        ModelError: no family has it.
     """
-    for hf_class, row in FAMILIES.items():
-        if name in row.gguf:
-            return hf_class, import_module(row.module).GGUF
-    supported = ", ".join(sorted(each for row in FAMILIES.values() for each in row.gguf))
+    for each in ([f"{name}+experts"] if experts else []) + [name]:
+        for hf_class, row in FAMILIES.items():
+            if each in row.gguf:
+                return hf_class, import_module(row.module).GGUF
+    supported = ", ".join(sorted({each.partition("+")[0] for row in FAMILIES.values() for each in row.gguf}))
     raise ModelError(f"{where}: architecture {name!r:.60} is not supported from GGUF; supported: {supported}")
 
 

@@ -38,6 +38,7 @@ _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0.0,),
     "attention.max_alibi_bias": (0.0,),
     "attention.sliding_window": (0,),
+    "attention.temperature_scale": (0.0,),
     "attn_logit_softcapping": (0.0,),
     "decoder_start_token_id": (-1,),
     "embedding_scale": (1.0,),
@@ -51,7 +52,6 @@ _NEUTRAL_KEYS: Mapping[str, tuple[Any, ...]] = {
     "residual_scale": (1.0,),
     "rope.scale_linear": (1.0,),
     "rope.scaling.attn_factor": (1.0,),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
     "tensor_data_layout": ("Meta AI original pth",),
     "use_parallel_residual": (False,),
 }
@@ -126,21 +126,21 @@ def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) ->
     }
     if architecture.partial_rotary:
         config["partial_rotary_factor"] = rotated / head_dim
-    for key, tensor in (("attention_bias", "blk.0.attn_q.bias"), ("mlp_bias", "blk.0.ffn_gate.bias")):
-        if key in architecture.bias_keys:
-            config[key] = tensor in file.tensors
+    for key, tensor in architecture.flags.items():
+        config[key] = tensor in file.tensors
     if architecture.experts:
         config |= {
             "num_experts": integer("expert_count"),
             "num_experts_per_tok": integer("expert_used_count"),
-            "moe_intermediate_size": integer("expert_feed_forward_length"),
+            "moe_intermediate_size": integer("expert_feed_forward_length", config["intermediate_size"]),
             # The file does not say; llama.cpp normalises the weights of every model of this architecture.
             "norm_topk_prob": True,
         }
     for key, hf_key in architecture.keys.items():
         if key in present - neutral:
-            whole = isinstance(file.metadata[prefix + key], int)
-            config[hf_key] = integer(key) if whole else number(key)
+            value = file.metadata[prefix + key]
+            whole = isinstance(value, int)
+            config[hf_key] = value if isinstance(value, bool) else integer(key) if whole else number(key)
     if _PATTERN in present:
         config["layer_types"] = _layer_types(file, prefix + _PATTERN, config["num_hidden_layers"])
     for name in ("bos", "eos"):

@@ -22,6 +22,8 @@ MOE_LAYER = {name: hf for name, hf in DENSE_LAYER.items() if not hf.startswith("
 EXPERT = {name: f"mlp.experts.{{x}}.{name}_proj" for name in ("gate", "up", "down")}
 """An expert's matrices → their names within a layer, `{x}` for its number."""
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
+BIASES = ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_gate.bias"}
 OUT_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 """Norms after attention and MLP."""
 WINDOW_KEYS = {"attention.sliding_window": "sliding_window"}
@@ -39,7 +41,7 @@ class GGUFNames:
         interleaved_rope: whether rows of the query and key projections were reordered from (half, pair) to (pair, half) within
             each head, because llama.cpp rotates neighbouring elements for this architecture.
         norms_with_one: whether the scales of norms have the one added that Hugging Face's lack.
-        bias_keys: those of "attention_bias" and "mlp_bias" that the Hugging Face config has.
+        flags: keys of the Hugging Face config that are true where the file has a tensor → that tensor.
         experts: whether the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor per layer.
         expert_names: see EXPERT.
         partial_rotary: whether a part of each head may be rotated.
@@ -59,7 +61,7 @@ class GGUFNames:
     )
     interleaved_rope: bool = False
     norms_with_one: bool = False
-    bias_keys: tuple[str, ...] = ()
+    flags: Mapping[str, str] = field(default_factory=dict)
     experts: bool = False
     expert_names: Mapping[str, str] = field(default_factory=lambda: EXPERT)
     partial_rotary: bool = False

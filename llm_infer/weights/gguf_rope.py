@@ -13,7 +13,11 @@ from llm_infer.weights.gguf import GGUFFile, GGUFTensor
 LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 """Tensors of LongRoPE, read as part of the config."""
 ATTENTION_FACTOR = "rope.scaling.attn_factor"
-YARN_KEYS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
+YARN_KEYS = {
+    "rope.scaling.yarn_beta_fast": "beta_fast",
+    "rope.scaling.yarn_beta_slow": "beta_slow",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim",
+}
 
 
 def rope_scaling(
@@ -49,6 +53,8 @@ def rope_scaling(
     for key, name in YARN_KEYS.items():
         if prefix + key in file.metadata:
             scaling[name] = float(str(np.float32(file.require(prefix + key, float))))
+    if scaling.get("mscale_all_dim"):
+        scaling["mscale"] = 1.0  # llama.cpp has one of the two numbers, the quotient's lower
     return scaling
 
 

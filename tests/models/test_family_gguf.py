@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFWriter, RopeScalingType, get_tensor_name_map
+from gguf import ExpertGatingFuncType, GGMLQuantizationType, GGUFWriter, RopeScalingType, get_tensor_name_map
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.quants import quantize
 
@@ -24,7 +24,7 @@ from tests.models.block_files import write_llama
 from tests.models.family_checkpoints import FOLDER, dense, load
 
 # Architectures whose q and k rows the converter reorders from (half, pair) to (pair, half) within a head.
-INTERLEAVED = ("llama", "granite", "smollm3")
+INTERLEAVED = ("llama", "granite", "smollm3", "mistral3")
 MORE_NUMBERS = {
     "sliding_window": "add_sliding_window",
     "shared_expert_intermediate_size": "add_expert_shared_feed_forward_length",
@@ -34,6 +34,12 @@ MORE_NUMBERS = {
     "embedding_multiplier": "add_embedding_scale",
     "residual_multiplier": "add_residual_scale",
     "logits_scaling": "add_logit_scale",
+    "n_group": "add_expert_group_count",
+    "topk_group": "add_expert_group_used_count",
+    "n_shared_experts": "add_expert_shared_count",
+    "first_k_dense_replace": "add_leading_dense_block_count",
+    "routed_scaling_factor": "add_expert_weights_scale",
+    "num_nextn_predict_layers": "add_nextn_predict_layers",
 }
 """Key of config.json → the writer's method."""
 
@@ -47,10 +53,11 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     tensors = open_model(resolve(str(FOLDER / name))).tensors
     writer, heads = GGUFWriter(path, architecture), config["num_attention_heads"]
     (number,) = (each for each, known in MODEL_ARCH_NAMES.items() if known == architecture)
-    names = get_tensor_name_map(number, config["num_hidden_layers"])
+    layers, more = config["num_hidden_layers"], config.get("num_nextn_predict_layers", 0)
+    names = get_tensor_name_map(number, layers + more)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_block_count(layers + more)
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
@@ -69,6 +76,9 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     if "beta_fast" in rope:
         writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
         writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+    if "llama_4_scaling_beta" in rope:
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
     if "head_dim" in config:
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
@@ -81,11 +91,17 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     kinds = config.get("layer_types") or []
     if "sliding_attention" in kinds:
         writer.add_sliding_window_pattern([each == "sliding_attention" for each in kinds])
-    experts = config.get("num_local_experts", config.get("num_experts", 0))
+    experts = next(
+        (config[key] for key in ("num_local_experts", "num_experts", "n_routed_experts") if key in config), 0
+    )
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config["num_experts_per_tok"])
-        writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
+        if architecture != "llama":
+            writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
+    if architecture == "glm4moe":
+        writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
 
     def read(tensor: str) -> np.ndarray:
         out = np.empty(tensors.shape(tensor), np.float32)
@@ -119,14 +135,16 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
             values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         add(f"{names.get_name(base)}.{suffix}", values)
     parts = ("weight", "bias") if architecture == "gpt-oss" else ("weight",)
-    for layer in range(config["num_hidden_layers"] if experts else 0):
+    for layer in range(config.get("first_k_dense_replace", 0), layers if experts else 0):
         for matrix, suffix in itertools.product(("gate", "up", "down"), parts):
             of_one = GGUFNames("").expert_names[matrix]
-            if architecture == "minimax-m2":
+            if architecture in ("minimax-m2", "llama"):
                 of_one = f"block_sparse_moe.experts.{{x}}.{dict(gate='w1', up='w3', down='w2')[matrix]}"
             block = f"model.layers.{layer}.{of_one}.{suffix}"
             stack = np.stack([read(block.replace("{x}", str(x))) for x in range(experts)])
             add(f"blk.{layer}.ffn_{matrix}_exps.{suffix}", stack)
+    for tensor in ("nextn.eh_proj", "nextn.shared_head_norm", "attn_q", "ffn_gate_exps") if more else ():
+        add(f"blk.{layers}.{tensor}.weight", np.ones((2, 32, 32) if "exps" in tensor else 32, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -141,7 +159,8 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         *(("granite_mha", "granite"), ("granite_gqa", "granite"), ("smollm3_mha", "smollm3")),
         *(("olmo2_gqa", "olmo2"), ("olmo3_mha", "olmo2"), ("glm4_mha", "glm4"), ("glm4_gqa", "glm4")),
         *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("phi3_longrope", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
-        *(("minimax_m2_mha", "minimax-m2"), ("minimax_m2_gqa", "minimax-m2")),
+        *(("minimax_m2_mha", "minimax-m2"), ("minimax_m2_gqa", "minimax-m2"), ("mixtral_gqa", "llama")),
+        *(("glm4_moe_mha", "glm4moe"), ("glm4_moe_gqa", "glm4moe"), ("ministral3_mha", "mistral3")),
     ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:
@@ -195,6 +214,8 @@ def values_in_more_bits(tensor: str) -> str:
         ("qwen3_mha", "qwen3", more_bits_for_some_layers),
         ("qwen2_gqa", "qwen2", values_in_more_bits),
         ("qwen3_moe_gqa", "qwen3moe", one_kind),
+        ("glm4_moe_gqa", "glm4moe", one_kind),
+        ("mixtral_gqa", "llama", one_kind),
     ],
 )
 def test_weights_that_stay_in_their_blocks_compute_the_same(

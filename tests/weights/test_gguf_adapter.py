@@ -100,7 +100,7 @@ def test_linear_rope_scaling(tmp_path: Path) -> None:
     ("extra", "message"),
     [
         ({"llama.attention.sliding_window": (64, U32)}, "not understood.*llama.attention.sliding_window"),
-        ({"llama.expert_count": (8, U32)}, "mixtures of experts"),
+        ({"llama.expert_used_count": (2, U32)}, "mixtures of experts"),
         ({"llama.attention.key_length": (32, U32)}, "rope.dimension_count=16, expected the head size 32"),
         ({"llama.attention.value_length": (8, U32)}, "value_length=8"),
         ({"llama.rope.freq_base": (-1.0, F32)}, "freq_base=-1.0, expected a finite positive"),

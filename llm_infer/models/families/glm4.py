@@ -11,7 +11,7 @@ import numpy as np
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, gate_up_rules, llama_rules, qkv_rules
-from llm_infer.weights.gguf_names import DENSE_LAYER, GGUFNames
+from llm_infer.weights.gguf_names import ATTENTION_BIAS, DENSE_LAYER, GGUFNames
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
@@ -36,7 +36,7 @@ GGUF = GGUFNames(
         "post_attention_norm": "post_self_attn_layernorm",
         "post_ffw_norm": "post_mlp_layernorm",
     },
-    bias_keys=("attention_bias",),
+    flags=ATTENTION_BIAS,
     partial_rotary=True,
 )
 

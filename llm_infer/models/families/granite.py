@@ -8,14 +8,14 @@ from typing import Any
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, llama_rules
-from llm_infer.weights.gguf_names import GGUFNames
+from llm_infer.weights.gguf_names import BIASES, GGUFNames
 
 rules = llama_rules
 IGNORED_TENSORS = LLAMA_IGNORED
 GGUF = GGUFNames(
     "granite",
     interleaved_rope=True,
-    bias_keys=("attention_bias", "mlp_bias"),
+    flags=BIASES,
     keys={
         "attention.scale": "attention_multiplier",
         "embedding_scale": "embedding_multiplier",

@@ -8,11 +8,11 @@ from typing import Any
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, llama_rules
-from llm_infer.weights.gguf_names import GGUFNames
+from llm_infer.weights.gguf_names import BIASES, GGUFNames
 
 rules = llama_rules
 IGNORED_TENSORS = LLAMA_IGNORED
-GGUF = GGUFNames("llama", interleaved_rope=True, bias_keys=("attention_bias", "mlp_bias"))
+GGUF = GGUFNames("llama", interleaved_rope=True, flags=BIASES)
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:

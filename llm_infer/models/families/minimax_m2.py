@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.families.mixtral import MATRICES
+from llm_infer.models.families.mixtral import MATRICES, ROUTER, name_sizes
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
 from llm_infer.weights.gguf_names import MOE_LAYER, QK_NORMS, GGUFNames
@@ -18,25 +18,14 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 5e6, "num_key_value_heads": 8, 
 _CORRECTION = "block_sparse_moe.e_score_correction_bias"
 _SIGMOID = 2
 """llama.cpp's number for scores by a sigmoid."""
-
-
-def _name_sizes(config: dict[str, Any]) -> None:
-    """Names the sizes of experts, of which every layer has some, as this family's configs do."""
-    del config["norm_topk_prob"]
-    config["num_local_experts"] = config.pop("num_experts")
-    config["intermediate_size"] = config.pop("moe_intermediate_size")
-
-
 GGUF = GGUFNames(
     "minimax_m2",
-    {name: hf.replace("mlp.gate", "block_sparse_moe.gate") for name, hf in MOE_LAYER.items()}
-    | QK_NORMS
-    | {"exp_probs_b.bias": _CORRECTION},
+    MOE_LAYER | ROUTER | QK_NORMS | {"exp_probs_b.bias": _CORRECTION},
     experts=True,
     expert_names=MATRICES,
     partial_rotary=True,
     keys={"expert_gating_func": "expert_gating_func"},
-    adjust=_name_sizes,
+    adjust=name_sizes,
 )
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, llama_rules
-from llm_infer.weights.gguf_names import DENSE_LAYER, QK_NORMS, GGUFNames
+from llm_infer.weights.gguf_names import ATTENTION_BIAS, DENSE_LAYER, QK_NORMS, GGUFNames
 
 rules = llama_rules
 IGNORED_TENSORS = LLAMA_IGNORED
-GGUF = GGUFNames("qwen3", DENSE_LAYER | QK_NORMS, bias_keys=("attention_bias",))
+GGUF = GGUFNames("qwen3", DENSE_LAYER | QK_NORMS, flags=ATTENTION_BIAS)
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:

@@ -9,11 +9,11 @@ from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import LLAMA_IGNORED, expert_rules, llama_rules
-from llm_infer.weights.gguf_names import MOE_LAYER, QK_NORMS, GGUFNames
+from llm_infer.weights.gguf_names import ATTENTION_BIAS, MOE_LAYER, QK_NORMS, GGUFNames
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
-GGUF = GGUFNames("qwen3_moe", MOE_LAYER | QK_NORMS, bias_keys=("attention_bias",), experts=True)
+GGUF = GGUFNames("qwen3_moe", MOE_LAYER | QK_NORMS, flags=ATTENTION_BIAS, experts=True)
 
 
 def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
