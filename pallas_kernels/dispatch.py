@@ -118,6 +118,10 @@ _DRAW_TOKENS = (
     Implementation("gpu_triton", "pallas_kernels.draw_tokens.gpu_triton", ("gpu",)),
     Implementation("xla", "pallas_kernels.draw_tokens.xla"),
 )
+_ROW_SUMS = (
+    Implementation("cpu", "pallas_kernels.row_sums.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("xla", "pallas_kernels.row_sums.xla"),
+)
 
 # op -> its implementations, the first that can run the case is taken.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
@@ -127,6 +131,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "scaled_matmul": _SCALED_MATMUL,
     "grouped_matmul": _GROUPED_MATMUL,
     "draw_tokens": _DRAW_TOKENS,
+    "row_sums": _ROW_SUMS,
 }
 
 

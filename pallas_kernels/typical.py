@@ -47,7 +47,8 @@ def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]
         dtypes = {"x": dtype, "weights": dtype_of_weights, "scales": "float32"}
         found.append(("scaled_matmul", label, Case(platform, device_kind, shapes, dtypes)))
     logits = Case(platform, device_kind, {"logits": (64, 128256)}, {"logits": "float32"})
-    return [*found, ("draw_tokens", "64 rows", logits)]
+    norm = Case(platform, device_kind, {"x": (64, 4096)}, {"x": "float32"}, {"kind": "squares"})
+    return [*found, ("draw_tokens", "64 rows", logits), ("row_sums", "a norm of 64 rows", norm)]
 
 
 def attention(platform: str, device_kind: str, head_dim: int, page_dtype: str, dtype: str) -> Case:

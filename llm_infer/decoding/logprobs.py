@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
+from pallas_kernels.row_sums import logsumexp
 
 
 class Logprobs(NamedTuple):
@@ -24,7 +24,7 @@ class Logprobs(NamedTuple):
 def logprobs_of(logits: Float[Array, "S V"], ids: Int[Array, " S"], count: int) -> Logprobs:
     """Returns the log-probabilities of `ids` and of the `count` most likely tokens of each row."""
     logits = logits.astype(jnp.float32)
-    total = logsumexp(logits, axis=-1)
+    total = logsumexp(logits)
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)
     values, top_ids = top_tokens(logits, count)
     ranks = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,8 +17,9 @@ from llm_infer.quant import StoredWeights
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of
 from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.row_sums import row_sums, softmax
 
-SCORES = {"softmax": partial(jax.nn.softmax, axis=-1), "sigmoid": jax.nn.sigmoid}
+SCORES = {"softmax": softmax, "sigmoid": jax.nn.sigmoid}
 
 
 def route(
@@ -36,7 +35,7 @@ def route(
         _, experts = lax.top_k(_in_best_groups(ranked, config), config.experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        weights = weights / row_sums(weights)[:, None]
     return weights * config.scale if config.scale != 1.0 else weights, experts
 
 
@@ -46,7 +45,7 @@ def _in_best_groups(scores: Float[Array, "T X"], config: MoEConfig) -> Float[Arr
         return scores
     grouped = scores.reshape(scores.shape[0], config.groups, -1)
     best_two, _ = lax.top_k(grouped, 2)
-    _, best = lax.top_k(jnp.sum(best_two, axis=-1), config.top_groups)
+    _, best = lax.top_k(best_two[..., 0] + best_two[..., 1], config.top_groups)
     kept = jnp.any(best[:, :, None] == jnp.arange(config.groups)[None, None], axis=1)
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 

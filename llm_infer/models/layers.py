@@ -16,6 +16,7 @@ from llm_infer.parallel.axes import Axes, ParamSpec
 from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
 from pallas_kernels.quant_matmul import Norm
+from pallas_kernels.row_sums import row_sums
 
 Layer = Int[Array, ""]
 
@@ -90,7 +91,7 @@ def rms_norm(
 ) -> Float[Array, "... E"]:
     """Divides by the root mean square, in float32 (Zhang and Sennrich, 2019). `cut` names mesh axes over which E is cut."""
     x32 = x.astype(jnp.float32)
-    squares = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    squares = row_sums(x32, kind="squares")[..., None] / x.shape[-1]
     if cut:
         squares = lax.pmean(squares, cut)
     scale = lax.rsqrt(squares + eps)
@@ -212,8 +213,9 @@ class LayerNorm(nnx.Module):
         if layer is not None:
             weight, bias = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (weight, bias))
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        scale = lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps)
+        mean = row_sums(x32) / x.shape[-1]
+        centred = x32 - mean[..., None]
+        scale = lax.rsqrt(row_sums(x32, mean, kind="squares")[..., None] / x.shape[-1] + self.eps)
         out = centred * scale * weight.astype(jnp.float32)[None] + bias.astype(jnp.float32)[None]
         return out.astype(x.dtype)
 

@@ -30,7 +30,8 @@ COPY_BYTES = 64  # bytes per step of a page copy
 
 def store_scale(k: Emitter, a: Frame, source: Ptr, block: Ptr, offset: Value, variant: Variant) -> Value:
     """Stores the scale of a token's head, as `pages.to_page_dtype` computes it; returns what its numbers are multiplied by."""
-    parts = [k.abs(source.load(i, k.lanes)) for i in range(0, variant.head_dim, k.lanes)]
+    width = variant.lanes(k)
+    parts = [k.abs(source.load(i, width)) for i in range(0, variant.head_dim, width)]
     own = k.max_lanes(functools.reduce(k.max, parts)) * (1 / 127)
     own_scales(a, block, variant)[offset] = own
     return k.select(own >= SMALLEST_SCALE, k.const(F32, 1.0) / own, 0.0)
@@ -38,7 +39,7 @@ def store_scale(k: Emitter, a: Frame, source: Ptr, block: Ptr, offset: Value, va
 
 def write_rows(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
     """Stores the new K and V of WRITE_ROWS token rows; zeroes the output of padding rows."""
-    d, lanes = variant.head_dim, k.lanes
+    d, lanes = variant.head_dim, variant.lanes(k)
     used = k.min(a.q_start[a.S].to(I64), a.T)
     with k.range(number * WRITE_ROWS, k.min(number * WRITE_ROWS + WRITE_ROWS, a.T)) as row:
         with k.when_else(row < used) as (token, padding):
@@ -72,8 +73,8 @@ def write_out(k: Emitter, a: Frame, variant: Variant, item: Item, state: State, 
         at = ((item.first_row + row // item.group) * a.Hq + column) * state.d
         factor = k.const(F32, 1.0) / state.total[here]
         factor = factor * a.v_scale[0] if variant.scales else factor
-        for v in range(0, state.d, k.lanes):
-            a.out.store(at + v, state.acc.load(here * state.d + v, k.lanes) * factor)
+        for v in range(0, state.d, state.lanes):
+            a.out.store(at + v, state.acc.load(here * state.d + v, state.lanes) * factor)
 
 
 def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
@@ -93,7 +94,7 @@ def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
     item = Item(k, a, which, first_head, k.select(many, k.i64(1), k.min(a.heads, a.Hkv - first_head)))
     begin = k.select(shared, item.first_split + number % splits, item.first_split)
     stop = k.select(shared, k.min(begin + 1, item.end_split), item.end_split)
-    state = State(k, variant.head_dim)
+    state = State(k, variant)
     attention = SplitAttention(k, a, variant, item, state)
     with k.range(0, item.rows, GROUP_ROWS) as base:
         end = k.min(base + GROUP_ROWS, item.rows)
@@ -106,8 +107,8 @@ def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
                 rows, row = item.rows, head * item.group
                 with k.range(0, rows) as i:
                     target[i], target[i + rows] = state.maximum[row + i], state.total[row + i]
-                with k.range(0, rows * variant.head_dim, k.lanes) as i:
-                    target.store(i + rows * 2, state.acc.load(i + row * variant.head_dim, k.lanes))
+                with k.range(0, rows * variant.head_dim, state.lanes) as i:
+                    target.store(i + rows * 2, state.acc.load(i + row * variant.head_dim, state.lanes))
             with complete:
                 write_out(k, a, variant, item, state, base, end - base)
 
@@ -115,14 +116,14 @@ def attend(k: Emitter, a: Frame, number: Value, variant: Variant) -> None:
 def merge_splits(k: Emitter, a: Frame, pair: Value, variant: Variant) -> None:
     """Merges the splits of one (item, head) in order and writes the result."""
     item = Item(k, a, pair // a.Hkv, pair % a.Hkv)
-    state, zero, d = State(k, variant.head_dim), k.i64(0), variant.head_dim
+    state, zero, d = State(k, variant), k.i64(0), variant.head_dim
     state.clear(k, a, variant, item, zero, item.rows, k.const(I1, 0))
     with k.range(0, item.end_split - item.first_split) as split:
         source = a.partial + (pair * a.max_splits + split) * a.width
         with k.range(0, item.rows) as i:
             factors = state.merge_sums(k, i, source[i], source[i + item.rows])
-            for v in range(0, d, k.lanes):
-                state.merge_acc(k, i * d + v, source.load((i + item.rows * 2) + i * (d - 1) + v, k.lanes), *factors)
+            for v in range(0, d, state.lanes):
+                state.merge_acc(k, i * d + v, source.load((i + item.rows * 2) + i * (d - 1) + v, state.lanes), *factors)
     write_out(k, a, variant, item, state, zero, item.rows)
 
 

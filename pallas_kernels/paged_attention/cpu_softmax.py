@@ -8,6 +8,7 @@ every sum is fixed: a row's result has the same bits in any batch, any chunk of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -31,6 +32,10 @@ class Variant:
     softcap: bool
     sinks: bool
     scales: bool
+
+    def lanes(self, k: Emitter) -> int:
+        """Returns the lanes of vectors along D, which they fill."""
+        return math.gcd(self.head_dim, k.lanes)
 
     @property
     def own_scales(self) -> bool:
@@ -106,9 +111,10 @@ class State:
     The rows of the first head come first, `item.group` for each head.
     """
 
-    def __init__(self, k: Emitter, d: int) -> None:
+    def __init__(self, k: Emitter, variant: Variant) -> None:
+        self.d, self.lanes = variant.head_dim, variant.lanes(k)
         self.maximum, self.total = k.scratch(F32, GROUP_ROWS), k.scratch(F32, GROUP_ROWS)
-        self.acc, self.d = k.scratch(F32, GROUP_ROWS * d), d
+        self.acc = k.scratch(F32, GROUP_ROWS * self.d)
 
     def clear(
         self, k: Emitter, a: Frame, variant: Variant, item: Item, first: Value, count: Value, partial: Value
@@ -121,8 +127,8 @@ class State:
                 with k.when(partial ^ 1):
                     sink = a.sinks[(item.head + head) * item.group + (first + i) % item.group]
                     self.maximum[at], self.total[at] = sink, 1.0
-            for v in range(0, self.d, k.lanes):
-                self.acc.store(at * self.d + v, k.zeros(F32, k.lanes))
+            for v in range(0, self.d, self.lanes):
+                self.acc.store(at * self.d + v, k.zeros(F32, self.lanes))
 
     def merge_sums(self, k: Emitter, i: Value, maximum: Value, total: Value) -> tuple[Value, Value]:
         """Takes in a split's maximum and sum; returns the factors of the old and of the split's weighted sum."""
@@ -133,7 +139,7 @@ class State:
         return old_factor, factor
 
     def merge_acc(self, k: Emitter, at: Value, split: Value, old_factor: Value, factor: Value) -> None:
-        self.acc.store(at, k.fma(split, factor, self.acc.load(at, k.lanes) * old_factor))
+        self.acc.store(at, k.fma(split, factor, self.acc.load(at, self.lanes) * old_factor))
 
 
 class SplitAttention:
@@ -157,6 +163,7 @@ class SplitAttention:
     def run(self, split: Value, first: Value, base: Value, count: int) -> None:
         """Attends for rows first … first + count - 1 of each head of the item; their state is at first - base."""
         k, a, item, d, lanes = self.k, self.a, self.item, self.variant.head_dim, self.k.lanes
+        width = self.variant.lanes(k)
         pages = split_pages(k, a)
         start = split * pages
         rows = [first + i for i in range(count)]
@@ -168,16 +175,16 @@ class SplitAttention:
             with k.range(0, item.heads * count) as i:
                 self.maximum[i] = FIRST_MAXIMUM
                 self.total.store(i * lanes, k.zeros(F32, lanes))
-                for v in range(0, d, lanes):
-                    self.acc.store(i * d + v, k.zeros(F32, lanes))
+                for v in range(0, d, width):
+                    self.acc.store(i * d + v, k.zeros(F32, width))
             with k.range(first_page, end_page) as page:
                 self._page(page, rows, positions)
             with k.range(0, item.heads) as head, k.range(0, count) as i:
                 here, there = head * count + i, head * item.group + (first - base) + i
                 total = k.sum_lanes(self.total.load(here * lanes, lanes))
                 factors = self.state.merge_sums(k, there, self.maximum[here], total)
-                for v in range(0, d, lanes):
-                    self.state.merge_acc(k, there * d + v, self.acc.load(here * d + v, lanes), *factors)
+                for v in range(0, d, width):
+                    self.state.merge_acc(k, there * d + v, self.acc.load(here * d + v, width), *factors)
 
     def _page(self, page: Value, rows: list[Value], positions: list[Value]) -> None:
         """Takes one page into the split's sums. A row that sees none of its keys stays as it is, to the bit."""
@@ -231,7 +238,8 @@ class SplitAttention:
     def _scores(self, keys: Ptr, key: Value, head: Value, rows: list[Value]) -> list[Value]:
         """Returns the scores of `lanes` keys with each row. A lane is a key, so no sum crosses lanes; each is over even and odd
         d."""
-        k, a, d, lanes, unroll = self.k, self.a, self.variant.head_dim, self.k.lanes, 8
+        k, a, d, lanes = self.k, self.a, self.variant.head_dim, self.k.lanes
+        unroll = math.gcd(d, 8)
         group, first_row = self.item.group, self.item.first_row
         q = [a.q + ((first_row + row // group) * a.Hq + head * group + row % group) * d for row in rows]
         sums = [[k.var(k.zeros(F32, lanes)) for _ in (0, 1)] for _ in rows]
@@ -252,16 +260,16 @@ class SplitAttention:
 
     def _values(self, values: Ptr, first: Value, count: int, begin: Value, end: Value) -> None:
         """Adds the weighted sums of one head's values begin … end - 1 to those of the pages before."""
-        k, d, lanes = self.k, self.variant.head_dim, self.k.lanes
+        k, d, lanes = self.k, self.variant.head_dim, self.variant.lanes(self.k)
         vectors = 8 if k.registers >= 32 else 4
         here = [first + i for i in range(count)]
         if self.variant.own_scales:
             scales = own_scales(self.a, values, self.variant)
-            with k.range(0, self.a.C, lanes) as key:
-                factors = scales.load(key, lanes)
+            with k.range(0, self.a.C, k.lanes) as key:
+                factors = scales.load(key, k.lanes)
                 for at in here:
                     place = self.weights + at * SPLIT_KEYS
-                    place.store(key, place.load(key, lanes) * factors)
+                    place.store(key, place.load(key, k.lanes) * factors)
         for v0 in range(0, d, vectors * lanes):
             columns = range(v0, min(v0 + vectors * lanes, d), lanes)
             acc = [[k.var(self.acc.load(at * d + v, lanes) * self.factors[at]) for v in columns] for at in here]

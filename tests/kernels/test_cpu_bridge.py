@@ -313,8 +313,10 @@ def kernels() -> dict[str, Kernel]:
     from pallas_kernels.draw_tokens.cpu import _kernel as draw_kernel
     from pallas_kernels.paged_attention import cpu as attention
     from pallas_kernels.quant_matmul import cpu as matmul
+    from pallas_kernels.row_sums.cpu import _kernel as sums_kernel
 
     made = (
+        sums_kernel("squares"),
         draw_kernel(),
         attention.attention_kernel(64, "float32", False, False, False),
         matmul.matmul_kernel("q4_1"),

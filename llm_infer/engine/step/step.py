@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int
 
 from llm_infer.decoding.beam import NUM_CANDIDATES
@@ -24,6 +23,7 @@ from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.paged_attention import AttentionPlan
+from pallas_kernels.row_sums import logsumexp
 
 LOGITS_BLOCK = 32
 """Rows whose logits exist at the same time when all tokens of a step need them."""
@@ -80,7 +80,7 @@ def make_step(
             with jax.named_scope("beams"):
                 values, top_ids = top_tokens(logits, min(NUM_CANDIDATES, logits.shape[-1]))
                 outputs["beam_ids"] = top_ids[None]
-                outputs["beam_logprobs"] = (values - logsumexp(logits, axis=-1, keepdims=True))[None]
+                outputs["beam_logprobs"] = (values - logsumexp(logits)[:, None])[None]
         if keep_logits:
             outputs["logits"] = logits[None]
         return StepState(cache, last_ids, penalties), outputs
@@ -109,7 +109,7 @@ def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: 
         with jax.named_scope("logprobs"):
             outputs |= logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))._asdict()
             if StepFeatures.ALL_LOGPROBS in features:
-                outputs["all_logprobs"] = jax.nn.log_softmax(logits.astype(jnp.float32))
+                outputs["all_logprobs"] = logits.astype(jnp.float32) - logsumexp(logits)[:, None]
     return outputs
 
 
