@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
-from llm_infer.base.errors import RequestError
+from llm_infer.base.errors import RequestError, UserError
 from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.base.progress import Progress
 from llm_infer.base.settings import Takes, document
@@ -21,6 +22,7 @@ from llm_infer.frontend.prompts import (
 )
 from llm_infer.frontend.scoring import FOR_EMBEDDINGS, FOR_SCORES, POOLINGS, embedding_of, pairs_to_score, score_of
 from llm_infer.frontend.session import Session
+from llm_infer.models.new_weights import NewWeights, weights_digest, with_weights
 from llm_infer.options import EngineOptions, settings
 from llm_infer.starting import start
 from llm_infer.text.chat_prompt import chat_ids
@@ -209,6 +211,54 @@ class LLM:
             chat_template=chat_template,
             variables=chat_template_kwargs,
         )
+
+    def update_weights(
+        self,
+        weights: NewWeights,
+        version: str | None = None,
+        *,
+        running: str = "wait",
+        copy: bool = False,
+    ) -> None:
+        """Goes on with other weights, without compiling anything; cached prefixes are forgotten.
+
+        Names are those of `llm.params`, or Hugging Face's (`model.layers.0.self_attn.q_proj.weight`); what is not given
+        stays. Arrays of JAX that have the type, shape and sharding of those before are taken by reference. Matrices that are
+        kept in blocks are rounded into such blocks again, of the types that can be made; `LLM(weights="dense")` keeps plain
+        numbers. A draft model stays as it is.
+
+        Args:
+            weights: arrays by name, in nested dictionaries or not, or pairs of both.
+            version: a name for these weights, which results carry (`RequestOutput.weights_versions`); None counts.
+            running: "wait" computes requests that run to their end first, "abort" ends them, "keep" has them go on with the
+                new weights and the keys and values that they have.
+            copy: take no array by reference, because a jitted function is going to be given them to donate.
+
+        Raises:
+            ModelError: names that the model does not have, missing tensors, other shapes, or arrays that were deleted; the
+                engine goes on with the weights that it has.
+            UserError: there are several hosts, or `running` is none of these.
+        """
+        if running not in ("wait", "abort", "keep"):
+            raise UserError(f"running={running!r:.60}: expected 'wait', 'abort' or 'keep'")
+        if version is not None and not isinstance(version, str):
+            raise UserError(f"version={version!r:.60}: expected a text")
+        model = with_weights(self.engine.runner.model, weights, copy=copy)
+        self._session.set_weights(model, version, running)
+
+    @property
+    def params(self) -> Mapping[str, Any]:
+        """The weights that the engine has, by name: arrays, or matrices in blocks (`StoredWeights`). Not to be donated."""
+        return MappingProxyType(self.engine.runner.model.params)
+
+    @property
+    def weights_version(self) -> str:
+        """The name of the weights; "0" until they are changed."""
+        return self.engine.weights_version
+
+    def weights_digest(self) -> str:
+        """Returns a checksum of all weights, in hexadecimal: equal between LLMs of the same settings with the same weights."""
+        return weights_digest(self.engine.runner.model.params)
 
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer, which is `tokenizer`, too."""

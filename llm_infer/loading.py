@@ -30,6 +30,7 @@ def load(
     precision: str,
     progress: Progress,
     dtype: str = "auto",
+    weights: str = "stored",
     max_model_len: int | None = None,
     parallel: ParallelConfig = ONE_DEVICE,
 ) -> tuple[Tokenizer, LoadedModel]:
@@ -55,6 +56,7 @@ def load(
         dtype=compute,
         fused_qkv=fused_qkv,
         stored=stored,
+        dense=weights == "dense",
         parallel=parallel,
         progress=progress,
         max_model_len=max_model_len,

@@ -93,6 +93,12 @@ class EngineOptions:
         "file has them, and bfloat16 on accelerators.",
         choices=("auto", *DTYPES),
     )
+    weights: str = setting(
+        "stored",
+        "On CPUs: keep matrices as the file stores them, or dense. `dense` keeps plain numbers of `dtype`, which take more "
+        "memory and time, and can be changed (`LLM.update_weights`) without rounding them to the file's type.",
+        choices=("stored", "dense"),
+    )
     precision: str = setting(
         "exact",
         "On CPUs: exact, or fast with int8 activations. `exact` computes in float32 with the file's weights; `fast` also rounds "

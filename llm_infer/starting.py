@@ -94,6 +94,7 @@ def _make(options: EngineOptions, channel: Channel | None) -> Started:
         fused_qkv=options.fused_qkv,
         dtype=options.dtype,
         precision=options.precision,
+        weights=options.weights,
         progress=progress,
         parallel=options.parallel_config(),
     )

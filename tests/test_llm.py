@@ -258,3 +258,42 @@ def test_speculation_takes_fewer_steps_for_the_same_output(llm: LLM, default_ggu
     assert result.metrics is not None
     assert 0 < result.metrics.num_accepted_tokens <= result.metrics.num_drafted_tokens
     assert speculating.engine.times.steps < 24
+
+
+def test_new_weights_while_requests_run(llm: LLM) -> None:
+    name, prompt = "final_norm.weight", "The capital of France is"
+    old = np.asarray(llm.params[name])
+    digest, (before,) = llm.weights_digest(), llm.generate(prompt, GREEDY)
+    long = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+
+    def finished(running: str) -> tuple[list[int], str | None]:
+        """Reads a stream during which the weights change."""
+        stream = llm.stream(prompt, long)
+        chunks = [next(stream)]
+        llm.update_weights({name: -old}, f"minus, {running}", running=running)
+        assert llm.weights_digest() != digest and llm.weights_version == f"minus, {running}"
+        chunks += stream
+        (after,) = llm.generate(prompt, GREEDY)
+        assert after.weights_versions == (f"minus, {running}",) and after.num_cached_tokens == 0
+        assert after.outputs[0].token_ids != before.outputs[0].token_ids
+        llm.update_weights([(name, old)], "back")
+        assert llm.weights_digest() == digest
+        assert llm.generate(prompt, GREEDY)[0].outputs[0] == before.outputs[0]
+        return [token for chunk in chunks for token in chunk.token_ids], chunks[-1].finish_reason
+
+    (alone,) = llm.generate(prompt, long)
+    tokens, reason = finished("wait")
+    assert tokens == alone.outputs[0].token_ids and reason == "length"
+    tokens, reason = finished("abort")
+    assert tokens == alone.outputs[0].token_ids[: len(tokens)] and len(tokens) < 30 and reason == "abort"
+    tokens, reason = finished("keep")
+    assert tokens != alone.outputs[0].token_ids and len(tokens) == 30 and reason == "length"
+    for arguments, message in (
+        (({name: old}, None, "now"), "running='now'"),
+        (({name: old}, 3, "wait"), "version=3"),
+        (({"norm": old}, None, "wait"), "neither parameters"),
+    ):
+        weights, version, running = arguments
+        with pytest.raises(UserError, match=message):
+            llm.update_weights(weights, version, running=running)  # type: ignore[arg-type]
+    assert llm.weights_version == "back"

@@ -74,6 +74,8 @@ class RequestOutput:
         num_cached_tokens: prompt tokens that the prefix cache had.
         metrics: times; None until the request has finished.
         prompt_logprobs: for each prompt token as in `CompletionOutput.logprobs`, None for the first; None if not asked for.
+        weights_versions: names of the weights that it ran with (see `LLM.update_weights`), more than one if they changed
+            meanwhile.
     """
 
     request_id: str
@@ -83,6 +85,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    weights_versions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

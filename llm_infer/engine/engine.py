@@ -55,6 +55,7 @@ class Engine:
             others `follow`.
 
     Attributes:
+        weights_version: what the weights are called; "0" at first.
         levels: sets of features for which programs are made, so that mixed requests need no program for each mixture: the
             first that has all. With none, each mixture has its own.
 
@@ -96,6 +97,8 @@ class Engine:
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
         self.levels: SequenceOf[StepFeatures] = ()
+        self.weights_version = "0"
+        self._num_updates = 0
         self._unsettled = False  # see _as_a_whole
         self._lost: str | None = None  # which process of another host is gone
 
@@ -212,6 +215,7 @@ class Engine:
             **options,
         )
         self.scheduler.prepare(request)  # refuses what never fits, before anything changes
+        request.weights_versions.append(self.weights_version)
         if queue:
             self.queue(request)
         return request
@@ -232,6 +236,30 @@ class Engine:
         """Ends one sequence, for example at a stop string; tokens in flight are dropped."""
         with self._as_a_whole():
             self.scheduler.finish(sequence, reason)
+
+    def set_weights(self, model: LoadedModel, version: str | None = None) -> None:
+        """Goes on with the weights of `model`, which `with_weights` made of this engine's; nothing is compiled.
+
+        Cached prefixes are forgotten. Requests that run keep the keys and values that they have. A step that the device
+        may still be running has the old weights.
+
+        Args:
+            model: the model with other parameters.
+            version: a name for them; None counts.
+
+        Raises:
+            UserError: there are several hosts.
+        """
+        self._ready()
+        if self._channel is not None:
+            raise UserError("update_weights: with several hosts weights cannot be changed yet; make the LLM again")
+        with self._as_a_whole():
+            self._num_updates += 1
+            self.weights_version = str(self._num_updates) if version is None else version
+            self.runner.model = model
+            self.scheduler.forget_prefixes()
+            for request in self.scheduler.requests.values():
+                request.weights_versions.append(self.weights_version)
 
     def follow(self) -> None:
         """Runs what the first process runs until that ends; for every process but the first."""

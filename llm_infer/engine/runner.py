@@ -25,6 +25,7 @@ from llm_infer.engine.step.layout import StepLayout, token_buckets
 from llm_infer.engine.step.row_fields import ROW_FIELDS
 from llm_infer.engine.step.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
+from llm_infer.models.params import refuse_deleted
 from llm_infer.parallel.channel import Leader
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
@@ -278,7 +279,11 @@ class Runner:
             for slot, seen, bias in rows:
                 penalties = program.set_slot(penalties, np.int32(slot), seen, bias)
             state = state._replace(penalties=penalties)
-        state, outputs = program.run(self.model.params, state, inputs)
+        try:
+            state, outputs = program.run(self.model.params, state, inputs)
+        except (RuntimeError, ValueError):
+            refuse_deleted(self.model.params)  # which is then why
+            raise
         self.state = after(self.state, state)
         return outputs
 

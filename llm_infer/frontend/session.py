@@ -20,6 +20,7 @@ from llm_infer.engine.engine import Engine
 from llm_infer.engine.warm_up import WarmUp
 from llm_infer.frontend.prompts import Asked, Prompt, PromptReader
 from llm_infer.frontend.tracking import TrackedRequest
+from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.request import Request, TokenEvent
 from llm_infer.text.tokenizer import Tokenizer
 
@@ -139,6 +140,26 @@ class Session:
         """Ends a request, at once if nobody is at the engine, else before the next step; not for finalizers and the like."""
         self.leave([tracked])
         self.settle()
+
+    def set_weights(self, model: LoadedModel, version: str | None, running: str) -> None:
+        """Goes on with the weights of `model`, see `Engine.set_weights`.
+
+        Args:
+            model: the model with other parameters.
+            version: their name.
+            running: what becomes of requests that run: "wait" computes them to their end first, and others wait meanwhile;
+                "abort" ends them; "keep" has them go on with the new weights.
+        """
+
+        def change() -> None:
+            if running == "abort":
+                self._left.extend(self._running.values())
+                self._settle_first()
+            while running != "keep" and self.engine.has_work:
+                self._whole(self._step)
+            self._whole(lambda: self.engine.set_weights(model, version))
+
+        self._take_turn(change)
 
     def close(self) -> None:
         """Ends all requests; no other can be submitted any more."""

@@ -83,6 +83,7 @@ class TrackedRequest:
             num_cached_tokens=request.num_cached_tokens,
             metrics=metrics,
             prompt_logprobs=self._prompt_logprobs(),
+            weights_versions=tuple(request.weights_versions),
         )
 
     def _prompt_logprobs(self) -> list[dict[int, Logprob] | None] | None:

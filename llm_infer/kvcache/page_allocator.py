@@ -118,6 +118,12 @@ class PageAllocator:
         self.share(shard, (page,))
         self._kept[shard].add(page)
 
+    def give_back(self, shard: int, page: int) -> None:
+        """Ends the prefix cache's ownership of a page that it keeps; must be called while no page is pinned."""
+        self._kept[shard].remove(page)
+        self._idle[shard].pop(page, None)
+        self.release(shard, (page,))
+
     def on_evict(self, forget: Callable[[int, int], None]) -> None:
         """Sets what is called with (shard, page) when an idle page is taken back from the prefix cache."""
         self._on_evict = forget

@@ -40,11 +40,16 @@ class PrefixCache:
         self.num_hits = 0
         allocator.on_evict(self._forget)
 
-    def extend(self, digests: list[bytes], tokens: Sequence[int], num_pages: int, salt: str | None) -> None:
-        """Appends to `digests` the digests of the pages of `tokens` until there are `num_pages`."""
+    def extend(
+        self, digests: list[bytes], tokens: Sequence[int], num_pages: int, salt: str | None, weights: int = 0
+    ) -> None:
+        """Appends to `digests` the digests of the pages of `tokens` until there are `num_pages`.
+
+        `salt` is the request's; `weights` counts how often the model had got other weights when it came.
+        """
         size = self._page_size
         for index in range(len(digests), num_pages):
-            parent = digests[-1] if digests else _root(salt)
+            parent = digests[-1] if digests else _root(salt, weights)
             page = self._pack(*tokens[index * size : (index + 1) * size])
             digests.append(hashlib.sha256(parent + page).digest())
 
@@ -87,6 +92,15 @@ class PrefixCache:
             page_of[digest] = page
             self._place_of[shard][page] = group, digest
 
+    def clear(self) -> None:
+        """Forgets everything; pages that sequences have stay theirs. To be called while no page is pinned."""
+        for shard, places in enumerate(self._place_of):
+            for page in places:
+                self._allocator.give_back(shard, page)
+            places.clear()
+            for page_of in self._page_of[shard]:
+                page_of.clear()
+
     def pages(self, shard: int) -> list[int]:
         """Returns the pages that the cache owns, for `PageAllocator.check`."""
         page_of, place_of = self._page_of[shard], self._place_of[shard]
@@ -100,5 +114,6 @@ class PrefixCache:
         del self._page_of[shard][group][digest]
 
 
-def _root(salt: str | None) -> bytes:
-    return hashlib.sha256(b"" if salt is None else b"salt:" + salt.encode()).digest()
+def _root(salt: str | None, weights: int) -> bytes:
+    named = b"" if salt is None else b"salt:" + salt.encode()
+    return hashlib.sha256(named).digest() if weights == 0 else hashlib.sha256(b"weights:%d " % weights + named).digest()

@@ -72,6 +72,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     fused_qkv: bool = True,
     stored: str | None = None,
+    dense: bool = False,
     parallel: ParallelConfig = ONE_DEVICE,
     progress: Progress | None = None,
     max_model_len: int | None = None,
@@ -87,6 +88,7 @@ def load_model(
             kinds has three all the same when `stored` keeps them so.
         stored: keep matrices in the form of the file and multiply with them in this precision (see `compute_dtype`);
             None reads values of `dtype`.
+        dense: read values of `dtype` all the same, and have those kernels multiply with these.
         parallel: sizes of the mesh over which the model is cut; every device gets its part of each parameter.
         progress: reports what is read.
         max_model_len: length of the longest sequence, by which LongRoPE chooses its factors; None for the model's.
@@ -98,6 +100,11 @@ def load_model(
     if opened.checkpoint is not None:
         loaded = _load_checkpoint(opened.checkpoint, dtype, fused_qkv, parallel, progress, max_model_len)
         return loaded if stored is None else _with_stored(loaded, stored)
+    if dense and stored is not None:
+        read = load_model(
+            opened, dtype=dtype, fused_qkv=fused_qkv, parallel=parallel, progress=progress, max_model_len=max_model_len
+        )
+        return _with_stored(read, stored)
     module = family(opened.config)
     config = module.config(opened.config, fused_qkv=fused_qkv).for_length(max_model_len)
     if stored is not None and fused_qkv and _mixed_qkv(opened, config):

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Decoder
 from llm_infer.models.registry import decoder_class
@@ -46,6 +47,20 @@ def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
     """Returns the callable model; cheap, meant to be called inside a traced function."""
     flat: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
     return nnx.merge(definition, nnx.from_flat_state(flat))
+
+
+def refuse_deleted(arrays: Mapping[str, Any]) -> None:
+    """Refuses arrays whose memory is gone, because a jitted function was given them to donate.
+
+    Raises:
+        ModelError: it names the first of them.
+    """
+    for name, value in arrays.items():
+        if any(isinstance(leaf, Array) and leaf.is_deleted() for leaf in jax.tree.leaves(value)):
+            raise ModelError(
+                f"{name} was deleted, as by a jitted function that was given it to donate: update the weights with the arrays "
+                "that such a function returns, or with copy=True"
+            )
 
 
 def num_parameters(config: ModelConfig) -> int:

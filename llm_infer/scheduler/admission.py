@@ -64,7 +64,7 @@ class Admission:
             return [[] for _ in self.books.windows]
         left = 1 + request.strategy.num_joint(sequence)
         full = (len(sequence.tokens) - left) // self.books.page_size
-        cache.extend(sequence.digests, sequence.tokens, full, request.cache_salt)
+        cache.extend(sequence.digests, sequence.tokens, full, request.cache_salt, request.weights)
         return cache.lookup(shard, sequence.digests[:full])
 
     def _fits(self, sequence: Sequence, shard: int, cached: list[list[int]], num_running: int) -> bool:

@@ -108,7 +108,8 @@ class Books:
         cache, table = self.prefix_cache, sequence.table
         assert table is not None
         if cache is not None:
-            cache.extend(sequence.digests, sequence.tokens, full, sequence.request.cache_salt)
+            request = sequence.request
+            cache.extend(sequence.digests, sequence.tokens, full, request.cache_salt, request.weights)
             for index in range(sequence.num_cached_pages, full):
                 for group, pages in enumerate(table.groups):
                     if pages[index] != NULL_PAGE:

@@ -63,6 +63,8 @@ class Request:
         forked: the samples after the first are queued too (they wait until the first has computed the prompt); of a
             beam search: all beams exist.
         shard: where its pages are; None while it has none.
+        weights: how often the model had got other weights when it began; only requests of the same share cached pages.
+        weights_versions: names of the weights that it has run with; the engine adds them.
         num_cached_tokens: prompt tokens whose K/V the prefix cache had.
         num_preemptions: how often one of its sequences lost its pages.
         spare_slots: slots of a group, some of which has one, for those that do not run.
@@ -93,6 +95,8 @@ class Request:
     strategy: Strategy = field(init=False, repr=False)
     forked: bool = field(default=False, init=False)
     shard: int | None = field(default=None, init=False)
+    weights: int = field(default=0, init=False)
+    weights_versions: list[str] = field(default_factory=list, init=False)
     num_cached_tokens: int = field(default=0, init=False)
     num_preemptions: int = field(default=0, init=False)
     spare_slots: list[int] = field(default_factory=list, init=False)

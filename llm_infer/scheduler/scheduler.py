@@ -92,7 +92,7 @@ class Scheduler:
             *(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size, windows, self.books.ahead)
         )
         self._submitted: deque[StepPlan] = deque()
-        self._num_arrived = 0
+        self._num_arrived = self._num_weights = 0
         self._num_planned = 0
         self._clock = clock
 
@@ -149,7 +149,7 @@ class Scheduler:
     def prepare(self, request: Request) -> None:
         """Makes the sequences of a request, which `num_uncached` looks at; raises as `longest`. `add` does it once more."""
         limit = self.longest(request)
-        request.arrival = self._num_arrived
+        request.arrival, request.weights = self._num_arrived, self._num_weights
         request.arrival_time = self._clock() if request.arrival_time is None else request.arrival_time
         first = request.priority if self.config.policy == "priority" else 0
         request.sequences = [Sequence(request, i, (first, request.arrival, i), limit) for i in range(request.n)]
@@ -167,6 +167,21 @@ class Scheduler:
         for sequence in reversed(request.sequences):  # the first last: while it lives, the others wait for it
             self.finish(sequence, "abort")
         return True
+
+    def forget_prefixes(self) -> None:
+        """Forgets the prefix cache, because pages no longer hold what would be computed now; to be called between steps.
+
+        Requests that have pages go on with them, but nobody else finds what they compute.
+        """
+        self._num_weights += 1
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
+        for request in self.requests.values():
+            if any(sequence.table is not None for sequence in request.sequences):
+                continue
+            request.weights = self._num_weights
+            for sequence in request.sequences:
+                sequence.digests.clear()
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence, for example at a stop string, and with it its group. Has no effect if it has ended."""

@@ -105,6 +105,31 @@ def load_parameters(
     return parameters
 
 
+def read_parameters(
+    source: TensorSource,
+    specs: Mapping[str, HasShape],
+    wanted: Sequence[Rule],
+    rules: Sequence[Rule],
+    *,
+    num_layers: int,
+    ignore: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+    """Reads some of a model's parameters, as host arrays; arguments as of `load_parameters`.
+
+    Args:
+        wanted: rules of the parameters to read; tensors of other `rules` may be there.
+
+    Raises:
+        ModelError: as `load_parameters`.
+    """
+    _check(source, set(source.names), specs, rules, wanted, num_layers, ignore)
+    found = {}
+    for rule in wanted:
+        found[rule.param] = aligned_empty(specs[rule.param].shape, specs[rule.param].dtype)
+        _fill(source, rule, found[rule.param], num_layers, Task("Reading weights", None, "bytes"))
+    return found
+
+
 def _fill(source: TensorSource, rule: Rule, array: np.ndarray, num_layers: int, task: Task) -> None:
     """Reads the tensors of all layers into `array`."""
     slices = array if rule.stacked else array[None]

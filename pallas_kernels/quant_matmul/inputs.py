@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.row_sums import row_sums
+
 
 class Norm(NamedTuple):
     """An RMSNorm (Zhang and Sennrich, 2019) of all layers.
@@ -26,6 +28,7 @@ class Norm(NamedTuple):
 def prepared(x: jax.Array, gate: jax.Array | None = None, norm: Norm | None = None) -> jax.Array:
     """Returns x after the norm, or silu(gate) · x, or x."""
     if norm is not None:
-        scale = lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + norm.eps)
+        squares = row_sums(x.astype(jnp.float32), kind="squares")[..., None] / x.shape[-1]
+        scale = lax.rsqrt(squares + norm.eps)
         return x * scale * lax.dynamic_index_in_dim(norm.weight, norm.layer, keepdims=True)
     return x if gate is None else jax.nn.silu(gate) * x

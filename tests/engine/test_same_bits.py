@@ -83,7 +83,7 @@ def check(make: Callable[..., Engine], prompts: list[list[int]], tokens: int) ->
         if engine.scheduler.prefix_cache is not None:  # once more, from its pages
             again = answers(engine, prompts, tokens, n=2)
             assert all(sample == one for samples, one in zip(again, expected, strict=True) for sample in samples), name
-            assert engine.scheduler.prefix_cache.num_hits > 0
+            assert engine.scheduler.prefix_cache.num_hits > 0 or not one_group
         assert scores(engine, prompts, expected) == expected, name
 
 
@@ -136,7 +136,12 @@ def test_the_default_model_in_every_setting(default_gguf: Path) -> None:
     compared = 0
     for seqs, chunk, how in itertools.product((1, 8, 32), (16, 64, 512), ("cold", "prefix hit", "preempted")):
         few = how == "preempted" and seqs > 1
-        engine = make(chunk=chunk, seqs=min(seqs, chunk), cache=how == "prefix hit", pages=80 if few else None)
+        engine = make(
+            chunk=chunk,
+            seqs=min(seqs, chunk),
+            cache=how == "prefix hit",
+            pages={8: 40, 32: 80}.get(seqs) if few else None,
+        )
         if how == "prefix hit":
             answers(engine, prompts, 2)
         found = [each for (each,) in answers(engine, prompts, 64)]

@@ -48,14 +48,15 @@ def log_probabilities(tokens: list[int]) -> np.ndarray:
 class FakeDevice:
     """Runs plans in the order of submission on a content model of the pages, and checks every access.
 
-    A slot of a page holds the pair (token, position) that was written to it. What a row attends to is gathered through
-    its page table and must be the tokens of its own sequence; the next token is computed from what was gathered.
+    A slot of a page holds (token, position, how often the weights had changed) as they were written to it. What a row
+    attends to is gathered through its page table and must be the tokens of its own sequence, computed with weights no
+    older than its request; the next token is computed from what was gathered.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         allocator = scheduler.allocator
         self.scheduler = scheduler
-        self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 2), -1, np.int64)
+        self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 3), -1, np.int64)
         self.candidates: list[list[list[tuple[int, float]]]] = []
         self.written: dict[Sequence, dict[int, int]] = {}  # tokens by position
         self.ended: set[Sequence] = set()  # before the host knows: what steps do for them is for nothing
@@ -116,7 +117,7 @@ class FakeDevice:
             assert page != 0 and (page, offset) not in written
             self._check_owners(shard, page, position, sequence)
             written.add((page, offset))
-            self.pages[shard, page, offset] = token, position
+            self.pages[shard, page, offset] = token, position, self.scheduler._num_weights
 
     def _run_steps(self, shard: int, plan: StepPlan, written: set[tuple[int, int]]) -> list[list[int]]:
         """Several decode steps: `ids[step][row]`, -1 where the row has ended. A program may have room for more steps."""
@@ -170,7 +171,8 @@ class FakeDevice:
         tokens = known + [self.written[sequence][at] for at in range(len(known), length)]
         for pages, window in zip(sequence.table.groups, self.scheduler.books.windows, strict=True):
             first = 0 if window is None else max(0, length - window)
-            seen = self.pages[shard, pages].reshape(-1, 2)[first:length]
+            seen = self.pages[shard, pages].reshape(-1, 3)[first:length]
+            assert (seen[:, 2] >= sequence.request.weights).all(), f"{sequence} reads what older weights computed"
             assert seen[:, 1].tolist() == list(range(first, length)), f"{sequence}: positions {seen[:, 1]}"
             tokens[first:] = seen[:, 0].tolist()
             assert tokens[: len(known)] == known, f"{sequence}: attends to {tokens}, its tokens are {known}"

@@ -92,6 +92,16 @@ class HostMachine(RuleBasedStateMachine):
             self.engine.scheduler.check()
         self.take(steps)
 
+    @rule(steps=st.integers(0, 2))
+    def change_weights(self, steps: int) -> None:
+        """Nobody who comes later finds pages of the old weights; what runs goes on."""
+        self.engine.scheduler.forget_prefixes()
+        cache = self.engine.scheduler.prefix_cache
+        assert cache is None or not any(cache.pages(shard) for shard in range(self.engine.scheduler.num_shards))
+        self.engine.scheduler.check()
+        self.totals["weights changed"] += 1
+        self.take(steps)
+
     def take(self, steps: int) -> None:
         for _ in range(steps):
             self.engine.step()

@@ -19,7 +19,7 @@ from llm_infer.quant import StoredWeights
 from pallas_kernels.cpu_ffi import why_not
 from pallas_kernels.cpu_ffi.compile import Target, emit_assembly
 from pallas_kernels.cpu_ffi.threads import thread_pool
-from pallas_kernels.quant_matmul import FORMATS, cpu, quant_matmul, reference, tiles
+from pallas_kernels.quant_matmul import FORMATS, Norm, cpu, quant_matmul, reference, tiles
 from pallas_kernels.quant_matmul.cases import ROWS, random_blocks, random_rows, shapes
 from tests.kernels import native_call
 
@@ -143,6 +143,17 @@ def test_fast_is_exact_but_for_the_rounding_of_activations(kind):
             np.testing.assert_array_equal(native_int8(kind, x[:m], blocks), every_row[:m])
         for lanes in (4, 16) if kind in ("q4_1", "q8_0") else ():
             np.testing.assert_array_equal(native_int8(kind, x, blocks, lanes), every_row)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f32"])
+def test_a_normed_row_has_the_same_bits_for_every_number_of_rows(kind):
+    rng = np.random.default_rng(0)
+    blocks = jnp.asarray(rng.standard_normal((1, 24, 64)), {"bf16": jnp.bfloat16, "f32": jnp.float32}[kind])
+    x, norm = jnp.asarray(rng.standard_normal((130, 64)), jnp.float32), Norm(jnp.ones((1, 64)), 0, 1e-5)
+    product = jax.jit(lambda x: quant_matmul(x, blocks, norm=norm, kind=kind, implementation="cpu"))
+    whole = np.asarray(product(x))
+    for rows in (1, 2, 15, 63, 64, 65, 129):
+        np.testing.assert_array_equal(product(x[:rows]), whole[:rows])
 
 
 def test_called_by_xla_with_the_layer_of_a_scan():

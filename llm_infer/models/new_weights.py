@@ -1,0 +1,188 @@
+"""Puts new weights in the place of a model's: of the same shapes, types and devices, so that compiled steps take them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from llm_infer.base.errors import ModelError
+from llm_infer.models.config import UNCUT, ModelConfig
+from llm_infer.models.load import LoadedModel
+from llm_infer.models.params import Params, refuse_deleted, split_model
+from llm_infer.models.registry import FAMILIES, family
+from llm_infer.models.sharded import Placement
+from llm_infer.quant import StoredWeights
+from llm_infer.weights.array_source import ArraySource
+from llm_infer.weights.loader import read_parameters
+from llm_infer.weights.requantise import requantised, why_not_requantised
+
+NewWeights = Mapping[str, Any] | Iterable[tuple[str, Any]]
+"""Arrays by name, in nested mappings or not, or pairs of both."""
+
+DENSE_KINDS = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
+
+
+def with_weights(model: LoadedModel, given: NewWeights, *, copy: bool = False) -> LoadedModel:
+    """Returns the model with these weights; what is not given stays.
+
+    Names are those of `model.params`, or Hugging Face's: then a parameter needs all of its tensors. An array that has the
+    type, shape and sharding of the one before is taken by reference; others are converted and brought to its devices. On a
+    mesh, an array of another sharding is taken for the whole parameter, as it is on one device.
+
+    Args:
+        model: a model that runs.
+        given: the weights: arrays of JAX or NumPy, or what NumPy can read.
+        copy: take no array by reference, because its owner is going to donate or overwrite it.
+
+    Raises:
+        ModelError: names that the model does not have, missing tensors, other shapes, arrays that were deleted, or blocks that
+            cannot be made here; nothing has changed then.
+    """
+    arrays = dict(_pairs(given))
+    refuse_deleted(arrays)
+    if not arrays:
+        raise ModelError("there are no weights: expected arrays by name")
+    unknown = sorted(arrays.keys() - model.params.keys())
+    if unknown and len(unknown) < len(arrays):
+        raise ModelError(f"the model has no parameter {_listed(unknown)}: it has {_listed(list(model.params))}")
+    if unknown:
+        arrays = _of_hugging_face(model, arrays)
+    placement = None if model.mesh is None else Placement(model.config, model.mesh)
+    whole = split_model(whole_config(model.config), model.dtype)[1]
+    problems = [
+        problem
+        for name, array in arrays.items()
+        if (problem := _why_not(name, model.params[name], array, whole[name].shape)) is not None
+    ]
+    if problems:
+        raise ModelError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else ""))
+    fitted = {name: _fitted(name, model.params[name], array, placement, copy) for name, array in arrays.items()}
+    return replace(model, params={**model.params, **fitted})
+
+
+def weights_digest(params: Params) -> str:
+    """Returns SHA-256, in hexadecimal, over names, types, shapes and a sum over all bits of each parameter.
+
+    The sums are of whole numbers and are made where the arrays are, so a digest does not depend on how the parameters
+    are cut. It says whether two engines of the same settings have the same weights; it is no protection against a forger.
+    """
+    digest = hashlib.sha256()
+    sums = [
+        (name, leaf, _bit_sums(leaf))
+        for name, value in sorted(params.items())
+        for leaf in jax.tree_util.tree_leaves(value)
+    ]
+    for name, leaf, both in sums:
+        digest.update(f"{name} {leaf.dtype} {leaf.shape} {np.asarray(both).tolist()}\n".encode())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _bit_sums(array: Array) -> Array:
+    """Sums two hashes of each number's bits and place, modulo 2^32."""
+    bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+
+    def mixed(x: Array) -> Array:  # lowbias32 (Wellons, 2018): each bit of the input changes about half of the output's
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+        return x ^ (x >> jnp.uint32(16))
+
+    hashes = [mixed(mixed(bits + jnp.uint32(seed)) ^ mixed(place + jnp.uint32(seed))) for seed in (1, 0x9E3779B9)]
+    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in hashes])
+
+
+def whole_config(config: ModelConfig) -> ModelConfig:
+    """Returns the configuration of a model before it was cut over a mesh."""
+    return replace(config, num_kv_heads=config.num_kv_heads // config.shards.kv_copies, shards=UNCUT)
+
+
+def _pairs(given: NewWeights, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields names and arrays of nested mappings, the names joined by dots."""
+    seen: set[str] = set()
+    for name, value in given.items() if isinstance(given, Mapping) else given:
+        if not isinstance(name, str) or prefix + name in seen:
+            raise ModelError(f"{prefix}{name!s:.80}: expected a name that is a text and is there once")
+        seen.add(prefix + name)
+        if isinstance(value, Mapping):
+            yield from _pairs(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes stacked parameters of tensors under Hugging Face's names."""
+    config = whole_config(model.config)
+    module = family({"architectures": [config.architecture]})
+    specs = split_model(config, model.dtype)[1]
+    try:
+        source = ArraySource(arrays)
+    except (TypeError, ValueError) as error:
+        raise ModelError(str(error)) from None
+    rules = [rule for rule in module.rules(config) if rule.param in specs]
+    found = {name for rule in rules for group in rule.tensor_names(config.num_layers) for name in group}
+    if not found & arrays.keys():
+        own = FAMILIES[config.architecture].module.rpartition(".")[2]
+        raise ModelError(
+            f"{_listed(sorted(arrays))}: neither parameters of the model ({_listed(list(model.params))}) nor tensors as "
+            f"Hugging Face names them for {own}"
+        )
+    given = [r for r in rules if any(n in arrays for group in r.tensor_names(config.num_layers) for n in group)]
+    return read_parameters(source, specs, given, rules, num_layers=config.num_layers, ignore=module.IGNORED_TENSORS)
+
+
+def _why_not(name: str, old: Array | StoredWeights, new: Any, whole: tuple[int, ...]) -> str | None:
+    """Says why an array cannot take the place of a parameter; None if it can."""
+    shape = tuple(np.shape(new))
+    table = isinstance(old, StoredWeights) and len(whole) == 2
+    legal = {whole, tuple(old.shape[1:] if table else old.shape)}
+    if shape not in legal:
+        return f"{name} has the shape {list(shape)}, expected {' or '.join(map(str, map(list, sorted(legal))))}"
+    if not jnp.issubdtype(getattr(new, "dtype", np.asarray(new).dtype), jnp.floating):
+        return f"{name} has the type {np.asarray(new).dtype}, expected floating-point numbers"
+    if isinstance(old, StoredWeights):
+        for kind in sorted(set(old.kinds) - DENSE_KINDS.keys()):
+            if (reason := why_not_requantised(kind)) is not None:
+                return f"{name} is kept in blocks of {kind}: {reason}; make the LLM with weights='dense'"
+    return None
+
+
+def _fitted(
+    name: str, old: Array | StoredWeights, new: Any, placement: Placement | None, copy: bool
+) -> Array | StoredWeights:
+    """Returns an array as the parameter that it replaces is kept."""
+    if not isinstance(old, StoredWeights):
+        return _placed(name, old, new, placement, copy)
+    stacked = new if len(np.shape(new)) == 3 else new[None]
+    if len(old.blocks) == 1 and old.kinds[0] in DENSE_KINDS:
+        return replace(old, blocks=(_placed(name, old.blocks[0], stacked, placement, copy),))
+    dense = np.asarray(stacked)
+    blocks = []
+    for number, (kind, stack) in enumerate(zip(old.kinds, old.blocks, strict=True)):
+        layers = [layer for layer, (place, _) in enumerate(old.places) if place == number]
+        made = requantised(dense[layers], kind, tiled=old.is_tiled(number))
+        blocks.append(_placed(name, stack, made, placement, copy=False))
+    return replace(old, blocks=tuple(blocks))
+
+
+def _placed(name: str, old: Array, new: Any, placement: Placement | None, copy: bool) -> Array:
+    """Brings an array to the devices and into the type of another."""
+    if isinstance(new, Array) and new.sharding.is_equivalent_to(old.sharding, old.ndim) and new.shape == old.shape:
+        return jnp.array(new, old.dtype, copy=True) if copy else new.astype(old.dtype)
+    if placement is None:
+        host = new if isinstance(new, Array) else np.array(new, old.dtype)
+        return jax.device_put(host, old.sharding).astype(old.dtype)
+    return placement(name, np.asarray(new).astype(old.dtype))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

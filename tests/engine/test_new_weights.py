@@ -1,0 +1,179 @@
+"""New weights in an engine that runs: those of a fresh engine to the bit, nothing compiled, no cached prefix served again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm_infer.base.errors import ModelError, UserError
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig
+from llm_infer.decoding.sampling_params import SamplingParams
+from llm_infer.engine.engine import Engine
+from llm_infer.models.load import LoadedModel, compute_dtype, load_model
+from llm_infer.models.new_weights import weights_digest, with_weights
+from llm_infer.models.opened import open_model
+from llm_infer.models.params import random_params
+from llm_infer.weights.sources import resolve
+from tests.models.family_checkpoints import FOLDER
+from tests.models.test_family_gguf import one_kind, write_gguf
+
+STORED = compute_dtype("auto", "exact")[1]
+PROMPTS = [list(range(3, 40)), list(range(60, 80))]
+
+
+def opened(name: str) -> Any:
+    return open_model(resolve(str(FOLDER / name)))
+
+
+def make_engine(model: LoadedModel) -> Engine:
+    return Engine(model, EngineConfig(CacheConfig(num_pages=40), SchedulerConfig(4, 64, 64)))
+
+
+def answers(engine: Engine) -> list[list[tuple[int, float]]]:
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1)
+    requests = [engine.add_request(prompt, params) for prompt in PROMPTS]
+    found: dict[object, list[tuple[int, float]]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            assert event.logprobs is not None
+            found.setdefault(event.sequence, []).append((event.token_id, event.logprobs.logprob))
+    return [found[request.sequences[0]] for request in requests]
+
+
+def other_weights(name: str, seed: int) -> dict[str, jax.Array]:
+    return random_params(load_model(opened(name)).config, seed=seed)
+
+
+def hugging_face_tensors(name: str, scale: float) -> dict[str, np.ndarray]:
+    source = opened(name).tensors
+    found = {}
+    for tensor in source.names:
+        found[tensor] = np.empty(source.shape(tensor), np.float32)
+        source.read_into(tensor, found[tensor])
+        if found[tensor].ndim > 1:
+            found[tensor] *= scale
+    return found
+
+
+@pytest.mark.parametrize(("name", "stored"), [("llama_gqa", STORED), ("llama_gqa", None), ("qwen3_moe_gqa", STORED)])
+def test_the_engine_gives_what_a_fresh_one_gives(name: str, stored: str | None) -> None:
+    engine = make_engine(load_model(opened(name), stored=stored))
+    first = answers(engine)
+    for step in range(3):
+        weights = other_weights(name, step)
+        engine.set_weights(with_weights(engine.runner.model, weights))
+        compiles = engine.runner.times.compiles
+        found = answers(engine)
+        assert engine.runner.times.compiles == compiles
+        fresh = make_engine(with_weights(load_model(opened(name), stored=stored), weights))
+        assert found == answers(fresh) != first
+        assert weights_digest(engine.runner.model.params) == weights_digest(fresh.runner.model.params)
+    assert engine.weights_version == "3"
+
+
+def test_a_hundred_updates_leave_nothing_behind() -> None:
+    engine = make_engine(load_model(opened("llama_gqa"), stored=STORED))
+    both = [other_weights("llama_gqa", seed) for seed in (1, 2)]
+    expected = []
+    for weights in both:
+        engine.set_weights(with_weights(engine.runner.model, weights))
+        expected.append(answers(engine))
+    assert expected[0] != expected[1]
+    compiles, arrays = engine.runner.times.compiles, len(jax.live_arrays())
+    for number in range(100):
+        engine.set_weights(with_weights(engine.runner.model, both[number % 2]))
+        assert answers(engine) == expected[number % 2]
+        cache = engine.scheduler.prefix_cache
+        assert cache is not None and cache.num_hits == 0
+    assert engine.runner.times.compiles == compiles
+    assert len(jax.live_arrays()) <= arrays + 5
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "gemma3_gqa", "qwen3_moe_gqa", "phi3_gqa", "glm4_moe_gqa"])
+def test_tensors_under_the_names_of_hugging_face(name: str) -> None:
+    model = load_model(opened(name), stored=STORED)
+    same = with_weights(model, hugging_face_tensors(name, 1.0).items())
+    assert weights_digest(same.params) == weights_digest(model.params)
+    scaled = hugging_face_tensors(name, 2.0)
+    found = with_weights(model, scaled)
+    assert weights_digest(found.params) != weights_digest(model.params)
+    embedding = {name: scaled[name] for name in scaled if "embed_tokens" in name}
+    partial = with_weights(model, embedding)
+    changed = [k for k, v in partial.params.items() if v is not model.params[k]]
+    assert changed == ["embed.weight"]
+    read, np_one = found.params["embed.weight"], next(iter(embedding.values()))
+    np.testing.assert_array_equal(np.asarray(read.blocks[0][0], np.float32), np_one)
+
+
+@pytest.mark.skipif(STORED is None, reason="needs the native CPU kernels")
+def test_blocks_are_made_again(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "qwen2_gqa", "qwen2", one_kind)
+    source = open_model(resolve(str(tmp_path / "model.gguf")))
+    stored, dense = load_model(source, stored=STORED), load_model(source)
+    same = with_weights(stored, dense.params)
+    up = "layers.mlp.up.weight"
+    assert stored.params[up].kinds == ("q4_1",)
+    assert weights_digest(same.params) == weights_digest(stored.params)
+    mixed = load_model(source, stored=STORED, dense=True)
+    assert mixed.params[up].kinds == ("f32",)
+    np.testing.assert_array_equal(mixed.params[up].blocks[0], dense.params[up])
+
+
+def test_what_is_refused() -> None:
+    model = load_model(opened("llama_gqa"), stored=STORED)
+    good = other_weights("llama_gqa", 1)
+    gone = jnp.ones(good["final_norm.weight"].shape)
+    gone.delete()
+    up = good["layers.mlp.up.weight"]
+    cases: dict[str, Mapping[str, Any]] = {
+        "no parameter layers.mlp.sideways": {**good, "layers.mlp.sideways": up},
+        "neither parameters of the model": {"transformer.wte": up},
+        r"layers.mlp.up.weight has the shape \[2, 3\]": {"layers.mlp.up.weight": np.zeros((2, 3), np.float32)},
+        "final_norm.weight has the type int32": {"final_norm.weight": np.zeros(gone.shape, np.int32)},
+        "final_norm.weight was deleted": {"final_norm.weight": gone},
+        "there are no weights": {},
+        "missing.*layers.1.mlp.up_proj": {
+            "model.layers.0.mlp.up_proj.weight": np.zeros(up.shape[1:], np.float32),
+        },
+    }
+    for message, weights in cases.items():
+        with pytest.raises(ModelError, match=message):
+            with_weights(model, weights)
+
+
+def test_arrays_are_taken_by_reference_or_copied() -> None:
+    model = load_model(opened("llama_gqa"))
+    new = jnp.ones_like(model.params["final_norm.weight"])
+    by_reference = with_weights(model, {"final_norm": {"weight": new}})
+    assert by_reference.params["final_norm.weight"] is new or (
+        by_reference.params["final_norm.weight"].unsafe_buffer_pointer() == new.unsafe_buffer_pointer()
+    )
+    copied = with_weights(model, {"final_norm.weight": new}, copy=True)
+    engine = make_engine(copied)
+    new.delete()
+    assert answers(engine)
+    engine.set_weights(by_reference)
+    with pytest.raises(UserError, match=r"final_norm\.weight was deleted"):
+        answers(engine)
+    engine.set_weights(copied)
+    assert answers(engine)
+
+
+def test_requests_that_run_go_on() -> None:
+    engine = make_engine(load_model(opened("llama_gqa"), stored=STORED))
+    request = engine.add_request(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    for _ in range(4):
+        engine.step()
+    engine.set_weights(with_weights(engine.runner.model, other_weights("llama_gqa", 1)), "second")
+    after = engine.add_request(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=2))
+    while engine.has_work:
+        engine.step()
+    assert len(request.sequences[0].output) == 12
+    assert request.weights_versions == ["0", "second"] and after.weights_versions == ["second"]
+    assert after.num_cached_tokens == 0
