@@ -22,6 +22,7 @@ from functools import cache, partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig
@@ -29,8 +30,10 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, load_model, save_model
+from llm_infer.models.new_weights import weights_digest, with_weights
 from llm_infer.models.opened import open_model
 from llm_infer.models.params import split_model
+from llm_infer.quant import StoredWeights
 from llm_infer.weights.default_model import DEFAULT_MODEL
 from llm_infer.weights.sources import resolve
 from tests.engine.engines import greedy, run_all, without_clock
@@ -184,6 +187,18 @@ def device_bytes(model: LoadedModel) -> list[int]:
     return list(counts.values())
 
 
+def takes_weights(model: LoadedModel, plain: LoadedModel) -> bool:
+    """Tells whether a cut model that forgot its weights and is given those of one device has those that it was loaded with."""
+    empty = replace(model, params=jax.tree.map(lambda x: jax.device_put(jnp.zeros_like(x), x.sharding), model.params))
+    dense = {
+        name: value.blocks[0] if isinstance(value, StoredWeights) else value for name, value in plain.params.items()
+    }
+    given = {name: value[0] if name == "embed.weight" and value.ndim == 3 else value for name, value in dense.items()}
+    found, wanted = with_weights(empty, given).params, model.params
+    assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True))
+    return weights_digest(found) == weights_digest(wanted)
+
+
 def run(case: Case) -> dict[str, Any]:
     dp, tp, ep = case.mesh
     started = time.process_time()
@@ -214,6 +229,7 @@ def run(case: Case) -> dict[str, Any]:
         "gathered": gathered,
         "others": [inside + outside for inside, outside, _ in others],
         "logits": [programs[0].layout.num_draws, model.config.vocab_size],
+        "takes weights": takes_weights(model, plain),
         "bytes": device_bytes(model),
         "whole": sum(device_bytes(plain)),
         "drafted": 0 if (speculator := sharded.speculator) is None else speculator.num_drafted,
