@@ -239,12 +239,37 @@ class LLM:
                 engine goes on with the weights that it has.
             UserError: there are several hosts, or `running` is none of these.
         """
-        if running not in ("wait", "abort", "keep"):
-            raise UserError(f"running={running!r:.60}: expected 'wait', 'abort' or 'keep'")
+        _check_one_of("running", running, "wait", "abort", "keep")
         if version is not None and not isinstance(version, str):
             raise UserError(f"version={version!r:.60}: expected a text")
         model = with_weights(self.engine.runner.model, weights, copy=copy)
         self._session.set_weights(model, version, running)
+
+    def sleep(self, level: str = "pages", *, running: str = "wait") -> None:
+        """Gives back memory until `wake`, for a trainer on the same devices; nothing can be asked meanwhile.
+
+        Compiled programs stay. Arrays that `update_weights` took by reference stay with whoever else has them. A draft
+        model keeps its weights.
+
+        Args:
+            level: "pages" gives back the pages of keys and values, "weights" the weights too: then `update_weights` must be
+                given all of them before `wake`.
+            running: "wait" computes requests that run to their end first, "abort" ends them.
+
+        Raises:
+            UserError: an argument is none of these, or there are several hosts.
+        """
+        _check_one_of("level", level, "pages", "weights")
+        _check_one_of("running", running, "wait", "abort")
+        self._session.quietly(lambda: self.engine.sleep(weights=level == "weights"), running)
+
+    def wake(self) -> None:
+        """Makes empty pages again after `sleep`.
+
+        Raises:
+            UserError: weights that were given up are not set since; the message names them.
+        """
+        self._session.quietly(self.engine.wake, "keep")
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -297,6 +322,11 @@ class LLM:
         many = one_or_many(prompts)
         asked = self._session.prompts.read(many, [FOR_EMBEDDINGS] * len(many), pooled=True)
         return [embedding_of(one, pooling, normalize) for one in self._session.run(asked, Progress.silent())]
+
+
+def _check_one_of(name: str, value: object, *allowed: str) -> None:
+    if value not in allowed:
+        raise UserError(f"{name}={value!r:.60}: expected {' or '.join(map(repr, allowed))}")
 
 
 document(LLM, EngineOptions)

@@ -24,6 +24,7 @@ from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.engine.step.features import FOR_PROMPT
 from llm_infer.engine.warm_up import Company, WarmUp, between, prefill_sizes, up_to
 from llm_infer.models.load import LoadedModel
+from llm_infer.models.params import missing
 from llm_infer.parallel.channel import Follower, Leader, end_process
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import StepPlan
@@ -99,6 +100,7 @@ class Engine:
         self.levels: SequenceOf[StepFeatures] = ()
         self.weights_version = "0"
         self._num_updates = 0
+        self._asleep = False
         self._unsettled = False  # see _as_a_whole
         self._lost: str | None = None  # which process of another host is gone
 
@@ -250,7 +252,7 @@ class Engine:
         Raises:
             UserError: there are several hosts.
         """
-        self._ready()
+        self._ready(asleep=True)
         if self._channel is not None:
             raise UserError("update_weights: with several hosts weights cannot be changed yet; make the LLM again")
         with self._as_a_whole():
@@ -260,6 +262,38 @@ class Engine:
             self.scheduler.forget_prefixes()
             for request in self.scheduler.requests.values():
                 request.weights_versions.append(self.weights_version)
+
+    def sleep(self, *, weights: bool) -> None:
+        """Gives back the memory of all pages, and of the weights; nothing can be asked until `wake`.
+
+        Raises:
+            UserError: requests run, or there are several hosts.
+        """
+        self._ready(asleep=True)
+        if self.has_work or self._channel is not None:
+            raise UserError("sleep: requests run" if self.has_work else "sleep: there are several hosts")
+        with self._as_a_whole():
+            self._asleep = True
+            self.scheduler = self._new_scheduler()
+            self.runner.sleep(weights=weights)
+            if self._draft_model is not None:
+                self._draft_model.runner.sleep(weights=False)
+
+    def wake(self) -> None:
+        """Makes empty pages again after `sleep`; no effect on an engine that is awake.
+
+        Raises:
+            UserError: weights are missing that were given up and not set since.
+        """
+        self._ready(asleep=True)
+        if (gone := missing(self.runner.model.params)) != []:
+            raise UserError(
+                f"wake: the weights were given up and {len(gone)} parameters are not set since ({', '.join(gone[:5])} …): "
+                "call update_weights with all of them first"
+            )
+        if self._asleep:
+            self.start_anew("the engine slept: ask again")
+            self._asleep = False
 
     def follow(self) -> None:
         """Runs what the first process runs until that ends; for every process but the first."""
@@ -352,11 +386,13 @@ class Engine:
         yield
         self._unsettled = False
 
-    def _ready(self) -> None:
+    def _ready(self, *, asleep: bool = False) -> None:
         """Makes sure, before anything else, that the engine can compute and that nothing is left of a change that did not end."""
         refuse_lost_child()
         if self._lost is not None:
             raise ProcessLostError(self._lost)
+        if self._asleep and not asleep:
+            raise UserError("the engine sleeps: wake it first")
         if self._unsettled:
             self.start_anew("the engine was interrupted: ask again")
 

@@ -36,7 +36,7 @@ class StepPrograms:
 
     Attributes:
         definition, config: of the model, as it is cut over the devices.
-        params: the parameters, or `ShapeDtypeStruct`s of them with their shardings.
+        params: `ShapeDtypeStruct`s of the parameters with their shardings; the arrays may change.
         engine: limits and cache settings.
         sharding: the devices.
         page_dtype: of keys and values in the pages.
@@ -60,7 +60,7 @@ class StepPrograms:
         return cls(
             model.definition,
             model.config,
-            model.params,
+            jax.tree.map(described, dict(model.params)),
             engine,
             sharding,
             page_dtype(model, engine, sharding.platform),
@@ -140,7 +140,7 @@ class StepPrograms:
             step = make_steps(self.definition, layout, features, paging, loop=loop, ends_early=alone)
         else:
             step = make_step(self.definition, layout, features, paging, loop=loop, keep_logits=keep_logits)
-        params = jax.tree.map(described, dict(self.params))
+        params = dict(self.params)
         state, inputs = self.state(features, num_pages), self.inputs(bucket, features)
         return sharding.jit(step, params, state, inputs).lower(params, state, inputs)
 

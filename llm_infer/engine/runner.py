@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from llm_infer.engine.step.layout import StepLayout, token_buckets
 from llm_infer.engine.step.row_fields import ROW_FIELDS
 from llm_infer.engine.step.state import StepInputs, StepState, after
 from llm_infer.models.load import LoadedModel
-from llm_infer.models.params import refuse_deleted
+from llm_infer.models.params import refuse_deleted, without_values
 from llm_infer.parallel.channel import Leader
 from llm_infer.parallel.distributed import Channel
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
@@ -139,6 +139,12 @@ class Runner:
         """Empties pages and slots; the programs stay."""
         self._tell("reset")
         self._clear()
+
+    def sleep(self, *, weights: bool) -> None:
+        """Gives back the memory of pages and slots, and of weights; `reset` makes pages again."""
+        self.__dict__.pop("state", None)
+        if weights:
+            self.model = replace(self.model, params=without_values(self.model.params))
 
     def _tell(self, do: str, arrays: Iterable[np.ndarray] = (), **values: Any) -> None:
         """Has the processes of other hosts do what this one is about to do; see `obey`."""

@@ -142,24 +142,27 @@ class Session:
         self.settle()
 
     def set_weights(self, model: LoadedModel, version: str | None, running: str) -> None:
-        """Goes on with the weights of `model`, see `Engine.set_weights`.
+        """Goes on with the weights of `model`, see `Engine.set_weights`; `running` as for `quietly`."""
+        self.quietly(lambda: self.engine.set_weights(model, version), running)
+
+    def quietly(self, change: Callable[[], None], running: str) -> None:
+        """Changes the engine between two steps.
 
         Args:
-            model: the model with other parameters.
-            version: their name.
+            change: what is to be done.
             running: what becomes of requests that run: "wait" computes them to their end first, and others wait meanwhile;
                 "abort" ends them; "keep" has them go on with the new weights.
         """
 
-        def change() -> None:
+        def between() -> None:
             if running == "abort":
                 self._left.extend(self._running.values())
                 self._settle_first()
             while running != "keep" and self.engine.has_work:
                 self._whole(self._step)
-            self._whole(lambda: self.engine.set_weights(model, version))
+            self._whole(change)
 
-        self._take_turn(change)
+        self._take_turn(between)
 
     def close(self) -> None:
         """Ends all requests; no other can be submitted any more."""

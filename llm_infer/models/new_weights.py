@@ -15,7 +15,7 @@ from jax import Array
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import UNCUT, ModelConfig
 from llm_infer.models.load import LoadedModel
-from llm_infer.models.params import Params, refuse_deleted, split_model
+from llm_infer.models.params import Params, missing, refuse_deleted, split_model
 from llm_infer.models.registry import FAMILIES, family
 from llm_infer.models.sharded import Placement
 from llm_infer.quant import StoredWeights
@@ -72,7 +72,12 @@ def weights_digest(params: Params) -> str:
 
     The sums are of whole numbers and are made where the arrays are, so a digest does not depend on how the parameters
     are cut. It says whether two engines of the same settings have the same weights; it is no protection against a forger.
+
+    Raises:
+        ModelError: weights have been given up (`Runner.sleep`).
     """
+    if gone := missing(params):
+        raise ModelError(f"the weights were given up: {_listed(gone)}")
     digest = hashlib.sha256()
     sums = [
         (name, leaf, _bit_sums(leaf))

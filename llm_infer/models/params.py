@@ -49,6 +49,16 @@ def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
     return nnx.merge(definition, nnx.from_flat_state(flat))
 
 
+def without_values(params: Params) -> Params:
+    """Returns parameters of which only shape, type and place are there; `missing` names them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+
+
+def missing(params: Params) -> list[str]:
+    """Returns the names of parameters without values."""
+    return [n for n, v in params.items() if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(v))]
+
+
 def refuse_deleted(arrays: Mapping[str, Any]) -> None:
     """Refuses arrays whose memory is gone, because a jitted function was given them to donate.
 

@@ -177,3 +177,35 @@ def test_requests_that_run_go_on() -> None:
     assert len(request.sequences[0].output) == 12
     assert request.weights_versions == ["0", "second"] and after.weights_versions == ["second"]
     assert after.num_cached_tokens == 0
+
+
+def test_an_engine_sleeps_and_wakes() -> None:
+    engine = make_engine(load_model(opened("llama_gqa"), stored=STORED))
+    first, compiles = answers(engine), engine.runner.times.compiles
+    weights = hugging_face_tensors("llama_gqa", 1.0)
+    matrix = tuple(engine.runner.model.params["layers.mlp.up.weight"].shape)
+    pool = engine.runner.state.cache["pages"].shape
+
+    def held(shape: tuple[int, ...]) -> int:
+        return sum(array.shape == shape for array in jax.live_arrays())
+
+    before = held(pool), held(matrix)
+    engine.sleep(weights=False)
+    assert (held(pool), held(matrix)) == (before[0] - 1, before[1])
+    with pytest.raises(UserError, match="sleeps: wake it first"):
+        engine.add_request(PROMPTS[0])
+    engine.wake()
+    assert answers(engine) == first
+    engine.sleep(weights=True)
+    assert (held(pool), held(matrix)) == (before[0] - 1, 0)
+    with pytest.raises(ModelError, match="were given up"):
+        weights_digest(engine.runner.model.params)
+    with pytest.raises(UserError, match="9 parameters are not set since"):
+        engine.wake()
+    engine.set_weights(with_weights(engine.runner.model, weights))
+    engine.wake()
+    engine.wake()
+    assert answers(engine) == first and engine.runner.times.compiles == compiles
+    engine.add_request(PROMPTS[0])
+    with pytest.raises(UserError, match="requests run"):
+        engine.sleep(weights=False)
