@@ -26,6 +26,9 @@ from llm_infer.weights.requantise import requantised, why_not_requantised
 NewWeights = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Arrays by name, in nested mappings or not, or pairs of both."""
 
+Described = Array | jax.ShapeDtypeStruct
+"""An array, or what it was before its memory was given back."""
+
 DENSE_KINDS = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 
 
@@ -145,7 +148,7 @@ def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str,
     return read_parameters(source, specs, given, rules, num_layers=config.num_layers, ignore=module.IGNORED_TENSORS)
 
 
-def _why_not(name: str, old: Array | StoredWeights, new: Any, whole: tuple[int, ...]) -> str | None:
+def _why_not(name: str, old: Described | StoredWeights, new: Any, whole: tuple[int, ...]) -> str | None:
     """Says why an array cannot take the place of a parameter; None if it can."""
     shape = tuple(np.shape(new))
     table = isinstance(old, StoredWeights) and len(whole) == 2
@@ -162,7 +165,7 @@ def _why_not(name: str, old: Array | StoredWeights, new: Any, whole: tuple[int, 
 
 
 def _fitted(
-    name: str, old: Array | StoredWeights, new: Any, placement: Placement | None, copy: bool
+    name: str, old: Described | StoredWeights, new: Any, placement: Placement | None, copy: bool
 ) -> Array | StoredWeights:
     """Returns an array as the parameter that it replaces is kept."""
     if not isinstance(old, StoredWeights):
@@ -179,7 +182,7 @@ def _fitted(
     return replace(old, blocks=tuple(blocks))
 
 
-def _placed(name: str, old: Array, new: Any, placement: Placement | None, copy: bool) -> Array:
+def _placed(name: str, old: Described, new: Any, placement: Placement | None, copy: bool) -> Array:
     """Brings an array to the devices and into the type of another."""
     if isinstance(new, Array) and new.sharding.is_equivalent_to(old.sharding, old.ndim) and new.shape == old.shape:
         return jnp.array(new, old.dtype, copy=True) if copy else new.astype(old.dtype)

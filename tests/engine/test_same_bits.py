@@ -87,6 +87,14 @@ def check(make: Callable[..., Engine], prompts: list[list[int]], tokens: int) ->
         assert scores(engine, prompts, expected) == expected, name
 
 
+def test_the_documentation_lists_what_is_compared() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "precision.md").read_text()
+    table = text.split("## The same bits")[1].split("|---|---|\n")[1].split("\n\n")[0]
+    compared = [name for name, _ in settings(lambda **options: None, 1)]  # type: ignore[arg-type,return-value]
+    more = ["from cached pages, two samples", "the answer scored as a prompt"]
+    assert table.splitlines() == [f"| {name} | every bit |" for name in (*compared, *more)]
+
+
 @pytest.mark.real
 def test_the_default_model(default_gguf: Path) -> None:
     model = load_model(open_model(resolve(str(default_gguf))), stored=STORED)
