@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -44,6 +45,7 @@ class LLM:
     def __init__(self, options: EngineOptions) -> None:
         self.tokenizer, self.engine, self._progress = start(options)
         self._session = Session(self.engine, self.tokenizer, self._progress)
+        self._updating = threading.RLock()
 
     @classmethod
     def of(cls, options: EngineOptions) -> LLM:
@@ -240,10 +242,11 @@ class LLM:
             UserError: there are several hosts, or `running` is none of these.
         """
         _check_one_of("running", running, "wait", "abort", "keep")
-        if version is not None and not isinstance(version, str):
-            raise UserError(f"version={version!r:.60}: expected a text")
-        model = with_weights(self.engine.runner.model, weights, copy=copy)
-        self._session.set_weights(model, version, running)
+        if version is not None and not (isinstance(version, str) and version):
+            raise UserError(f"version={version!r:.60}: expected a text that is not empty")
+        with self._updating:  # what one update leaves as it is must be what the one before made
+            model = with_weights(self.engine.runner.model, weights, copy=copy)
+            self._session.set_weights(model, version, running)
 
     def sleep(self, level: str = "pages", *, running: str = "wait") -> None:
         """Gives back memory until `wake`, for a trainer on the same devices; nothing can be asked meanwhile.
@@ -278,7 +281,7 @@ class LLM:
 
     @property
     def weights_version(self) -> str:
-        """The name of the weights; "0" until they are changed."""
+        """The name of the weights; "update-0" until they are changed."""
         return self.engine.weights_version
 
     def weights_digest(self) -> str:

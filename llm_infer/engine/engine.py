@@ -56,7 +56,7 @@ class Engine:
             others `follow`.
 
     Attributes:
-        weights_version: what the weights are called; "0" at first.
+        weights_version: what the weights are called; "update-0" at first.
         levels: sets of features for which programs are made, so that mixed requests need no program for each mixture: the
             first that has all. With none, each mixture has its own.
 
@@ -98,7 +98,7 @@ class Engine:
         self._in_flight: PendingStep | None = None
         self._num_requests = 0
         self.levels: SequenceOf[StepFeatures] = ()
-        self.weights_version = "0"
+        self.weights_version = "update-0"
         self._num_updates = 0
         self._asleep = False
         self._unsettled = False  # see _as_a_whole
@@ -217,7 +217,6 @@ class Engine:
             **options,
         )
         self.scheduler.prepare(request)  # refuses what never fits, before anything changes
-        request.weights_versions.append(self.weights_version)
         if queue:
             self.queue(request)
         return request
@@ -226,6 +225,7 @@ class Engine:
         """Has a request run that `add_request` has made."""
         self._ready()
         with self._as_a_whole():
+            request.weights_versions = [self.weights_version]
             self.scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
@@ -257,11 +257,12 @@ class Engine:
             raise UserError("update_weights: with several hosts weights cannot be changed yet; make the LLM again")
         with self._as_a_whole():
             self._num_updates += 1
-            self.weights_version = str(self._num_updates) if version is None else version
+            self.weights_version = f"update-{self._num_updates}" if version is None else version
             self.runner.model = model
             self.scheduler.forget_prefixes()
             for request in self.scheduler.requests.values():
-                request.weights_versions.append(self.weights_version)
+                began = request.first_scheduled_time is not None
+                request.weights_versions = [*(request.weights_versions if began else ()), self.weights_version]
 
     def sleep(self, *, weights: bool) -> None:
         """Gives back the memory of all pages, and of the weights; nothing can be asked until `wake`.

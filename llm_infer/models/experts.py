@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,7 +105,7 @@ class ExpertsMLP(nnx.Module):
         chosen = products(x, layer, experts, num_here).astype(jnp.float32)
         if (bias := self.down.bias) is not None:
             chosen = chosen + self._down_biases(bias[...][layer], experts, here)
-        total = jnp.sum(chosen * weights[:, :, None], axis=1).astype(x.dtype)
+        total = _weighted(chosen, weights).astype(x.dtype)
         if moe.shared_size:
             total = total + self._shared(x, layer)
         return sum_over(total, self.shards.axes)
@@ -197,6 +199,12 @@ class ExpertsMLP(nnx.Module):
         if not self.config.shared_gate:
             return out
         return out * jax.nn.sigmoid(self.shared_weight(x, layer).astype(jnp.float32)).astype(out.dtype)
+
+
+def _weighted(chosen: Float[Array, "T K E"], weights: Float[Array, "T K"]) -> Float[Array, "T E"]:
+    """Adds up each token's experts in their order; a reduction would have an order that XLA chooses."""
+    terms = [chosen[:, k] * weights[:, k, None] for k in range(weights.shape[1])]
+    return functools.reduce(jnp.add, terms)
 
 
 def _blocks(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,12 @@ from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params, missing, refuse_deleted, split_model
 from llm_infer.models.registry import FAMILIES, family
 from llm_infer.models.sharded import Placement
+from llm_infer.models.tied_head import HEAD, embedding_name
 from llm_infer.quant import StoredWeights
 from llm_infer.weights.array_source import ArraySource
 from llm_infer.weights.loader import read_parameters
 from llm_infer.weights.requantise import requantised, why_not_requantised
+from llm_infer.weights.rules import Rule
 
 NewWeights = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Arrays by name, in nested mappings or not, or pairs of both."""
@@ -48,8 +50,7 @@ def with_weights(model: LoadedModel, given: NewWeights, *, copy: bool = False) -
         ModelError: names that the model does not have, missing tensors, other shapes, arrays that were deleted, or blocks that
             cannot be made here; nothing has changed then.
     """
-    arrays = dict(_pairs(given))
-    refuse_deleted(arrays)
+    arrays = _read(given)
     if not arrays:
         raise ModelError("there are no weights: expected arrays by name")
     unknown = sorted(arrays.keys() - model.params.keys())
@@ -81,6 +82,7 @@ def weights_digest(params: Params) -> str:
     """
     if gone := missing(params):
         raise ModelError(f"the weights were given up: {_listed(gone)}")
+    refuse_deleted(params)
     digest = hashlib.sha256()
     sums = [
         (name, leaf, _bit_sums(leaf))
@@ -114,13 +116,35 @@ def whole_config(config: ModelConfig) -> ModelConfig:
     return replace(config, num_kv_heads=config.num_kv_heads // config.shards.kv_copies, shards=UNCUT)
 
 
+def _read(given: NewWeights) -> dict[str, Any]:
+    """Returns arrays of JAX or NumPy by name.
+
+    Raises:
+        ModelError: something else is there, or a name is there twice.
+    """
+    arrays: dict[str, Any] = {}
+    try:
+        for name, value in _pairs(given):
+            if name in arrays:
+                raise ModelError(f"{name} is there twice")
+            arrays[name] = value
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"expected arrays by name, or pairs of names and arrays: {error!s:.200}") from None
+    refuse_deleted(arrays)
+    for name, value in arrays.items():
+        if not isinstance(value, Array | StoredWeights):
+            try:
+                arrays[name] = np.asarray(value)
+            except Exception as error:  # what others' arrays raise is theirs
+                raise ModelError(f"{name} is {type(value).__name__}, expected an array: {error!s:.200}") from None
+    return arrays
+
+
 def _pairs(given: NewWeights, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields names and arrays of nested mappings, the names joined by dots."""
-    seen: set[str] = set()
     for name, value in given.items() if isinstance(given, Mapping) else given:
-        if not isinstance(name, str) or prefix + name in seen:
-            raise ModelError(f"{prefix}{name!s:.80}: expected a name that is a text and is there once")
-        seen.add(prefix + name)
+        if not isinstance(name, str):
+            raise ModelError(f"{prefix}{name!s:.80}: expected a name that is a text")
         if isinstance(value, Mapping):
             yield from _pairs(value, f"{prefix}{name}.")
         else:
@@ -132,11 +156,10 @@ def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str,
     config = whole_config(model.config)
     module = family({"architectures": [config.architecture]})
     specs = split_model(config, model.dtype)[1]
-    try:
-        source = ArraySource(arrays)
-    except (TypeError, ValueError) as error:
-        raise ModelError(str(error)) from None
     rules = [rule for rule in module.rules(config) if rule.param in specs]
+    if config.tie_word_embeddings:
+        arrays = _one_table(arrays, rules)
+    source = ArraySource(arrays)
     found = {name for rule in rules for group in rule.tensor_names(config.num_layers) for name in group}
     if not found & arrays.keys():
         own = FAMILIES[config.architecture].module.rpartition(".")[2]
@@ -148,15 +171,30 @@ def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str,
     return read_parameters(source, specs, given, rules, num_layers=config.num_layers, ignore=module.IGNORED_TENSORS)
 
 
+def _one_table(arrays: Mapping[str, Any], rules: Sequence[Rule]) -> Mapping[str, Any]:
+    """Returns the tensors of a model whose head is its embedding with that alone, whatever it was called."""
+    arrays, embedding = dict(arrays), embedding_name(rules)
+    if (head := arrays.pop(HEAD, None)) is None:
+        return arrays
+    if not np.array_equal(arrays.setdefault(embedding, head), head):
+        raise ModelError(f"{HEAD} differs from {embedding}, and the model has one for both")
+    return arrays
+
+
 def _why_not(name: str, old: Described | StoredWeights, new: Any, whole: tuple[int, ...]) -> str | None:
     """Says why an array cannot take the place of a parameter; None if it can."""
-    shape = tuple(np.shape(new))
-    table = isinstance(old, StoredWeights) and len(whole) == 2
-    legal = {whole, tuple(old.shape[1:] if table else old.shape)}
-    if shape not in legal:
-        return f"{name} has the shape {list(shape)}, expected {' or '.join(map(str, map(list, sorted(legal))))}"
-    if not jnp.issubdtype(getattr(new, "dtype", np.asarray(new).dtype), jnp.floating):
-        return f"{name} has the type {np.asarray(new).dtype}, expected floating-point numbers"
+    if isinstance(new, StoredWeights):
+        if isinstance(old, StoredWeights) and _form(old) == _form(new):
+            return None
+        return f"{name} is in other blocks than the model's: give it as plain numbers"
+    legal = {whole} | ({(1, *whole)} if isinstance(old, StoredWeights) and len(whole) == 2 else set())
+    first = old.blocks[0] if isinstance(old, StoredWeights) else old
+    if _in_place(new, first) or (isinstance(new, Array) and new.sharding == first.sharding):
+        legal.add(tuple(old.shape))
+    if new.shape not in legal:
+        return f"{name} has the shape {list(new.shape)}, expected {list(whole)}"
+    if not jnp.issubdtype(new.dtype, jnp.floating):
+        return f"{name} has the type {new.dtype}, expected floating-point numbers"
     if isinstance(old, StoredWeights):
         for kind in sorted(set(old.kinds) - DENSE_KINDS.keys()):
             if (reason := why_not_requantised(kind)) is not None:
@@ -164,10 +202,24 @@ def _why_not(name: str, old: Described | StoredWeights, new: Any, whole: tuple[i
     return None
 
 
+def _form(weights: StoredWeights) -> tuple[Any, ...]:
+    """Returns all but the values."""
+    return weights.kinds, weights.places, weights.tiled, [block.shape for block in weights.blocks]
+
+
+def _in_place(new: Any, old: Described) -> bool:
+    """Tells whether an array has the shape and the place of another, so that it is the parameter as the engine has it."""
+    return isinstance(new, Array) and new.shape == old.shape and new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
 def _fitted(
     name: str, old: Described | StoredWeights, new: Any, placement: Placement | None, copy: bool
 ) -> Array | StoredWeights:
     """Returns an array as the parameter that it replaces is kept."""
+    if isinstance(new, StoredWeights):
+        assert isinstance(old, StoredWeights)
+        blocks = new.blocks if not copy else tuple(jnp.array(block, copy=True) for block in new.blocks)
+        return replace(new, blocks=blocks, precision=old.precision)
     if not isinstance(old, StoredWeights):
         return _placed(name, old, new, placement, copy)
     stacked = new if len(np.shape(new)) == 3 else new[None]
@@ -184,7 +236,7 @@ def _fitted(
 
 def _placed(name: str, old: Described, new: Any, placement: Placement | None, copy: bool) -> Array:
     """Brings an array to the devices and into the type of another."""
-    if isinstance(new, Array) and new.sharding.is_equivalent_to(old.sharding, old.ndim) and new.shape == old.shape:
+    if isinstance(new, Array) and _in_place(new, old):
         return jnp.array(new, old.dtype, copy=True) if copy else new.astype(old.dtype)
     if placement is None:
         host = new if isinstance(new, Array) else np.array(new, old.dtype)

@@ -28,7 +28,7 @@ class HuggingFaceTensors(TensorSource, Protocol):
 
 def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: HuggingFaceTensors) -> ModelConfig:
     """Returns the configuration, without `tie_word_embeddings` where the file holds a head that is not the embedding."""
-    embedding, names = _embedding(rules), set(tensors.names)
+    embedding, names = embedding_name(rules), set(tensors.names)
     if not config.tie_word_embeddings or not {HEAD, embedding} <= names or tensors.same_values(HEAD, embedding):
         return config
     return replace(config, tie_word_embeddings=False)
@@ -36,12 +36,12 @@ def own_head(config: ModelConfig, rules: Sequence[Rule], tensors: HuggingFaceTen
 
 def embedding_or_head(config: ModelConfig, rules: Sequence[Rule], tensors: HuggingFaceTensors) -> list[Rule]:
     """Returns the rules, with the embedding read from the head where they are one and the file holds it under that name."""
-    embedding, names = _embedding(rules), set(tensors.names)
+    embedding, names = embedding_name(rules), set(tensors.names)
     if not config.tie_word_embeddings or embedding in names or HEAD not in names:
         return list(rules)
     return [replace(rule, sources=(HEAD,)) if rule.param == "embed.weight" else rule for rule in rules]
 
 
-def _embedding(rules: Sequence[Rule]) -> str:
+def embedding_name(rules: Sequence[Rule]) -> str:
     """Returns the name of the embedding's tensor."""
     return next(rule.sources[0] for rule in rules if rule.param == "embed.weight")

@@ -74,7 +74,7 @@ def test_the_engine_gives_what_a_fresh_one_gives(name: str, stored: str | None) 
         fresh = make_engine(with_weights(load_model(opened(name), stored=stored), weights))
         assert found == answers(fresh) != first
         assert weights_digest(engine.runner.model.params) == weights_digest(fresh.runner.model.params)
-    assert engine.weights_version == "3"
+    assert engine.weights_version == "update-3"
 
 
 def test_a_hundred_updates_leave_nothing_behind() -> None:
@@ -125,12 +125,41 @@ def test_blocks_are_made_again(tmp_path: Path) -> None:
     np.testing.assert_array_equal(mixed.params[up].blocks[0], dense.params[up])
 
 
+class _Broken:
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        raise RuntimeError("no values")
+
+
+class _Torch:
+    """An array whose type is not NumPy's, as PyTorch's are."""
+
+    dtype, shape = "torch.float32", (128, 32)
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return np.full(self.shape, 0.25, np.float32)
+
+
+def test_arrays_of_others_and_a_tied_head() -> None:
+    model = load_model(opened("llama_gqa"), stored=STORED)
+    for name in ("embed.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        found = with_weights(model, {name: _Torch()}).params["embed.weight"]
+        assert (jnp.asarray(getattr(found, "blocks", [found])[0], jnp.float32) == 0.25).all()
+    table = np.ones((128, 32), np.float32)
+    both = with_weights(model, {"model.embed_tokens.weight": table, "lm_head.weight": table.copy()})
+    assert weights_digest(both.params) == weights_digest(with_weights(model, {"lm_head.weight": table}).params)
+    assert weights_digest(with_weights(both, model.params).params) == weights_digest(model.params)
+
+
 def test_what_is_refused() -> None:
     model = load_model(opened("llama_gqa"), stored=STORED)
     good = other_weights("llama_gqa", 1)
     gone = jnp.ones(good["final_norm.weight"].shape)
     gone.delete()
-    up = good["layers.mlp.up.weight"]
+    up, table, gone_shape = (
+        good["layers.mlp.up.weight"],
+        np.asarray(good["embed.weight"]),
+        np.zeros(gone.shape, np.float32),
+    )
     cases: dict[str, Mapping[str, Any]] = {
         "no parameter layers.mlp.sideways": {**good, "layers.mlp.sideways": up},
         "neither parameters of the model": {"transformer.wte": up},
@@ -138,6 +167,9 @@ def test_what_is_refused() -> None:
         "final_norm.weight has the type int32": {"final_norm.weight": np.zeros(gone.shape, np.int32)},
         "final_norm.weight was deleted": {"final_norm.weight": gone},
         "there are no weights": {},
+        "final_norm.weight is there twice": {"final_norm.weight": gone_shape, "final_norm": {"weight": gone_shape}},
+        "final_norm.weight is _Broken, expected an array: no values": {"final_norm.weight": _Broken()},
+        "lm_head.weight differs": {"model.embed_tokens.weight": table, "lm_head.weight": 2 * table},
         "missing.*layers.1.mlp.up_proj": {
             "model.layers.0.mlp.up_proj.weight": np.zeros(up.shape[1:], np.float32),
         },
@@ -175,7 +207,7 @@ def test_requests_that_run_go_on() -> None:
     while engine.has_work:
         engine.step()
     assert len(request.sequences[0].output) == 12
-    assert request.weights_versions == ["0", "second"] and after.weights_versions == ["second"]
+    assert request.weights_versions == ["update-0", "second"] and after.weights_versions == ["second"]
     assert after.num_cached_tokens == 0
 
 
@@ -197,7 +229,7 @@ def test_an_engine_sleeps_and_wakes() -> None:
     engine.wake()
     assert answers(engine) == first
     engine.sleep(weights=True)
-    assert (held(pool), held(matrix)) == (before[0] - 1, 0)
+    assert (held(pool), held(matrix)) == (before[0] - 1, before[1] - 2)  # "up" and "gate"
     with pytest.raises(ModelError, match="were given up"):
         weights_digest(engine.runner.model.params)
     with pytest.raises(UserError, match="9 parameters are not set since"):
