@@ -297,3 +297,15 @@ def test_new_weights_while_requests_run(llm: LLM) -> None:
         with pytest.raises(UserError, match=message):
             llm.update_weights(weights, version, running=running)  # type: ignore[arg-type]
     assert llm.weights_version == "back"
+
+
+def test_updates_of_several_threads_come_one_after_the_other(llm: LLM) -> None:
+    names = ["final_norm.weight", "layers.attn_norm.weight", "layers.mlp_norm.weight"]
+    old = {name: np.asarray(llm.params[name]) for name in names}
+    stream = llm.stream("Once upon a time", SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    next(stream)
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(lambda name: llm.update_weights({name: -old[name]}), names))
+    assert all((np.asarray(llm.params[name]) == -old[name]).all() for name in names)
+    assert len(list(stream)) == 39
+    llm.update_weights(old)

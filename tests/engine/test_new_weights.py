@@ -204,10 +204,14 @@ def test_requests_that_run_go_on() -> None:
         engine.step()
     engine.set_weights(with_weights(engine.runner.model, other_weights("llama_gqa", 1)), "second")
     after = engine.add_request(PROMPTS[0], SamplingParams(temperature=0.0, max_tokens=2))
+    late = engine.add_request(PROMPTS[1], SamplingParams(temperature=0.0, max_tokens=2), queue=False)
+    engine.set_weights(engine.runner.model, "third")
+    engine.queue(late)
     while engine.has_work:
         engine.step()
     assert len(request.sequences[0].output) == 12
-    assert request.weights_versions == ["update-0", "second"] and after.weights_versions == ["second"]
+    assert request.weights_versions == ["update-0", "second", "third"]
+    assert after.weights_versions == late.weights_versions == ["third"], "neither had begun"
     assert after.num_cached_tokens == 0
 
 
