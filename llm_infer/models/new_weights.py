@@ -153,6 +153,8 @@ def _pairs(given: NewWeights, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Makes stacked parameters of tensors under Hugging Face's names."""
+    if blocks := [name for name, value in arrays.items() if isinstance(value, StoredWeights)]:
+        raise ModelError(f"{_listed(blocks)}: matrices in blocks have the names of the model's parameters")
     config = whole_config(model.config)
     module = family({"architectures": [config.architecture]})
     specs = split_model(config, model.dtype)[1]
@@ -218,8 +220,8 @@ def _fitted(
     """Returns an array as the parameter that it replaces is kept."""
     if isinstance(new, StoredWeights):
         assert isinstance(old, StoredWeights)
-        blocks = new.blocks if not copy else tuple(jnp.array(block, copy=True) for block in new.blocks)
-        return replace(new, blocks=blocks, precision=old.precision)
+        pairs = zip(old.blocks, new.blocks, strict=True)
+        return replace(old, blocks=tuple(_placed(name, block, other, None, copy) for block, other in pairs))
     if not isinstance(old, StoredWeights):
         return _placed(name, old, new, placement, copy)
     stacked = new if len(np.shape(new)) == 3 else new[None]

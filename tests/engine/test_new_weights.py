@@ -139,6 +139,7 @@ class _Torch:
         return np.full(self.shape, 0.25, np.float32)
 
 
+@pytest.mark.skipif(STORED is None, reason="needs the native CPU kernels")
 def test_arrays_of_others_and_a_tied_head() -> None:
     model = load_model(opened("llama_gqa"), stored=STORED)
     for name in ("embed.weight", "model.embed_tokens.weight", "lm_head.weight"):
@@ -148,6 +149,9 @@ def test_arrays_of_others_and_a_tied_head() -> None:
     both = with_weights(model, {"model.embed_tokens.weight": table, "lm_head.weight": table.copy()})
     assert weights_digest(both.params) == weights_digest(with_weights(model, {"lm_head.weight": table}).params)
     assert weights_digest(with_weights(both, model.params).params) == weights_digest(model.params)
+    assert weights_digest(with_weights(both, model.params, copy=True).params) == weights_digest(model.params)
+    with pytest.raises(ModelError, match=r"lm_head\.weight: matrices in blocks have the names"):
+        with_weights(model, {"lm_head.weight": model.params["embed.weight"]})
 
 
 def test_what_is_refused() -> None:
