@@ -16,7 +16,7 @@ from llm_infer.parallel.axes import Axes, ParamSpec
 from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
 from pallas_kernels.quant_matmul import Norm
-from pallas_kernels.row_sums import row_sums
+from pallas_kernels.row_sums import mean_squares, row_sums
 
 Layer = Int[Array, ""]
 
@@ -91,7 +91,7 @@ def rms_norm(
 ) -> Float[Array, "... E"]:
     """Divides by the root mean square, in float32 (Zhang and Sennrich, 2019). `cut` names mesh axes over which E is cut."""
     x32 = x.astype(jnp.float32)
-    squares = row_sums(x32, kind="squares")[..., None] / x.shape[-1]
+    squares = mean_squares(x32)
     if cut:
         squares = lax.pmean(squares, cut)
     scale = lax.rsqrt(squares + eps)
@@ -215,7 +215,7 @@ class LayerNorm(nnx.Module):
         x32 = x.astype(jnp.float32)
         mean = row_sums(x32) / x.shape[-1]
         centred = x32 - mean[..., None]
-        scale = lax.rsqrt(row_sums(x32, mean, kind="squares")[..., None] / x.shape[-1] + self.eps)
+        scale = lax.rsqrt(mean_squares(x32, mean) + self.eps)
         out = centred * scale * weight.astype(jnp.float32)[None] + bias.astype(jnp.float32)[None]
         return out.astype(x.dtype)
 

@@ -61,7 +61,7 @@ class LoadedModel:
         XLA multiplies a single row by another code path, with other roundings, than it does two and more; the kernels
         of stored weights give a row the same bits in any company.
         """
-        matrices = (array for array in self.params.values() if array.shape and len(array.shape) > 2)
+        matrices = (array for array in self.params.values() if len(array.shape) > 2)
         stored = all(isinstance(each, StoredWeights) for each in (*matrices, self.params["embed.weight"]))
         return 1 if stored else 2
 

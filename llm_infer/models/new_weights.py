@@ -24,14 +24,13 @@ from llm_infer.weights.array_source import ArraySource
 from llm_infer.weights.loader import read_parameters
 from llm_infer.weights.requantise import requantised, why_not_requantised
 from llm_infer.weights.rules import Rule
+from pallas_kernels.quant_matmul.formats import DENSE
 
 NewWeights = Mapping[str, Any] | Iterable[tuple[str, Any]]
 """Arrays by name, in nested mappings or not, or pairs of both."""
 
 Described = Array | jax.ShapeDtypeStruct
 """An array, or what it was before its memory was given back."""
-
-DENSE_KINDS = {"f32": jnp.float32, "f16": jnp.float16, "bf16": jnp.bfloat16}
 
 
 def with_weights(model: LoadedModel, given: NewWeights, *, copy: bool = False) -> LoadedModel:
@@ -191,14 +190,14 @@ def _why_not(name: str, old: Described | StoredWeights, new: Any, whole: tuple[i
         return f"{name} is in other blocks than the model's: give it as plain numbers"
     legal = {whole} | ({(1, *whole)} if isinstance(old, StoredWeights) and len(whole) == 2 else set())
     first = old.blocks[0] if isinstance(old, StoredWeights) else old
-    if _in_place(new, first) or (isinstance(new, Array) and new.sharding == first.sharding):
+    if _in_place(new, first):
         legal.add(tuple(old.shape))
     if new.shape not in legal:
         return f"{name} has the shape {list(new.shape)}, expected {list(whole)}"
     if not jnp.issubdtype(new.dtype, jnp.floating):
         return f"{name} has the type {new.dtype}, expected floating-point numbers"
     if isinstance(old, StoredWeights):
-        for kind in sorted(set(old.kinds) - DENSE_KINDS.keys()):
+        for kind in old.kinds:
             if (reason := why_not_requantised(kind)) is not None:
                 return f"{name} is kept in blocks of {kind}: {reason}; make the LLM with weights='dense'"
     return None
@@ -225,7 +224,7 @@ def _fitted(
     if not isinstance(old, StoredWeights):
         return _placed(name, old, new, placement, copy)
     stacked = new if len(np.shape(new)) == 3 else new[None]
-    if len(old.blocks) == 1 and old.kinds[0] in DENSE_KINDS:
+    if len(old.blocks) == 1 and old.kinds[0] in DENSE.values():
         return replace(old, blocks=(_placed(name, old.blocks[0], stacked, placement, copy),))
     dense = np.asarray(stacked)
     blocks = []

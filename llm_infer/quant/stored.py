@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.quant_matmul import FORMATS, Norm, dequantise, quant_matmul
+from pallas_kernels.quant_matmul.formats import DENSE
 from pallas_kernels.quant_matmul.tiles import can_tile, take_rows, untile
 
 _META = ["kinds", "places", "precision", "tiled"]
@@ -107,7 +108,7 @@ class StoredWeights:
 
 def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact", cuts: int = 1) -> StoredWeights | None:
     """Returns a dense matrix or stack of them as it is; None where the kernels do not take it, or a `cuts`-th of its rows."""
-    kind = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(array.dtype.name)
+    kind = DENSE.get(array.dtype.name)
     if kind is None or array.shape[-1] % (cuts * FORMATS[kind].elements):
         return None
     stack = array if array.ndim == 3 else array[None]

@@ -21,12 +21,19 @@ MOE_LAYER = {name: hf for name, hf in DENSE_LAYER.items() if not hf.startswith("
 """With a router in place of the MLP; how experts are stacked, all architectures have in common."""
 EXPERT = {name: f"mlp.experts.{{x}}.{name}_proj" for name in ("gate", "up", "down")}
 """An expert's matrices → their names within a layer, `{x}` for its number."""
+SIGMOID = 2
+"""The value of `expert_gating_func` for scores by a sigmoid."""
 QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
 BIASES = ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_gate.bias"}
 OUT_NORMS = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 """Norms after attention and MLP."""
 WINDOW_KEYS = {"attention.sliding_window": "sliding_window"}
+
+
+def shared_expert_layer(expert: str) -> dict[str, str]:
+    """Names the matrices of the expert of all tokens, which lies at `expert` within a layer."""
+    return {f"ffn_{name}_shexp": f"{expert}.{name}_proj" for name in EXPERT}
 
 
 @dataclass(frozen=True)

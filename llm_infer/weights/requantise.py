@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.quant_matmul.formats import DENSE, FORMATS
 from pallas_kernels.quant_matmul.tiles import tile_rows
 
 KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
@@ -12,7 +14,11 @@ KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "mxfp4")
 
 def why_not_requantised(kind: str) -> str | None:
     """Says why dense weights cannot be rounded into blocks of a kind, or None."""
-    return None if kind in KINDS else f"only blocks of {', '.join(KINDS)} can be made from other weights"
+    return (
+        None
+        if kind in KINDS or kind in DENSE.values()
+        else f"only blocks of {', '.join(KINDS)} can be made from other weights"
+    )
 
 
 def requantised(dense: np.ndarray, kind: str, *, tiled: bool) -> np.ndarray:
@@ -20,13 +26,11 @@ def requantised(dense: np.ndarray, kind: str, *, tiled: bool) -> np.ndarray:
 
     Args:
         dense: floats; K is a multiple of 32.
-        kind: one of KINDS, or "f32", "f16" and "bf16" for the plain type.
+        kind: one of KINDS, or a plain type's.
         tiled: give the rows the tiled order.
     """
-    if kind in ("f32", "f16", "bf16"):
-        import ml_dtypes
-
-        return dense.astype({"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[kind])
+    if kind in DENSE.values():
+        return dense.astype(jnp.dtype(FORMATS[kind].dtype))
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 

@@ -15,10 +15,9 @@ from llm_infer.base.progress import Task
 from llm_infer.weights.aligned import aligned_empty
 from llm_infer.weights.rules import HasShape, Rule
 from llm_infer.weights.tensor_source import TensorSource
-from pallas_kernels.quant_matmul.formats import FORMATS
+from pallas_kernels.quant_matmul.formats import DENSE, FORMATS
 from pallas_kernels.quant_matmul.tiles import ROWS
 
-_DENSE = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 MOST_READERS = 8
 """Threads that read a matrix's layers; more do not read memory faster."""
@@ -122,7 +121,7 @@ def read_stored(
 
 
 def _kind(source: TensorSource, name: str) -> str:
-    return source.stored_kind(name) or _DENSE.get(source.dtype(name).name, "f32")
+    return source.stored_kind(name) or DENSE.get(source.dtype(name).name, "f32")
 
 
 def _rows(source: TensorSource, name: str, kind: str) -> np.ndarray:

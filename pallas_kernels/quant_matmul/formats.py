@@ -78,3 +78,5 @@ FORMATS = {
         BlockFormat("bf16", 32, 64, "bfloat16"),
     )
 }
+DENSE = {fmt.dtype: kind for kind, fmt in FORMATS.items() if fmt.dtype != "uint8"}
+"""Type of plain numbers → their kind."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.row_sums import row_sums
+from pallas_kernels.row_sums import mean_squares
 
 
 class Norm(NamedTuple):
@@ -28,7 +28,6 @@ class Norm(NamedTuple):
 def prepared(x: jax.Array, gate: jax.Array | None = None, norm: Norm | None = None) -> jax.Array:
     """Returns x after the norm, or silu(gate) · x, or x."""
     if norm is not None:
-        squares = row_sums(x.astype(jnp.float32), kind="squares")[..., None] / x.shape[-1]
-        scale = lax.rsqrt(squares + norm.eps)
+        scale = lax.rsqrt(mean_squares(x.astype(jnp.float32)) + norm.eps)
         return x * scale * lax.dynamic_index_in_dim(norm.weight, norm.layer, keepdims=True)
     return x if gate is None else jax.nn.silu(gate) * x

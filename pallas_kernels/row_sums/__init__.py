@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect
 
-__all__ = ["KINDS", "logsumexp", "row_sums", "softmax"]
+__all__ = ["KINDS", "logsumexp", "mean_squares", "row_sums", "softmax"]
 
 KINDS = ("values", "squares", "exps")
 
@@ -47,6 +47,11 @@ def row_sums(
     rows = x.reshape(-1, x.shape[-1])
     run = dispatch.pick("row_sums", case_of({"x": rows}, kind=kind), implementation)
     return run(rows, shift.reshape(-1), kind).reshape(shift.shape)
+
+
+def mean_squares(x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+    """Returns the mean of (x - shift)² over the last axis, which stays with length 1; arguments as of `row_sums`."""
+    return row_sums(x, shift, kind="squares")[..., None] / x.shape[-1]
 
 
 def logsumexp(x: jax.Array) -> jax.Array:

@@ -11,14 +11,21 @@ import numpy as np
 from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules, shared_expert_rules
-from llm_infer.weights.gguf_names import ATTENTION_BIAS, DENSE_LAYER, EXPERT, MOE_LAYER, QK_NORMS, GGUFNames
+from llm_infer.weights.gguf_names import (
+    ATTENTION_BIAS,
+    DENSE_LAYER,
+    EXPERT,
+    MOE_LAYER,
+    QK_NORMS,
+    SIGMOID,
+    GGUFNames,
+    shared_expert_layer,
+)
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
 _DEFAULTS = {"partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "num_key_value_heads": 8}
 _CORRECTION = "mlp.gate.e_score_correction_bias"
-_SIGMOID = 2
-"""llama.cpp's number for scores by a sigmoid."""
 _NEXT = ("eh_proj", "enorm", "hnorm", "embed_tokens", "shared_head.norm", "shared_head.head")
 """What only the layer behind the last has, which predicts further tokens."""
 
@@ -33,7 +40,7 @@ GGUF = GGUFNames(
     "glm4_moe",
     {name: hf for name, hf in (DENSE_LAYER | MOE_LAYER | QK_NORMS).items() if name != "ffn_norm"}
     | {"post_attention_norm": "post_attention_layernorm", "exp_probs_b.bias": _CORRECTION}
-    | {f"ffn_{name}_shexp": f"mlp.shared_experts.{name}_proj" for name in EXPERT}
+    | shared_expert_layer("mlp.shared_experts")
     | {f"nextn.{name.replace('.', '_')}": name for name in _NEXT},
     flags=ATTENTION_BIAS | {"use_qk_norm": "blk.0.attn_q_norm.weight"},
     experts=True,
@@ -57,7 +64,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     """Makes the model configuration of a Hugging Face `Glm4MoeConfig`."""
     reader = ConfigReader(_DEFAULTS | dict(values))
     fields = reader.llama_like(partial=True)
-    reader.expect("expert_gating_func", _SIGMOID)
+    reader.expect("expert_gating_func", SIGMOID)
     reader.ignore("num_nextn_predict_layers", "num_mtp_layers", "output_router_logits")
     inner = reader.integer("moe_intermediate_size", 1408)
     moe = MoEConfig(

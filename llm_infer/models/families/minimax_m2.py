@@ -10,14 +10,12 @@ from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.families.mixtral import MATRICES, ROUTER, name_sizes
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
-from llm_infer.weights.gguf_names import MOE_LAYER, QK_NORMS, GGUFNames
+from llm_infer.weights.gguf_names import MOE_LAYER, QK_NORMS, SIGMOID, GGUFNames
 from llm_infer.weights.rules import Rule
 
 IGNORED_TENSORS = LLAMA_IGNORED
 _DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 5e6, "num_key_value_heads": 8, "head_dim": 128}
 _CORRECTION = "block_sparse_moe.e_score_correction_bias"
-_SIGMOID = 2
-"""llama.cpp's number for scores by a sigmoid."""
 GGUF = GGUFNames(
     "minimax_m2",
     MOE_LAYER | ROUTER | QK_NORMS | {"exp_probs_b.bias": _CORRECTION},
@@ -35,7 +33,7 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     fields = reader.llama_like(partial=True)
     for key, allowed in {
         "scoring_func": "sigmoid",
-        "expert_gating_func": _SIGMOID,
+        "expert_gating_func": SIGMOID,
         "use_routing_bias": True,
         "use_qk_norm": True,
         "qk_norm_type": "per_layer",

@@ -9,16 +9,13 @@ from llm_infer.models.config import ModelConfig
 from llm_infer.models.families.qwen3_moe import experts_of
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules, shared_expert_rules
-from llm_infer.weights.gguf_names import MOE_LAYER, GGUFNames
+from llm_infer.weights.gguf_names import MOE_LAYER, GGUFNames, shared_expert_layer
 from llm_infer.weights.rules import Rule
 
-_SHARED = {"ffn_gate_shexp": "gate", "ffn_up_shexp": "up", "ffn_down_shexp": "down"}
 IGNORED_TENSORS = LLAMA_IGNORED
 GGUF = GGUFNames(
     "qwen2_moe",
-    MOE_LAYER
-    | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"}
-    | {name: f"mlp.shared_expert.{hf}_proj" for name, hf in _SHARED.items()},
+    MOE_LAYER | {"ffn_gate_inp_shexp": "mlp.shared_expert_gate"} | shared_expert_layer("mlp.shared_expert"),
     experts=True,
     keys={"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     adjust=lambda config: config.update(norm_topk_prob=False),
