@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
+from pallas_kernels.grouped_matmul.gradients import differentiable
 
 __all__ = ["grouped_matmul"]
 
@@ -24,7 +25,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiplies each x[i] with the transposed matrix of row i's expert, for rows that are sorted by expert.
 
-    Sums are float32 whatever the dtypes.
+    Sums are float32 whatever the dtypes. It may be differentiated (in reverse) by x and the weights, and batched.
 
     Args:
         x: Float[Array, "M K"]. The first group_sizes[0] rows belong to expert 0, the next group_sizes[1] to expert 1, and so
@@ -48,4 +49,5 @@ def grouped_matmul(
     expect(weights.dtype in (jnp.float32, jnp.bfloat16), "weights", "float32 or bfloat16", weights)
     index = layer_index(layer, weights.shape[0])
     case = case_of({"x": x, "weights": weights, "group_sizes": group_sizes})
-    return dispatch.pick("grouped_matmul", case, implementation)(x, weights, group_sizes, index)
+    run = dispatch.pick("grouped_matmul", case, implementation)
+    return differentiable(run, x, weights, group_sizes, index)

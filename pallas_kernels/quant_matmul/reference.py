@@ -161,6 +161,12 @@ def dequantise(blocks: Array, kind: str) -> Array:
     return _DEQUANTISE[kind](grouped).reshape(*blocks.shape[:-1], k)
 
 
+def layer_weights(blocks: Array, layer: Array, kind: str, tiled: bool) -> Array:
+    """Returns the weights [N, K] float32 of one layer of blocks [L, N, R]; the others are not touched."""
+    rows = jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
+    return dequantise(untile(rows, kind) if tiled else rows, kind)
+
+
 def why_not(case: Case) -> str | None:
     """Refuses nothing: it runs everywhere, but dequantises a whole layer's matrix in each call."""
     del case
@@ -180,6 +186,5 @@ def quant_matmul(
 ) -> Array:
     """Dequantises and multiplies, see `pallas_kernels.quant_matmul.quant_matmul`; always exact."""
     del precision
-    rows = jax.lax.dynamic_index_in_dim(blocks, layer, 0, keepdims=False)
-    weights = dequantise(untile(rows, kind) if tiled else rows, kind)
+    weights = layer_weights(blocks, layer, kind, tiled)
     return jnp.einsum("mk,nk->mn", prepared(x, gate, norm), weights, precision=jax.lax.Precision.HIGHEST)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_matmul import gpu_triton, grouped_matmul
+from pallas_kernels.grouped_matmul import gpu_triton, gradients, grouped_matmul
 from pallas_kernels.grouped_matmul.cases import CASES, LAYER, build
 
 
@@ -66,3 +66,44 @@ def test_bad_arguments_are_named(changes, message):
     legal = dict(x=jnp.zeros((4, 3)), weights=jnp.zeros((1, 4, 3)), group_sizes=jnp.zeros(2, jnp.int32))
     with pytest.raises(ValueError, match=message):
         grouped_matmul(**{**legal, **changes})
+
+
+@pytest.mark.parametrize("implementation", ["ragged", "reference", "gpu_triton"])
+@pytest.mark.parametrize("name", ["uneven_and_empty", "padding_rows", "bfloat16"])
+def test_gradients_are_those_of_one_product_per_expert(name, implementation):
+    case, (x, weights, sizes) = CASES[name], build(CASES[name])
+    ends = np.cumsum(sizes)
+    aim = jnp.asarray(np.random.default_rng(1).standard_normal((case.rows, case.features)), jnp.float32)
+
+    def multiply(x, weights, layer):
+        if implementation == "gpu_triton":
+            run = functools.partial(gpu_triton.grouped_matmul, interpret=True)
+            return gradients.differentiable(run, x, weights, jnp.asarray(sizes), layer)
+        return grouped_matmul(x, weights, jnp.asarray(sizes), layer, implementation=implementation)
+
+    def loss(x, weights, layer):
+        return jnp.sum(multiply(x, weights, layer).astype(jnp.float32) * aim)
+
+    found = jax.jit(jax.grad(loss, (0, 1)))(x, weights, jnp.int32(LAYER))
+    to_x, to_weights = np.zeros(x.shape), np.zeros(weights.shape)
+    matrices = weights.astype(np.float64).reshape(*weights.shape[:1], len(sizes), case.features, case.width)
+    for expert, (begin, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        part = np.asarray(aim[begin:end], np.float64)
+        to_x[begin:end] = part @ matrices[LAYER, expert]
+        to_weights[LAYER, expert * case.features : (expert + 1) * case.features] = part.T @ x[begin:end]
+    tolerance = 2e-2 if case.dtype == "bfloat16" else 1e-5
+    for one, other, like in zip(found, (to_x, to_weights), (x, weights), strict=True):
+        assert one.dtype == like.dtype
+        assert np.abs(np.asarray(one, np.float64) - other).max() <= tolerance * np.abs(other).max()
+
+
+def test_a_batch_is_computed_one_by_one():
+    x, weights, sizes = build(CASES["uneven_and_empty"])
+    xs, every = jnp.stack([x, x[::-1]]), jnp.stack([jnp.asarray(sizes), jnp.asarray(sizes[::-1])])
+
+    def loss(x, sizes):
+        return jnp.sum(jnp.sin(grouped_matmul(x, jnp.asarray(weights), sizes, LAYER)))
+
+    for call in (lambda x, sizes: grouped_matmul(x, jnp.asarray(weights), sizes, LAYER), jax.grad(loss)):
+        found = jax.vmap(call)(xs, every)
+        np.testing.assert_allclose(found, [call(*each) for each in zip(xs, every, strict=True)], rtol=1e-5, atol=1e-6)
