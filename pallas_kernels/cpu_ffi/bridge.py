@@ -13,7 +13,7 @@ argument; only then does a body see a pointer.
 
     rows = {"x": Buffer("float32", "M N")}
     double = Kernel("double", rows, {"y": rows["x"]}, body, sources=(__file__,))
-    (y,) = double(x)  # under jit, scan, shard_map
+    (y,) = double(x)  # under jit, scan, shard_map; vmap calls it once for each member, see `batches` for rows
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class Kernel:
             shape = tuple(int(n) if n.isdigit() else sizes[n] for n in buffer.shape)
             kinds.append(jax.ShapeDtypeStruct(shape, buffer.dtype))
         aliases = {out_of[name]: position for position, name in enumerate(self.results) if name in out_of}
-        return tuple(jax.ffi.ffi_call(self.register(), kinds, input_output_aliases=aliases)(*args))
+        call = jax.ffi.ffi_call(self.register(), kinds, input_output_aliases=aliases, vmap_method="sequential")
+        return tuple(call(*args))
 
 
 @dataclass(frozen=True)

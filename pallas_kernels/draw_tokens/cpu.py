@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi
+from pallas_kernels.cpu_ffi.batches import as_rows
 from pallas_kernels.dispatch import Case
 from pallas_kernels.draw_tokens.limits import Limits
 
@@ -23,12 +25,20 @@ def why_not(case: Case) -> str | None:
 
 def draw_tokens(logits: jax.Array, limits: Limits, uniform: jax.Array) -> jax.Array:
     """Draws natively, see `pallas_kernels.draw_tokens.draw_tokens`."""
+    arguments = logits.astype(jnp.float32), limits.temperature, limits.top_p, limits.highest_cost(), limits.top_k
+    return _call()(*arguments, limits.typical_p, uniform)
+
+
+@cache
+def _call() -> Callable[..., jax.Array]:
+    """Makes the function of the kernel's arguments that calls it."""
     from pallas_kernels.draw_tokens.cpu_kernel import BLOCK
 
-    blocks = -(-logits.shape[1] // BLOCK)
-    arguments = logits.astype(jnp.float32), limits.temperature, limits.top_p, limits.highest_cost(), limits.top_k
-    ids, _, _ = _kernel()(*arguments, limits.typical_p, uniform, dims={"B": blocks})
-    return ids
+    def call(logits: jax.Array, *of_rows: jax.Array) -> jax.Array:
+        ids, _, _ = _kernel()(logits, *of_rows, dims={"B": -(-logits.shape[1] // BLOCK)})
+        return ids
+
+    return as_rows(call, 7)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi, tuned
+from pallas_kernels.cpu_ffi.batches import as_rows
 from pallas_kernels.dispatch import Case
 from pallas_kernels.quant_matmul.formats import FORMATS
 from pallas_kernels.quant_matmul.inputs import Norm, prepared
@@ -84,18 +86,37 @@ def quant_matmul(
     tiled: bool = False,
 ) -> jax.Array:
     """Multiplies natively, see `pallas_kernels.quant_matmul.quant_matmul`."""
-    if tiled:
+    if not tiled:
+        rounds = _rounds(kind, x.shape[0], precision)
+        return _rows_call(kind, rounds)(prepared(x, gate, norm), blocks, layer)
+    gates = () if gate is None else (gate,)
+    norms = () if norm is None else (norm.weight, norm.layer, jnp.float32(norm.eps))
+    return _tiles_call(kind, precision, bool(gates), bool(norms))(x, *gates, blocks, layer, *norms)
+
+
+@cache
+def _rows_call(kind: str, rounds: bool) -> Callable[..., jax.Array]:
+    """Makes the function of x, blocks and layer that multiplies with rows in the file's order."""
+
+    def call(x: jax.Array, *stored: jax.Array) -> jax.Array:
+        if rounds:
+            return int8_kernel(kind)(x, *stored, dims={"G": x.shape[1] // 32})[0]
+        return matmul_kernel(kind)(x, *stored)[0]
+
+    return as_rows(call, 1)
+
+
+@cache
+def _tiles_call(kind: str, precision: str, gated: bool, normed: bool) -> Callable[..., jax.Array]:
+    """Makes the function of x, the gate, blocks, layer and the norm's three numbers that multiplies with tiled rows."""
+
+    def call(x: jax.Array, *rest: jax.Array) -> jax.Array:
+        gates, (blocks, layer, *norms) = rest[:gated], rest[gated:]
         rows, width = x.shape
         dims = {"A": -(-rows // TILE_GROUP), "G": width // 32, "S": places(rows)}
-        if norm is not None:
-            extra = (norm.weight, norm.layer, jnp.float32(norm.eps))
-            return tiles_kernel(kind, precision, normed=True)(x, blocks, layer, *extra, dims=dims)[0]
-        gates = () if gate is None else (gate,)
-        return tiles_kernel(kind, precision, gated=gate is not None)(x, blocks, layer, *gates, dims=dims)[0]
-    x = prepared(x, gate, norm)
-    if _rounds(kind, x.shape[0], precision):
-        return int8_kernel(kind)(x, blocks, layer, dims={"G": x.shape[1] // 32})[0]
-    return matmul_kernel(kind)(x, blocks, layer)[0]
+        return tiles_kernel(kind, precision, gated, normed)(x, blocks, layer, *gates, *norms, dims=dims)[0]
+
+    return as_rows(call, 1 + gated)
 
 
 def places(rows: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi
+from pallas_kernels.cpu_ffi.batches import as_rows
 from pallas_kernels.dispatch import Case
 from pallas_kernels.row_sums.xla import OF
 
@@ -35,23 +37,9 @@ def _tangent(kind: str, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> 
 
 
 @cache
-def _call(kind: str) -> Any:
-    """Makes the function of two arrays that calls the kernel; a further axis, of vmap, only means more rows."""
-
-    @jax.custom_batching.custom_vmap
-    def call(x: jax.Array, shift: jax.Array) -> jax.Array:
-        (sums,) = _kernel(kind)(x, shift)
-        return sums
-
-    @call.def_vmap
-    def _batched(size: int, batched: list[bool], x: jax.Array, shift: jax.Array) -> tuple[jax.Array, bool]:
-        x, shift = (
-            each if here else jnp.broadcast_to(each, (size, *each.shape))
-            for each, here in zip((x, shift), batched, strict=True)
-        )
-        return call(x.reshape(-1, x.shape[-1]), shift.reshape(-1)).reshape(shift.shape), True
-
-    return call
+def _call(kind: str) -> Callable[..., jax.Array]:
+    """Makes the function of two arrays that calls the kernel."""
+    return as_rows(lambda x, shift: _kernel(kind)(x, shift)[0], 2)
 
 
 @cache
