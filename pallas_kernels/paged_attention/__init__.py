@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
+from pallas_kernels.paged_attention.device_plan import device_plan
 from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     KV_HEADS_AXIS,
@@ -30,6 +31,7 @@ __all__ = [
     "AttentionPlan",
     "PlanShape",
     "copy_pages",
+    "device_plan",
     "fill_plan",
     "kv_pool_dtype",
     "kv_pool_shape",

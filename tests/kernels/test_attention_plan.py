@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.paged_attention import device_plan
 from pallas_kernels.paged_attention import plan as plan_module
 from pallas_kernels.paged_attention.decode_plan import decode_plan
-from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, fill_plan, plan_fields
+from pallas_kernels.paged_attention.plan import AttentionPlan, PlanShape, check_plan, fill_plan, plan_fields
 
 
 def make_plan(shape, q_len, kv_len, tables, page_size, window=None, prefilled=False):
@@ -154,3 +156,67 @@ def test_a_later_decode_step_has_the_plan_that_the_host_would_make(sequences, pa
     expected.write_slot[: len(sequences)][~active] = 0
     for name, array in expected._asdict().items():
         np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
+
+
+DEVICE_PLAN = jax.jit(device_plan, static_argnames=("tokens_per_seq", "page_size", "q_block"))
+
+
+@st.composite
+def device_steps(draw):
+    """Few shapes, so that few programs are compiled, and any lengths."""
+    tokens_per_seq, q_block, page_size = draw(
+        st.sampled_from([(1, 5, 4), (1, 1, 16), (3, 8, 4), (4, 1, 1), (9, 4, 4), (9, 64, 16), (20, 7, 16)])
+    )
+    sequences, width = 5, 70 // page_size + 1
+    some = st.integers(0, tokens_per_seq) | st.sampled_from([0, 1, tokens_per_seq])
+    counts = draw(st.lists(some, min_size=sequences, max_size=sequences))
+    lengths = [draw(st.integers(count, 70)) for count in counts]
+    tables = 1 + np.arange(sequences * width, dtype=np.int32).reshape(sequences, width)
+    tables[np.arange(width)[None] >= -(-np.array(lengths)[:, None] // page_size)] = 0
+    return counts, lengths, tables, dict(tokens_per_seq=tokens_per_seq, page_size=page_size, q_block=q_block)
+
+
+@settings(max_examples=100, deadline=None)
+@given(device_steps())
+def test_the_device_makes_the_plan_of_the_host(step):
+    counts, lengths, tables, sizes = step
+    shape = PlanShape(len(counts) * sizes["tokens_per_seq"], len(counts), tables.shape[1], sizes["q_block"])
+    found = DEVICE_PLAN(jnp.asarray(counts, jnp.int32), jnp.asarray(lengths, jnp.int32), tables, **sizes)
+    expected = make_plan(shape, counts, lengths, tables, sizes["page_size"])
+    for name, array in expected._asdict().items():
+        assert getattr(found, name).dtype == jnp.int32
+        np.testing.assert_array_equal(getattr(found, name), array, err_msg=name)
+
+
+def test_a_loop_on_the_device_plans_its_steps():
+    tables = 1 + np.arange(12, dtype=np.int32).reshape(3, 4)
+    sizes = dict(tokens_per_seq=2, page_size=4, q_block=2)
+
+    def step(lengths, counts):
+        lengths = lengths + counts
+        return lengths, device_plan(counts, lengths, jnp.asarray(tables), **sizes)
+
+    every = np.array([[2, 0, 1], [1, 1, 1], [0, 2, 2]], np.int32)
+    _, found = jax.jit(lambda counts: jax.lax.scan(step, jnp.array([3, 0, 5], jnp.int32), counts))(every)
+    lengths = np.array([3, 0, 5])
+    for number, counts in enumerate(every):
+        lengths = lengths + counts
+        expected = make_plan(PlanShape(6, 3, 4, 2), counts, lengths, tables, 4)
+        for name, array in expected._asdict().items():
+            np.testing.assert_array_equal(getattr(found, name)[number], array, err_msg=name)
+
+
+def test_rows_past_a_table_go_to_the_null_page():
+    tables = jnp.array([[1, 2], [3, 4], [5, 0]], jnp.int32)
+    counts, lengths = jnp.array([3, 1, 2], jnp.int32), jnp.array([9, 40, 6], jnp.int32)
+    plan = DEVICE_PLAN(counts, lengths, tables, tokens_per_seq=3, page_size=4, q_block=2)
+    slots = np.asarray(plan.write_slot)
+    assert slots[:4].tolist() == [2 * 4 + 2, 2 * 4 + 3, 0, 0] and (slots[4:6] < 4).all() and not slots[6:].any()
+    check_plan(plan._replace(kv_len=jnp.minimum(lengths, 8)), num_pages=6, page_size=4)
+    for changes, message in (
+        (dict(counts=counts[:2]), r"counts: expected int32 of shape \[S=3\]"),
+        (dict(tables=tables[0]), r"tables: expected int32 of shape \[S, B\]"),
+    ):
+        arguments = dict(counts=counts, lengths=lengths, tables=tables) | changes
+        with pytest.raises(ValueError, match=message):
+            device_plan(**arguments, tokens_per_seq=3, page_size=4, q_block=2)
