@@ -19,9 +19,9 @@ from pallas_kernels.quant_matmul.cases import random_blocks, random_rows
 HAS_NATIVE = cpu_ffi.why_not() is None
 IMPLEMENTATIONS = ["xla", *(["cpu"] if HAS_NATIVE else [])]
 native = pytest.mark.skipif(not HAS_NATIVE, reason=f"native CPU kernels: {cpu_ffi.why_not()}")
-LAYERS, WIDTH, ROWS = 3, 256, 5
+LAYERS, WIDTH, ROWS = 3, 256, 3
 PLAIN = ("q4_0", "q4_1", "q4_k", "q6_k", "q8_0", "f32", "bf16")
-TILED = ("q4_1", "q5_0", "q6_k")
+TILED = ("q4_1", "q5_0")
 CASES = [
     *(("xla", kind, tiled) for kind, tiled in (("q4_1", False), ("f32", False))),
     *(("cpu", kind, False) for kind in PLAIN if HAS_NATIVE),
@@ -30,7 +30,7 @@ CASES = [
 SIZES = {"q4_k": 2e-4, "q6_k": 1e-4}  # of scales, so that weights of all kinds are about as large
 
 
-def stack(kind: str, tiled: bool, rows: int = 48) -> tuple[jax.Array, jax.Array]:
+def stack(kind: str, tiled: bool, rows: int = 16) -> tuple[jax.Array, jax.Array]:
     """Blocks [L, N, R] as the kernels take them, and their weights [L, N, K]."""
     blocks = random_blocks(kind, LAYERS, rows, WIDTH, size=SIZES.get(kind, 0.02))
     weights = reference.dequantise(jnp.asarray(blocks), kind)
@@ -104,7 +104,7 @@ def test_of_all_arguments_and_none_for_integers(implementation) -> None:
 @pytest.mark.parametrize("precision", ["fine", "fast"])
 def test_of_rounded_activations_are_as_if_exact(precision, tiled) -> None:
     blocks, weights = stack("q4_0", tiled)
-    x, aim = jnp.asarray(random_rows(ROWS, WIDTH)), jnp.asarray(random_rows(ROWS, 48))
+    x, aim = jnp.asarray(random_rows(ROWS, WIDTH)), jnp.asarray(random_rows(ROWS, 16))
 
     def multiply(x):
         return quant_matmul(x, blocks, 1, kind="q4_0", precision=precision, tiled=tiled, implementation="cpu")
@@ -155,9 +155,8 @@ def test_in_a_loop_over_layers(remat, implementation) -> None:
         every = jnp.stack([first_weights, second], axis=1).reshape(2 * LAYERS, WIDTH, WIDTH)
         return dense(x, every, number, None, norm)
 
-    value = jax.jit(partial(through, switched))(x, scales, second)
-    assert value == jax.jit(partial(through, branches))(x, scales, second)
-    gradients = {of: jax.jit(jax.grad(partial(through, of), (0, 1, 2))) for of in (switched, branches, plain)}
+    ways = (plain, switched) if remat else (plain, switched, branches)
+    gradients = {of: jax.jit(jax.value_and_grad(partial(through, of), (0, 1, 2))) for of in ways}
     expected = gradients.pop(plain)(x, scales, second_weights)
     for gradient in gradients.values():
         assert_same(gradient(x, scales, second), expected, 2e-5)
@@ -210,5 +209,5 @@ def test_stacks_that_do_not_fit_are_refused() -> None:
     x, blocks = jnp.zeros((2, WIDTH)), stack("q8_0", False)[0]
     with pytest.raises(ValueError, match="2 stacks, 1 kinds, 2 tiled"):
         switched_matmul(x, (blocks, blocks), jnp.int32(0), jnp.int32(0), kinds=("q8_0",))
-    with pytest.raises(ValueError, match="stacks: expected N=48 rows in each"):
+    with pytest.raises(ValueError, match="stacks: expected N=16 rows in each"):
         switched_matmul(x, (blocks, blocks[:, :5]), jnp.int32(0), jnp.int32(0), kinds=("q8_0",) * 2)
