@@ -17,9 +17,12 @@ if TYPE_CHECKING:
         ScoreOutput,
         StreamChunk,
     )
+    from llm_infer.base.rollout import Rollout, TokenScores
     from llm_infer.decoding.sampling_params import SamplingParams
     from llm_infer.decoding.structured import StructuredOutputsParams
     from llm_infer.llm import LLM
+    from llm_infer.loading import load_model
+    from llm_infer.models.load import LoadedModel
     from llm_infer.options import EngineOptions
     from llm_infer.starting import follow
 
@@ -29,26 +32,34 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EngineOptions",
+    "LoadedModel",
     "Logprob",
     "ModelError",
     "ProcessLostError",
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
+    "Rollout",
     "SamplingParams",
     "ScoreOutput",
     "StreamChunk",
     "StructuredOutputsParams",
+    "TokenScores",
     "UserError",
     "follow",
+    "load_model",
 ]
 
 _HOMES = {
     "LLM": "llm_infer.llm",
     "EngineOptions": "llm_infer.options",
+    "Rollout": "llm_infer.base.rollout",
+    "TokenScores": "llm_infer.base.rollout",
+    "LoadedModel": "llm_infer.models.load",
     "SamplingParams": "llm_infer.decoding.sampling_params",
     "StructuredOutputsParams": "llm_infer.decoding.structured",
     "follow": "llm_infer.starting",
+    "load_model": "llm_infer.loading",
 }
 """Where names are whose modules are imported when somebody asks for them; results and errors are asked for there, too."""
 

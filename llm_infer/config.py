@@ -34,6 +34,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 PAGE_DTYPES = (*DTYPES, "int8")
 
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
+"""Whose log-probabilities are told: the model's own, or those after penalties, temperature and limits; names as in vLLM."""
+
+
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
     """Size and sharing of the KV page pool.
@@ -232,6 +236,7 @@ class EngineConfig:
         check_every_step: verify the invariants of pages and sequences after each step (slow; for tests and debugging).
         fused_qkv: store the query, key and value projections as one matrix per layer.
         speculative: propose tokens; None computes them one by one.
+        logprobs_mode: one of LOGPROBS_MODES, for new tokens; those of prompts are always the model's own.
     """
 
     cache: CacheConfig = CacheConfig()
@@ -241,8 +246,13 @@ class EngineConfig:
     check_every_step: bool = False
     fused_qkv: bool = True
     speculative: SpeculativeConfig | None = None
+    logprobs_mode: str = LOGPROBS_MODES[0]
 
     def __post_init__(self) -> None:
+        _require(
+            self.logprobs_mode in LOGPROBS_MODES,
+            f"logprobs_mode={self.logprobs_mode!r:.60}: expected one of {', '.join(LOGPROBS_MODES)}",
+        )
         _require_integers(self, "seed")
         _require_switches(self, "overlap", "check_every_step", "fused_qkv")
         _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")

@@ -10,7 +10,8 @@ from typing import Any
 from llm_infer.base.errors import RequestError, UserError
 from llm_infer.base.outputs import EmbeddingOutput, RequestOutput, ScoreOutput, StreamChunk
 from llm_infer.base.progress import Progress
-from llm_infer.base.settings import Takes, document
+from llm_infer.base.rollout import Rollout, TokenScores
+from llm_infer.base.settings import Takes, by_name, document
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.frontend.prompts import (
     Messages,
@@ -21,11 +22,13 @@ from llm_infer.frontend.prompts import (
     per_prompt,
     require_streamable,
 )
+from llm_infer.frontend.rollouts import check_length, for_rollout, rollout_of, scores_of, starts_of
 from llm_infer.frontend.scoring import FOR_EMBEDDINGS, FOR_SCORES, POOLINGS, embedding_of, pairs_to_score, score_of
 from llm_infer.frontend.session import Session
+from llm_infer.models.load import LoadedModel
 from llm_infer.models.new_weights import NewWeights, weights_digest, with_weights
 from llm_infer.options import EngineOptions, settings
-from llm_infer.starting import start
+from llm_infer.starting import OF_MODEL, Started, start, start_with
 from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.text.tokenizer import Tokenizer
 
@@ -43,9 +46,31 @@ class LLM:
 
     @Takes(EngineOptions)
     def __init__(self, options: EngineOptions) -> None:
-        self.tokenizer, self.engine, self._progress = start(options)
+        self._begin(start(options))
+
+    def _begin(self, started: Started) -> None:
+        self.tokenizer, self.engine, self._progress = started
         self._session = Session(self.engine, self.tokenizer, self._progress)
         self._updating = threading.RLock()
+
+    @classmethod
+    def from_model(cls, model: LoadedModel, *, tokenizer: Tokenizer | None = None, **settings: Any) -> LLM:
+        """Makes an LLM of a model that is loaded already (`load_model`), on the devices where it is; nothing is copied.
+
+        Args:
+            model: the model.
+            tokenizer: takes the place of the model's; with neither, prompts are token ids and results have no text.
+            settings: as of `LLM`, but for those that the model decides, such as `dtype` and `tensor_parallel_size`.
+
+        Raises:
+            UserError: a setting is unknown, does not fit, or is decided by the model.
+        """
+        settings = by_name(EngineOptions, settings)
+        if decided := sorted(settings.keys() & OF_MODEL):
+            raise UserError(f"{', '.join(decided)}: the model has decided that when it was loaded (load_model)")
+        made = cls.__new__(cls)
+        made._begin(start_with(model, EngineOptions(**settings), tokenizer))
+        return made
 
     @classmethod
     def of(cls, options: EngineOptions) -> LLM:
@@ -306,6 +331,58 @@ class LLM:
         asked = self._session.prompts.read([ids for ids, _ in pairs], [FOR_SCORES] * len(pairs), prompt_only=True)
         found = zip(self._session.run(asked, self._progress), pairs, strict=True)
         return [score_of(tracked, self.tokenizer, start) for tracked, (_, start) in found]
+
+    def rollout(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        pad_to: int | None = None,
+        priority: int | Sequence[int] | None = None,
+        cache_salt: str | None = None,
+        progress: bool | None = None,
+    ) -> Rollout:
+        """Continues prompts as `generate` does, and returns tokens, masks and log-probabilities as arrays of one shape.
+
+        Args:
+            prompts, sampling_params, priority, cache_salt, progress: as of `generate`.
+            pad_to: tokens in a row; by default the next power of two, so that a jitted training step sees few shapes.
+
+        Raises:
+            RequestError: as `generate`, a row may get more tokens than `pad_to`, or a request failed.
+        """
+        many = one_or_many(prompts)
+        shown = self._progress if progress is None else Progress(enabled=progress)
+        params = [for_rollout(each) for each in per_prompt(sampling_params, len(many))]
+        asked = self._session.prompts.read(many, params, priority=priority, cache_salt=cache_salt)
+        if pad_to is not None:
+            check_length(asked, self.engine.max_model_len, pad_to)
+        return rollout_of([one.result() for one in self._session.run(asked, shown)], asked, pad_to)
+
+    def score_tokens(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        start: int | Sequence[int] = 0,
+        *,
+        top_logprobs: int = 0,
+        pad_to: int | None = None,
+    ) -> TokenScores:
+        """Returns the log-probability of each token given those before it, as arrays of one shape.
+
+        Args:
+            token_ids: sequences.
+            start: the first token to score, one for all or one for each; a very first token has no score.
+            top_logprobs: how many of the most likely tokens to return in each place.
+            pad_to: tokens in a row; by default the next power of two.
+
+        Raises:
+            RequestError: an argument is not acceptable, or a request failed.
+        """
+        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=top_logprobs)] * len(token_ids)
+        asked = self._session.prompts.read(token_ids, params, prompt_only=True)
+        starts = starts_of(start, [one.ids for one in asked])
+        results = [one.result() for one in self._session.run(asked, self._progress)]
+        return scores_of(results, starts, top_logprobs, pad_to)
 
     def embed(
         self, prompts: Prompt | Sequence[Prompt], *, pooling: str = "mean", normalize: bool = True

@@ -13,6 +13,7 @@ from llm_infer.base.files import read_toml
 from llm_infer.base.settings import Setting, by_name, document, setting, settings_of
 from llm_infer.config import (
     DTYPES,
+    LOGPROBS_MODES,
     PAGE_DTYPES,
     CacheConfig,
     EngineConfig,
@@ -113,6 +114,12 @@ class EngineOptions:
     )
     overlap: bool = setting(True, "Prepare a step while the device runs the one before.")
     check_every_step: bool = setting(False, "Check the books after each step. It is slow, and meant for debugging.")
+    logprobs_mode: str = setting(
+        LOGPROBS_MODES[0],
+        "Whose log-probabilities are told: the model's, or the draw's. `processed_logprobs` are those of the distribution that "
+        "tokens are drawn from, after penalties, temperature and limits; those of prompts are always the model's.",
+        choices=LOGPROBS_MODES,
+    )
     speculative_config: Mapping[str, Any] | None = setting(
         None,
         "Propose tokens that one step checks together (speculation). The output is the same, in fewer steps. "
@@ -143,6 +150,9 @@ class EngineOptions:
         "Read the weights, or make random ones (dummy). `auto` reads the model's; `dummy` makes "
         "random ones on the device, for a published architecture (see `llm-infer models`) or a directory with a config.json.",
         choices=("auto", "dummy"),
+    )
+    skip_tokenizer_init: bool = setting(
+        False, "Take and give token ids alone. Nothing is read of a tokenizer, and no result has a text."
     )
     progress: bool = setting(True, "Show progress bars on stderr.", of_process=True)
 
@@ -176,6 +186,7 @@ class EngineOptions:
             overlap=self.overlap,
             check_every_step=self.check_every_step,
             fused_qkv=self.fused_qkv,
+            logprobs_mode=self.logprobs_mode,
             speculative=None if self.speculative_config is None else SpeculativeConfig.of(self.speculative_config),
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,12 @@ from llm_infer.base.settings import Takes, document
 from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
 from llm_infer.loading import load, require_same_tokens
+from llm_infer.models.load import LoadedModel, with_kernels
 from llm_infer.options import EngineOptions
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import Channel, join, keep
+from llm_infer.parallel.mesh import GivenMesh, Where
+from llm_infer.text.ids_only import IdsOnly
 from llm_infer.text.tokenizer import Tokenizer
 
 
@@ -26,6 +30,34 @@ class Started(NamedTuple):
     tokenizer: Tokenizer
     engine: Engine
     progress: Progress
+
+
+OF_MODEL = frozenset(
+    {"model", "dtype", "weights", "fused_qkv", "load_format", "skip_tokenizer_init", "device"}
+    | {"tensor_parallel_size", "data_parallel_size", "expert_parallel_size"}
+    | {"coordinator_address", "num_processes", "process_id"}
+)
+"""Settings that a loaded model has decided."""
+
+
+def start_with(model: LoadedModel, options: EngineOptions, tokenizer: Tokenizer | None = None) -> Started:
+    """Makes the engine of a model that is loaded already, on the devices where it is.
+
+    Args:
+        model: the model.
+        options: settings; those of OF_MODEL have no meaning here.
+        tokenizer: takes the place of the model's.
+
+    Raises:
+        UserError: the model's mesh has devices of other processes, or a setting does not fit.
+    """
+    refuse_lost_child()
+    if model.mesh is not None and any(each.process_index != jax.process_index() for each in model.mesh.devices.flat):
+        raise UserError("the model's mesh has devices of other processes: make LLM(name, …) there, and call follow")
+    progress = Progress(enabled=options.progress)
+    tokenizer = tokenizer or model.tokenizer or IdsOnly(model.config.vocab_size)
+    ready = with_kernels(model, options.precision)
+    return _with_draft(replace(ready, tokenizer=tokenizer), options, None, progress)
 
 
 def start(options: EngineOptions) -> Started:
@@ -84,31 +116,52 @@ def _join(options: EngineOptions, *, as_first: bool = False) -> Channel | None:
 
 def _make(options: EngineOptions, channel: Channel | None) -> Started:
     _require_device(options.device)
-    config = options.engine_config()
     progress = Progress(enabled=options.progress and not isinstance(channel, Follower))
     if note := enable_compile_cache():
         progress.note(note)
-    load_one = partial(
-        load,
+    loaded = _load_one(options.model, options, options.parallel_config(), progress, options.max_model_len)
+    return _with_draft(loaded, options, channel, progress)
+
+
+def _with_draft(loaded: LoadedModel, options: EngineOptions, channel: Channel | None, progress: Progress) -> Started:
+    """Makes the engine of a model, with its draft model if one is named."""
+    config, tokenizer, draft = options.engine_config(), loaded.tokenizer, None
+    assert tokenizer is not None
+    if config.speculative is not None and config.speculative.model is not None:
+        name = config.speculative.model
+        where: Where = options.parallel_config()
+        if loaded.mesh is not None:
+            where = GivenMesh(loaded.mesh, loaded.config.shards.names)
+        try:
+            draft = _load_one(name, options, where, progress)
+        except UserError as error:  # it need not be cut like the model
+            raise UserError(f"the draft model {name!r}: {error}") from error
+        assert draft.tokenizer is not None
+        if tokenizer.has_text:
+            require_same_tokens(tokenizer, draft.tokenizer, name)
+    engine = Engine(loaded, config, tokenizer.eos_token_ids, draft_model=draft, channel=channel)
+    return Started(tokenizer, engine, progress)
+
+
+def _load_one(
+    name: str | os.PathLike[str],
+    options: EngineOptions,
+    parallel: Where,
+    progress: Progress,
+    max_model_len: int | None = None,
+) -> LoadedModel:
+    return load(
+        name,
         load_format=options.load_format,
         fused_qkv=options.fused_qkv,
         dtype=options.dtype,
         precision=options.precision,
         weights=options.weights,
         progress=progress,
-        parallel=options.parallel_config(),
+        parallel=parallel,
+        skip_tokenizer_init=options.skip_tokenizer_init,
+        max_model_len=max_model_len,
     )
-    tokenizer, loaded = load_one(options.model, max_model_len=options.max_model_len)
-    draft = None
-    if config.speculative is not None and config.speculative.model is not None:
-        name = config.speculative.model
-        try:
-            of_draft, draft = load_one(name)
-        except UserError as error:  # it need not be cut like the model
-            raise UserError(f"the draft model {name!r}: {error}") from error
-        require_same_tokens(tokenizer, of_draft, name)
-    engine = Engine(loaded, config, tokenizer.eos_token_ids, draft_model=draft, channel=channel)
-    return Started(tokenizer, engine, progress)
 
 
 def _require_device(device: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from llm_infer.base.progress import Progress
 from llm_infer.bench import quality
 from llm_infer.models.load import LoadedModel
 from llm_infer.text.byte_tokenizer import byte_tokenizer
-from llm_infer.text.tokenizer import Tokenizer
 from tests.models.family_checkpoints import golden, load
 
 
@@ -68,9 +68,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Has `run` load a tiny model by these names, and compare nothing; returns what it loads."""
     sizes, loaded = {"coarse": 128, "whole": 128, "other": 127}, []
 
-    def fake(name: str, *, precision: str, **_: Any) -> tuple[Tokenizer, LoadedModel]:
+    def fake(name: str, *, precision: str, **_: Any) -> LoadedModel:
         loaded.append((name, precision))
-        return byte_tokenizer(sizes[name]), load("llama_gqa")
+        return replace(load("llama_gqa"), tokenizer=byte_tokenizer(sizes[name]))
 
     def compare(_: LoadedModel, models: dict[str, LoadedModel], *__: Any) -> dict[str, quality.Quality]:
         return {name: quality.Quality(53, 0.98, 0.001, 10.0, 10.1) for name in models}

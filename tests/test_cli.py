@@ -113,7 +113,7 @@ def test_prompt_longer_than_the_context(
 def test_context_beyond_the_model_is_refused_before_the_weights_are_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], default_gguf: Path
 ) -> None:
-    monkeypatch.setattr("llm_infer.loading.load_model", None)
+    monkeypatch.setattr("llm_infer.loading.read_model", None)
     flags = ["--model", str(default_gguf), "--max-model-len", "100000"]
     assert_one_line_error(run(monkeypatch, capsys, "generate", "hello", *flags), "max_model_len=100000", "8192")
 

@@ -49,7 +49,7 @@ class LayerOfCode(NamedTuple):
 LAYERS = (
     LayerOfCode(("llm_infer/commands/", "llm_infer/bench/", "llm_infer/__main__.py"), "the command line; benchmarks"),
     LayerOfCode(
-        ("llm_infer/llm.py", "llm_infer/functional.py"), "`LLM`, the synchronous class; functions for notebooks"
+        ("llm_infer/llm.py", "llm_infer/functional/"), "`LLM`, the synchronous class; the model as functions of arrays"
     ),
     LayerOfCode(("llm_infer/server/",), "the HTTP server: routes, who may come in, the engine's thread"),
     LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),

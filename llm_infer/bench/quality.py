@@ -153,18 +153,18 @@ def run(
         UserError: a model or the text cannot be loaded, or the reference has other tokens than the model.
     """
     progress, text = Progress(), _text(text_file)
-    tokenizer, exact = _load(model, "exact", progress)
-    base, models = exact, {}
+    exact = _load(model, "exact", progress)
+    tokenizer, base, models = _tokenizer(exact), exact, {}
     if reference is not None or pages != "auto":
         models["exact"] = exact
     if reference is not None:
-        of_reference, base = _load(reference, "exact", progress)
-        if (difference := differing_tokens(tokenizer, of_reference)) is not None:
+        base = _load(reference, "exact", progress)
+        if (difference := differing_tokens(tokenizer, _tokenizer(base))) is not None:
             raise UserError(
                 f"--reference {reference} has another vocabulary than the model ({difference}): expected the same model "
                 "with other weights, such as the file that it was quantised from"
             )
-    models["fast"] = _load(model, "fast", progress)[1]
+    models["fast"] = _load(model, "fast", progress)
     ids = tokenizer.encode(text[: 12 * tokens], add_special_tokens=False)[:tokens]
     if len(ids) < 2:
         raise UserError(f"--text {text_file}: expected at least two tokens of text, found {len(ids)}")
@@ -180,8 +180,13 @@ def run(
         Path(json_file).write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _load(name: str, precision: str, progress: Progress) -> tuple[Tokenizer, LoadedModel]:
+def _load(name: str, precision: str, progress: Progress) -> LoadedModel:
     return load(name, load_format="auto", fused_qkv=True, precision=precision, progress=progress)
+
+
+def _tokenizer(model: LoadedModel) -> Tokenizer:
+    assert model.tokenizer is not None
+    return model.tokenizer
 
 
 def _text(file: str | None) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.draw_tokens import Limits, draw_tokens
+from pallas_kernels.draw_tokens import Limits, draw_tokens, limited
 
 
 class SamplingRows(NamedTuple):
@@ -45,4 +45,16 @@ def uniforms(rows: SamplingRows) -> Float[Array, " S"]:
 
 def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, " S"]:
     """Returns the next token of each row."""
-    return draw_tokens(logits, Limits(*(getattr(rows, name) for name in Limits._fields)), uniforms(rows))
+    return draw_tokens(logits, _limits(rows), uniforms(rows))
+
+
+def drawn_from(logits: Float[Array, "S V"], rows: SamplingRows) -> Float[Array, "S V"]:
+    """Returns logits of the distribution that `sample` draws from: divided by the temperature, -inf where limits keep nothing.
+
+    Rows with temperature 0, of which nothing is drawn, stay as they are.
+    """
+    return jnp.where((rows.temperature > 0)[:, None], limited(logits, _limits(rows)), logits)
+
+
+def _limits(rows: SamplingRows) -> Limits:
+    return Limits(*(getattr(rows, name) for name in Limits._fields))

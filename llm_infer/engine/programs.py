@@ -134,12 +134,13 @@ class StepPrograms:
     ) -> jax.stages.Lowered:
         """Lowers the step of a token bucket with these features for the devices of `sharding`."""
         layout, sharding = self.layout(bucket, features), self.sharding
-        paging, loop = Paging(self.groups, self.engine.cache.page_size), layer_loop(sharding.platform)
+        paging = Paging(self.groups, self.engine.cache.page_size)
+        how: dict[str, Any] = {"loop": layer_loop(sharding.platform), "logprobs_mode": self.engine.logprobs_mode}
         if StepFeatures.STEPS in features:
             alone = sharding.num_shards == 1
-            step = make_steps(self.definition, layout, features, paging, loop=loop, ends_early=alone)
+            step = make_steps(self.definition, layout, features, paging, ends_early=alone, **how)
         else:
-            step = make_step(self.definition, layout, features, paging, loop=loop, keep_logits=keep_logits)
+            step = make_step(self.definition, layout, features, paging, keep_logits=keep_logits, **how)
         params = dict(self.params)
         state, inputs = self.state(features, num_pages), self.inputs(bucket, features)
         return sharding.jit(step, params, state, inputs).lower(params, state, inputs)

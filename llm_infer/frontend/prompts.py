@@ -96,6 +96,8 @@ class PromptReader:
         parts = [_parts(prompt) for prompt in prompts]
         priorities = self._priorities(priority, len(prompts))
         salts = [_salt(salt if salt is not None else cache_salt) for _, _, salt in parts]
+        if not self.tokenizer.has_text:
+            _require_no_text(params)
         ids = [self.tokenizer.encode(cast(str, text)) if ids is None else list(ids) for text, ids, _ in parts]
         # Many prompts have the same parameters: one grammar, and the words once.
         grammars = {id(param): self._grammar(param) for param in params}
@@ -237,3 +239,10 @@ def require_streamable(params: SamplingParams) -> None:
     if params.num_sequences > params.n:
         name = "best_of" if params.beam_width is None else "beam_width"
         raise RequestError(f"{name}={getattr(params, name)} cannot stream: the best is known at the end only")
+
+
+def _require_no_text(params: Sequence[SamplingParams]) -> None:
+    """Refuses parameters that are about text, for a model without a tokenizer."""
+    for name in ("stop", "bad_words", "structured_outputs"):
+        if any(getattr(one, name) for one in params):
+            raise RequestError(f"{name} needs texts, and this model has no tokenizer: use stop_token_ids and the like")

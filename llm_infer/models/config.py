@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from llm_infer.base.errors import ModelError, UserError
+from llm_infer.parallel.axes import OWN_NAMES, AxisNames
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +126,13 @@ class Shards:
     Attributes:
         tp, ep: sizes of those mesh axes. Dense layers are cut over both; experts over `ep`, and each of them over `tp`.
         kv_copies: devices that hold the same KV head, where there are more devices than KV heads.
+        names: how the mesh calls its axes.
     """
 
     tp: int = 1
     ep: int = 1
     kv_copies: int = 1
+    names: AxisNames = OWN_NAMES
 
     @property
     def devices(self) -> int:
@@ -139,7 +142,7 @@ class Shards:
     @property
     def axes(self) -> tuple[str, ...]:
         """Mesh axes of more than one device over which layers are cut."""
-        return tuple(name for name, size in (("tp", self.tp), ("ep", self.ep)) if size > 1)
+        return self.names.of(role for role, size in (("tp", self.tp), ("ep", self.ep)) if size > 1)
 
     def padded(self, rows: int) -> int:
         """Returns `rows` rounded up, so that every device has the same number."""

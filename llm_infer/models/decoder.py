@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.experts import ExpertsMLP
-from llm_infer.models.layers import Embedding, Layer, Linear, Normed, RMSNorm, gated, parameter, softcap
+from llm_infer.models.layers import Embedding, Layer, Linear, Normed, RMSNorm, gated, parameter, pick, softcap
 from llm_infer.models.rotary import Angles, angles_of, rotate
 from llm_infer.models.rotary import angles as rope_angles
 
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
         if config.attention_softcap is not None:
             found["softcap"] = config.attention_softcap
         if config.sinks:
-            found["sinks"] = lax.dynamic_index_in_dim(self.sinks[...], layer, keepdims=False).astype(jnp.float32)
+            found["sinks"] = pick(self.sinks[...], layer).astype(jnp.float32)
         return found
 
     def normed(self, query: Array, key: Array, layer: Layer) -> tuple[Array, Array]:

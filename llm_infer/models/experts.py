@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.layers import Layer, Linear, Normed, gated, linear, parameter
+from llm_infer.models.layers import Layer, Linear, Normed, gated, linear, parameter, pick, place
 from llm_infer.parallel.collectives import first_of_part, sum_over
 from llm_infer.quant import StoredWeights
 from pallas_kernels import dispatch
@@ -68,6 +68,8 @@ class ExpertsMLP(nnx.Module):
     blocks of rows of one expert each, and a loop with a dynamic trip count goes over the blocks that exist. Nothing the size
     of tokens × experts × F is ever made.
 
+    A loop with a dynamic trip count has no gradient: `counted` has it go over as many blocks as there can be.
+
     Over a mesh every device routes all tokens, computes the pairs of its own experts, and the results are summed.
     """
 
@@ -90,21 +92,22 @@ class ExpertsMLP(nnx.Module):
         if moe.shared_gate:
             self.shared_weight = Linear(layers, 1, width, axes=("router", "embed"), dtype=dtype)
         self.model, self.config, self.shards = config, moe, config.shards
+        self.counted = False
 
     def __call__(self, x: Float[Array, "T E"] | Normed, layer: Layer) -> Float[Array, "T E"]:
         x = x.array() if isinstance(x, Normed) else x
         moe = self.config
-        correction = self.correction[...][layer] if moe.correction else None
+        correction = pick(self.correction[...], layer) if moe.correction else None
         weights, experts = route(self.router(x, layer), moe, correction)
         here, num_here = None, moe.num_experts // self.shards.ep
         if self.shards.ep > 1:
-            experts = experts - first_of_part(num_here, ("ep",))
+            experts = experts - first_of_part(num_here, self.shards.names.ep)
             here = (experts >= 0) & (experts < num_here)
             weights, experts = jnp.where(here, weights, 0), jnp.where(here, experts, num_here)
         products = self._grouped if self._has_grouped_kernel(x, experts.size, num_here) else self._in_blocks
         chosen = products(x, layer, experts, num_here).astype(jnp.float32)
         if (bias := self.down.bias) is not None:
-            chosen = chosen + self._down_biases(bias[...][layer], experts, here)
+            chosen = chosen + self._down_biases(pick(bias[...], layer), experts, here)
         total = _weighted(chosen, weights).astype(x.dtype)
         if moe.shared_size:
             total = total + self._shared(x, layer)
@@ -137,17 +140,18 @@ class ExpertsMLP(nnx.Module):
         rows = x[order // self.config.experts_per_token]
 
         def product(matrices: Linear, inputs: Float[Array, "A I"]) -> Float[Array, "A O"]:
-            return grouped_matmul(inputs, matrices.weight[...], sizes, layer)
+            weights = matrices.weight[...]
+            return grouped_matmul(inputs, weights, sizes, place(weights.shape[0], layer))
 
         def biased(matrices: Linear) -> Float[Array, "A O"]:
             out = product(matrices, rows)
             if matrices.bias is None:
                 return out
-            return out + matrices.bias[...][layer].reshape(num_experts, -1).at[expert].get(mode="clip")
+            return out + pick(matrices.bias[...], layer).reshape(num_experts, -1).at[expert].get(mode="clip")
 
         out = product(self.down, gated(self.model, biased(self.gate), biased(self.up)))
-        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
-        return out[place].reshape(*experts.shape, -1)
+        back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype))
+        return out[back].reshape(*experts.shape, -1)
 
     def _in_blocks(
         self, x: Float[Array, "T E"], layer: Layer, experts: Int[Array, "T K"], num_experts: int
@@ -157,12 +161,12 @@ class ExpertsMLP(nnx.Module):
         # Each expert that is used adds less than one block of padding.
         max_blocks = min(experts.size, -(-experts.size // rows) + num_experts)
         flat = experts.reshape(-1)
-        place, expert_of_block, num_blocks = _blocks(flat, num_experts, rows, max_blocks)
+        places, expert_of_block, num_blocks = _blocks(flat, num_experts, rows, max_blocks)
         if self.shards.ep > 1:  # other devices' pairs go behind the last block, where nothing is kept
-            place = jnp.where(flat < num_experts, place, max_blocks * rows)
+            places = jnp.where(flat < num_experts, places, max_blocks * rows)
         token = jnp.arange(experts.size, dtype=jnp.int32) // self.config.experts_per_token
         # Padding rows read token 0; nobody reads what becomes of them.
-        source = jnp.zeros(max_blocks * rows, jnp.int32).at[place].set(token)
+        source = jnp.zeros(max_blocks * rows, jnp.int32).at[places].set(token)
 
         def expert_rows(matrices: Linear, inputs: Float[Array, "R I"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
             return linear(inputs, matrices.weight.get_value(), layer, (num_experts, expert))
@@ -170,18 +174,24 @@ class ExpertsMLP(nnx.Module):
         def biased(matrices: Linear, out: Float[Array, "R O"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
             if matrices.bias is None:
                 return out
-            each = matrices.bias[...]
-            return out + lax.dynamic_slice(each, (layer, expert * out.shape[1]), (1, out.shape[1]))
+            return (
+                out + lax.dynamic_slice(pick(matrices.bias[...], layer), (expert * out.shape[1],), out.shape[1:])[None]
+            )
 
-        def block(index: Int[Array, ""], out: Float[Array, "N E"]) -> Float[Array, "N E"]:
+        def block(index: Int[Array, ""]) -> Float[Array, "R E"]:
             expert = expert_of_block[index]
             inputs = x[lax.dynamic_slice(source, (index * rows,), (rows,))]
             gate, up = (biased(m, expert_rows(m, inputs, expert), expert) for m in (self.gate, self.up))
-            down = expert_rows(self.down, gated(self.model, gate, up), expert)
-            return lax.dynamic_update_slice(out, down, (index * rows, jnp.int32(0)))
+            return expert_rows(self.down, gated(self.model, gate, up), expert)
 
-        out = lax.fori_loop(0, num_blocks, block, jnp.zeros((max_blocks * rows, width), x.dtype))
-        return out[place].reshape(*experts.shape, width)
+        def keep(index: Int[Array, ""], out: Float[Array, "N E"]) -> Float[Array, "N E"]:
+            return lax.dynamic_update_slice(out, block(index), (index * rows, jnp.int32(0)))
+
+        if self.counted:
+            out = lax.map(block, jnp.arange(max_blocks, dtype=jnp.int32)).reshape(-1, width)
+        else:
+            out = lax.fori_loop(0, num_blocks, keep, jnp.zeros((max_blocks * rows, width), x.dtype))
+        return out[places].reshape(*experts.shape, width)
 
     def _down_biases(
         self, bias: Float[Array, " R"], experts: Int[Array, "T K"], here: Array | None
@@ -190,7 +200,7 @@ class ExpertsMLP(nnx.Module):
         found = bias.reshape(-1, self.model.hidden_size).astype(jnp.float32)[experts]
         if here is not None:
             found = jnp.where(here[:, :, None], found, 0)
-        return jnp.where(lax.axis_index("tp") == 0, found, 0) if self.shards.tp > 1 else found
+        return jnp.where(lax.axis_index(self.shards.names.tp) == 0, found, 0) if self.shards.tp > 1 else found
 
     def _shared(self, x: Float[Array, "T E"], layer: Layer) -> Float[Array, "T E"]:
         """Computes this device's part of the expert that all tokens run through."""
@@ -219,6 +229,7 @@ def _blocks(
     first_row = (ends - (counts + rows - 1) // rows) * rows
     order = jnp.argsort(experts, stable=True)
     rank = jnp.arange(experts.size, dtype=jnp.int32) - (jnp.cumsum(counts) - counts)[experts[order]]
-    place = jnp.zeros_like(experts).at[order].set(first_row[experts[order]] + rank)
+    places = jnp.zeros_like(experts).at[order].set(first_row[experts[order]] + rank)
     expert_of_block = jnp.searchsorted(ends, jnp.arange(max_blocks, dtype=jnp.int32), side="right")
-    return place, expert_of_block.astype(jnp.int32), ends[-1]
+    # Where all blocks that there can be are computed, those past the last are somebody's.
+    return places, jnp.minimum(expert_of_block.astype(jnp.int32), num_experts - 1), ends[-1]

@@ -21,6 +21,16 @@ from pallas_kernels.row_sums import mean_squares, row_sums
 Layer = Int[Array, ""]
 
 
+def place(layers: int, layer: Layer | int) -> Layer | int:
+    """Returns a layer's index in a stack; where a stack has one layer, it was cut out for the layer that is computed."""
+    return layer if layers > 1 else 0
+
+
+def pick(stacked: Float[Array, "L ..."], layer: Layer | int) -> Float[Array, "..."]:
+    """Returns a layer's array of a stack, see `place`."""
+    return lax.dynamic_index_in_dim(stacked, place(stacked.shape[0], layer), keepdims=False)
+
+
 def parameter(
     shape: tuple[int, ...], axes: Axes, *, dtype: DTypeLike, mean: float = 0.0, std: float = 0.0
 ) -> nnx.Param:
@@ -48,7 +58,7 @@ class Normed:
     def array(self) -> Array:
         """Computes the norm."""
         weight, layer, eps = self.norm
-        return rms_norm(self.x, lax.dynamic_index_in_dim(weight, layer, keepdims=False), eps)
+        return rms_norm(self.x, pick(weight, layer), eps)
 
 
 def linear(
@@ -73,10 +83,10 @@ def linear(
     if gate is not None:
         x = silu(gate) * x
     if part is None:
-        weight = lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+        weight = pick(stacked, layer)
     else:
-        rows = stacked.shape[1] // part[0]
-        weight = lax.dynamic_slice(stacked, (layer, part[1] * rows, jnp.int32(0)), (1, rows, stacked.shape[2]))[0]
+        rows, own = stacked.shape[1] // part[0], place(stacked.shape[0], layer)
+        weight = lax.dynamic_slice(stacked, (own, part[1] * rows, jnp.int32(0)), (1, rows, stacked.shape[2]))[0]
     return matmul_rows(x, weight)
 
 
@@ -165,7 +175,7 @@ class Linear(nnx.Module):
     ) -> Float[Array, "T O"]:
         out = sum_over(linear(x, self.weight.get_value(), layer, gate=gate), self.reduce)
         if self.bias is not None:
-            out = out + lax.dynamic_index_in_dim(self.bias[...], layer)
+            out = out + pick(self.bias[...], layer)[None]
         return out
 
 
@@ -191,13 +201,14 @@ class RMSNorm(nnx.Module):
 
     def over_heads(self, x: Float[Array, "T N D"], layer: Layer, cut: MeshAxes) -> Float[Array, "T N D"]:
         """Normalises all heads together, those of the other devices along `cut` included."""
-        weight = lax.dynamic_index_in_dim(self.weight[...], layer, keepdims=False)
+        weight = pick(self.weight[...], layer)
         flat = x.reshape(x.shape[0], -1)
         return rms_norm(flat, weight, self.eps, cut).reshape(x.shape)
 
     def later(self, x: Float[Array, "... E"], layer: Layer) -> Normed:
         """Leaves the norm to the matrices that take x."""
-        return Normed(x, Norm(self.weight[...], layer, self.eps))
+        weight = self.weight[...]
+        return Normed(x, Norm(weight, place(weight.shape[0], layer), self.eps))
 
 
 class LayerNorm(nnx.Module):
@@ -211,7 +222,7 @@ class LayerNorm(nnx.Module):
     def __call__(self, x: Float[Array, "T E"], layer: Layer | None = None) -> Float[Array, "T E"]:
         weight, bias = self.weight[...], self.bias[...]
         if layer is not None:
-            weight, bias = (lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (weight, bias))
+            weight, bias = (pick(each, layer) for each in (weight, bias))
         x32 = x.astype(jnp.float32)
         mean = row_sums(x32) / x.shape[-1]
         centred = x32 - mean[..., None]

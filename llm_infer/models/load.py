@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from llm_infer.base.errors import ModelError, UserError
 from llm_infer.base.files import typed_path
 from llm_infer.base.progress import Progress
-from llm_infer.config import ONE_DEVICE, ParallelConfig
+from llm_infer.config import ONE_DEVICE
 from llm_infer.models.architectures import architecture_names, read_architecture
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
@@ -27,6 +27,8 @@ from llm_infer.models.params import Params, random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.sharded import Placement, place_over
 from llm_infer.models.tied_head import HuggingFaceTensors, embedding_or_head, own_head
+from llm_infer.parallel.mesh import Where
+from llm_infer.parallel.rules import size_over
 from llm_infer.quant.stored import StoredWeights, store_dense
 from llm_infer.weights.checkpoint_writer import write_checkpoint
 from llm_infer.weights.loader import load_parameters
@@ -35,12 +37,16 @@ from llm_infer.weights.sources import read_json
 from pallas_kernels import cpu_ffi, dispatch
 from pallas_kernels.quant_matmul import FORMATS
 
+if TYPE_CHECKING:
+    from llm_infer.text.tokenizer import Tokenizer
+
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run: what it is (`config`, `definition`), what it knows (`params`, of `dtype`), and where (`mesh`).
 
-    `mesh` is None for one device. Over a mesh `config` is that of the cut model, see `models.sharded`.
+    `mesh` is None for one device. Over a mesh `config` is that of the cut model, see `models.sharded`. `tokenizer` is None
+    for a model that came without.
     """
 
     config: ModelConfig
@@ -48,11 +54,12 @@ class LoadedModel:
     params: Params
     dtype: jnp.dtype
     mesh: Mesh | None = None
+    tokenizer: Tokenizer | None = None
 
     @property
     def num_shards(self) -> int:
         """Data-parallel shards: copies of the model, each with pages of its own."""
-        return 1 if self.mesh is None else self.mesh.shape["dp"]
+        return 1 if self.mesh is None else size_over(self.mesh, self.config.shards.names.dp)
 
     @property
     def smallest_batch(self) -> int:
@@ -73,7 +80,7 @@ def load_model(
     fused_qkv: bool = True,
     stored: str | None = None,
     dense: bool = False,
-    parallel: ParallelConfig = ONE_DEVICE,
+    parallel: Where = ONE_DEVICE,
     progress: Progress | None = None,
     max_model_len: int | None = None,
 ) -> LoadedModel:
@@ -89,7 +96,7 @@ def load_model(
         stored: keep matrices in the form of the file and multiply with them in this precision (see `compute_dtype`);
             None reads values of `dtype`.
         dense: read values of `dtype` all the same, and have those kernels multiply with these.
-        parallel: sizes of the mesh over which the model is cut; every device gets its part of each parameter.
+        parallel: sizes of the mesh over which the model is cut, or that mesh; every device gets its part of each parameter.
         progress: reports what is read.
         max_model_len: length of the longest sequence, by which LongRoPE chooses its factors; None for the model's.
 
@@ -207,26 +214,59 @@ def _mixed_qkv(opened: OpenModel, config: ModelConfig) -> bool:
     return False
 
 
+def with_kernels(model: LoadedModel, precision: str = "exact") -> LoadedModel:
+    """Returns the model with its dense matrices handed to the kernels that multiply with stored weights; nothing is copied.
+
+    Where those kernels cannot run, or the model is of another type than float32, it stays as it is.
+
+    Raises:
+        UserError: `precision` is not to be had here.
+    """
+    _, stored = compute_dtype(model.dtype.name, precision)
+    return model if stored is None else _with_stored(model, stored)
+
+
 def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
     """Returns the model with its dense matrices handed to the kernels that multiply with stored weights; nothing is copied."""
     placement = None if model.mesh is None else Placement(model.config, model.mesh)
 
-    def wrap(name: str, value: Array) -> Array | StoredWeights:
-        matrix = name in ("embed.weight", "head.weight") or (name.endswith(".weight") and value.ndim == 3)
-        cuts = 1 if placement is None else placement.cuts(name)
-        kept = store_dense(value, precision, cuts) if matrix else None
-        if kept is not None and placement is not None:
-            kept = jax.device_put(kept, placement.sharding(name, 3))
-        return kept or value
+    def wrap(name: str, value: Any) -> Any:
+        kept = _for_kernels(name, value, precision, 1 if placement is None else placement.cuts(name))
+        if kept is not value and placement is not None:
+            return jax.device_put(kept, placement.sharding(name, 3))
+        return kept
 
     return _finer(replace(model, params={name: wrap(name, value) for name, value in model.params.items()}))
+
+
+def _for_kernels(name: str, value: Any, precision: str, cuts: int = 1) -> Any:
+    """Returns a dense matrix as the kernels for stored weights take it, whose last axis is cut so often; all else as it is."""
+    if isinstance(value, StoredWeights):
+        return value
+    if name not in ("embed.weight", "head.weight") and not (name.endswith(".weight") and value.ndim == 3):
+        return value
+    kept = store_dense(value, precision, cuts)
+    return value if kept is None else kept
+
+
+def has_kernels(model: LoadedModel) -> bool:
+    """Tells whether native kernels compute this model, in which a token's numbers do not depend on its company."""
+    return compute_dtype(model.dtype.name, "exact")[1] is not None
+
+
+def kernel_params(model: LoadedModel, params: Params) -> Params:
+    """Returns parameters (one device's part, maybe traced) as an engine with precision "exact" has them: matrices of plain
+    float32 go to the kernels for stored weights, where these can run."""
+    if not has_kernels(model):
+        return params
+    return {name: _for_kernels(name, value, "exact") for name, value in params.items()}
 
 
 def _load_checkpoint(
     checkpoint: Checkpoint,
     dtype: DTypeLike,
     fused_qkv: bool,
-    parallel: ParallelConfig,
+    parallel: Where,
     progress: Progress | None,
     max_model_len: int | None,
 ) -> LoadedModel:
@@ -264,7 +304,7 @@ def dummy_model(
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
     stored: str | None = None,
-    parallel: ParallelConfig = ONE_DEVICE,
+    parallel: Where = ONE_DEVICE,
 ) -> LoadedModel:
     """Makes a model with random weights on its devices; nothing is read. `stored` and `parallel` as for `load_model`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -242,7 +243,15 @@ def _placed(name: str, old: Described, new: Any, placement: Placement | None, co
     if placement is None:
         host = new if isinstance(new, Array) else np.array(new, old.dtype)
         return jax.device_put(host, old.sharding).astype(old.dtype)
+    if isinstance(new, Array):  # from device to device, as a trainer with another sharding wants it
+        return jax.device_put(_arranged(new, placement, name, jnp.dtype(old.dtype)), old.sharding)
     return placement(name, np.asarray(new).astype(old.dtype))
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _arranged(array: Array, placement: Placement, name: str, dtype: jnp.dtype) -> Array:
+    """Arranges a parameter for a mesh on the devices where it is."""
+    return placement.arrange(name, array.astype(dtype))
 
 
 def _listed(names: list[str]) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llm_infer.models.registry import family, gguf_family
 from llm_infer.models.text_part import TextTensors, text_class, text_config
 from llm_infer.weights.gguf import GGUFFile
@@ -109,3 +111,16 @@ def tokenizer_files(opened: OpenModel) -> dict[str, bytes]:
     directory = opened.tokenizer_directory
     found = [file for pattern in _HF_TOKENIZER for file in sorted(directory.glob(pattern))]
     return {file.relative_to(directory).as_posix(): file.read_bytes() for file in found}
+
+
+def end_ids(opened: OpenModel, vocab_size: int) -> set[int]:
+    """Returns the ids that end a sequence, as the files beside the tokenizer say it."""
+    found: list[Any] = []
+    if opened.tokenizer_metadata is not None:
+        found.append(opened.tokenizer_metadata.get("tokenizer.ggml.eos_token_id"))
+    elif opened.tokenizer_directory is not None:
+        for name in ("config.json", "generation_config.json"):
+            file = opened.tokenizer_directory / name
+            found.append(read_json(file).get("eos_token_id") if file.is_file() else None)
+    ids = [each for one in found for each in (one if isinstance(one, list) else [one])]
+    return {int(each) for each in ids if isinstance(each, int | np.integer) and 0 <= each < vocab_size}

@@ -16,8 +16,8 @@ from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
 from llm_infer.models.config import ModelConfig, Shards
 from llm_infer.models.params import Specs, split_model
-from llm_infer.parallel.axes import Axes
-from llm_infer.parallel.mesh import make_mesh, nearest, too_large
+from llm_infer.parallel.axes import OWN_NAMES, Axes, AxisNames
+from llm_infer.parallel.mesh import GivenMesh, Where, make_mesh, nearest, too_large
 from llm_infer.parallel.rules import num_parts, partition
 
 
@@ -53,6 +53,11 @@ class Placement:
     config: ModelConfig
     mesh: Mesh
 
+    @property
+    def names(self) -> AxisNames:
+        """How the mesh calls its axes."""
+        return self.config.shards.names
+
     def axes(self, name: str) -> Axes:
         """Returns the logical axes of a parameter, as its module declares them."""
         return split_model(self.config)[1][name].axes
@@ -60,7 +65,7 @@ class Placement:
     def sharding(self, name: str, ndim: int) -> NamedSharding:
         """Returns where a parameter goes; a table in blocks has an axis in front of those that are declared."""
         axes = self.axes(name)
-        return NamedSharding(self.mesh, partition(*(None,) * (ndim - len(axes)), *axes))
+        return NamedSharding(self.mesh, partition(*(None,) * (ndim - len(axes)), *axes, names=self.names))
 
     def cuts(self, name: str) -> int:
         """Counts the parts into which the last axis of a matrix is cut: a row of blocks must hold whole blocks in each."""
@@ -77,18 +82,22 @@ class Placement:
         return jax.make_array_from_callback(arranged.shape, sharding, lambda index: arranged[index])
 
 
-def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[Any] | None = None) -> Placement | None:
-    """Says how a model is cut over a mesh of these sizes; None for one device, where nothing is cut.
+def place_over(config: ModelConfig, parallel: Where, devices: Sequence[Any] | None = None) -> Placement | None:
+    """Says how a model is cut over a mesh; None for one device that nobody chose, where nothing is cut.
 
     Args:
         config: of the whole model.
-        parallel: sizes of the mesh.
+        parallel: sizes of the mesh, or a mesh that is there.
         devices: JAX's devices, or those of a topology that is only compiled for; all of this program when None.
 
     Raises:
         UserError: heads, MLP or experts do not divide, or there are too few devices; the message names the nearest
             sizes that work.
     """
+    if isinstance(parallel, GivenMesh):
+        if (problem := why_not(config, parallel.sizes)) is not None:
+            raise UserError(f"{problem}: take a mesh of other sizes, or another role for one of its axes")
+        return Placement(cut_config(config, parallel.sizes, parallel.names), parallel.mesh)
     running, devices = devices is None, jax.devices() if devices is None else devices
 
     def reason(sizes: ParallelConfig) -> str | None:
@@ -108,11 +117,11 @@ def place_over(config: ModelConfig, parallel: ParallelConfig, devices: Sequence[
     return Placement(cut_config(config, parallel), make_mesh(parallel, devices))
 
 
-def cut_config(config: ModelConfig, parallel: ParallelConfig) -> ModelConfig:
-    """Returns the configuration of a model that is cut over meshes of these sizes."""
+def cut_config(config: ModelConfig, parallel: ParallelConfig, names: AxisNames = OWN_NAMES) -> ModelConfig:
+    """Returns the configuration of a model that is cut over meshes of these sizes, with axes of these names."""
     tp, ep = parallel.tensor_parallel_size, parallel.expert_parallel_size
     copies = max(1, tp * ep // config.num_kv_heads)
-    return replace(config, num_kv_heads=config.num_kv_heads * copies, shards=Shards(tp, ep, copies))
+    return replace(config, num_kv_heads=config.num_kv_heads * copies, shards=Shards(tp, ep, copies, names))
 
 
 def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> np.ndarray | jax.Array:

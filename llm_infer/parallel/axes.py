@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,27 @@ MESH_AXES: Mapping[str, tuple[str, ...]] = {
     "positions": (),
     "narrow": (),
 }
-"""Logical axis → mesh axes over which it is cut, the outermost first."""
+"""Logical axis → mesh axes over which it is cut, the outermost first; a mesh may call these otherwise (`AxisNames`)."""
+
+ROLES = ("dp", "tp", "ep")
+"""What an axis of a mesh may be for: shards of the batch, parts of every layer, whole experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class AxisNames:
+    """How a mesh calls its axes: the names of those that have each role, the outermost first; none where it has no such axis."""
+
+    dp: tuple[str, ...] = ("dp",)
+    tp: tuple[str, ...] = ("tp",)
+    ep: tuple[str, ...] = ("ep",)
+
+    def of(self, roles: Iterable[str]) -> tuple[str, ...]:
+        """Returns the names of all axes with these roles."""
+        return tuple(name for role in roles for name in getattr(self, role))
+
+
+OWN_NAMES = AxisNames()
+"""The names in meshes that are made here."""
 
 Axes = tuple[str, ...]
 """The logical axis of each dimension of an array."""

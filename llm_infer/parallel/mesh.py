@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,74 @@ from jax.sharding import Mesh
 
 from llm_infer.base.errors import UserError
 from llm_infer.config import ParallelConfig
+from llm_infer.parallel.axes import OWN_NAMES, ROLES, AxisNames
+from llm_infer.parallel.rules import size_over
 
-AXES = ("dp", "tp", "ep")
+COMMON_NAMES = {
+    **dict.fromkeys(("dp", "data", "batch", "replica", "fsdp"), "dp"),
+    **dict.fromkeys(("tp", "tensor", "model"), "tp"),
+    **dict.fromkeys(("ep", "expert", "experts"), "ep"),
+}
+"""Roles of axes by the names that people give them."""
+
+
+@dataclass(frozen=True)
+class GivenMesh:
+    """A mesh that somebody else made, and how it calls its axes."""
+
+    mesh: Mesh
+    names: AxisNames
+
+    @classmethod
+    def of(cls, mesh: Mesh, axes: Mapping[str, str] | None = None) -> GivenMesh:
+        """Says what each axis of a mesh is for.
+
+        Args:
+            mesh: devices with named axes.
+            axes: name of an axis → "dp", "tp" or "ep"; for names that are not in it, COMMON_NAMES says so.
+
+        Raises:
+            UserError: an axis of more than one device has no role, or `axes` names others.
+        """
+        axes = dict(axes or {})
+        if wrong := [f"{name!r}: {role!r}" for name, role in axes.items() if role not in ROLES]:
+            raise UserError(f"axes: {{{', '.join(wrong)}}}: expected one of {', '.join(ROLES)} for each axis")
+        if unknown := sorted(map(str, axes.keys() - set(mesh.axis_names))):
+            raise UserError(f"axes: the mesh has no axis {', '.join(unknown)}: it has {', '.join(mesh.axis_names)}")
+        roles = {name: axes.get(name, COMMON_NAMES.get(name)) for name in mesh.axis_names}
+        if open_ := [name for name, role in roles.items() if role is None and mesh.shape[name] > 1]:
+            raise UserError(
+                f"the mesh's axis {open_[0]!r} has {mesh.shape[open_[0]]} devices: set axes={{{open_[0]!r}: …}} to 'dp' (shards "
+                "of the batch), 'tp' (parts of every layer) or 'ep' (whole experts)"
+            )
+        by_role = {role: tuple(name for name, own in roles.items() if own == role) for role in ROLES}
+        return cls(mesh, AxisNames(**by_role))
+
+    @property
+    def sizes(self) -> ParallelConfig:
+        """How many devices there are of each role."""
+        tp, dp, ep = (size_over(self.mesh, getattr(self.names, role)) for role in ("tp", "dp", "ep"))
+        return ParallelConfig(tp, dp, ep)
+
+
+Where = ParallelConfig | GivenMesh
+"""Over which devices a model is cut: the first ones, in a mesh of these sizes, or those of a mesh that is there."""
+
+
+def over_devices(parallel: ParallelConfig, devices: Sequence[Any]) -> GivenMesh:
+    """Says that a model is to be cut over just these devices, be it one.
+
+    Raises:
+        UserError: there are none, one is there twice, or their number is not that of `parallel`.
+    """
+    if len(devices) == 0 or len(set(devices)) != len(devices):
+        raise UserError(f"devices={[str(each) for each in devices]}: expected some of jax.devices(), each once")
+    if parallel.num_devices != len(devices):
+        raise UserError(
+            f"{len(devices)} devices, but {parallel} needs {parallel.num_devices}: set sizes whose product is {len(devices)}, or "
+            f"give {parallel.num_devices} devices"
+        )
+    return GivenMesh(make_mesh(parallel, devices), OWN_NAMES)
 
 
 def make_mesh(parallel: ParallelConfig, devices: Sequence[Any]) -> Mesh:
@@ -26,7 +92,7 @@ def make_mesh(parallel: ParallelConfig, devices: Sequence[Any]) -> Mesh:
     if (reason := too_large(parallel, len(devices))) is not None:
         raise UserError(reason)
     shape = (parallel.data_parallel_size, parallel.tensor_parallel_size, parallel.expert_parallel_size)
-    return Mesh(np.array(devices[: parallel.num_devices]).reshape(shape), AXES)
+    return Mesh(np.array(devices[: parallel.num_devices]).reshape(shape), ROLES)
 
 
 def too_large(parallel: ParallelConfig, num_devices: int) -> str | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.quant_matmul import FORMATS, Norm, dequantise, quant_matmul
+from pallas_kernels.quant_matmul import FORMATS, Norm, dequantise, switched_matmul
 from pallas_kernels.quant_matmul.formats import DENSE
 from pallas_kernels.quant_matmul.tiles import can_tile, take_rows, untile
 
@@ -72,30 +72,22 @@ class StoredWeights:
             gate: silu(gate) · x takes the place of x.
             norm: x is normalised first.
         """
+        if len(self.places) == 1:  # it was cut out for the layer that is computed
+            layer = 0
         x, gate = x.astype(jnp.float32), None if gate is None else gate.astype(jnp.float32)
-        branches = [partial(self._matmul, stack, part=part) for stack in range(len(self.blocks))]
-        if len(branches) == 1:
-            return branches[0](x, gate, norm, jnp.asarray(layer, jnp.int32))
-        stack, index = (jnp.asarray(column)[layer] for column in np.array(self.places, np.int32).T)
-        return lax.switch(stack, branches, x, gate, norm, index)
-
-    def _matmul(
-        self,
-        stack: int,
-        x: Array,
-        gate: Array | None,
-        norm: Norm | None,
-        index: Array,
-        part: tuple[int, Array] | None,
-    ) -> Array:
-        blocks, kind, tiled = self.blocks[stack], self.kinds[stack], self.is_tiled(stack)
+        stack, index = jnp.int32(0), jnp.asarray(layer, jnp.int32)
+        if len(self.blocks) > 1:
+            stack, index = (jnp.asarray(column)[layer] for column in np.array(self.places, np.int32).T)
+        blocks, tiled = list(self.blocks), [self.is_tiled(each) for each in range(len(self.blocks))]
         if part is not None:
             count, number = part
-            if tiled and not can_tile(kind, blocks.shape[1] // count):
-                blocks, tiled = untile(blocks, kind), False
-            blocks = blocks.reshape(blocks.shape[0] * count, -1, blocks.shape[2])
             index = index * count + number
-        return quant_matmul(x, blocks, index, gate, norm, kind=kind, precision=self.precision, tiled=tiled)
+            for each, kind in enumerate(self.kinds):
+                if tiled[each] and not can_tile(kind, blocks[each].shape[1] // count):
+                    blocks[each], tiled[each] = untile(blocks[each], kind), False
+                blocks[each] = blocks[each].reshape(blocks[each].shape[0] * count, -1, blocks[each].shape[2])
+        how: dict[str, Any] = {"kinds": self.kinds, "precision": self.precision, "tiled": tiled}
+        return switched_matmul(x, blocks, stack, index, gate, norm, **how)
 
     def rows(self, ids: Int[Array, " T"]) -> Float[Array, "T K"]:
         """Returns the rows of the only layer's matrix as float32; ids outside are clipped."""

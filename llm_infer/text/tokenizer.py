@@ -36,7 +36,10 @@ class Tokenizer:
         special_tokens: text → id of the tokens that are markers and not text.
         chat_templates: name → Jinja source; "default" is the usual one.
         strips_leading_space: whether a decoded text loses one leading space (SentencePiece adds one when it encodes).
+        has_text: whether ids have texts; False for the stand-in of a model without a tokenizer.
     """
+
+    has_text = True
 
     def __init__(
         self,

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect
 from pallas_kernels.draw_tokens.limits import Limits
+from pallas_kernels.draw_tokens.xla import limited
 
-__all__ = ["Limits", "draw_tokens"]
+__all__ = ["Limits", "draw_tokens", "limited"]
 
 
 def draw_tokens(

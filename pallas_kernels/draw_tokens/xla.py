@@ -97,6 +97,12 @@ def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
     return lax.cond(jnp.any(limits.typical_p < 1.0), by_surprise, lambda kept: kept, kept)
 
 
+def limited(logits: Float[Array, "S V"], limits: Limits) -> Float[Array, "S V"]:
+    """Returns the logits of what `draw_tokens` draws from: divided by the temperature, -inf for tokens that no limit keeps."""
+    scaled = scale(logits, limits)
+    return jnp.where(kept_tokens(scaled, limits), scaled, -jnp.inf)
+
+
 def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """Returns per row the first token whose cumulative mass exceeds `uniform` × total; never one without mass, 0 if none has
     any."""

@@ -66,9 +66,11 @@ def main(kind: str, count: int) -> None:
 def _outcome(path: Path) -> str | None:
     """None if the model loads and its tokenizer works, else the message of the error for the user."""
     try:
-        tokenizer, model = load(
+        model = load(
             path, load_format="auto", fused_qkv=True, precision="exact", dtype="float32", progress=Progress.silent()
         )
+        tokenizer = model.tokenizer
+        assert tokenizer is not None
         ids = tokenizer.encode("a text: 1 é")
         assert isinstance(tokenizer.decode(ids), str)
         assert all(0 <= i < 1 << 31 for i in tokenizer.eos_token_ids)

@@ -8,12 +8,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
+from llm_infer.config import LOGPROBS_MODES
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.penalties import PenaltyState
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import Cache, StepInputs, StepState
-from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs
+from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs, logits_to_tell
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan
@@ -27,6 +28,7 @@ def make_steps(
     paging: Paging,
     *,
     loop: LayerLoop = 1,
+    logprobs_mode: str = LOGPROBS_MODES[0],
     ends_early: bool = True,
 ) -> StepFunction:
     """Makes a program of up to `layout.steps` decode steps, with the arguments and results of `make_step`.
@@ -55,9 +57,10 @@ def make_steps(
             hidden, cache = model(ids, positions, cache, attend, loop=loop)
             logits = model.logits(hidden)
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}
-            drawn, penalties = draw_ids(logits, rows, penalties, mask)
+            drawn, penalties, shaped = draw_ids(logits, rows, penalties, mask)
             stopped = jnp.any(drawn[:, None] == f["stop_ids"], axis=1)
-            outputs = drawn_outputs(logits, drawn, features)
+            told = logits_to_tell(logits, shaped, rows, logprobs_mode)
+            outputs = drawn_outputs(told, drawn, features)
             return jnp.where(active, drawn, ids), ended | (active & stopped), cache, penalties, outputs
 
         def proceeds(carry: tuple) -> Array:

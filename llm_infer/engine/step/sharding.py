@@ -17,12 +17,10 @@ from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.params import Params
+from llm_infer.parallel.axes import AxisNames
 from llm_infer.parallel.collectives import gather_rows
-from llm_infer.parallel.rules import num_parts, partition
+from llm_infer.parallel.rules import num_parts, partition, size_over
 from pallas_kernels.paged_attention import KV_HEADS_AXIS, kv_pool_dtype, kv_pool_shape
-
-BATCH = partition("batch")
-"""Everything but parameters and pages has the shards of the batch in front."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +44,30 @@ class StepSharding:
         return cls(config, mesh, "gpu" if platform == "cuda" else platform)
 
     @property
+    def names(self) -> AxisNames:
+        """How the mesh calls its axes."""
+        return self.config.shards.names
+
+    @property
+    def batch(self) -> PartitionSpec:
+        """How all is cut but parameters and pages: it has the shards of the batch in front."""
+        return partition("batch", names=self.names)
+
+    @property
     def num_shards(self) -> int:
         """Data-parallel shards: dp."""
-        return 1 if self.mesh is None else self.mesh.shape["dp"]
+        return 1 if self.mesh is None else size_over(self.mesh, self.names.dp)
 
     @property
     def devices(self) -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
         """All devices that run the step."""
         return jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
 
-    def struct(self, shape: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
-        """Describes an argument."""
-        sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)
+    def struct(
+        self, shape: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec | None = None
+    ) -> jax.ShapeDtypeStruct:
+        """Describes an argument, cut as `batch` unless told otherwise."""
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, self.batch if spec is None else spec)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     def pool(self, num_pages: int, page_size: int, num_layers: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -74,9 +84,9 @@ class StepSharding:
         )
         axes: list[str | None] = [None] * len(shape)
         axes[1], axes[KV_HEADS_AXIS] = "pages", "kv_heads"
-        return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes))
+        return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes, names=self.names))
 
-    def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec = BATCH) -> jax.ShapeDtypeStruct:
+    def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         """Describes the array of which every device has a part of shape `local`."""
         if self.mesh is None:
             return jax.ShapeDtypeStruct(local, dtype)
@@ -102,14 +112,14 @@ class StepSharding:
 
         def local_step(params: Params, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Any]]:
             state, outputs = step(params, state, inputs)
-            gather = partial(gather_rows, axes=("dp",) if self.num_shards > 1 else ())
+            gather = partial(gather_rows, axes=self.names.dp if self.num_shards > 1 else ())
             return state, jax.tree.map(gather, outputs) if several_hosts else outputs
 
         over_mesh = jax.shard_map(
             local_step,
             mesh=self.mesh,
             in_specs=(cuts(params), cuts(state), cuts(inputs)),
-            out_specs=(cuts(state), PartitionSpec() if several_hosts else BATCH),
+            out_specs=(cuts(state), PartitionSpec() if several_hosts else self.batch),
             check_vma=False,
         )
         return jax.jit(over_mesh, donate_argnums=1, compiler_options=options)

@@ -10,11 +10,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from llm_infer.config import LOGPROBS_MODES
 from llm_infer.decoding.beam import NUM_CANDIDATES
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
-from llm_infer.decoding.sample import SamplingRows, sample
+from llm_infer.decoding.sample import SamplingRows, drawn_from, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.paged import Paging, copied_pages
@@ -38,6 +39,7 @@ def make_step(
     paging: Paging,
     *,
     loop: LayerLoop = 1,
+    logprobs_mode: str = LOGPROBS_MODES[0],
     keep_logits: bool = False,
 ) -> StepFunction:
     """Makes the step of one token bucket and a set of features, to be jitted with the state donated.
@@ -64,9 +66,11 @@ def make_step(
         attend = paging.attention_over(plan, f.get("more_tables"), owner, f["positions"], used)
         hidden, cache = model(token_ids, f["positions"], cache, attend, loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
-        ids, penalties = draw_ids(logits, f, state.penalties, None if inputs.allowed is None else inputs.allowed[0])
+        allowed = None if inputs.allowed is None else inputs.allowed[0]
+        ids, penalties, shaped = draw_ids(logits, f, state.penalties, allowed)
         last_ids = state.last_ids.at[0, f["slot"]].set(ids)
-        outputs = {name: value[None] for name, value in drawn_outputs(logits, ids, features).items()}
+        told = logits_to_tell(logits, shaped, f, logprobs_mode)
+        outputs = {name: value[None] for name, value in drawn_outputs(told, ids, features).items()}
         if StepFeatures.PROMPT_LOGPROBS in features:
             with jax.named_scope("prompt_logprobs"):
                 found = logprobs_in_blocks(model.logits, hidden, f["targets"])
@@ -90,8 +94,9 @@ def make_step(
 
 def draw_ids(
     logits: Float[Array, "R V"], f: Mapping[str, Array], state: PenaltyState | None, allowed: Int[Array, "R W"] | None
-) -> tuple[Int[Array, " R"], PenaltyState | None]:
-    """Computes the next id of each row, and the state after it; `f` are the fields of the step."""
+) -> tuple[Int[Array, " R"], PenaltyState | None, Float[Array, "R V"]]:
+    """Computes the next id of each row, the state after it, and the logits after penalties and masks; `f` are the fields of the
+    step."""
     with jax.named_scope("sample"):
         if state is not None:
             rows = PenaltyRows(**{name: f[name] for name in PenaltyRows._fields})
@@ -99,7 +104,16 @@ def draw_ids(
         if allowed is not None:
             logits = mask_logits(logits, allowed)
         ids = sample(logits, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
-        return ids, None if state is None else count_drawn(state, f["slot"], ids)
+        return ids, None if state is None else count_drawn(state, f["slot"], ids), logits
+
+
+def logits_to_tell(
+    logits: Float[Array, "R V"], shaped: Float[Array, "R V"], f: Mapping[str, Array], logprobs_mode: str
+) -> Float[Array, "R V"]:
+    """Returns the logits whose log-probabilities are told: the model's own, or those that ids are drawn from."""
+    if logprobs_mode == "raw_logprobs":
+        return logits
+    return drawn_from(shaped, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
 
 
 def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: StepFeatures) -> dict[str, Array]:

@@ -1,0 +1,27 @@
+"""The model as functions of arrays: to be jitted, differentiated, scanned and vmapped. These names and arguments stay.
+
+model = load_model("org/name", weights="dense")
+logits = forward(model, model.params, token_ids).logits                  # [B, T, V]
+logprobs = token_logprobs(model, model.params, token_ids, remat=True)    # [B, T]
+cache = make_cache(model, sequences=4, max_len=256)
+logits, cache = decode_step(model, model.params, cache, prompts)         # [S, V]
+token = draw(logits, keys, temperature=0.7, top_p=0.9)                   # [S]
+"""
+
+from llm_infer.functional.decode import Cache, decode_step, make_cache
+from llm_infer.functional.drawing import draw
+from llm_infer.functional.whole import Forward, forward, token_logprobs
+from llm_infer.loading import load_model
+from llm_infer.models.load import LoadedModel
+
+__all__ = [
+    "Cache",
+    "Forward",
+    "LoadedModel",
+    "decode_step",
+    "draw",
+    "forward",
+    "load_model",
+    "make_cache",
+    "token_logprobs",
+]

@@ -1,0 +1,80 @@
+"""Causal attention over whole sequences, without pages: for training, scoring and hidden states."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from llm_infer.models.decoder import Attend
+
+QUERY_BLOCK = 128
+"""Queries whose scores exist at the same time."""
+
+
+def attend_within(segments: Int[Array, "B T"]) -> Attend:
+    """Makes what a model attends with: each token sees those before it in its row that have its segment, and itself."""
+    batch, length = segments.shape
+
+    def attend(query: Array, key: Array, value: Array, cache: Any, layer: Array, **options: Any) -> tuple[Array, Any]:
+        q, k, v = (each.reshape(batch, length, *each.shape[1:]) for each in (query, key, value))
+        return causal_attention(q, k, v, segments, **options).reshape(query.shape), cache
+
+    return attend
+
+
+def causal_attention(
+    query: Float[Array, "B T Hq D"],
+    key: Float[Array, "B T Hkv D"],
+    value: Float[Array, "B T Hkv D"],
+    segments: Int[Array, "B T"],
+    *,
+    scale: float,
+    window: Array | int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " Hq"] | None = None,
+) -> Float[Array, "B T Hq D"]:
+    """Attends in blocks of queries, whose scores are computed again for the gradient; options as of `paged_attention`.
+
+    Windows count tokens of the row, which within a segment are those of the segment. Scores and sums are float32.
+    """
+    batch, length, heads, dim = query.shape
+    groups = key.shape[2]
+    size = min(QUERY_BLOCK, length)
+    padding = -length % size
+    padded = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, -1, size, groups, heads // groups, dim), 1, 0)
+    own = jnp.moveaxis(jnp.pad(segments, ((0, 0), (0, padding))).reshape(batch, -1, size), 1, 0)
+    keys, values = key.astype(jnp.float32), value.astype(jnp.float32)
+    places = jnp.arange(length, dtype=jnp.int32)
+    starts = jnp.arange(0, length + padding, size, dtype=jnp.int32)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def block(queries: Array, segment: Array, start: Array) -> Array:
+        scores = jnp.einsum("bqhgd,bkhd->bhgqk", queries.astype(jnp.float32), keys) * scale
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        age = (start + jnp.arange(size, dtype=jnp.int32))[:, None] - places[None]
+        seen = age >= 0
+        if window is not None:
+            seen &= age < window
+        seen = seen[None] & (segment[:, :, None] == segments[:, None])
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
+        most = jnp.max(scores, axis=-1, keepdims=True)
+        sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+        if sink is not None:
+            most = jnp.maximum(most, sink)
+        most = lax.stop_gradient(
+            jnp.where(jnp.isfinite(most), most, 0.0)
+        )  # a row of padding behind the last sees nothing
+        exps = jnp.exp(scores - most)
+        total = jnp.sum(exps, axis=-1, keepdims=True)
+        total = jnp.where(total == 0, 1.0, total) if sink is None else total + jnp.exp(sink - most)
+        return jnp.einsum("bhgqk,bkhd->bqhgd", exps / total, values).astype(query.dtype)
+
+    out = lax.map(lambda each: block(*each), (blocks, own, starts))
+    return jnp.moveaxis(out, 0, 1).reshape(batch, -1, heads, dim)[:, :length]

@@ -1,0 +1,180 @@
+"""The model as a differentiable function of whole sequences: logits, hidden states, log-probabilities of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float, Int
+
+from llm_infer.engine.platform import query_rows
+from llm_infer.engine.step.sharding import StepSharding
+from llm_infer.functional.attention import attend_within
+from llm_infer.functional.layers import run_layers
+from llm_infer.functional.over_mesh import of_batch, over_mesh
+from llm_infer.functional.paged_rows import attend_by_pages
+from llm_infer.models.load import LoadedModel, has_kernels, kernel_params
+from llm_infer.models.params import Params, merge_model
+from pallas_kernels.row_sums import logsumexp
+
+LOGITS_BLOCK = 128
+"""Tokens whose logits exist at the same time in `token_logprobs`."""
+
+
+class Forward(NamedTuple):
+    """What `forward` returns.
+
+    Attributes:
+        logits: Float[Array, "B T V"] float32.
+        hidden_states: Float[Array, "B T E"] of each layer that was asked for, before the final norm.
+    """
+
+    logits: Array
+    hidden_states: tuple[Array, ...]
+
+
+def forward(
+    model: LoadedModel,
+    params: Params,
+    token_ids: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    hidden_states: Sequence[int] = (),
+    remat: bool = False,
+) -> Forward:
+    """Computes logits for every token of whole sequences. To be called under jit; may be differentiated and vmapped.
+
+    A token sees those before it in its row. Rows that are padded at the end need nothing more: nobody sees padding.
+    What is not used of the result is not computed.
+
+    Args:
+        model: says what is computed; its own parameters are not used.
+        params: `model.params`, or others of the same names and shapes.
+        token_ids: a sequence in each row.
+        segments: of rows that hold several sequences, which one each token belongs to; positions begin anew with each.
+        hidden_states: layers whose outputs to return; 0 is the embedding, 1 the output of the first layer, -1 of the last.
+        remat: compute layers again for the gradient, so that memory holds what goes into each alone.
+    """
+    _check(token_ids, segments)
+    wanted = [_layer(model, each) for each in hidden_states]
+    kinds = dict.fromkeys(wanted)  # a layer may be asked for twice
+
+    def run(params: Params, arrays: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, ...]]:
+        ids, own = arrays
+        hidden, kept = _hidden(model, params, ids, own, remat, list(kinds))
+        decoder = merge_model(model.definition, kernel_params(model, params))
+        logits = decoder.logits(hidden).reshape(*ids.shape, -1)
+        return logits, tuple(each.reshape(*ids.shape, -1) for each in kept)
+
+    rows = of_batch(model, token_ids.shape[0])
+    logits, kept = over_mesh(model, run, params, (token_ids, segments), rows, rows)
+    by_layer = dict(zip(kinds, kept, strict=True))
+    return Forward(logits, tuple(by_layer[each] for each in wanted))
+
+
+def token_logprobs(
+    model: LoadedModel,
+    params: Params,
+    token_ids: Int[Array, "B T"],
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    temperature: Array | float = 1.0,
+    remat: bool = False,
+) -> Float[Array, "B T"]:
+    """Computes the log-probability of each token given those before it, float32; 0 for the first of each sequence.
+
+    Logits of a few tokens exist at a time, for the gradient too.
+
+    Args:
+        model, params, token_ids, segments, remat: as of `forward`.
+        temperature: by which logits are divided; one number, or an array that broadcasts to [B, T].
+    """
+    _check(token_ids, segments)
+    heat = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), token_ids.shape)
+
+    def run(params: Params, arrays: tuple[Array, Array | None, Array]) -> Array:
+        ids, own, heat = arrays
+        hidden, _ = _hidden(model, params, ids, own, remat)
+        decoder = merge_model(model.definition, kernel_params(model, params))
+        following = jnp.roll(ids, -1, axis=1)
+        found = _logprobs(decoder.logits, hidden, following.reshape(-1), jnp.roll(heat, -1, axis=1).reshape(-1))
+        shifted = jnp.roll(found.reshape(ids.shape), 1, axis=1)
+        begins = jnp.zeros(ids.shape, bool).at[:, 0].set(True)
+        if own is not None:
+            begins = begins.at[:, 1:].set(own[:, 1:] != own[:, :-1])
+        return jnp.where(begins, 0.0, shifted)
+
+    rows = of_batch(model, token_ids.shape[0])
+    return over_mesh(model, run, params, (token_ids, segments, heat), rows, rows)
+
+
+def _hidden(
+    model: LoadedModel,
+    params: Params,
+    token_ids: Int[Array, "B T"],
+    segments: Int[Array, "B T"] | None,
+    remat: bool,
+    wanted: Sequence[int] = (),
+) -> tuple[Float[Array, "N E"], Float[Array, "W N E"]]:
+    """Computes hidden states after the last layer and after those `wanted`, of all rows' tokens, N = B · T."""
+    place = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None], token_ids.shape)
+    if segments is None:
+        own = jnp.zeros_like(place)
+    else:
+        own = segments.astype(jnp.int32)
+        begins = jnp.concatenate((jnp.ones_like(own[:, :1], bool), own[:, 1:] != own[:, :-1]), axis=1)
+        place = place - lax.cummax(jnp.where(begins, place, 0), axis=1)
+    platform = StepSharding.of(model.config, model.mesh).platform
+    if segments is None and has_kernels(model):
+        rows = query_rows(platform, model.config.group_size)
+        attend = attend_by_pages(token_ids.shape[0], token_ids.shape[1], platform, rows)
+    else:
+        attend = attend_within(own)
+    return run_layers(
+        model,
+        kernel_params(model, params),
+        token_ids.reshape(-1),
+        place.reshape(-1),
+        attend,
+        remat=remat,
+        wanted=wanted,
+    )
+
+
+def _logprobs(
+    head: Any, hidden: Float[Array, "N E"], targets: Int[Array, " N"], temperature: Float[Array, " N"]
+) -> Float[Array, " N"]:
+    """Computes log-probabilities of `targets`, in blocks whose logits are computed again for the gradient."""
+    count = hidden.shape[0]
+    size = min(count, LOGITS_BLOCK)
+    padding = -count % size
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def block(rows: Array, ids: Array, heat: Array) -> Array:
+        logits = head(rows) / heat[:, None]
+        return jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0] - logsumexp(logits)
+
+    def blocks(array: Array, fill: float = 0) -> Array:
+        rest = ((0, padding), *((0, 0),) * (array.ndim - 1))
+        return jnp.pad(array, rest, constant_values=fill).reshape(-1, size, *array.shape[1:])
+
+    found = lax.map(lambda each: block(*each), (blocks(hidden), blocks(targets), blocks(temperature, 1.0)))
+    return found.reshape(-1)[:count]
+
+
+def _check(token_ids: Array, segments: Array | None) -> None:
+    if token_ids.ndim != 2 or not jnp.issubdtype(token_ids.dtype, jnp.integer):
+        raise ValueError(f"token_ids is {token_ids.dtype}{list(token_ids.shape)}, expected whole numbers [B, T]")
+    if segments is not None and segments.shape != token_ids.shape:
+        raise ValueError(f"segments is {list(segments.shape)}, expected the shape of token_ids {list(token_ids.shape)}")
+
+
+def _layer(model: LoadedModel, number: int) -> int:
+    layers = model.config.num_layers
+    if not -layers - 1 <= number <= layers:
+        raise ValueError(f"hidden_states: layer {number}, expected 0 (the embedding) … {layers}, or from the end")
+    return number % (layers + 1)
