@@ -124,6 +124,10 @@ def cut_config(config: ModelConfig, parallel: ParallelConfig, names: AxisNames =
     return replace(config, num_kv_heads=config.num_kv_heads * copies, shards=Shards(tp, ep, copies, names))
 
 
+_ARRANGED = ("vocab", "qkv", "kv_heads", "expert_rows")
+"""Axes whose rows `arrange` moves, repeats or fills up."""
+
+
 def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> np.ndarray | jax.Array:
     """Brings the rows of a parameter into the order in which a cut config needs them; numpy stays numpy.
 
@@ -133,7 +137,7 @@ def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
     """
     xp: Any = jnp if isinstance(array, jax.Array) else np
     shards, moe = config.shards, config.moe
-    rows = next((name for name in ("vocab", "qkv", "kv_heads", "expert_rows") if name in axes), None)
+    rows = next((name for name in _ARRANGED if name in axes), None)
     if rows is None:
         return array
     axis = array.ndim - len(axes) + axes.index(rows)
@@ -156,6 +160,35 @@ def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
             keys = xp.concatenate([queries, keys], axis=2)
         return xp.moveaxis(rearrange(keys, "h c r d ... -> (h c r d) ..."), 0, axis)
     return array
+
+
+def restore(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> np.ndarray | jax.Array:
+    """Brings the rows of a parameter back into the order that they have in a model that is not cut: undoes `arrange`.
+
+    Of copies of a KV head the first is taken. `array` may lack the axes of `axes` that come before its rows, such as layers.
+    """
+    xp: Any = jnp if isinstance(array, jax.Array) else np
+    shards, moe = config.shards, config.moe
+    rows = next((name for name in _ARRANGED if name in axes), None)
+    if rows is None:
+        return array
+    axis = array.ndim - len(axes) + axes.index(rows)
+    by_row = xp.moveaxis(array, axis, 0)
+    if rows == "vocab":
+        by_row = by_row[: config.vocab_size]
+    elif rows == "expert_rows" and moe is not None and shards.tp > 1:
+        sizes = {"ep": shards.ep, "tp": shards.tp, "x": moe.num_experts // shards.ep}
+        by_row = rearrange(by_row, "(ep tp x f) ... -> (ep x tp f) ...", **sizes)
+    elif rows in ("qkv", "kv_heads") and shards.kv_copies > 1:
+        copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
+        copied = rearrange(by_row, "(h c r d) ... -> h c r d ...", h=heads, c=copies, d=config.head_dim)
+        group = config.num_heads // config.num_kv_heads if rows == "qkv" else 0
+        keys = copied[:, 0, group:]
+        if group:
+            queries = rearrange(copied[:, :, :group], "h c g d ... -> h (c g) d ...")
+            keys = xp.concatenate([queries, keys], axis=1)
+        by_row = rearrange(keys, "h r d ... -> (h r d) ...")
+    return xp.moveaxis(by_row, 0, axis)
 
 
 def abstract_parameters(specs: Specs, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llm_infer.base.errors import ModelError
 from llm_infer.base.files import typed_path
 from llm_infer.base.progress import Progress
+from llm_infer.weights.on_disk import sync, sync_tree, write_files
 from llm_infer.weights.orbax_checkpoint import DTYPES, FORMAT_VERSION, MANIFEST, PARAMS, TOKENIZER, write_parameters
 
 if TYPE_CHECKING:
@@ -75,12 +76,12 @@ def write_checkpoint(
         if (free := shutil.disk_usage(path.parent).free) < total:
             raise ModelError(f"{path.parent} has {free / 1e6:.0f} MB left, the checkpoint needs {total / 1e6:.0f} MB")
         with (progress or Progress.silent()).task("Writing checkpoint", total=total, unit="bytes") as task:
-            _write_files(unfinished / TOKENIZER, tokenizer_files)
+            write_files(unfinished / TOKENIZER, tokenizer_files)
             write_parameters(unfinished / PARAMS, parameters, task)
-            _sync_tree(unfinished)
+            sync_tree(unfinished)
             os.replace(unfinished, path)  # fails if something has appeared there meanwhile
             mine = path
-            _sync(path.parent)
+            sync(path.parent)
             _write_manifest(path, manifest)
         mine = None
     except OSError as error:
@@ -90,33 +91,10 @@ def write_checkpoint(
             shutil.rmtree(mine, ignore_errors=True)
 
 
-def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.mkdir(parents=True)
-    for name, content in files.items():
-        file = folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
-
-
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Completes a checkpoint, in one step."""
     unfinished = folder / f"{MANIFEST}.tmp"
     unfinished.write_text(json.dumps(manifest, indent=1) + "\n")
-    _sync(unfinished)
+    sync(unfinished)
     os.replace(unfinished, folder / MANIFEST)
-    _sync(folder)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Brings everything below a folder to disk: no name may be there before its bytes are."""
-    for directory, _, files in os.walk(folder):
-        for path in (*(os.path.join(directory, name) for name in files), directory):
-            _sync(path)
-
-
-def _sync(path: str | Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(folder)

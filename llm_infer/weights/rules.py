@@ -55,11 +55,18 @@ class Rule:
         return "{layer}" in self.sources[0]
 
     def tensor_names(self, num_layers: int) -> list[tuple[str, ...]]:
-        """Returns the names of the tensors, one tuple per layer; one tuple in all for a parameter that is not stacked."""
-        if not self.stacked:
-            return [self.sources]
-        layers = range(self.first, num_layers if self.end is None else min(self.end, num_layers))
-        return [tuple(s.replace("{layer}", str(layer)) for s in self.sources) for layer in layers]
+        """Returns the names of the tensors, see `names_by_layer`."""
+        return names_by_layer(self.sources, num_layers, self.first, self.end)
+
+
+def names_by_layer(
+    names: tuple[str, ...], num_layers: int, first: int = 0, end: int | None = None
+) -> list[tuple[str, ...]]:
+    """Returns names with the numbers of the layers from `first` to `end`, one tuple per layer; one in all without `{layer}`."""
+    if "{layer}" not in names[0]:
+        return [names]
+    layers = range(first, num_layers if end is None else min(end, num_layers))
+    return [tuple(name.replace("{layer}", str(layer)) for name in names) for layer in layers]
 
 
 def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:

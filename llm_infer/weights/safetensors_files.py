@@ -21,7 +21,7 @@ from llm_infer.base.errors import ModelError
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 
-_DTYPES: dict[str, np.dtype] = {
+DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
         "F64": np.float64,
@@ -112,18 +112,18 @@ class SafetensorsFile:
             dtype, shape, (start, stop) = value["dtype"], value["shape"], value["data_offsets"]
         except (TypeError, KeyError, ValueError):
             raise self._bad(f"the entry of tensor {name!r:.100} lacks dtype, shape or data_offsets") from None
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise self._bad(f"tensor {name!r:.100} has type {str(dtype)[:40]!r}, supported are {', '.join(_DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise self._bad(f"tensor {name!r:.100} has type {str(dtype)[:40]!r}, supported are {', '.join(DTYPES)}")
         numbers = [*shape, start, stop] if isinstance(shape, list) else [None]
         if not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers) or len(shape) > 8:
             raise self._bad(f"tensor {name!r:.100} has shape {str(shape)[:80]} and bytes {str([start, stop])[:80]}")
-        nbytes = math.prod(shape) * _DTYPES[dtype].itemsize
+        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
         if stop - start != nbytes or data_start + stop > len(self._buffer):
             raise self._bad(
                 f"tensor {name!r:.100} needs {nbytes} bytes at {data_start + start} up to {data_start + stop} of a file of "
                 f"{len(self._buffer)}: cut short or damaged, fetch it again"
             )
-        return _Entry(tuple(shape), _DTYPES[dtype], data_start + start, nbytes)
+        return _Entry(tuple(shape), DTYPES[dtype], data_start + start, nbytes)
 
     def array(self, name: str) -> np.ndarray:
         """Returns a read-only view of the file; it may be unaligned."""

@@ -210,7 +210,7 @@ def test_the_destination_must_be_free(written: Path, tmp_path: Path, model: Load
 # Complete or not there
 
 
-@pytest.mark.parametrize("stage", ["_write_files", "write_parameters", "_sync_tree", "replace", "_sync", "manifest"])
+@pytest.mark.parametrize("stage", ["write_files", "write_parameters", "sync_tree", "replace", "sync", "manifest"])
 @pytest.mark.parametrize("killed", [False, True], ids=["error", "killed"])
 def test_no_stage_leaves_something_that_loads(
     stage: str, killed: bool, tmp_path: Path, model: LoadedModel, monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig, MoEConfig
+from llm_infer.models.families import gpt_oss_stacks
 from llm_infer.models.families.gpt_oss_tensors import ExpertTensors
 from llm_infer.models.hf_config import ConfigReader
 from llm_infer.models.names import BLOCK, LLAMA_IGNORED, expert_rules, llama_rules
@@ -14,6 +15,7 @@ from llm_infer.weights.gguf_names import DENSE_LAYER, WINDOW_KEYS, GGUFNames
 from llm_infer.weights.rules import Rule
 
 tensors = ExpertTensors
+stacks = gpt_oss_stacks.stacks
 IGNORED_TENSORS = LLAMA_IGNORED
 
 
