@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -18,6 +20,7 @@ from llm_infer.base.progress import Progress
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.new_weights import whole_config
+from llm_infer.models.opened import GGUF_TOKENIZER
 from llm_infer.models.params import missing, refuse_deleted, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.sharded import restore
@@ -108,6 +111,9 @@ def export_hf(
         config = _parsed(found)
     specs = hf_specs(model, dtype=dtype)
     written = _written_config(model, config, specs)
+    if files.pop(GGUF_TOKENIZER, None) is not None:
+        note = "the tokenizer is that of a GGUF file, which is not written: copy the model's tokenizer.json beside its weights"
+        (progress or Progress.silent()).note(note)
     files[CONFIG] = (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
     tensors = hf_tensors(model, dtype=dtype)
     return write_directory(destination, specs, tensors, files, shard_bytes=shard_bytes, progress=progress)
@@ -146,13 +152,17 @@ class _Values:
         if not isinstance(self._value, StoredWeights):
             return self._value if layer is None else self._value[layer]
         stack, index = self._value.places[layer or 0]
-        kind, blocks = self._value.kinds[stack], self._value.blocks[stack][index]
-        if self._value.is_tiled(stack):
-            blocks = untile(blocks, kind)
-        rows = _on_host(self._name, blocks)
-        if FORMATS[kind].dtype == "uint8":
-            rows = np.asarray(dequantise(jnp.asarray(rows), kind))
-        return self._restored(rows)
+        kind, tiled, blocks = self._value.kinds[stack], self._value.is_tiled(stack), self._value.blocks[stack]
+        return self._restored(_on_host(self._name, _plain(blocks, index, kind, tiled)))
+
+
+@partial(jax.jit, static_argnames=("kind", "tiled"))
+def _plain(blocks: Array, index: Array | int, kind: str, tiled: bool) -> Array:
+    """Returns the matrix of one layer as plain numbers."""
+    rows = jax.lax.dynamic_index_in_dim(blocks, index, keepdims=False)
+    if tiled:
+        rows = untile(rows, kind)
+    return dequantise(rows, kind) if FORMATS[kind].dtype == "uint8" else rows
 
 
 def _on_host(name: str, array: Array) -> np.ndarray:

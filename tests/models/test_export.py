@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import jax
@@ -17,10 +18,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llm_infer.base.errors import ModelError
+from llm_infer.base.progress import Progress
 from llm_infer.config import ParallelConfig
 from llm_infer.models.export import export_hf, hf_specs, hf_tensors
 from llm_infer.models.load import LoadedModel, compute_dtype, load_model
-from llm_infer.models.opened import OpenModel, open_model, tokenizer_files
+from llm_infer.models.opened import GGUF_TOKENIZER, OpenModel, open_model, tokenizer_files
 from llm_infer.models.params import split_model
 from llm_infer.models.registry import FAMILIES
 from llm_infer.models.sharded import arrange, cut_config, restore, why_not
@@ -109,7 +111,10 @@ def test_weights_in_blocks_are_dequantised(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-6, atol=1e-9, err_msg=name)
-    path = export_hf(model, tmp_path / "m", config=source.config)
+    output, files = StringIO(), {GGUF_TOKENIZER: b"{}"}
+    progress = Progress(stream=output)
+    path = export_hf(model, tmp_path / "m", config=source.config, tokenizer_files=files, progress=progress)
+    assert "copy the model's tokenizer.json" in output.getvalue() and not (path / GGUF_TOKENIZER).exists()
     for name, values in load_model(opened(path)).params.items():
         np.testing.assert_allclose(values, dense.params[name], rtol=1e-6, atol=1e-9, err_msg=name)
 
@@ -151,6 +156,7 @@ def test_a_part_of_a_stack_comes_back() -> None:
 
 ON_DEVICES = """
 import numpy as np
+from llm_infer.base.progress import Progress
 from llm_infer.config import ParallelConfig
 from llm_infer.models.export import hf_tensors
 from llm_infer.models.load import compute_dtype, load_model
