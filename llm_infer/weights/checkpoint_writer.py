@@ -49,7 +49,7 @@ def write_checkpoint(
 
     Args:
         destination: directory that does not exist or is empty.
-        parameters: by dotted name, on any mesh, all of one type out of `DTYPES`.
+        parameters: by dotted name, on any mesh, all of one type out of `DTYPES`, but for some that are always float32.
         model: the model's configuration as JSON values.
         tokenizer_files: relative path → content, found again in `Checkpoint.tokenizer_directory`.
         progress: reports bytes written; None is silent.
@@ -59,12 +59,13 @@ def write_checkpoint(
     """
     path = checked_destination(destination)
     dtypes = {str(array.dtype) for array in parameters.values()}
-    if len(dtypes) != 1 or not dtypes <= DTYPES.keys():
+    if not dtypes or not dtypes <= DTYPES.keys():
         raise ModelError(f"parameters of type {', '.join(sorted(dtypes))}: a checkpoint has one of {', '.join(DTYPES)}")
+    narrow = dtypes - {"float32"}
     manifest = {
         "format": "llm_infer checkpoint",
         "version": FORMAT_VERSION,
-        "dtype": dtypes.pop(),
+        "dtype": min(narrow or dtypes),
         "model": dict(model),
         "tokenizer": {name: len(content) for name, content in sorted(tokenizer_files.items())},
     }

@@ -6,7 +6,7 @@
 
 An array written from one device is one file of raw values. It is mapped and becomes the JAX array without being read
 or copied, which is some twenty times faster than Orbax's restore and needs no import of Orbax. An array written from a
-mesh is in several files, which Orbax puts together.
+mesh is in several files, which Orbax puts together; so it does where others wrote `params` in another of its layouts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress, Task
 from llm_infer.weights.default_model import directory_bytes
+from llm_infer.weights.orbax_tree import Leaf, OrbaxTree, in_other_layout
 from llm_infer.weights.reports import tensor_report
 from llm_infer.weights.zarr_arrays import DAMAGED, StoredArray, check_size, read_header, touch_pages
 
@@ -59,7 +60,7 @@ class Checkpoint:
 
     Attributes:
         model: the model's configuration as it was given to `write_checkpoint`.
-        stored_dtype: type of all parameters.
+        stored_dtype: type of the parameters; some may be float32 beside it.
         tokenizer_directory: where the tokenizer's files are.
     """
 
@@ -100,12 +101,16 @@ class Checkpoint:
                     f"sizes; {DAMAGED}"
                 )
             check_size(self.tokenizer_directory / name, size)
-        self._arrays: dict[str, StoredArray] = {}
+        self._arrays: dict[str, StoredArray | Leaf] = {}
+        self._tree = OrbaxTree(path / PARAMS)
+        self._of_others = in_other_layout(path / PARAMS) and bool(self._tree.leaves)  # what is unreadable, is said now
 
     @property
     def names(self) -> list[str]:
         """Names of all stored parameters."""
         folder = self.path / PARAMS
+        if self._of_others:
+            return sorted(self._tree.leaves)
         return sorted(f.name for f in folder.iterdir() if (f / ".zarray").exists()) if folder.is_dir() else []
 
     @property
@@ -113,11 +118,27 @@ class Checkpoint:
         """The directory, for messages."""
         return str(self.path)
 
-    def array(self, name: str) -> StoredArray:
+    def array(self, name: str) -> StoredArray | Leaf:
         """Returns a parameter as it is stored; its files are checked."""
         if name not in self._arrays:
-            self._arrays[name] = StoredArray.open(self.path / PARAMS / name)
+            found = self._tree.leaves[name] if self._of_others else StoredArray.open(self.path / PARAMS / name)
+            self._arrays[name] = found
         return self._arrays[name]
+
+    def values(self, name: str) -> np.ndarray:
+        """Returns the values of a parameter on the host, mapped where they are one file."""
+        array = self.array(name)
+        if isinstance(array, StoredArray) and array.single_file is not None:
+            return array.map(array.single_file)
+        return np.asarray(self._restored(name, None))
+
+    def _restored(self, name: str, sharding: jax.sharding.Sharding | None) -> jax.Array:
+        """Restores a parameter by Orbax, however many files it has."""
+        # One at a time: for all at once, Orbax takes 1.6 times their memory.
+        try:
+            return dict(self._tree.restore([name], shardings=sharding and {name: sharding}))[name]
+        except ModelError as error:
+            raise ModelError(f"{error}; {DAMAGED}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a parameter."""
@@ -129,9 +150,7 @@ class Checkpoint:
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Reads a parameter and converts it to the type of `out`."""
-        array = self.array(name)
-        file = array.single_file
-        out[...] = array.map(file) if file else np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
+        out[...] = self.values(name)
 
     def stored_kind(self, name: str) -> None:
         """Returns None: a checkpoint holds plain values only."""
@@ -186,18 +205,12 @@ class Checkpoint:
         from llm_infer.weights.aligned import aligned_empty
 
         array = self.array(name)
-        file = array.single_file
         if place is not None:
-            values = (
-                np.asarray(_restore_with_orbax(self.path / PARAMS, name, array, None))
-                if file is None
-                else array.map(file)
-            )
-            result = place(name, values.astype(dtype, copy=False))
-        elif file is None:
-            result = _restore_with_orbax(self.path / PARAMS, name, array, sharding).astype(dtype)
+            result = place(name, self.values(name).astype(dtype, copy=False))
+        elif array.single_file is None:
+            result = self._restored(name, sharding).astype(dtype)
         else:
-            values = array.map(file)
+            values = self.values(name)
             if sharding is not None:
                 result = jax.make_array_from_callback(
                     array.shape, sharding, lambda index: np.ascontiguousarray(values[index], dtype)
@@ -215,6 +228,9 @@ class Checkpoint:
 
     def _check(self, specs: Mapping[str, HasShape]) -> None:
         names = set(self.names)
+        # Some parameters are float32 whatever the type of the others.
+        some = any(self.dtype(name) == self.stored_dtype for name in names)
+        types = {self.stored_dtype, DTYPES["float32"]} if some else {self.stored_dtype}
         problems = {
             "missing": sorted(specs.keys() - names),
             "surplus": sorted(names - specs.keys()),
@@ -226,30 +242,11 @@ class Checkpoint:
             "wrong type": [
                 f"{name} {self.dtype(name)} for {self.stored_dtype}"
                 for name in specs
-                if name in names and self.dtype(name) != self.stored_dtype
+                if name in names and self.dtype(name) not in types
             ],
         }
         if any(problems.values()):
             raise ModelError(f"{self.path}: not the parameters of its model; {DAMAGED}; {tensor_report(problems)}")
-
-
-def _restore_with_orbax(
-    folder: Path, name: str, array: StoredArray, sharding: jax.sharding.Sharding | None
-) -> jax.Array:
-    """Restores one parameter from its files, however many it has."""
-    import jax
-    import orbax.checkpoint as ocp
-
-    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
-    place.shard_shape(array.shape)  # a ValueError here is the caller's fault, later errors are the checkpoint's
-    arguments = ocp.ArrayRestoreArgs(sharding=place, global_shape=array.shape)
-    # Parameters are restored one at a time: for all at once, Orbax takes 1.6 times their memory.
-    request = ocp.args.PyTreeRestore({name: 0}, restore_args={name: arguments}, partial_restore=True)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
-        try:
-            return checkpointer.restore(folder, args=request)[name]
-        except Exception as error:  # of many types; the files of values are known to be whole
-            raise ModelError(f"{folder}: Orbax cannot restore {name} ({error}); {DAMAGED}") from error
 
 
 def write_parameters(folder: Path, parameters: Mapping[str, jax.Array], task: Task) -> None:

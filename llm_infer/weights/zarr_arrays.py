@@ -1,4 +1,4 @@
-"""Uncompressed Zarr arrays on disk: header and files checked, values mapped into memory instead of read.
+"""Zarr arrays on disk: header and files checked; of uncompressed ones, values mapped into memory instead of read.
 
 Format: Zarr version 2, https://zarr-specs.readthedocs.io/en/latest/v2/v2.0.html
 """
@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,13 @@ _TOUCHED = 16 << 20  # bytes between two reports of progress
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """One Zarr array (version 2, uncompressed): the header of its folder."""
+    """One Zarr array (version 2): the header of its folder."""
 
     folder: Path
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype
+    compressed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -39,8 +40,9 @@ class StoredArray:
 
     @property
     def single_file(self) -> Path | None:
-        """The file that holds all values in C order, None if there are several."""
-        return self.folder / ".".join("0" * len(self.shape)) if self.shape and self.chunks == self.shape else None
+        """The file that holds all values in C order, None if there are several or it is compressed."""
+        whole = self.shape and self.chunks == self.shape and not self.compressed
+        return self.folder / ".".join("0" * len(self.shape)) if whole else None
 
     @classmethod
     def open(cls, folder: Path) -> StoredArray:
@@ -55,21 +57,22 @@ class StoredArray:
         try:
             shape, chunks = (tuple(int(n) for n in header[key]) for key in ("shape", "chunks"))
             dtype = np.dtype(header["dtype"])
-            layout = [header[key] for key in ("zarr_format", "compressor", "filters", "order")]
+            layout, compressor = [header[key] for key in ("zarr_format", "filters", "order")], header["compressor"]
             separator = header.get("dimension_separator", ".")
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{folder / '.zarray'}: not the header of an array ({error}); {DAMAGED}") from None
         if (
-            layout != [2, None, None, "C"]
+            layout != [2, None, "C"]
+            or not isinstance(compressor, dict | None)
             or separator != "."
             or len(shape) != len(chunks)
             or min(chunks, default=1) < 1
         ):
-            raise ModelError(f"{folder / '.zarray'}: not as `llm-infer convert` writes it; {DAMAGED}")
-        expected = math.prod(chunks) * dtype.itemsize
-        for index in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks, strict=True))):
-            check_size(folder / (".".join(map(str, index)) or "0"), expected)
-        return cls(folder, shape, chunks, dtype)
+            raise ModelError(f"{folder / '.zarray'}: not as Orbax writes it; {DAMAGED}")
+        expected = None if compressor is not None else math.prod(chunks) * dtype.itemsize
+        for index in _chunk_indices(shape, chunks):
+            check_size(folder / (".".join(index) or "0"), expected)
+        return cls(folder, shape, chunks, dtype, compressor is not None)
 
     def map(self, file: Path) -> np.ndarray:
         """Returns all values; they are read from the file when they are touched. The file must not change while they are in
@@ -90,12 +93,38 @@ def touch_pages(values: np.ndarray) -> Iterator[int]:
         yield part.size
 
 
-def check_size(file: Path, expected: int) -> None:
-    """Raises `ModelError` unless there is a file of exactly this many bytes."""
+def check_chunks(folder: Path) -> None:
+    """Checks that all files of an array are there, in Zarr of version 2 or 3.
+
+    Raises:
+        ModelError: one is missing, or the header is.
+    """
+    if not (folder / "zarr.json").is_file():
+        StoredArray.open(folder)
+        return
+    header = read_header(folder / "zarr.json")
+    try:
+        shape, chunks = header["shape"], header["chunk_grid"]["configuration"]["chunk_shape"]
+        separator = header["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
+        indices = list(_chunk_indices(shape, chunks))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ModelError(f"{folder / 'zarr.json'}: not the header of an array ({error}); {DAMAGED}") from None
+    for index in indices:
+        check_size(folder / separator.join(("c", *index)), None)
+
+
+def _chunk_indices(shape: Sequence[int], chunks: Sequence[int]) -> Iterator[tuple[str, ...]]:
+    """Yields the place of each chunk along every axis."""
+    for index in itertools.product(*(range(-(-n // c)) for n, c in zip(shape, chunks, strict=True))):
+        yield tuple(map(str, index))
+
+
+def check_size(file: Path, expected: int | None) -> None:
+    """Raises `ModelError` unless there is a file of exactly this many bytes; None for any."""
     if not file.is_file():
         raise ModelError(f"{file} is missing; {DAMAGED}")
     found = file.stat().st_size
-    if found != expected:
+    if expected is not None and found != expected:
         raise ModelError(f"{file} has {found} bytes, expected {expected}; {DAMAGED}")
 
 
