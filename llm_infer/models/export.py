@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
-from llm_infer.models.config import ModelConfig
+from llm_infer.models.hf_layout import undoings
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.new_weights import whole_config
 from llm_infer.models.opened import GGUF_TOKENIZER
@@ -28,11 +28,10 @@ from llm_infer.models.text_part import text_class, text_config
 from llm_infer.parallel.axes import Axes
 from llm_infer.quant import StoredWeights
 from llm_infer.weights.safetensors_writer import SHARD_BYTES, TensorSpec, write_directory
-from llm_infer.weights.undo_rules import Undo, undo
+from llm_infer.weights.undo_rules import Undo
 from pallas_kernels.quant_matmul import FORMATS, dequantise, untile
 
 CONFIG = "config.json"
-_LAST = {"q_proj": "num_heads", "k_proj": "num_kv_heads", "v_proj": "num_kv_heads"}
 
 
 def hf_tensors(model: LoadedModel, *, dtype: DTypeLike | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -51,7 +50,7 @@ def hf_tensors(model: LoadedModel, *, dtype: DTypeLike | None = None) -> Iterato
     """
     _refuse_absent(model)
     axes = {name: spec.axes for name, spec in split_model(model.config, model.dtype)[1].items()}
-    for each in _undoings(model.config, model.dtype):
+    for each in undoings(model.config, model.dtype):
         values = [_Values(model, name, axes[name]) for name in each.params]
         for layer, names in enumerate(each.groups(model.config.num_layers)):
             of_layer = [value.layer(layer if each.stacked else None) for value in values]
@@ -64,7 +63,7 @@ def hf_specs(model: LoadedModel, *, dtype: DTypeLike | None = None) -> list[Tens
     """Describes what `hf_tensors` yields, in the same order; no weight is read."""
     specs = split_model(whole_config(model.config), model.dtype)[1]
     found = []
-    for each in _undoings(model.config, model.dtype):
+    for each in undoings(model.config, model.dtype):
         shapes = each.shapes(specs)
         for layer, names in enumerate(each.groups(model.config.num_layers)):
             chosen = _dtype(model, each, layer, dtype)
@@ -117,22 +116,6 @@ def export_hf(
     files[CONFIG] = (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
     tensors = hf_tensors(model, dtype=dtype)
     return write_directory(destination, specs, tensors, files, shard_bytes=shard_bytes, progress=progress)
-
-
-def _undoings(config: ModelConfig, dtype: DTypeLike) -> list[Undo]:
-    """Says how the family's tensors are made of the parameters of a whole model."""
-    whole = whole_config(config)
-    module = family({"architectures": [whole.architecture]})
-    specs = split_model(whole, dtype)[1]
-
-    def rows(tensor: str) -> int | None:
-        heads = next((_LAST[part] for part in tensor.split(".") if part in _LAST), None)
-        return None if heads is None else getattr(whole, heads) * whole.head_dim
-
-    found = undo(module.rules(whole), specs, rows)
-    stacks = module.stacks(whole) if hasattr(module, "stacks") else []
-    taken = {name for each in stacks for name in each.params}
-    return [*(each for each in found if taken.isdisjoint(each.params)), *stacks]
 
 
 class _Values:

@@ -75,6 +75,15 @@ def test_the_tensors_are_those_of_the_file(name: str) -> None:
     assert described == [(tensor, values.shape, values.dtype) for tensor, values in hf_tensors(model)]
 
 
+@pytest.mark.parametrize("name", ["gemma3_gqa", "glm4_moe_gqa", "gpt_oss_gqa"])
+def test_a_model_in_half_types(name: str) -> None:
+    """Norms whose scales are stored less one come back in the file's type; numbers that are always float32 stay so."""
+    found = dict(hf_tensors(load(name, dtype="bfloat16")))
+    check_same(found, file_tensors(name))
+    wide = {tensor for tensor, values in found.items() if values.dtype == np.float32}
+    assert all(tensor.endswith("e_score_correction_bias") for tensor in wide)
+
+
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_what_is_exported_loads_as_the_same_model(name: str, tmp_path: Path) -> None:
     source = opened(FOLDER / name)
@@ -122,7 +131,7 @@ def test_weights_in_blocks_are_dequantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_parameters_of_every_mesh_come_back(name: str) -> None:
     """On paper: `arrange` and `restore` move rows of host arrays."""
-    meshes = [(tp, ep) for tp in (1, 2, 3, 4, 8) for ep in (1, 2, 4)]
+    meshes = [(tp, ep) for tp in (1, 2, 4, 8) for ep in (1, 2, 4)]
     tried = 0
     for fused in (True, False):
         model = load(name, fused_qkv=fused)
@@ -137,10 +146,11 @@ def test_parameters_of_every_mesh_come_back(name: str) -> None:
                 cut = arrange(np.asarray(values), specs[param].axes, config)
                 assert cut.shape == specs[param].shape
                 np.testing.assert_array_equal(restore(cut, specs[param].axes, config), values, err_msg=param)
-            cut = {p: arrange(np.asarray(v), specs[p].axes, config) for p, v in model.params.items()}
-            found = hf_tensors(replace(model, config=config, params={p: jnp.asarray(v) for p, v in cut.items()}))
-            if (tp, ep) == (2, 1):
-                check_same(dict(found), file_tensors(name))
+            if tp == 2:
+                params = {
+                    p: jnp.asarray(arrange(np.asarray(v), specs[p].axes, config)) for p, v in model.params.items()
+                }
+                check_same(dict(hf_tensors(replace(model, config=config, params=params))), file_tensors(name))
         check_same(dict(hf_tensors(model)), file_tensors(name))
     assert tried >= 4
 

@@ -97,8 +97,13 @@ def resaved(source: Path, path: Path, save: Save, tree: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("shape", ["flat", "nested", "variables"])
-@pytest.mark.parametrize("layout", SAVES)
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        *((layout, "nested") for layout in SAVES),
+        *((each, s) for each in ("standard", "uncompressed") for s in ("flat", "variables")),
+    ],
+)
 def test_a_model_in_every_layout(layout: str, shape: str, saved: Path, tmp_path: Path) -> None:
     params = load("llama_gqa").params
     tree = {"flat": params, "nested": nested(params), "variables": nested(params, lambda value: {"value": value})}
