@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from llm_infer.base.errors import ModelError, UserError
 from llm_infer.base.progress import Progress
 from llm_infer.config import ONE_DEVICE, ParallelConfig
-from llm_infer.models.load import LoadedModel, compute_dtype, dummy_model, dummy_source, save_model
+from llm_infer.models.load import LoadedModel, ModelFiles, compute_dtype, dummy_model, dummy_source, save_model
 from llm_infer.models.load import load_model as read_model
 from llm_infer.models.opened import OpenModel, end_ids, open_model, tokenizer_files
 from llm_infer.models.registry import family
@@ -138,8 +138,9 @@ def load(
     )
     if tokenizer is None:
         tokenizer = IdsOnly(model.config.vocab_size, end_ids(opened, model.config.vocab_size))
+    files = ModelFiles(opened.config if opened.checkpoint is None else None, tokenizer_files(opened))
     opened.tensors.close()
-    return replace(model, tokenizer=tokenizer)
+    return replace(model, tokenizer=tokenizer, files=files)
 
 
 def differing_tokens(model: Tokenizer, other: Tokenizer) -> str | None:

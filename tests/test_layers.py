@@ -17,7 +17,8 @@ MODULES = sorted(
 # Who may import a library, by prefix of the module's path.
 ONLY_IN = {
     "flax": ("llm_infer/models/", "llm_infer/engine/step/step.py", "llm_infer/engine/step/multi_step.py"),
-    "orbax": ("llm_infer/weights/orbax",),
+    "orbax": ("llm_infer/weights/orbax", "llm_infer/train/"),
+    "optax": ("llm_infer/train/",),
     "numba": ("pallas_kernels/",),
     "llvmlite": ("pallas_kernels/",),
     "tokenizers": ("llm_infer/text/",),
@@ -48,13 +49,17 @@ class LayerOfCode(NamedTuple):
 # Imports point down only: a module may import from its own layer and from those after it.
 LAYERS = (
     LayerOfCode(("llm_infer/commands/", "llm_infer/bench/", "llm_infer/__main__.py"), "the command line; benchmarks"),
+    LayerOfCode(("llm_infer/train/",), "fine-tuning and reinforcement learning over our models"),
     LayerOfCode(
         ("llm_infer/llm.py", "llm_infer/functional/"), "`LLM`, the synchronous class; the model as functions of arrays"
     ),
     LayerOfCode(("llm_infer/server/",), "the HTTP server: routes, who may come in, the engine's thread"),
     LayerOfCode(("llm_infer/frontend/",), "text requests over an engine, shared by all fronts"),
     LayerOfCode(("llm_infer/starting.py",), "from options to tokenizer and engine, on one host or several"),
-    LayerOfCode(("llm_infer/loading.py",), "a model's name to a tokenizer and a loaded model"),
+    LayerOfCode(
+        ("llm_infer/loading.py", "llm_infer/checkpoints.py"),
+        "a model's name to a loaded model; weights from and to other programs",
+    ),
     LayerOfCode(("llm_infer/planner/",), "memory in closed form; compiling for chips that are not here"),
     LayerOfCode(("llm_infer/engine/",), "step programs, runner, engine; token ids only"),
     LayerOfCode(("llm_infer/models/", "llm_infer/text/"), "decoder and families; tokenizers and chat templates"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -68,8 +69,8 @@ def decode_step(
     model: LoadedModel,
     params: Params,
     cache: Cache,
-    token_ids: Int[Array, " S"] | Int[Array, "S K"],
-    counts: Int[Array, " S"] | None = None,
+    token_ids: Array | np.ndarray,
+    counts: Array | np.ndarray | None = None,
     *,
     all_tokens: bool = False,
 ) -> tuple[Float[Array, "S V"] | Float[Array, "S K V"], Cache]:
@@ -81,8 +82,8 @@ def decode_step(
         model: says what is computed; its own parameters are not used.
         params: `model.params`, or others of the same names and shapes.
         cache: from `make_cache` or the step before.
-        token_ids: a token of each sequence, or up to K of each.
-        counts: how many of a row's K tokens are real, the first ones; all where nothing is said. A sequence with 0 stays as
+        token_ids: [S], a token of each sequence, or [S, K], up to K of each.
+        counts: [S], how many of a row's K tokens are real, the first ones; all where nothing is said. A sequence with 0 stays as
             it is, and its logits mean nothing.
         all_tokens: return logits of all K tokens, not of the last real one.
 
@@ -93,8 +94,9 @@ def decode_step(
         raise ValueError(f"token_ids is {token_ids.dtype}{list(token_ids.shape)}, expected whole numbers [S] or [S, K]")
     if len(token_ids) != len(cache.lengths):
         raise ValueError(f"token_ids has {len(token_ids)} rows, the cache has {len(cache.lengths)} sequences")
-    rows = token_ids.astype(jnp.int32).reshape(len(token_ids), -1)
-    counts = jnp.full(len(rows), rows.shape[1], jnp.int32) if counts is None else counts.astype(jnp.int32)
+    rows = jnp.asarray(token_ids, jnp.int32).reshape(len(token_ids), -1)
+    counts = jnp.asarray(rows.shape[1] if counts is None else counts, jnp.int32)
+    counts = jnp.broadcast_to(counts, len(rows))
     sharding = StepSharding.of(model.config, model.mesh)
 
     def run(params: Params, arrays: tuple[Cache, Array, Array]) -> tuple[Array, Cache]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params
@@ -32,6 +33,16 @@ def over_mesh(model: LoadedModel, run: Callable[..., Any], params: Params, array
         name: jax.tree.map(lambda leaf, name=name: placement.sharding(name, leaf.ndim).spec, value)
         for name, value in params.items()
     }
+    if AxisType.Explicit in model.mesh.axis_types:  # where arrays come as they are asked for, or not at all
+        mesh, whole = model.mesh, lambda each: isinstance(each, PartitionSpec)
+        arrays = jax.tree.map(
+            lambda spec, branch: jax.tree.map(
+                partial(jax.sharding.reshard, out_shardings=NamedSharding(mesh, spec)), branch
+            ),
+            cuts,
+            arrays,
+            is_leaf=whole,
+        )
     each = jax.shard_map(run, mesh=model.mesh, in_specs=(own, cuts), out_specs=results, check_vma=False)
     return each(params, arrays)
 

@@ -21,19 +21,17 @@ from pallas_kernels.paged_attention import (
     plan_fields,
 )
 
-PAGE_SIZE = 16
 
-
-def attend_by_pages(batch: int, length: int, platform: str, query_rows: int) -> Attend:
+def attend_by_pages(batch: int, length: int, page_size: int, platform: str, query_rows: int) -> Attend:
     """Makes what a model attends with: rows of tokens go through pages that live as long as a layer.
 
     The gradient is that of `causal_attention`.
     """
-    pages_each = -(-length // PAGE_SIZE)
+    pages_each = -(-length // page_size)
     tables = 1 + np.arange(batch * pages_each, dtype=np.int32).reshape(batch, pages_each)
     shape = PlanShape(batch * length, batch, pages_each, min(query_rows, batch * length))
     arrays = {name: np.zeros(size, np.int32) for name, size in plan_fields(shape).items()}
-    fill_plan(shape, arrays, [length] * batch, [length] * batch, tables, PAGE_SIZE)
+    fill_plan(shape, arrays, [length] * batch, [length] * batch, tables, page_size)
 
     def attend(
         query: Array,
@@ -55,7 +53,7 @@ def attend_by_pages(batch: int, length: int, platform: str, query_rows: int) -> 
 
         @jax.custom_vjp
         def by_pages(query: Array, key: Array, value: Array, sinks: Array | None, window: Array | None) -> Array:
-            sizes = dict(num_layers=1, num_pages=1 + tables.size, page_size=PAGE_SIZE)
+            sizes = dict(num_layers=1, num_pages=1 + tables.size, page_size=page_size)
             heads = dict(num_kv_heads=key.shape[1], head_dim=key.shape[2])
             pool = kv_pool_shape(platform, **sizes, **heads, dtype=key.dtype)
             pages = jnp.zeros(pool, kv_pool_dtype(platform, key.dtype))

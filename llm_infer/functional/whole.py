@@ -8,18 +8,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float, Int
 
 from llm_infer.engine.platform import query_rows
 from llm_infer.engine.step.sharding import StepSharding
 from llm_infer.functional.attention import attend_within
+from llm_infer.functional.decode import PAGE_SIZE
 from llm_infer.functional.layers import run_layers
 from llm_infer.functional.over_mesh import of_batch, over_mesh
 from llm_infer.functional.paged_rows import attend_by_pages
 from llm_infer.models.load import LoadedModel, has_kernels, kernel_params
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.row_sums import logsumexp
+
+Rows = Int[Array, "B T"] | Int[np.ndarray, "B T"]
 
 LOGITS_BLOCK = 128
 """Tokens whose logits exist at the same time in `token_logprobs`."""
@@ -40,11 +44,12 @@ class Forward(NamedTuple):
 def forward(
     model: LoadedModel,
     params: Params,
-    token_ids: Int[Array, "B T"],
+    token_ids: Rows,
     *,
-    segments: Int[Array, "B T"] | None = None,
+    segments: Rows | None = None,
     hidden_states: Sequence[int] = (),
     remat: bool = False,
+    page_size: int = PAGE_SIZE,
 ) -> Forward:
     """Computes logits for every token of whole sequences. To be called under jit; may be differentiated and vmapped.
 
@@ -58,14 +63,15 @@ def forward(
         segments: of rows that hold several sequences, which one each token belongs to; positions begin anew with each.
         hidden_states: layers whose outputs to return; 0 is the embedding, 1 the output of the first layer, -1 of the last.
         remat: compute layers again for the gradient, so that memory holds what goes into each alone.
+        page_size: of the engine, or the cache, whose very bits are wanted; rows without segments have them on CPUs in float32.
     """
-    _check(token_ids, segments)
+    token_ids, segments = _checked(token_ids, segments)
     wanted = [_layer(model, each) for each in hidden_states]
     kinds = dict.fromkeys(wanted)  # a layer may be asked for twice
 
     def run(params: Params, arrays: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, ...]]:
         ids, own = arrays
-        hidden, kept = _hidden(model, params, ids, own, remat, list(kinds))
+        hidden, kept = _hidden(model, params, ids, own, remat, page_size, list(kinds))
         decoder = merge_model(model.definition, kernel_params(model, params))
         logits = decoder.logits(hidden).reshape(*ids.shape, -1)
         return logits, tuple(each.reshape(*ids.shape, -1) for each in kept)
@@ -79,26 +85,27 @@ def forward(
 def token_logprobs(
     model: LoadedModel,
     params: Params,
-    token_ids: Int[Array, "B T"],
+    token_ids: Rows,
     *,
-    segments: Int[Array, "B T"] | None = None,
+    segments: Rows | None = None,
     temperature: Array | float = 1.0,
     remat: bool = False,
+    page_size: int = PAGE_SIZE,
 ) -> Float[Array, "B T"]:
     """Computes the log-probability of each token given those before it, float32; 0 for the first of each sequence.
 
     Logits of a few tokens exist at a time, for the gradient too.
 
     Args:
-        model, params, token_ids, segments, remat: as of `forward`.
+        model, params, token_ids, segments, remat, page_size: as of `forward`.
         temperature: by which logits are divided; one number, or an array that broadcasts to [B, T].
     """
-    _check(token_ids, segments)
+    token_ids, segments = _checked(token_ids, segments)
     heat = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), token_ids.shape)
 
     def run(params: Params, arrays: tuple[Array, Array | None, Array]) -> Array:
         ids, own, heat = arrays
-        hidden, _ = _hidden(model, params, ids, own, remat)
+        hidden, _ = _hidden(model, params, ids, own, remat, page_size)
         decoder = merge_model(model.definition, kernel_params(model, params))
         following = jnp.roll(ids, -1, axis=1)
         found = _logprobs(decoder.logits, hidden, following.reshape(-1), jnp.roll(heat, -1, axis=1).reshape(-1))
@@ -118,6 +125,7 @@ def _hidden(
     token_ids: Int[Array, "B T"],
     segments: Int[Array, "B T"] | None,
     remat: bool,
+    page_size: int,
     wanted: Sequence[int] = (),
 ) -> tuple[Float[Array, "N E"], Float[Array, "W N E"]]:
     """Computes hidden states after the last layer and after those `wanted`, of all rows' tokens, N = B · T."""
@@ -125,13 +133,13 @@ def _hidden(
     if segments is None:
         own = jnp.zeros_like(place)
     else:
-        own = segments.astype(jnp.int32)
+        own = segments
         begins = jnp.concatenate((jnp.ones_like(own[:, :1], bool), own[:, 1:] != own[:, :-1]), axis=1)
         place = place - lax.cummax(jnp.where(begins, place, 0), axis=1)
     platform = StepSharding.of(model.config, model.mesh).platform
     if segments is None and has_kernels(model):
         rows = query_rows(platform, model.config.group_size)
-        attend = attend_by_pages(token_ids.shape[0], token_ids.shape[1], platform, rows)
+        attend = attend_by_pages(token_ids.shape[0], token_ids.shape[1], page_size, platform, rows)
     else:
         attend = attend_within(own)
     return run_layers(
@@ -166,11 +174,17 @@ def _logprobs(
     return found.reshape(-1)[:count]
 
 
-def _check(token_ids: Array, segments: Array | None) -> None:
+def _checked(token_ids: Rows, segments: Rows | None) -> tuple[Array, Array | None]:
+    """Returns both on the device.
+
+    Raises:
+        ValueError: they are not whole numbers of the same two axes.
+    """
     if token_ids.ndim != 2 or not jnp.issubdtype(token_ids.dtype, jnp.integer):
         raise ValueError(f"token_ids is {token_ids.dtype}{list(token_ids.shape)}, expected whole numbers [B, T]")
     if segments is not None and segments.shape != token_ids.shape:
         raise ValueError(f"segments is {list(segments.shape)}, expected the shape of token_ids {list(token_ids.shape)}")
+    return jnp.asarray(token_ids, jnp.int32), None if segments is None else jnp.asarray(segments, jnp.int32)
 
 
 def _layer(model: LoadedModel, number: int) -> int:

@@ -42,11 +42,24 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class ModelFiles:
+    """What a model's files say beside its weights.
+
+    Attributes:
+        config: as Hugging Face's config.json has it; None where there is none.
+        tokenizer: files of the tokenizer, relative path → content.
+    """
+
+    config: Mapping[str, Any] | None
+    tokenizer: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A model ready to run: what it is (`config`, `definition`), what it knows (`params`, of `dtype`), and where (`mesh`).
 
     `mesh` is None for one device. Over a mesh `config` is that of the cut model, see `models.sharded`. `tokenizer` is None
-    for a model that came without.
+    for a model that came without, `files` for one that was not read.
     """
 
     config: ModelConfig
@@ -55,6 +68,7 @@ class LoadedModel:
     dtype: jnp.dtype
     mesh: Mesh | None = None
     tokenizer: Tokenizer | None = None
+    files: ModelFiles | None = None
 
     @property
     def num_shards(self) -> int:

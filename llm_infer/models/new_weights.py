@@ -25,6 +25,7 @@ from llm_infer.weights.array_source import ArraySource
 from llm_infer.weights.loader import read_parameters
 from llm_infer.weights.requantise import requantised, why_not_requantised
 from llm_infer.weights.rules import Rule
+from llm_infer.weights.tensor_source import TensorSource
 from pallas_kernels.quant_matmul.formats import DENSE
 
 NewWeights = Mapping[str, Any] | Iterable[tuple[str, Any]]
@@ -161,15 +162,18 @@ def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str,
     rules = [rule for rule in module.rules(config) if rule.param in specs]
     if config.tie_word_embeddings:
         arrays = _one_table(arrays, rules)
-    source = ArraySource(arrays)
+    source: TensorSource = ArraySource(arrays)
+    if (arranged := getattr(module, "tensors", None)) is not None:
+        source = arranged(source)
+    names = set(source.names)
     found = {name for rule in rules for group in rule.tensor_names(config.num_layers) for name in group}
-    if not found & arrays.keys():
+    if not found & names:
         own = FAMILIES[config.architecture].module.rpartition(".")[2]
         raise ModelError(
             f"{_listed(sorted(arrays))}: neither parameters of the model ({_listed(list(model.params))}) nor tensors as "
             f"Hugging Face names them for {own}"
         )
-    given = [r for r in rules if any(n in arrays for group in r.tensor_names(config.num_layers) for n in group)]
+    given = [r for r in rules if any(n in names for group in r.tensor_names(config.num_layers) for n in group)]
     return read_parameters(source, specs, given, rules, num_layers=config.num_layers, ignore=module.IGNORED_TENSORS)
 
 

@@ -12,7 +12,7 @@ class ArraySource:
     """Arrays of JAX or NumPy by name."""
 
     def __init__(self, arrays: Mapping[str, Any]) -> None:
-        self._arrays = arrays
+        self._arrays = dict(arrays)
 
     @property
     def names(self) -> Iterable[str]:
@@ -31,6 +31,11 @@ class ArraySource:
     def dtype(self, name: str) -> np.dtype:
         """Returns the type of its values."""
         return np.dtype(self._arrays[name].dtype)
+
+    def array(self, name: str) -> np.ndarray:
+        """Returns a tensor on the host, where it then stays."""
+        self._arrays[name] = found = np.asarray(self._arrays[name])
+        return found
 
     def read_into(self, name: str, out: np.ndarray) -> None:
         """Copies all values into `out`, converted to its type."""

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from llm_infer.base.errors import ModelError
+from llm_infer.weights.array_source import ArraySource
 from llm_infer.weights.safetensors_files import SafetensorsSource
 from pallas_kernels.quant_matmul.formats import FORMATS, VALUES
 
@@ -23,7 +24,7 @@ class ExpertTensors:
     of two weights each, with scales [X, out, in / 32], exponents of two plus 127 (OCP microscaling formats, 2023).
     """
 
-    def __init__(self, source: SafetensorsSource) -> None:
+    def __init__(self, source: SafetensorsSource | ArraySource) -> None:
         self._source = source
         self._parts: dict[str, tuple[str, int, int | None]] = {}
         """Name → the stack's name up to `_proj`, the expert, and 0 for gates, 1 for ups, None for down."""
