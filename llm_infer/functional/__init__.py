@@ -10,18 +10,22 @@ token = draw(logits, keys, temperature=0.7, top_p=0.9)                   # [S]
 
 from llm_infer.functional.decode import Cache, decode_step, make_cache
 from llm_infer.functional.drawing import draw
+from llm_infer.functional.own_model import register_model
 from llm_infer.functional.whole import Forward, forward, token_logprobs
 from llm_infer.loading import load_model
+from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
 
 __all__ = [
     "Cache",
     "Forward",
     "LoadedModel",
+    "ModelConfig",
     "decode_step",
     "draw",
     "forward",
     "load_model",
     "make_cache",
+    "register_model",
     "token_logprobs",
 ]

@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from llm_infer.models.config import ModelConfig
-from llm_infer.models.decoder import Attend
+from llm_infer.models.decoder import Attend, Decoder
 from llm_infer.models.experts import ExpertsMLP
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params, merge_model
@@ -40,6 +40,7 @@ def run_layers(
     """
     config = model.config
     decoder = merge_model(model.definition, params)
+    assert isinstance(decoder, Decoder)
     x, angles = decoder.embed_tokens(token_ids, positions), decoder.angles(positions)
     slot_of = jnp.array([wanted.index(i) if i in wanted else len(wanted) for i in range(config.num_layers + 1)])
 
@@ -51,7 +52,9 @@ def run_layers(
 
     def block(dense: bool, whole: Params, carry: tuple[Array, Array], each: tuple[Array, Params]) -> Any:
         (x, kept), (layer, own) = carry, each
-        layers = merge_model(model.definition, {**whole, **own}).layers
+        merged = merge_model(model.definition, {**whole, **own})
+        assert isinstance(merged, Decoder)
+        layers = merged.layers
         if isinstance(layers.mlp, ExpertsMLP):
             layers.mlp.counted = True
         x, _ = layers(x, angles, None, layer, attend, **({"dense": True} if dense else {}))

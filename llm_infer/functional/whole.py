@@ -20,6 +20,7 @@ from llm_infer.functional.layers import run_layers
 from llm_infer.functional.over_mesh import of_batch, over_mesh
 from llm_infer.functional.paged_rows import attend_by_pages
 from llm_infer.models.load import LoadedModel, has_kernels, kernel_params
+from llm_infer.models.own import OwnDefinition
 from llm_infer.models.params import Params, merge_model
 from pallas_kernels.row_sums import logsumexp
 
@@ -142,6 +143,11 @@ def _hidden(
         attend = attend_by_pages(token_ids.shape[0], token_ids.shape[1], page_size, platform, rows)
     else:
         attend = attend_within(own)
+    if isinstance(model.definition, OwnDefinition):
+        if wanted:
+            raise ValueError("hidden_states: only the last of a registered model are known")
+        hidden, _ = merge_model(model.definition, params)(token_ids.reshape(-1), place.reshape(-1), None, attend)
+        return hidden, hidden[None][:0]
     return run_layers(
         model,
         kernel_params(model, params),

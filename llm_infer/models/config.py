@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llm_infer.base.errors import ModelError, UserError
 from llm_infer.parallel.axes import OWN_NAMES, AxisNames
@@ -184,6 +185,7 @@ class ModelConfig:
         moe: experts in place of the MLP; `intermediate_size` is then not used.
         fused_qkv: query, key and value projections are one matrix, rows grouped per KV head [q…q|k|v].
         shards: how the model is cut over devices; `num_kv_heads` then counts every copy of a KV head.
+        own: the functions of a model that a user has written (`models.own.OwnFamily`).
     """
 
     architecture: str
@@ -220,6 +222,7 @@ class ModelConfig:
     moe: MoEConfig | None = None
     fused_qkv: bool = True
     shards: Shards = UNCUT
+    own: Any = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

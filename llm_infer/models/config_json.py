@@ -19,7 +19,7 @@ _MAY_BE_ZERO = ("embedding_size", "shared_size", "dense_first", "query_beta")
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """Returns all fields by name, except how it is cut over devices; nested configurations are objects, tuples are lists."""
-    return _plain({name: value for name, value in dataclasses.asdict(config).items() if name != "shards"})
+    return _plain({name: value for name, value in dataclasses.asdict(config).items() if name not in ("shards", "own")})
 
 
 def _plain(value: Any) -> Any:
@@ -49,7 +49,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         (kind,) = (each for each in get_args(kind) if each is not type(None))
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         hints = get_type_hints(kind)
-        fields = {field.name for field in dataclasses.fields(kind)}
+        fields = {field.name for field in dataclasses.fields(kind)} - {"own"}
         if unknown := sorted(value.keys() - fields):
             shown = ", ".join(key if key.isprintable() else repr(key) for key in unknown)[:100]
             raise ModelError(

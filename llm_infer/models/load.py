@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -23,7 +22,8 @@ from llm_infer.models.architectures import architecture_names, read_architecture
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_json import config_from_json, config_to_json
 from llm_infer.models.opened import OpenModel
-from llm_infer.models.params import Params, random_params, split_model
+from llm_infer.models.own import OwnDefinition
+from llm_infer.models.params import Definition, Params, random_params, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.sharded import Placement, place_over
 from llm_infer.models.tied_head import HuggingFaceTensors, embedding_or_head, own_head
@@ -63,7 +63,7 @@ class LoadedModel:
     """
 
     config: ModelConfig
-    definition: nnx.GraphDef
+    definition: Definition
     params: Params
     dtype: jnp.dtype
     mesh: Mesh | None = None
@@ -82,6 +82,8 @@ class LoadedModel:
         XLA multiplies a single row by another code path, with other roundings, than it does two and more; the kernels
         of stored weights give a row the same bits in any company.
         """
+        if isinstance(self.definition, OwnDefinition):
+            return 2
         matrices = (array for array in self.params.values() if len(array.shape) > 2)
         stored = all(isinstance(each, StoredWeights) for each in (*matrices, self.params["embed.weight"]))
         return 1 if stored else 2
@@ -171,7 +173,7 @@ def _finer(model: LoadedModel) -> LoadedModel:
 
 
 def _loaded(
-    config: ModelConfig, definition: nnx.GraphDef, params: Params, dtype: DTypeLike, placement: Placement | None
+    config: ModelConfig, definition: Definition, params: Params, dtype: DTypeLike, placement: Placement | None
 ) -> LoadedModel:
     """Returns the model of these parameters, of the whole config or else as it is cut."""
     if placement is None:
@@ -237,7 +239,8 @@ def with_kernels(model: LoadedModel, precision: str = "exact") -> LoadedModel:
         UserError: `precision` is not to be had here.
     """
     _, stored = compute_dtype(model.dtype.name, precision)
-    return model if stored is None else _with_stored(model, stored)
+    own = isinstance(model.definition, OwnDefinition)
+    return model if stored is None or own else _with_stored(model, stored)
 
 
 def _with_stored(model: LoadedModel, precision: str) -> LoadedModel:
@@ -265,7 +268,7 @@ def _for_kernels(name: str, value: Any, precision: str, cuts: int = 1) -> Any:
 
 def has_kernels(model: LoadedModel) -> bool:
     """Tells whether native kernels compute this model, in which a token's numbers do not depend on its company."""
-    return compute_dtype(model.dtype.name, "exact")[1] is not None
+    return not isinstance(model.definition, OwnDefinition) and compute_dtype(model.dtype.name, "exact")[1] is not None
 
 
 def kernel_params(model: LoadedModel, params: Params) -> Params:

@@ -55,7 +55,7 @@ def with_weights(model: LoadedModel, given: NewWeights, *, copy: bool = False) -
     if not arrays:
         raise ModelError("there are no weights: expected arrays by name")
     unknown = sorted(arrays.keys() - model.params.keys())
-    if unknown and len(unknown) < len(arrays):
+    if unknown and (len(unknown) < len(arrays) or model.config.own is not None):
         raise ModelError(f"the model has no parameter {_listed(unknown)}: it has {_listed(list(model.params))}")
     if unknown:
         arrays = _of_hugging_face(model, arrays)
@@ -146,6 +146,8 @@ def _pairs(given: NewWeights, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in given.items() if isinstance(given, Mapping) else given:
         if not isinstance(name, str):
             raise ModelError(f"{prefix}{name!s:.80}: expected a name that is a text")
+        if isinstance(value, list | tuple) and any(isinstance(each, Mapping | Array | np.ndarray) for each in value):
+            value = {str(number): each for number, each in enumerate(value)}
         if isinstance(value, Mapping):
             yield from _pairs(value, f"{prefix}{name}.")
         else:

@@ -17,6 +17,7 @@ from jaxtyping import Array
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Decoder
+from llm_infer.models.own import OwnDecoder, OwnDefinition
 from llm_infer.models.registry import decoder_class
 from llm_infer.parallel.axes import ParamSpec
 
@@ -25,13 +26,18 @@ Params = dict[str, Any]
 
 Every weight is stacked, so there are about a dozen."""
 
+Definition = nnx.GraphDef | OwnDefinition
+"""What is computed, apart from parameters."""
+
 Specs = Mapping[str, ParamSpec]
 """What the modules of a model declare of each parameter, by dotted name."""
 
 
 @lru_cache(maxsize=64)
-def split_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef, Specs]:
+def split_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> tuple[Definition, Specs]:
     """Returns the definition of the model and what it declares of its parameters; no array is made."""
+    if config.own is not None:
+        return OwnDefinition(config.own, config), config.own.specs
     definition, state = nnx.split(decoder_class(config)(config, dtype=jnp.dtype(dtype)))
     specs = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
     return definition, MappingProxyType(specs)
@@ -43,8 +49,10 @@ def abstract_params(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> dict
     return {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in specs.items()}
 
 
-def merge_model(definition: nnx.GraphDef, params: Params) -> Decoder:
+def merge_model(definition: Definition, params: Params) -> Decoder | OwnDecoder:
     """Returns the callable model; cheap, meant to be called inside a traced function."""
+    if isinstance(definition, OwnDefinition):
+        return OwnDecoder(definition, params)
     flat: dict[Any, Any] = {tuple(name.split(".")): nnx.Param(value) for name, value in params.items()}
     return nnx.merge(definition, nnx.from_flat_state(flat))
 

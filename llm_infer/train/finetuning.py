@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def _rows(model: LoadedModel, examples: Sequence[Example], max_len: int | None) 
     """Returns the examples as rows of ids [N, T], and which of these are to be learnt."""
     if not examples:
         raise UserError("examples: there are none")
-    parts = [each if isinstance(each, tuple) else ((), each) for each in examples]
+    parts: list[tuple[Text, Text]] = [_parts(each) for each in examples]
     ids = [(_ids(model, prompt, True), _ids(model, text, not len(prompt))) for prompt, text in parts]
     longest = max(len(prompt) + len(text) for prompt, text in ids)
     length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE if max_len is None else max_len
@@ -122,6 +122,14 @@ def _rows(model: LoadedModel, examples: Sequence[Example], max_len: int | None) 
     return rows, masks
 
 
+def _parts(example: Example) -> tuple[Text, Text]:
+    """Returns prompt and completion; a tuple is a pair, unless it holds token ids."""
+    if isinstance(example, tuple) and not all(isinstance(each, int) for each in example):
+        prompt, completion = cast(tuple[Text, Text], example)
+        return prompt, completion
+    return (), cast(Text, example)
+
+
 def _ids(model: LoadedModel, text: Text, begins: bool) -> list[int]:
     if not isinstance(text, str):
         return [int(each) for each in text]
@@ -133,5 +141,7 @@ def _ids(model: LoadedModel, text: Text, begins: bool) -> list[int]:
 def _batch(step: int, count: int, size: int, seed: int) -> np.ndarray:
     """Returns which examples a step takes: the same in every run, each once before one comes again."""
     places = np.arange(step * size, (step + 1) * size)
-    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set(places // count)}
+    orders = {
+        epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set((places // count).tolist())
+    }
     return np.array([orders[place // count][place % count] for place in places])

@@ -85,7 +85,7 @@ def grpo(
     Raises:
         UserError: settings do not fit, the function returns no number for each sample, or as `finetune`.
     """
-    sampling = _checked(sampling or SamplingParams(temperature=1.0, max_tokens=64), prompts, samples)
+    sampling = _checked(sampling or SamplingParams(temperature=1.0, max_tokens=64), prompts, samples, updates)
     optimizer = optax.adamw(1e-6) if optimizer is None else optimizer
     state, fixed = begin(model, optimizer, trainable)
     heat = sampling.temperature
@@ -117,6 +117,7 @@ def grpo(
                 batch["old"] = told({**fixed, **state.params}, found.token_ids)
             if kl:
                 batch["first"] = told(model.params, found.token_ids)
+            figures: dict[str, Any] = {}
             for _ in range(updates):
                 state, figures = step(state, fixed, batch)
             llm.update_weights(state.params, f"step-{number + 1}")
@@ -163,7 +164,7 @@ def loss(logprobs: jax.Array, batch: dict[str, Any], clip: float, kl: float) -> 
     return value, figures
 
 
-def _checked(sampling: SamplingParams, prompts: Sequence[Prompt], samples: int) -> SamplingParams:
+def _checked(sampling: SamplingParams, prompts: Sequence[Prompt], samples: int, updates: int) -> SamplingParams:
     neutral = SamplingParams()
     changed = [
         name for name in ("top_k", "top_p", "min_p", "typical_p") if getattr(sampling, name) != getattr(neutral, name)
@@ -174,9 +175,10 @@ def _checked(sampling: SamplingParams, prompts: Sequence[Prompt], samples: int) 
             f"sampling: {', '.join(changed) or 'temperature=0'}: samples must come from the distribution that learns, so only a "
             "temperature above 0 may be set"
         )
-    if not prompts or samples < 2:
+    if not prompts or samples < 2 or updates < 1:
         raise UserError(
-            f"{len(prompts)} prompts, samples={samples}: expected a prompt, and at least 2 samples to compare"
+            f"{len(prompts)} prompts, samples={samples}, updates={updates}: expected a prompt, at least 2 samples to compare, "
+            "and an update"
         )
     return sampling
 

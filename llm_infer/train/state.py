@@ -74,7 +74,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
         (value, figures), gradients = jax.value_and_grad(of, has_aux=True)(state.params)
         with jax.numpy_dtype_promotion("standard"):  # which optax counts on
             changes, remembered = optimizer.update(gradients, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, changes)
+            params: Any = optax.apply_updates(state.params, changes)
         squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(gradients)]
         figures = {"loss": value, "gradient_norm": jnp.sqrt(sum(squares, jnp.float32(0))), **figures}
         return TrainState(params, remembered, state.step + 1), figures
@@ -112,7 +112,7 @@ class Keeper:
             raise UserError(
                 f"{self._manager.directory}: step {step} is not of this run ({str(error)[:200]}): take another directory"
             ) from None
-        history[:] = found["history"]
+        history[:] = found["history"]["steps"]
         return TrainState(**found["state"])
 
     def keep(self, state: TrainState, history: list[dict[str, float]], *, last: bool) -> None:
@@ -120,7 +120,9 @@ class Keeper:
         step = int(state.step)
         if self._manager is None or (step % self._every and not last) or step == self._manager.latest_step():
             return
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), history=ocp.args.JsonSave(history))
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state._asdict()), history=ocp.args.JsonSave({"steps": history})
+        )
         self._manager.save(step, args=items)
 
     def close(self) -> None:

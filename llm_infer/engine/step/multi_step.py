@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
@@ -16,13 +15,13 @@ from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import Cache, StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs, logits_to_tell
 from llm_infer.models.decoder import LayerLoop
-from llm_infer.models.params import Params, merge_model
+from llm_infer.models.params import Definition, Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan
 from pallas_kernels.paged_attention.decode_plan import decode_plan
 
 
 def make_steps(
-    definition: nnx.GraphDef,
+    definition: Definition,
     layout: StepLayout,
     features: StepFeatures,
     paging: Paging,

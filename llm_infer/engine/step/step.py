@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -21,7 +20,7 @@ from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.models.decoder import LayerLoop
-from llm_infer.models.params import Params, merge_model
+from llm_infer.models.params import Definition, Params, merge_model
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.paged_attention import AttentionPlan
 from pallas_kernels.row_sums import logsumexp
@@ -33,7 +32,7 @@ StepFunction = Callable[[Params, StepState, StepInputs], tuple[StepState, dict[s
 
 
 def make_step(
-    definition: nnx.GraphDef,
+    definition: Definition,
     layout: StepLayout,
     features: StepFeatures,
     paging: Paging,
