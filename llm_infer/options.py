@@ -116,7 +116,7 @@ class EngineOptions:
     check_every_step: bool = setting(False, "Check the books after each step. It is slow, and meant for debugging.")
     logprobs_mode: str = setting(
         LOGPROBS_MODES[0],
-        "Whose log-probabilities are told: the model's, or the draw's. `processed_logprobs` are those of the distribution that "
+        "Whose log-probabilities to tell: the model's or the draw's. `processed_logprobs` are those of the distribution that "
         "tokens are drawn from, after penalties, temperature and limits; those of prompts are always the model's.",
         choices=LOGPROBS_MODES,
     )

@@ -9,7 +9,7 @@ token = draw(logits, keys, temperature=0.7, top_p=0.9)                   # [S]
 """
 
 from llm_infer.functional.decode import Cache, decode_step, make_cache
-from llm_infer.functional.drawing import draw
+from llm_infer.functional.drawing import draw, sampling_logits
 from llm_infer.functional.own_model import register_model
 from llm_infer.functional.whole import Forward, forward, token_logprobs
 from llm_infer.loading import load_model
@@ -27,5 +27,6 @@ __all__ = [
     "load_model",
     "make_cache",
     "register_model",
+    "sampling_logits",
     "token_logprobs",
 ]

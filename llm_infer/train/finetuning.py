@@ -144,4 +144,4 @@ def _batch(step: int, count: int, size: int, seed: int) -> np.ndarray:
     orders = {
         epoch: np.random.default_rng((seed, epoch)).permutation(count) for epoch in set((places // count).tolist())
     }
-    return np.array([orders[place // count][place % count] for place in places])
+    return np.array([orders[int(place) // count][int(place) % count] for place in places])

@@ -11,7 +11,7 @@ import pytest
 
 from llm_infer import LLM, SamplingParams
 from llm_infer.base.errors import UserError
-from llm_infer.functional import Cache, LoadedModel, decode_step, draw, forward, load_model, make_cache
+from llm_infer.functional import Cache, LoadedModel, decode_step, draw, forward, load_model, make_cache, sampling_logits
 from tests.models.family_checkpoints import FOLDER, load
 
 PROMPTS = [list(range(3, 24)), list(range(40, 49))]
@@ -146,3 +146,19 @@ def test_draws_follow_the_distribution() -> None:
     logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, axis=0)
     drawn = draw(logits, jax.random.split(jax.random.key(0), 4000), top_p=0.9)
     np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, np.array([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
+
+
+def test_sampling_logits_are_those_of_the_draw_and_have_a_gradient() -> None:
+    logits = jax.random.normal(jax.random.key(1), (3, 50)) * 3
+    how = dict(temperature=jnp.array([0.5, 1.0, 0.0]), top_k=jnp.array([4, -1, 2]), top_p=jnp.array([1.0, 0.7, 1.0]))
+    left = sampling_logits(logits, **how)
+    assert np.isfinite(left[0]).sum() == 4 and (left[2] == logits[2]).all()
+    order = np.argsort(-logits[1])
+    mass = np.cumsum(jax.nn.softmax(logits[1])[order])
+    assert set(np.flatnonzero(np.isfinite(left[1]))) == set(order[: 1 + np.searchsorted(mass, 0.7)].tolist())
+    keys = jax.random.split(jax.random.key(0), 3000)
+    row = jnp.tile(logits[:1], (3000, 1))
+    drawn = np.bincount(draw(row, keys, temperature=0.5, top_k=4), minlength=50) / 3000
+    np.testing.assert_allclose(drawn, jax.nn.softmax(left[0]), atol=0.03)
+    found = jax.grad(lambda x: jax.nn.log_softmax(sampling_logits(x, **how))[0, logits[0].argmax()])(logits)
+    assert np.isfinite(found).all() and (found[0] != 0).sum() == 4
