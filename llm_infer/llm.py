@@ -246,13 +246,14 @@ class LLM:
         *,
         running: str = "wait",
         copy: bool = False,
+        draft: NewWeights | None = None,
     ) -> None:
         """Goes on with other weights, without compiling anything; cached prefixes are forgotten.
 
         Names are those of `llm.params`, or Hugging Face's (`model.layers.0.self_attn.q_proj.weight`); what is not given
         stays. Arrays of JAX that have the type, shape and sharding of those before are taken by reference. Matrices that are
         kept in blocks are rounded into such blocks again, of the types that can be made; `LLM(weights="dense")` keeps plain
-        numbers. A draft model stays as it is.
+        numbers.
 
         Args:
             weights: arrays by name, in nested dictionaries or not, or pairs of both.
@@ -260,18 +261,25 @@ class LLM:
             running: "wait" computes requests that run to their end first, "abort" ends them, "keep" has them go on with the
                 new weights and the keys and values that they have.
             copy: take no array by reference, because a jitted function is going to be given them to donate.
+            draft: weights of the draft model, which stays as it is without; what it proposes changes no answer.
 
         Raises:
             ModelError: names that the model does not have, missing tensors, other shapes, or arrays that were deleted; the
                 engine goes on with the weights that it has.
-            UserError: there are several hosts, or `running` is none of these.
+            UserError: there are several hosts, `running` is none of these, or there is no draft model.
         """
         _check_one_of("running", running, "wait", "abort", "keep")
+        proposing = self.engine.draft_runner
+        if draft is not None and proposing is None:
+            raise UserError("draft: this LLM has no draft model (speculative_config)")
         if version is not None and not (isinstance(version, str) and version):
             raise UserError(f"version={version!r:.60}: expected a text that is not empty")
         with self._updating:  # what one update leaves as it is must be what the one before made
             model = with_weights(self.engine.runner.model, weights, copy=copy)
-            self._session.set_weights(model, version, running)
+            other = None
+            if draft is not None and proposing is not None:
+                other = with_weights(proposing.model, draft, copy=copy)
+            self._session.set_weights(model, version, running, other)
 
     def sleep(self, level: str = "pages", *, running: str = "wait") -> None:
         """Gives back memory until `wake`, for a trainer on the same devices; nothing can be asked meanwhile.

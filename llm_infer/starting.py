@@ -133,7 +133,7 @@ def _with_draft(loaded: LoadedModel, options: EngineOptions, channel: Channel | 
         if loaded.mesh is not None:
             where = GivenMesh(loaded.mesh, loaded.config.shards.names)
         try:
-            draft = _load_one(name, options, where, progress)
+            draft = _load_one(name, options, where, progress, ids_only=not tokenizer.has_text)
         except UserError as error:  # it need not be cut like the model
             raise UserError(f"the draft model {name!r}: {error}") from error
         assert draft.tokenizer is not None
@@ -149,6 +149,7 @@ def _load_one(
     parallel: Where,
     progress: Progress,
     max_model_len: int | None = None,
+    ids_only: bool = False,
 ) -> LoadedModel:
     return load(
         name,
@@ -159,7 +160,7 @@ def _load_one(
         weights=options.weights,
         progress=progress,
         parallel=parallel,
-        skip_tokenizer_init=options.skip_tokenizer_init,
+        skip_tokenizer_init=options.skip_tokenizer_init or ids_only,
         max_model_len=max_model_len,
     )
 

@@ -13,6 +13,7 @@ from llm_infer.base.errors import ModelError, RequestError, UserError
 from llm_infer.checkpoints import export_hf, fuse, hf_tensors, save, unfuse
 from llm_infer.models.new_weights import weights_digest, with_weights
 from llm_infer.text.byte_tokenizer import byte_tokenizer
+from tests.engine.engines import without_clock
 from tests.models.family_checkpoints import FOLDER, golden, load
 
 NAME = "qwen3_gqa"
@@ -147,3 +148,23 @@ def test_exported_tensors_are_new_weights(name: str) -> None:
     model = load(name)
     zeros = with_weights(model, {each: value * 0 for each, value in model.params.items()})
     assert weights_digest(with_weights(zeros, hf_tensors(model)).params) == weights_digest(model.params)
+
+
+def test_a_draft_model_gets_new_weights_too() -> None:
+    """The model itself drafts: all that it proposes is right, until only one of the two has other weights."""
+    model = load_model(FOLDER / NAME, weights="dense", skip_tokenizer_init=True, progress=False)
+    drafts = {"method": "draft_model", "model": str(FOLDER / NAME), "num_speculative_tokens": 3}
+    llm = LLM.from_model(model, speculative_config=drafts, **ENGINE)
+    without_clock(llm.engine)
+    others = {name: value * 0.7 for name, value in model.params.items()}
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=20, ignore_eos=True)
+    expected = LLM.from_model(replace(model, params=others), **ENGINE).generate(PROMPTS[:1], params)[0].outputs[0]
+    shares = []
+    for draft in (None, others):
+        llm.update_weights(others, draft=draft)
+        (found,) = llm.generate(PROMPTS[:1], params)
+        assert found.outputs[0].token_ids == expected.token_ids and found.metrics is not None
+        shares.append(found.metrics.num_accepted_tokens / found.metrics.num_drafted_tokens)
+    assert shares[0] < 1 == shares[1]
+    with pytest.raises(UserError, match="this LLM has no draft model"):
+        tiny().update_weights(others, draft=others)

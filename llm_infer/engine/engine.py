@@ -239,7 +239,12 @@ class Engine:
         with self._as_a_whole():
             self.scheduler.finish(sequence, reason)
 
-    def set_weights(self, model: LoadedModel, version: str | None = None) -> None:
+    @property
+    def draft_runner(self) -> Runner | None:
+        """What runs the draft model, if there is one."""
+        return None if self._draft_model is None else self._draft_model.runner
+
+    def set_weights(self, model: LoadedModel, version: str | None = None, draft: LoadedModel | None = None) -> None:
         """Goes on with the weights of `model`, which `with_weights` made of this engine's; nothing is compiled.
 
         Cached prefixes are forgotten. Requests that run keep the keys and values that they have. A step that the device
@@ -248,6 +253,7 @@ class Engine:
         Args:
             model: the model with other parameters.
             version: a name for them; None counts.
+            draft: the draft model with other parameters; None leaves it as it is.
 
         Raises:
             UserError: there are several hosts.
@@ -259,6 +265,8 @@ class Engine:
             self._num_updates += 1
             self.weights_version = f"update-{self._num_updates}" if version is None else version
             self.runner.model = model
+            if draft is not None and self._draft_model is not None:
+                self._draft_model.runner.model = draft
             self.scheduler.forget_prefixes()
             for request in self.scheduler.requests.values():
                 began = request.first_scheduled_time is not None

@@ -141,9 +141,11 @@ class Session:
         self.leave([tracked])
         self.settle()
 
-    def set_weights(self, model: LoadedModel, version: str | None, running: str) -> None:
+    def set_weights(
+        self, model: LoadedModel, version: str | None, running: str, draft: LoadedModel | None = None
+    ) -> None:
         """Goes on with the weights of `model`, see `Engine.set_weights`; `running` as for `quietly`."""
-        self.quietly(lambda: self.engine.set_weights(model, version), running)
+        self.quietly(lambda: self.engine.set_weights(model, version, draft), running)
 
     def quietly(self, change: Callable[[], None], running: str) -> None:
         """Changes the engine between two steps.
