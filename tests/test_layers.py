@@ -16,7 +16,7 @@ MODULES = sorted(
 
 # Who may import a library, by prefix of the module's path.
 ONLY_IN = {
-    "flax": ("llm_infer/models/", "llm_infer/engine/step/step.py", "llm_infer/engine/step/multi_step.py"),
+    "flax": ("llm_infer/models/", "llm_infer/integrations/tunix.py"),
     "orbax": ("llm_infer/weights/orbax", "llm_infer/train/"),
     "optax": ("llm_infer/train/",),
     "numba": ("pallas_kernels/",),
@@ -25,6 +25,8 @@ ONLY_IN = {
     "jinja2": ("llm_infer/text/",),
     "typer": ("llm_infer/commands/",),
     "llguidance": ("llm_infer/decoding/grammar.py",),
+    "tunix": ("llm_infer/integrations/tunix.py",),
+    "lm_eval": ("llm_infer/integrations/lm_eval.py",),
     **dict.fromkeys(
         ("starlette", "uvicorn", "uvloop", "pydantic", "prometheus_client", "opentelemetry"), ("llm_infer/server/",)
     ),
@@ -50,6 +52,9 @@ class LayerOfCode(NamedTuple):
 LAYERS = (
     LayerOfCode(("llm_infer/commands/", "llm_infer/bench/", "llm_infer/__main__.py"), "the command line; benchmarks"),
     LayerOfCode(("llm_infer/train/",), "fine-tuning and reinforcement learning over our models"),
+    LayerOfCode(
+        ("llm_infer/integrations/",), "adapters for other projects' trainers and harnesses, which nothing imports"
+    ),
     LayerOfCode(
         ("llm_infer/llm.py", "llm_infer/functional/"), "`LLM`, the synchronous class; the model as functions of arrays"
     ),
