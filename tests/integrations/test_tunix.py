@@ -19,7 +19,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("tunix", reason="google-tunix is not installed")
     import optax
+    from tunix.models.gemma3 import model as gemma3
     from tunix.models.llama3 import model as llama3
+    from tunix.models.qwen2 import model as qwen2
     from tunix.models.qwen3 import model as qwen3
     from tunix.rl import rl_cluster
     from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
@@ -33,11 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Tunix's own
 
 VOCABULARY = 64
 PROMPTS = ["hello world", "a", "the quick brown fox"]
-SIZES = dict(
-    vocab_size=VOCABULARY, embed_dim=32, hidden_dim=64, num_layers=2, num_heads=4, num_kv_heads=2, norm_eps=1e-6
-)
-THETA = 1_000_000  # Tunix's Qwen 3 rotates with this, whatever its configuration has
-MODELS = ("llama3", "qwen3")
+SIZES = dict(embed_dim=32, hidden_dim=64, num_heads=4, num_kv_heads=2, head_dim=16)
+LAYERS = {"llama3": 2, "qwen3": 2, "qwen2": 2, "gemma3": 6}
+THETA = 1_000_000  # Tunix's Llama 3 and Qwen 3 rotate with this, whatever their configuration has
 TOLERANCE = 1e-5
 
 
@@ -73,33 +73,55 @@ def lenient() -> Iterator[None]:
 
 
 def actor(name: str, seed: int = 0) -> nnx.Module:
+    """A model of Tunix with other values than its first ones, which are ones or zeros in places."""
+    sizes: dict[str, Any] = dict(vocab_size=VOCABULARY, num_layers=LAYERS[name], norm_eps=1e-6, **SIZES)
     if name == "llama3":
-        config = llama3.ModelConfig(**SIZES, head_dim=8, rope_theta=THETA, weight_tying=True)
-        return llama3.Llama3(config, rngs=nnx.Rngs(seed))
-    config = qwen3.ModelConfig(
-        **SIZES, head_dim=16, rope_theta=THETA, dtype=jnp.float32, param_dtype=jnp.float32, use_tied_embedding=False
-    )
-    return qwen3.Qwen3(config, rngs=nnx.Rngs(seed))
+        made = llama3.Llama3(llama3.ModelConfig(**sizes, rope_theta=THETA, weight_tying=True), rngs=nnx.Rngs(seed))
+    elif name == "qwen3":
+        made = qwen3.Qwen3(qwen3.ModelConfig(**sizes, rope_theta=THETA), rngs=nnx.Rngs(seed))
+    elif name == "qwen2":
+        made = qwen2.Qwen2(qwen2.ModelConfig(**sizes, rope_theta=THETA), rngs=nnx.Rngs(seed))
+    else:
+        config = gemma3.ModelConfig(
+            num_layers=LAYERS[name],
+            num_embed=VOCABULARY,
+            sliding_window_size=8,
+            global_base_frequency=THETA,
+            param_dtype=jnp.float32,
+            **SIZES,
+        )
+        made = gemma3.Gemma3(config, rngs=nnx.Rngs(seed))
+    state, draws = nnx.state(made, nnx.Param), np.random.default_rng(seed)
+    nnx.update(made, jax.tree.map(lambda x: x + 0.05 * draws.standard_normal(x.shape).astype(np.float32), state))
+    return made
 
 
 def empty_llm(name: str, folder: Path, **settings: Any) -> LLM:
     """An LLM of the actor's shape with other weights, and no tokenizer."""
     config = {
-        "architectures": ["LlamaForCausalLM" if name == "llama3" else "Qwen3ForCausalLM"],
-        "model_type": name.removesuffix("3") if name == "llama3" else name,
+        "architectures": [f"{name.title().replace('Llama3', 'Llama')}ForCausalLM"],
+        "model_type": {"llama3": "llama", "gemma3": "gemma3_text"}.get(name, name),
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": LAYERS[name],
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8 if name == "llama3" else 16,
+        "head_dim": 16,
         "rms_norm_eps": 1e-6,
         "rope_theta": THETA,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": name == "llama3",
+        "tie_word_embeddings": name in ("llama3", "gemma3"),
         "hidden_act": "silu",
     }
+    if name == "gemma3":
+        del config["hidden_act"]
+        config |= {
+            "hidden_activation": "gelu_pytorch_tanh",
+            "query_pre_attn_scalar": 16,
+            "rope_local_base_freq": 10_000,
+        }
+        config |= {"sliding_window": 8, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]}
     (folder / "config.json").write_text(json.dumps(config))
     model = load_model(folder, load_format="dummy", weights="dense", skip_tokenizer_init=True, progress=False)
     return LLM.from_model(model, num_pages=64, progress=False, **settings)
@@ -107,28 +129,30 @@ def empty_llm(name: str, folder: Path, **settings: Any) -> LLM:
 
 def both(name: str, folder: Path, **settings: Any) -> tuple[LLMRollout, VanillaRollout]:
     module = actor(name)
-    cache = CacheConfig(cache_size=64, num_layers=2, num_kv_heads=2, head_dim=8 if name == "llama3" else 16)
+    cache = CacheConfig(cache_size=64, num_layers=LAYERS[name], num_kv_heads=2, head_dim=16)
     ours = LLMRollout(llm=empty_llm(name, folder, **settings), rollout_actor=module, tokenizer=Letters())
     return ours, VanillaRollout(module, Letters(), cache)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_greedy_tokens_and_log_probabilities_are_those_of_tunix(name: str, tmp_path: Path) -> None:
     ours, theirs = both(name, tmp_path)
     settings = dict(max_tokens_to_generate=12, max_prompt_length=24, return_logprobs=True, kv_cache_size=64)
     found = ours.generate(PROMPTS, RolloutConfig(**settings, temperature=0.0))
     expected = theirs.generate(PROMPTS, RolloutConfig(**settings, top_p=None))  # that is greedy there
     np.testing.assert_array_equal(found.left_padded_prompt_tokens, expected.left_padded_prompt_tokens)
-    assert found.text == expected.text
-    for tokens, logprobs, same, close in zip(
-        found.tokens, found.logprobs, expected.tokens, expected.logprobs, strict=True
-    ):
-        np.testing.assert_array_equal(tokens[: len(same)], same)  # ours may have the end of sequence behind it
+    rows = zip(found.text, found.tokens, found.logprobs, expected.text, expected.tokens, expected.logprobs, strict=True)
+    for text, tokens, logprobs, same_text, same, close in rows:
         assert len(tokens) == len(logprobs)
-        np.testing.assert_allclose(logprobs[: len(same)], close, atol=TOLERANCE)
+        assert tokens[-1] == 1 or text == Letters().decode(tokens.tolist())
+        # Tunix hides padding that is drawn from what follows it.
+        seen = next((place + 1 for place, token in enumerate(same) if token == 0), len(same))
+        np.testing.assert_array_equal(tokens[:seen], same[:seen])  # ours may have the end of sequence behind it
+        np.testing.assert_allclose(logprobs[:seen], close[:seen], atol=TOLERANCE)
+        assert text[:seen] == same_text[:seen] and (seen < len(same) or text == same_text)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_scores_are_those_of_tunix(name: str, tmp_path: Path) -> None:
     ours, theirs = both(name, tmp_path)
     prompts = jnp.asarray([[0, 0, 2, 5, 9], [2, 7, 8, 9, 10], [0, 0, 0, 2, 4]], jnp.int32)
@@ -161,7 +185,7 @@ def test_new_weights_are_followed_and_not_held(tmp_path: Path) -> None:
     other = actor("llama3", seed=1)
     state = nnx.state(other, nnx.Param)
     rows = jnp.asarray([[2, 5, 9]]), jnp.asarray([[11, 12, 13]])
-    expected = VanillaRollout(other, Letters(), CacheConfig(64, 2, 2, 8)).get_per_token_logps(*rows)
+    expected = VanillaRollout(other, Letters(), CacheConfig(64, 2, 2, 16)).get_per_token_logps(*rows)
     assert np.abs(np.asarray(expected) - theirs.get_per_token_logps(*rows)).max() > 0.05
     with jax.transfer_guard_device_to_host("disallow_explicit"), jax.transfer_guard_host_to_device("disallow_explicit"):
         ours.update_params(state, (nnx.Param,))  # as Tunix calls it on CPUs
@@ -181,7 +205,7 @@ def test_the_end_of_an_answer_is_a_token_and_no_text(tmp_path: Path) -> None:
     assert found.text[0] == Letters().decode(found.tokens[0][:-1].tolist())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama3", "qwen3"])
 def test_steps_of_grpo(name: str, tmp_path: Path) -> None:
     """The learner takes its answers from here, and its weights come here after each step."""
     llm, module = empty_llm(name, tmp_path, logprobs_mode="processed_logprobs"), actor(name)
@@ -218,7 +242,7 @@ def test_steps_of_grpo(name: str, tmp_path: Path) -> None:
         llm.weights_version == "update-3" and llm.weights_digest() != first
     )  # the actor's, and after two global steps
     prompt, answer = jnp.asarray([[2, 5, 9]]), jnp.asarray([[11, 12, 13]])
-    other = VanillaRollout(cluster.actor_trainer.model, Letters(), CacheConfig(64, 2, 2, 8 if name == "llama3" else 16))
+    other = VanillaRollout(cluster.actor_trainer.model, Letters(), CacheConfig(64, 2, 2, 16))
     np.testing.assert_allclose(
         cluster.rollout.get_per_token_logps(prompt, answer), other.get_per_token_logps(prompt, answer), atol=TOLERANCE
     )
