@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -306,6 +307,16 @@ class LLM:
             UserError: weights that were given up are not set since; the message names them.
         """
         self._session.quietly(self.engine.wake, "keep")
+
+    @property
+    def model(self) -> LoadedModel:
+        """The model with the weights that the engine has: what `from_model` takes."""
+        return replace(self.engine.runner.model, tokenizer=self.tokenizer)
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence in tokens, prompt and answer together."""
+        return self.engine.max_model_len
 
     @property
     def params(self) -> Mapping[str, Any]:

@@ -102,7 +102,7 @@ class LLMInferLM(TemplateLM):
     @property
     def max_length(self) -> int:
         """Tokens of the context."""
-        return self.llm.engine.max_model_len
+        return self.llm.max_model_len
 
     @property
     def eot_token_id(self) -> int | None:

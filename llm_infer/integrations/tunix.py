@@ -26,7 +26,6 @@ from llm_infer.base.errors import RequestError, UserError
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.llm import LLM
 from llm_infer.models.import_tree import Names, from_tree
-from llm_infer.models.new_weights import whole_config
 from llm_infer.models.tree_names import TUNIX_GEMMA3, TUNIX_LLAMA3, TUNIX_QWEN2, TUNIX_QWEN3
 
 TABLES = MappingProxyType({"gemma3": TUNIX_GEMMA3, "llama3": TUNIX_LLAMA3, "qwen2": TUNIX_QWEN2, "qwen3": TUNIX_QWEN3})
@@ -150,7 +149,7 @@ class LLMRollout(BaseRollout):
         if self._names is None:
             raise UserError("names: without a rollout_actor, say by which table the weights are to be read")
         with jax.transfer_guard("allow"):  # Tunix forbids transfers meanwhile, and where arrays go is decided here
-            config = whole_config(self.llm.engine.runner.model.config)
+            config = self.llm.model.config
             # The trainer goes on to donate its arrays, so none is taken by reference.
             self.llm.update_weights(from_tree(params, self._names, config), copy=True)
 
@@ -179,7 +178,7 @@ class LLMRollout(BaseRollout):
         ours = FOLLOWED | {"kv_cache_size"}
         if others := [each.name for each in fields(config) if each.name not in ours and _is_set(config, each)]:
             raise UserError(f"{', '.join(others)}: settings of other engines; make the LLM as it is to be")
-        dtype = self.llm.engine.runner.model.dtype
+        dtype = self.llm.model.dtype
         if config.data_type is not None and jnp.dtype(config.data_type) != dtype:
             raise UserError(f"data_type={jnp.dtype(config.data_type)}: the LLM has {dtype}; make it with that dtype")
         mode = self.llm.engine.config.logprobs_mode
@@ -201,7 +200,7 @@ class LLMRollout(BaseRollout):
 
     def _check_length(self, prompt: int, answer: int) -> None:
         """Refuses prompts whose answers would be cut short by the end of the context."""
-        if prompt + answer > (most := self.llm.engine.max_model_len):
+        if prompt + answer > (most := self.llm.max_model_len):
             raise RequestError(
                 f"{prompt} tokens of a prompt and max_tokens_to_generate={answer} exceed the context of {most}: make the LLM "
                 "with a larger max_model_len"
