@@ -48,10 +48,10 @@ def run_layers(
         return kept.at[slot_of[number]].set(x, mode="drop") if wanted else kept
 
     kept = keep(jnp.zeros((len(wanted), *x.shape), x.dtype), jnp.int32(0), x)
-    first = config.dense_first
 
-    def block(dense: bool, whole: Params, carry: tuple[Array, Array], each: tuple[Array, Params]) -> Any:
-        (x, kept), (layer, own) = carry, each
+    def block(dense: bool, whole: Params, carry: tuple[Array, Array], each: tuple[Array, dict[str, Array]]) -> Any:
+        (x, kept), (layer, slices) = carry, each
+        own = {name: _alone(params[name], value) for name, value in slices.items()}
         merged = merge_model(model.definition, {**whole, **own})
         assert isinstance(merged, Decoder)
         layers = merged.layers
@@ -60,19 +60,12 @@ def run_layers(
         x, _ = layers(x, angles, None, layer, attend, **({"dense": True} if dense else {}))
         return (x, keep(kept, layer + 1, x)), None
 
-    for dense, start, end in ((True, 0, first), (False, first, config.num_layers)):
-        if start == end:
-            continue
-        own, whole = _cut(params, config, dense, start, end)
-        body = partial(block, dense, whole)
-        if remat:
-            body = jax.checkpoint(body, prevent_cse=False)
-
-        def one(carry: Any, each: Any, body: Any = body) -> Any:
-            layer, slices = each
-            return body(carry, (layer, {name: _alone(params[name], value) for name, value in slices.items()}))
-
-        (x, kept), _ = lax.scan(one, (x, kept), (jnp.arange(start, end, dtype=jnp.int32), own))
+    for dense, start, end in ((True, 0, config.dense_first), (False, config.dense_first, config.num_layers)):
+        if start < end:
+            slices, whole = _cut(params, config, dense, start, end)
+            body = partial(block, dense, whole)
+            body = jax.checkpoint(body, prevent_cse=False) if remat else body
+            (x, kept), _ = lax.scan(body, (x, kept), (jnp.arange(start, end, dtype=jnp.int32), slices))
     return x, kept
 
 
@@ -91,10 +84,10 @@ def _cut(params: Params, config: ModelConfig, dense: bool, start: int, end: int)
 
 
 def _stack(value: Any) -> Array | None:
-    """Returns the array of all layers that has a gradient, if there is one; blocks have none, and stay in their stack."""
+    """Returns the array of all layers, where there is one that has a gradient; blocks have none, and stay in their stacks."""
     if not isinstance(value, StoredWeights):
         return value
-    return value.blocks[0] if jnp.issubdtype(value.blocks[0].dtype, jnp.floating) else None
+    return value.blocks[0] if jnp.issubdtype(value.blocks[0].dtype, jnp.floating) and len(value.blocks) == 1 else None
 
 
 def _alone(value: Any, layer: Array) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -33,16 +32,13 @@ def over_mesh(model: LoadedModel, run: Callable[..., Any], params: Params, array
         name: jax.tree.map(lambda leaf, name=name: placement.sharding(name, leaf.ndim).spec, value)
         for name, value in params.items()
     }
-    if AxisType.Explicit in model.mesh.axis_types:  # where arrays come as they are asked for, or not at all
-        mesh, whole = model.mesh, lambda each: isinstance(each, PartitionSpec)
-        arrays = jax.tree.map(
-            lambda spec, branch: jax.tree.map(
-                partial(jax.sharding.reshard, out_shardings=NamedSharding(mesh, spec)), branch
-            ),
-            cuts,
-            arrays,
-            is_leaf=whole,
-        )
+    if AxisType.Explicit in model.mesh.axis_types:  # then shard_map takes nothing that is cut otherwise
+
+        def cut(spec: PartitionSpec, branch: Any) -> Any:
+            sharding = NamedSharding(placement.mesh, spec)
+            return jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, sharding), branch)
+
+        arrays = jax.tree.map(cut, cuts, arrays, is_leaf=lambda each: isinstance(each, PartitionSpec))
     each = jax.shard_map(run, mesh=model.mesh, in_specs=(own, cuts), out_specs=results, check_vma=False)
     return each(params, arrays)
 
