@@ -92,7 +92,7 @@ def test_rollouts_and_scores_refuse() -> None:
             run()
 
 
-@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.sweep), 4])  # whose first step is a single one
 def test_log_probabilities_of_the_distribution_that_is_drawn_from(steps: int) -> None:
     """Against NumPy: a bias and a penalty, the temperature, then what top-k and top-p leave; the same tokens as without."""
     shaped = dict(temperature=0.7, top_k=6, top_p=0.8, logit_bias={40: 2.0}, presence_penalty=0.5)
@@ -154,11 +154,12 @@ def test_a_draft_model_gets_new_weights_too() -> None:
     """The model itself drafts: all that it proposes is right, until only one of the two has other weights."""
     model = load_model(FOLDER / NAME, weights="dense", skip_tokenizer_init=True, progress=False)
     drafts = {"method": "draft_model", "model": str(FOLDER / NAME), "num_speculative_tokens": 3}
-    llm = LLM.from_model(model, speculative_config=drafts, **ENGINE)
+    few = ENGINE | {"max_num_seqs": 1, "max_num_batched_tokens": 8}
+    llm = LLM.from_model(model, speculative_config=drafts, **few)
     without_clock(llm.engine)
     others = {name: value * 0.7 for name, value in model.params.items()}
-    params = SamplingParams(temperature=1.0, seed=1, max_tokens=20, ignore_eos=True)
-    expected = LLM.from_model(replace(model, params=others), **ENGINE).generate(PROMPTS[:1], params)[0].outputs[0]
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=12, ignore_eos=True)
+    expected = LLM.from_model(replace(model, params=others), **few).generate(PROMPTS[:1], params)[0].outputs[0]
     shares = []
     for draft in (None, others):
         llm.update_weights(others, draft=draft)
