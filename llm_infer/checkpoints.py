@@ -94,6 +94,8 @@ def save(model: LoadedModel, destination: str | Path, *, progress: bool = True) 
     Raises:
         ModelError: matrices are in blocks, or the destination is in use or cannot be written.
     """
+    if model.config.own is not None:
+        raise ModelError("a registered model is no file's: save its parameters by Orbax, and read them by read_orbax")
     if blocks := [name for name, value in model.params.items() if isinstance(value, StoredWeights)]:
         raise ModelError(
             f"{blocks[0]} is in blocks of its file: load the model with weights='dense' to save it, or use export_hf"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from llm_infer.base.errors import RequestError, UserError
@@ -29,6 +28,7 @@ from llm_infer.frontend.session import Session
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.new_weights import NewWeights, weights_digest, with_weights
 from llm_infer.options import EngineOptions, settings
+from llm_infer.quant.stored import plain_array
 from llm_infer.starting import OF_MODEL, Started, start, start_with
 from llm_infer.text.chat_prompt import chat_ids
 from llm_infer.text.tokenizer import Tokenizer
@@ -311,7 +311,7 @@ class LLM:
     @property
     def model(self) -> LoadedModel:
         """The model with the weights that the engine has: what `from_model` takes."""
-        return replace(self.engine.runner.model, tokenizer=self.tokenizer)
+        return replace(self.engine.runner.model, params=self.params, tokenizer=self.tokenizer)
 
     @property
     def max_model_len(self) -> int:
@@ -319,9 +319,9 @@ class LLM:
         return self.engine.max_model_len
 
     @property
-    def params(self) -> Mapping[str, Any]:
+    def params(self) -> dict[str, Any]:
         """The weights that the engine has, by name: arrays, or matrices in blocks (`StoredWeights`). Not to be donated."""
-        return MappingProxyType(self.engine.runner.model.params)
+        return {name: plain_array(value) for name, value in self.engine.runner.model.params.items()}
 
     @property
     def weights_version(self) -> str:

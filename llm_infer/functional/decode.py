@@ -96,7 +96,7 @@ def decode_step(
         raise ValueError(f"token_ids has {len(token_ids)} rows, the cache has {len(cache.lengths)} sequences")
     rows = jnp.asarray(token_ids, jnp.int32).reshape(len(token_ids), -1)
     counts = jnp.asarray(rows.shape[1] if counts is None else counts, jnp.int32)
-    counts = jnp.broadcast_to(counts, len(rows))
+    counts = jnp.clip(jnp.broadcast_to(counts, len(rows)), 0, rows.shape[1])
     sharding = StepSharding.of(model.config, model.mesh)
 
     def run(params: Params, arrays: tuple[Cache, Array, Array]) -> tuple[Array, Cache]:

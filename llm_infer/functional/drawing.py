@@ -26,6 +26,10 @@ def draw(
         keys: [S] keys of `jax.random`; a row's token depends on its own key, logits and parameters alone.
         temperature, top_k, top_p, min_p, typical_p: as of `SamplingParams`; temperature 0 takes the most likely token.
     """
+    if keys.shape[:1] != logits.shape[:1]:
+        raise ValueError(
+            f"keys has the shape {list(keys.shape)}, expected a key for each of {logits.shape[0]} rows (split one)"
+        )
     limits = _limits(logits.shape[0], temperature, top_k, top_p, min_p, typical_p)
     return draw_tokens(logits, limits, jax.vmap(jax.random.uniform)(keys))
 

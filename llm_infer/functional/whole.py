@@ -61,7 +61,8 @@ def forward(
         model: says what is computed; its own parameters are not used.
         params: `model.params`, or others of the same names and shapes.
         token_ids: a sequence in each row.
-        segments: of rows that hold several sequences, which one each token belongs to; positions begin anew with each.
+        segments: of rows that hold several sequences, a number for each token; a run of equal numbers is a sequence, in which
+            positions begin anew. Padding may have any number that its neighbour has not.
         hidden_states: layers whose outputs to return; 0 is the embedding, 1 the output of the first layer, -1 of the last.
         remat: compute layers again for the gradient, so that memory holds what goes into each alone.
         page_size: of the engine, or the cache, whose very bits are wanted; rows without segments have them on CPUs in float32.
@@ -186,6 +187,8 @@ def _checked(token_ids: Rows, segments: Rows | None) -> tuple[Array, Array | Non
     Raises:
         ValueError: they are not whole numbers of the same two axes.
     """
+    token_ids = token_ids if hasattr(token_ids, "ndim") else jnp.asarray(token_ids)
+    segments = segments if segments is None or hasattr(segments, "ndim") else jnp.asarray(segments)
     if token_ids.ndim != 2 or not jnp.issubdtype(token_ids.dtype, jnp.integer):
         raise ValueError(f"token_ids is {token_ids.dtype}{list(token_ids.shape)}, expected whole numbers [B, T]")
     if segments is not None and segments.shape != token_ids.shape:

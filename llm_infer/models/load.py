@@ -70,6 +70,10 @@ class LoadedModel:
     tokenizer: Tokenizer | None = None
     files: ModelFiles | None = None
 
+    def with_params(self, params: Params) -> LoadedModel:
+        """Returns the same model with other parameters, such as those of a trainer; nothing is copied."""
+        return replace(self, params=dict(params))
+
     @property
     def num_shards(self) -> int:
         """Data-parallel shards: copies of the model, each with pages of its own."""

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.core import Tracer
 
 from llm_infer.models.config import ModelConfig
 from llm_infer.parallel.axes import ParamSpec
@@ -60,7 +62,26 @@ class OwnDecoder:
         self, token_ids: Array, positions: Array, cache: Any, attend: Any, *, loop: Any = 1
     ) -> tuple[Array, Any]:
         """Computes hidden states of all tokens, and the cache; the loop over layers is the model's own."""
-        return self._family.forward(self._params, self._config, token_ids, positions, cache, attend)
+        config = self._config
+        heads = (config.num_heads // config.shards.devices, config.num_kv_heads // config.shards.devices)
+
+        def checked(
+            query: Array, key: Array, value: Array, cache: Any, layer: Any, /, **options: Any
+        ) -> tuple[Array, Any]:
+            for name, array, count in (("query", query, heads[0]), ("key", key, heads[1]), ("value", value, heads[1])):
+                expected = (len(token_ids), count, config.head_dim)
+                if tuple(array.shape) != expected:
+                    raise ValueError(
+                        f"attend: {name} has the shape {list(array.shape)}, the config says {list(expected)}"
+                    )
+            if not isinstance(layer, Tracer) and not 0 <= int(layer) < config.num_layers:
+                raise ValueError(f"attend: layer {int(layer)}, the config says num_layers={config.num_layers}")
+            return attend(query, key, value, cache, jnp.asarray(layer, jnp.int32), **options)
+
+        hidden, cache = self._family.forward(self._params, config, token_ids, positions, cache, checked)
+        if hidden.ndim != 2 or len(hidden) != len(token_ids):
+            raise ValueError(f"forward returned hidden states {list(hidden.shape)}, expected [{len(token_ids)}, E]")
+        return hidden, cache
 
     def normed(self, hidden: Array) -> Array:
         """Returns hidden states for embeddings: those that `logits` takes."""
@@ -68,7 +89,11 @@ class OwnDecoder:
 
     def logits(self, hidden: Array) -> Array:
         """Computes the scores of all tokens of the vocabulary."""
-        return self._family.logits(self._params, self._config, hidden)
+        found = self._family.logits(self._params, self._config, hidden)
+        if found.shape != (len(hidden), self._config.vocab_size):
+            expected = [len(hidden), self._config.vocab_size]
+            raise ValueError(f"logits returned {list(found.shape)}, the config says {expected}")
+        return found.astype(jnp.float32)
 
 
 def tree_names(tree: Any) -> tuple[list[str], list[Any], Any]:

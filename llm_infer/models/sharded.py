@@ -191,6 +191,24 @@ def restore(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
     return xp.moveaxis(by_row, 0, axis)
 
 
+def sum_copies(array: jax.Array, axes: Axes, config: ModelConfig) -> jax.Array:
+    """Gives every copy of a KV head's rows the sum over all copies: what a gradient needs, so that they stay the same."""
+    shards = config.shards
+    rows = next((name for name in ("qkv", "kv_heads") if name in axes), None)
+    if rows is None or shards.kv_copies == 1:
+        return array
+    axis = array.ndim - len(axes) + axes.index(rows)
+    copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
+    by_copy = rearrange(
+        jnp.moveaxis(array, axis, 0), "(h c r d) ... -> h c r d ...", h=heads, c=copies, d=config.head_dim
+    )
+    group = config.num_heads // config.num_kv_heads if rows == "qkv" else 0
+    queries, keys = jnp.split(by_copy, [group], axis=2)
+    keys = jnp.broadcast_to(jnp.sum(keys, axis=1, keepdims=True), keys.shape)
+    both = jnp.concatenate([queries, keys], axis=2)
+    return jnp.moveaxis(rearrange(both, "h c r d ... -> (h c r d) ..."), 0, axis)
+
+
 def abstract_parameters(specs: Specs, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:
     """Describes the parameters of a cut model with their shardings; `specs` are those of `split_model`."""
     return {

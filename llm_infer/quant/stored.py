@@ -105,3 +105,11 @@ def store_dense(array: Shaped[Array, "*L N K"], precision: str = "exact", cuts: 
         return None
     stack = array if array.ndim == 3 else array[None]
     return StoredWeights((stack,), (kind,), tuple((0, layer) for layer in range(stack.shape[0])), precision)
+
+
+def plain_array(value: Any) -> Any:
+    """Returns a dense matrix that kernels were handed as the array that it is; all else as it is."""
+    if not isinstance(value, StoredWeights) or len(value.blocks) > 1 or value.kinds[0] not in DENSE.values():
+        return value
+    array = next(iter(value.blocks))
+    return array[0] if len(value.places) == 1 and array.shape[0] == 1 else array

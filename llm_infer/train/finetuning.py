@@ -18,7 +18,7 @@ from llm_infer.base.progress import Progress
 from llm_infer.functional.whole import token_logprobs
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params
-from llm_infer.train.state import Keeper, begin, make_step
+from llm_infer.train.state import Keeper, begin, make_step, require_finite
 
 Text = str | Sequence[int]
 """A text, or token ids."""
@@ -65,27 +65,31 @@ def finetune(
         trainable: says for a parameter's name whether it learns.
         remat: compute layers again for the gradient, which takes less memory and more time.
         seed: of the order.
-        checkpoint: a directory where states are kept; a run with the same settings goes on from the newest there.
+        checkpoint: a directory where states are kept; the same call goes on from the newest there, also with more steps. What an
+            optimizer of the same kind was made with is not compared.
         checkpoint_every: steps between two of them.
         progress: shows a bar on stderr.
 
     Raises:
-        UserError: an example is empty or too long, there is nothing to train, or what is kept is of another run.
+        UserError: an example is empty or too long, there is nothing to train, the loss is not finite, or what is kept is of
+            another run.
     """
     rows, masks = _rows(model, examples, max_len)
     optimizer = optax.adamw(1e-5) if optimizer is None else optimizer
     state, fixed = begin(model, optimizer, trainable)
     step = make_step(lambda params, batch: loss(model, params, *batch, remat=remat), optimizer)
     history: list[dict[str, float]] = []
+    run = {"examples": rows, "what is learnt of them": masks, "batch_size": batch_size, "seed": seed}
     bar = Progress(enabled=progress).task("Fine-tuning", total=steps)
-    with contextlib.closing(Keeper(checkpoint, checkpoint_every)) as keeper, bar as shown:
+    with contextlib.closing(Keeper(checkpoint, checkpoint_every, run, steps)) as keeper, bar as shown:
         state = keeper.newest(state, history)
-        while (number := int(state.step)) < steps:
+        for number in range(len(history), steps):
             shown.set(number)
             chosen = _batch(number, len(rows), batch_size, seed)
             state, figures = step(state, fixed, (rows[chosen], masks[chosen]))
             history.append({"step": number + 1, **{name: float(value) for name, value in figures.items()}})
-            keeper.keep(state, history, last=number + 1 == steps)
+            require_finite(history[-1], number + 1)
+            keeper.keep(state, history)
         shown.set(steps)
     return Tuned(replace(model, params={**fixed, **state.params}), history)
 

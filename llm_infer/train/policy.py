@@ -26,7 +26,7 @@ from llm_infer.functional.whole import token_logprobs
 from llm_infer.llm import LLM
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params
-from llm_infer.train.state import Keeper, begin, make_step
+from llm_infer.train.state import Keeper, begin, make_step, require_finite
 
 SEED_STRIDE = 2**32
 """Between the seeds of two runs: more than rollouts that one makes."""
@@ -37,7 +37,11 @@ Reward = Callable[[list[Any], list[str]], Sequence[float]]
 
 
 class Learnt(NamedTuple):
-    """The model with what it has learnt, and the figures of each step, among them the mean `reward`."""
+    """The model with what it has learnt, and the figures of each step.
+
+    These are the mean `reward`, the `loss` and `gradient_norm` of the last update, the share of drawn tokens whose ratio was
+    `clipped` in it, with `kl` the distance to the model as it was given, and the mean count of drawn `tokens`.
+    """
 
     model: LoadedModel
     history: list[dict[str, float]]
@@ -102,7 +106,9 @@ def grpo(
     pad_to = min(-(-longest // 16) * 16, model.config.max_position_embeddings)
     history: list[dict[str, float]] = []
     bar = Progress(enabled=progress).task("GRPO", total=steps)
-    with contextlib.closing(Keeper(checkpoint, checkpoint_every)) as keeper, bar as shown:
+    run = {"prompts": list(prompts), "sampling": sampling, "samples": samples, "prompts_per_step": prompts_per_step}
+    run |= {"updates": updates, "clip": clip, "kl": kl, "seed": seed}
+    with contextlib.closing(Keeper(checkpoint, checkpoint_every, run, steps)) as keeper, bar as shown:
         state = keeper.newest(state, history)
         llm.update_weights(state.params, f"step-{len(history)}")
         for number in range(len(history), steps):
@@ -124,7 +130,8 @@ def grpo(
             told_figures = {name: float(value) for name, value in figures.items()}
             lengths = {"tokens": float(found.mask.sum() / len(rewards))}
             history.append({"step": number + 1, "reward": float(rewards.mean()), **told_figures, **lengths})
-            keeper.keep(state, history, last=number + 1 == steps)
+            require_finite(history[-1], number + 1)
+            keeper.keep(state, history)
         shown.set(steps)
     return Learnt(replace(model, params={**fixed, **state.params}), history)
 
@@ -189,7 +196,10 @@ def _ids(llm: LLM, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
 
 def _rewards(reward: Reward, asked: Sequence[Prompt], found: Rollout) -> np.ndarray:
     given = reward([asked[i] for i in found.prompt_index], found.texts)
-    rewards = np.asarray(given, np.float32)
+    try:
+        rewards = np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        rewards = np.zeros(0, np.float32)
     if rewards.shape != (len(found.texts),) or not np.isfinite(rewards).all():
         raise UserError(
             f"reward returned {given!r:.80}: expected a finite number for each of {len(found.texts)} samples"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
@@ -44,13 +47,8 @@ def begin(
     """Takes a model's parameters apart into those that are trained, which are copied, and those that stay.
 
     Raises:
-        UserError: nothing is left to train, or the mesh holds copies of KV heads, which would drift apart.
+        UserError: nothing is left to train.
     """
-    if model.config.shards.kv_copies > 1:
-        raise UserError(
-            f"the mesh cuts heads over {model.config.shards.devices} devices, more than there are KV heads: their copies would "
-            "drift apart in training; take a mesh with fewer devices for 'tp'"
-        )
 
     def learns(name: str) -> bool:
         value = model.params[name]
@@ -88,44 +86,83 @@ class Keeper:
     Args:
         directory: where; None keeps nothing.
         every: steps between two that are kept.
+        run: what makes this run another than others, by name.
+        steps: of the whole run.
+
+    Raises:
+        UserError: the directory cannot be used, or what is kept there is of another run, or of a longer one.
     """
 
-    def __init__(self, directory: str | Path | None, every: int) -> None:
-        self._every, self._manager = every, None
+    def __init__(self, directory: str | Path | None, every: int, run: Mapping[str, Any], steps: int) -> None:
+        self._every, self._manager, self._steps = every, None, steps
+        self._run = {name: value if isinstance(value, int | float) else _digest(value) for name, value in run.items()}
+        if every < 1:
+            raise UserError(f"checkpoint_every={every}: expected 1 or more")
         if directory is not None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-            self._manager = ocp.CheckpointManager(Path(directory).absolute(), options=options)
+            path, options = Path(directory).absolute(), ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+            try:
+                self._manager = ocp.CheckpointManager(path, options=options)
+            except (OSError, ValueError) as error:
+                raise UserError(f"checkpoint={str(path)!r}: {str(error)[:200]}: take a directory") from None
 
     def newest(self, state: TrainState, history: list[dict[str, float]]) -> TrainState:
         """Returns the newest state that is kept, or the one given; fills `history`.
 
         Raises:
-            UserError: what is kept is of another run.
+            UserError: what is kept is of another run, or of a longer one.
         """
         if self._manager is None or (step := self._manager.latest_step()) is None:
             return state
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(shapes), history=ocp.args.JsonRestore())
+        where = f"{self._manager.directory}: step {step}"
         try:
-            found = self._manager.restore(step, args=arguments)
+            noted = self._manager.restore(step, args=ocp.args.Composite(history=ocp.args.JsonRestore()))["history"]
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
-                f"{self._manager.directory}: step {step} is not of this run ({str(error)[:200]}): take another directory"
+                f"{where} is nothing that a run has kept ({str(error)[:120]}): take another directory"
             ) from None
-        history[:] = found["history"]["steps"]
-        return TrainState(**found["state"])
+        if others := [name for name, value in self._run.items() if noted.get("run", {}).get(name) != value]:
+            raise UserError(
+                f"{where} is of a run with other {', '.join(others)}: take another directory, or the same settings"
+            )
+        if step > self._steps:
+            raise UserError(f"{where} is past steps={self._steps}: raise it, or take another directory")
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state._asdict())
+        try:
+            kept = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)))["state"]
+        except (ValueError, KeyError, FileNotFoundError):
+            raise UserError(
+                f"{where} is not of this run: it has other parameters, or another optimizer; take another directory"
+            ) from None
+        history[:] = noted["steps"]
+        return TrainState(**kept)
 
-    def keep(self, state: TrainState, history: list[dict[str, float]], *, last: bool) -> None:
+    def keep(self, state: TrainState, history: list[dict[str, float]]) -> None:
         """Keeps a state if it is time, or the last one."""
         step = int(state.step)
-        if self._manager is None or (step % self._every and not last) or step == self._manager.latest_step():
+        if self._manager is None or (step % self._every and len(history) < self._steps):
             return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), history=ocp.args.JsonSave({"steps": history})
-        )
-        self._manager.save(step, args=items)
+        noted = {"run": self._run, "steps": list(history)}  # a copy: it is written while the run goes on
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), history=ocp.args.JsonSave(noted))
+        self._manager.save(len(history), args=items)
 
     def close(self) -> None:
         """Waits for what is being written."""
         if self._manager is not None:
             self._manager.close()
+
+
+def require_finite(figures: Mapping[str, float], step: int) -> None:
+    """Ends a run whose numbers are lost.
+
+    Raises:
+        UserError: the loss or the gradient is not finite.
+    """
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(figures[name]):
+            raise UserError(f"step {step}: {name}={figures[name]}: lower the learning rate, or clip gradients")
+
+
+def _digest(value: Any) -> str:
+    """Returns a checksum of what a setting says."""
+    data = value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from llm_infer import LLM, SamplingParams
 from llm_infer.base.errors import ModelError, UserError
+from llm_infer.checkpoints import save
 from llm_infer.functional import LoadedModel, ModelConfig, decode_step, make_cache, register_model, token_logprobs
 
 ROOT = Path(__file__).parents[2]
@@ -99,12 +101,9 @@ def test_it_is_served_updated_scored_and_differentiated() -> None:
     np.testing.assert_allclose(np.asarray(scored)[rollout.mask], rollout.logprobs[rollout.mask], atol=1e-4)
 
     ids = rollout.token_ids[:1, :10]
-    ours = jax.jit(jax.grad(lambda params: token_logprobs(model, params, ids).sum()))(model.params)
+    ours = jax.jit(jax.grad(lambda params: token_logprobs(model, params, ids).sum()))(params)  # the user's own tree
     of = lambda params: jnp.take_along_axis(jax.nn.log_softmax(whole(params, ids[0]))[:-1], ids[0, 1:, None], 1).sum()  # noqa: E731
-    for gradient, expected in zip(
-        map(ours.get, sorted(ours)), sorted_leaves(jax.jit(jax.grad(of))(params)), strict=True
-    ):
-        np.testing.assert_allclose(gradient, expected, atol=1e-4)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), ours, jax.jit(jax.grad(of))(params))
     last, _ = jax.jit(partial(decode_step, model))(model.params, make_cache(model, 1, 32), ids)
     np.testing.assert_allclose(last[0], whole(params, ids[0].tolist())[-1], atol=1e-4)
 
@@ -116,12 +115,6 @@ def test_it_is_served_updated_scored_and_differentiated() -> None:
     assert llm.embed(PROMPTS[1])[0].embedding
 
 
-def sorted_leaves(tree: Any) -> list[jax.Array]:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
-    by_name = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in pairs}
-    return [by_name[name] for name in sorted(by_name)]
-
-
 def test_what_cannot_be_registered() -> None:
     with pytest.raises(UserError, match="is built in"):
         register_model(ModelConfig("LlamaForCausalLM", 64, 32, 2, 4, 2, 8, 64, 128), forward, logits, weights())
@@ -129,6 +122,27 @@ def test_what_cannot_be_registered() -> None:
         register_model(CONFIG, forward, logits, weights(), cuts={"layers.q": ("heads", "embed")})
     with pytest.raises(UserError, match=r"cuts: table \[64, 32\].*expected one name"):
         register_model(CONFIG, forward, logits, weights(), cuts={"table": ("vocab",)})
+
+
+def test_functions_that_do_not_fit_their_config() -> None:
+    ids = np.array([PROMPTS[2]])
+    for message, changed in {
+        r"attend: key has the shape \[4, 2, 8\], the config says \[4, 4, 8\]": {"num_kv_heads": 4},
+        "attend: layer 1, the config says num_layers=1": {"num_layers": 1},
+        r"logits returned \[4, 64\], the config says \[4, 99\]": {"vocab_size": 99},
+    }.items():
+        model = register_model(replace(CONFIG, **changed), forward_by_number, logits, weights())
+        with pytest.raises(ValueError, match=message):
+            token_logprobs(model, model.params, ids)
+    with pytest.raises(ModelError, match="no file's"):
+        save(model, "nowhere")
+
+
+def forward_by_number(params: Any, config: ModelConfig, ids: Any, positions: Any, cache: Any, attend: Any) -> tuple:
+    def by_number(query: Any, key: Any, value: Any, cache: Any, layer: Any, **options: Any) -> tuple:
+        return attend(query, key, value, cache, int(layer), **options)
+
+    return forward(params, config, ids, positions, cache, by_number)
 
 
 def on_a_mesh() -> None:

@@ -109,3 +109,14 @@ def test_arguments_that_do_not_fit() -> None:
         token_logprobs(model, model.params, jnp.ones((1, 3), jnp.int32), segments=jnp.ones((1, 2), jnp.int32))
     with pytest.raises(ValueError, match="layer 9, expected 0"):
         forward(model, model.params, jnp.ones((1, 3), jnp.int32), hidden_states=(9,))
+    assert forward(model, model.params, [[5, 6, 7]]).logits.shape[:2] == (1, 3)
+    for message, params in {
+        "params: final_norm.weight missing": {n: v for n, v in model.params.items() if n != "final_norm.weight"},
+        "params: the model has no other": {**model.params, "other": jnp.zeros(3)},
+        r"params: layers.attn.o.weight has the shape \[1, 32, 32\], expected": {
+            **model.params,
+            "layers.attn.o.weight": model.params["layers.attn.o.weight"][:1],
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            token_logprobs(model, params, [[5, 6, 7]])

@@ -25,6 +25,8 @@ from llm_infer import LLM, SamplingParams, load_model
 from llm_infer.checkpoints import export_hf, save
 from llm_infer.functional import LoadedModel, decode_step, forward, make_cache, token_logprobs
 from llm_infer.models.new_weights import weights_digest
+from llm_infer.models.params import split_model
+from llm_infer.models.sharded import arrange, restore
 from llm_infer.train import finetune
 from tests.models.family_checkpoints import FOLDER, golden
 
@@ -56,6 +58,7 @@ MESHES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "experts, model first": ("qwen3_moe_gqa", {"mesh": mesh_of((2, 2, 2), ("tensor", "expert", "fsdp"))}),
     "explicit axes": ("gemma3_gqa", {"mesh": jax.make_mesh((2, 4), ("model", "data"))}),
+    "copies of KV heads": ("qwen3_gqa", {"mesh": mesh_of((8,), ("tensor",))}),
     "devices": ("llama_gqa", {"devices": DEVICES[4:8], "tensor_parallel_size": 2, "data_parallel_size": 2}),
     "one device": ("llama_gqa", {"devices": DEVICES[5:6]}),
 }
@@ -104,20 +107,15 @@ def computed(name: str, where: dict[str, Any]) -> None:
         ]
         caches = [cache for _, cache in found]
         close(found[1][0], found[0][0])
-    if model.config.shards.kv_copies == 1:
-        gradients = [
-            jax.jit(jax.grad(lambda params, each=each: token_logprobs(each, params, ids, remat=True).sum()))(
-                each.params
-            )
-            for each in (one, model)
-        ]
-        for parameter, expected in gradients[0].items():
-            found = np.asarray(gradients[1][parameter])
-            if one.config.moe is None:  # whose rows a mesh may arrange
-                scale = max(1e-3, float(np.abs(expected).max()))
-                np.testing.assert_allclose(
-                    found[tuple(map(slice, expected.shape))] / scale, expected / scale, atol=1e-4
-                )
+    gradients = [
+        jax.jit(jax.grad(lambda params, each=each: token_logprobs(each, params, ids, remat=True).sum()))(each.params)
+        for each in (one, model)
+    ]
+    specs = split_model(model.config, model.dtype)[1]
+    for parameter, expected in gradients[0].items():
+        found = restore(np.asarray(gradients[1][parameter]), specs[parameter].axes, model.config)
+        scale = max(1e-3, float(np.abs(expected).max()))
+        np.testing.assert_allclose(found / scale, expected / scale, atol=1e-4, err_msg=parameter)
 
 
 def kept(name: str, where: dict[str, Any]) -> None:
@@ -138,10 +136,15 @@ def trained(name: str, where: dict[str, Any]) -> None:
         finetune(each, examples, steps=2, batch_size=4, optimizer=optax.sgd(1e-2), progress=False)
         for each in (load(name), load(name, **where))
     ]
-    for parameter, expected in found[0].model.params.items():
-        mine = found[1].model.params[parameter]
+    tuned, config = [each.model for each in found], found[1].model.config
+    axes = split_model(config, tuned[1].dtype)[1]
+    for parameter, expected in tuned[0].params.items():
+        mine = tuned[1].params[parameter]
         assert mine.sharding.is_equivalent_to(load(name, **where).params[parameter].sharding, mine.ndim), parameter
-        np.testing.assert_allclose(np.asarray(mine)[tuple(map(slice, expected.shape))], expected, atol=1e-4)
+        found = np.asarray(restore(np.asarray(mine), axes[parameter].axes, config))
+        np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=parameter)
+        again = arrange(found, axes[parameter].axes, config)
+        assert (again == np.asarray(mine)).all(), f"copies of {parameter} differ"
 
 
 def checks() -> dict[str, Callable[[], None]]:
@@ -151,6 +154,7 @@ def checks() -> dict[str, Callable[[], None]]:
         if title != "one device":
             found[f"{title}: computed"] = partial(computed, name, where)
     found["experts, model first: kept"] = partial(kept, *MESHES["experts, model first"])
+    found["copies of KV heads: trained"] = partial(trained, *MESHES["copies of KV heads"])
     found["data, model: trained"] = partial(trained, *MESHES["data, model"])
     return found
 

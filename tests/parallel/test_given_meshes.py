@@ -17,7 +17,7 @@ from llm_infer.base.errors import UserError
 from tests.models.family_checkpoints import FOLDER
 
 ROOT = Path(__file__).parents[2]
-SOME = ("explicit axes: served", "one device: served", "experts, model first: computed", "data, model: trained")
+SOME = ("explicit axes: served", "one device: served", "experts, model first: computed", "copies of KV heads: trained")
 
 
 @pytest.mark.parametrize("names", [SOME, pytest.param((), marks=pytest.mark.sweep)], ids=["some", "all"])

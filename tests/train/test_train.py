@@ -42,8 +42,16 @@ def test_fine_tuning_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None
     rest = finetune(model, EXAMPLES, steps=25, checkpoint=tmp_path, checkpoint_every=5, **how)
     assert rest.history == whole.history
     assert all((rest.model.params[name] == value).all() for name, value in whole.model.params.items())
-    with pytest.raises(UserError, match="step 25 is not of this run"):
-        finetune(model, EXAMPLES, steps=30, checkpoint=tmp_path, progress=False, optimizer=optax.sgd(0.1))
+    for message, changed in {
+        "step 25 is not of this run: it has other parameters, or another optimizer": {"optimizer": optax.sgd(0.1)},
+        "step 25 is of a run with other seed: take another directory": {"seed": 1},
+        "step 25 is of a run with other batch_size": {"batch_size": 2},
+        "step 25 is past steps=20: raise it": {"steps": 20},
+    }.items():
+        with pytest.raises(UserError, match=message):
+            finetune(model, EXAMPLES, **{**how, "steps": 30, "checkpoint": tmp_path, **changed})
+    with pytest.raises(UserError, match="with other examples"):
+        finetune(model, EXAMPLES[::-1], steps=30, checkpoint=tmp_path, **how)
 
 
 def test_grpo_raises_the_reward() -> None:
@@ -78,6 +86,8 @@ def test_what_cannot_be_trained() -> None:
         finetune(model, EXAMPLES, trainable=lambda name: False, **rate)
     with pytest.raises(UserError, match="the longest example has 7 tokens, expected at most 4"):
         finetune(model, EXAMPLES, max_len=4, **rate)
+    with pytest.raises(UserError, match="step 2: loss=nan: lower the learning rate"):
+        finetune(model, EXAMPLES, steps=4, optimizer=optax.sgd(1e30), progress=False)
     with pytest.raises(UserError, match="nothing to learn"):
         finetune(model, [([5], [])], **rate)
     with pytest.raises(UserError, match="sampling: top_p"):
