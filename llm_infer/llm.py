@@ -397,8 +397,9 @@ class LLM:
         Raises:
             RequestError: an argument is not acceptable, or a request failed.
         """
-        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=top_logprobs)] * len(token_ids)
-        asked = self._session.prompts.read(token_ids, params, prompt_only=True)
+        rows = one_or_many(token_ids)
+        params = [SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=top_logprobs)] * len(rows)
+        asked = self._session.prompts.read(rows, params, prompt_only=True)
         starts = starts_of(start, [one.ids for one in asked])
         results = [one.result() for one in self._session.run(asked, self._progress)]
         return scores_of(results, starts, top_logprobs, pad_to)

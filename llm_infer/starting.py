@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from llm_infer.base.errors import UserError
+from llm_infer.base.errors import ModelError, UserError
 from llm_infer.base.forks import refuse_lost_child
 from llm_infer.base.progress import Progress
 from llm_infer.base.settings import Takes, document
@@ -16,6 +18,7 @@ from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
 from llm_infer.loading import load, require_same_tokens
 from llm_infer.models.load import LoadedModel, with_kernels
+from llm_infer.models.params import refuse_deleted, split_model
 from llm_infer.options import EngineOptions
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import Channel, join, keep
@@ -52,12 +55,26 @@ def start_with(model: LoadedModel, options: EngineOptions, tokenizer: Tokenizer 
         UserError: the model's mesh has devices of other processes, or a setting does not fit.
     """
     refuse_lost_child()
+    if not isinstance(model, LoadedModel):
+        raise UserError(
+            f"model={model!r:.60}: expected a model that load_model has loaded; LLM({model!r:.40}) takes names"
+        )
     if model.mesh is not None and any(each.process_index != jax.process_index() for each in model.mesh.devices.flat):
         raise UserError("the model's mesh has devices of other processes: make LLM(name, …) there, and call follow")
+    refuse_deleted(model.params)
+    specs = split_model(model.config, model.dtype)[1]
+    if missing := sorted(specs.keys() - model.params.keys()):
+        raise ModelError(f"the model has no {', '.join(missing[:5])}")
+    model = replace(model, params={name: _on_device(value) for name, value in model.params.items()})
     progress = Progress(enabled=options.progress)
     tokenizer = tokenizer or model.tokenizer or IdsOnly(model.config.vocab_size)
     ready = with_kernels(model, options.precision)
     return _with_draft(replace(ready, tokenizer=tokenizer), options, None, progress)
+
+
+def _on_device(value: Any) -> Any:
+    """Returns arrays of NumPy as JAX's, and what else there is as it is."""
+    return jnp.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def start(options: EngineOptions) -> Started:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,11 +72,34 @@ def test_rollouts_are_what_generate_returns() -> None:
         assert found.finish_reasons[row] == sample.finish_reason and found.weights_versions[row] == ("update-0",)
         for place, (token, at) in enumerate(zip(sample.token_ids, sample.logprobs or (), strict=True), start):
             assert found.logprobs[row, place] == np.float32(at[token].logprob)
-            for rank in range(params[found.prompt_index[row]].logprobs or 0):
+            asked = params[found.prompt_index[row]].logprobs or 0
+            for rank in range(asked):
                 top = int(found.top_ids[row, place, rank])
                 assert found.top_logprobs[row, place, rank] == np.float32(at[top].logprob)
+                assert at[top].rank == rank + 1
+            assert (found.top_logprobs[row, place, asked:] == -np.inf).all()
     assert llm.rollout(PROMPTS, params, pad_to=20).token_ids.shape == (5, 20)
     assert not llm.rollout(PROMPTS[0], SamplingParams(max_tokens=1)).top_ids.size
+
+
+def test_models_that_cannot_be_served() -> None:
+    model = load_model(FOLDER / NAME, weights="dense", skip_tokenizer_init=True, progress=False)
+    on_host = model.with_params({name: np.asarray(value) for name, value in model.params.items()})
+    greedy = SamplingParams(temperature=0.0, max_tokens=4)
+    found, expected = (LLM.from_model(each, **ENGINE).rollout(PROMPTS, greedy) for each in (on_host, model))
+    assert (found.token_ids == expected.token_ids).all()
+    gone = {name: jnp.copy(value) for name, value in model.params.items()}
+    gone["final_norm.weight"].delete()
+    for message, params in {
+        "final_norm.weight was deleted": gone,
+        "the model has no embed.weight": {name: v for name, v in model.params.items() if name != "embed.weight"},
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            LLM.from_model(model.with_params(params))
+    with pytest.raises(UserError, match="expected a model that load_model has loaded"):
+        LLM.from_model("smollm2")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="dtype=int32: expected a type of floating-point numbers"):
+        dict(hf_tensors(model, dtype="int32"))
 
 
 def test_rollouts_and_scores_refuse() -> None:

@@ -19,8 +19,8 @@ class Rollout:
         token_ids: Int32[N, T], 0 behind the end.
         mask: Bool[N, T], whether a token was drawn.
         logprobs: Float32[N, T] of drawn tokens, 0 elsewhere; whose they are says `logprobs_mode`.
-        top_ids, top_logprobs: Int32 and Float32[N, T, K] of the most likely tokens in the place of each drawn one; K = 0
-            where `logprobs` of the parameters is not above 0.
+        top_ids, top_logprobs: Int32 and Float32[N, T, K] of the most likely tokens in the place of each drawn one, -inf where
+            there is none; K is the largest `logprobs` of the parameters.
         lengths: Int32[N] tokens before the padding.
         prompt_lengths: Int32[N].
         prompt_index: Int32[N], the prompt of each row.
@@ -51,7 +51,7 @@ class TokenScores:
         mask: Bool[N, T], whether a token is scored.
         logprobs: Float32[N, T] of scored tokens, 0 elsewhere.
         ranks: Int32[N, T], 1 for the most likely token, 0 where nothing is scored.
-        top_ids, top_logprobs: Int32 and Float32[N, T, K] of the most likely tokens in each place.
+        top_ids, top_logprobs: Int32 and Float32[N, T, K] of the most likely tokens in each place, -inf where nothing is scored.
         lengths: Int32[N].
     """
 

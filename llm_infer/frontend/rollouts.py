@@ -54,10 +54,9 @@ def rollout_of(results: Sequence[RequestOutput], asked: Sequence[Asked], pad_to:
         raise RequestError(error)
     longest = max((len(result.prompt_token_ids) + len(sample.token_ids) for _, result, sample in rows), default=1)
     found = _Rows(len(rows), row_length(longest, pad_to), tops)
-    for row, (_, result, sample) in enumerate(rows):
-        found.put(
-            row, [*result.prompt_token_ids, *sample.token_ids], len(result.prompt_token_ids), sample.logprobs or []
-        )
+    for row, (index, result, sample) in enumerate(rows):
+        ids, start = [*result.prompt_token_ids, *sample.token_ids], len(result.prompt_token_ids)
+        found.put(row, ids, start, sample.logprobs or [], asked[index].params.logprobs or 0)
     return Rollout(
         token_ids=found.token_ids,
         mask=found.mask,
@@ -100,7 +99,7 @@ def scores_of(results: Sequence[RequestOutput], starts: Sequence[int], tops: int
     found = _Rows(len(results), row_length(longest, pad_to), tops)
     for row, (result, start) in enumerate(zip(results, starts, strict=True)):
         logprobs = [at or {} for at in (result.prompt_logprobs or [])[start:]]
-        found.put(row, result.prompt_token_ids, start, logprobs)
+        found.put(row, result.prompt_token_ids, start, logprobs, tops)
     return TokenScores(
         found.token_ids, found.mask, found.logprobs, found.ranks, found.top_ids, found.top_logprobs, found.lengths
     )
@@ -113,19 +112,19 @@ class _Rows:
         self.token_ids, self.ranks = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
         self.mask, self.logprobs = np.zeros((rows, length), bool), np.zeros((rows, length), np.float32)
         self.top_ids = np.zeros((rows, length, tops), np.int32)
-        self.top_logprobs = np.zeros((rows, length, tops), np.float32)
+        self.top_logprobs = np.full((rows, length, tops), -np.inf, np.float32)
         self.lengths = np.zeros(rows, np.int32)
 
-    def put(self, row: int, ids: Sequence[int], start: int, logprobs: Sequence[dict[int, Logprob]]) -> None:
-        """Fills a row with tokens, and from `start` on with what is known of each."""
+    def put(self, row: int, ids: Sequence[int], start: int, logprobs: Sequence[dict[int, Logprob]], tops: int) -> None:
+        """Fills a row with tokens, and from `start` on with what is known of each and of the `tops` most likely ones."""
         self.token_ids[row, : len(ids)] = ids
         self.lengths[row] = len(ids)
         self.mask[row, start : len(ids)] = True
-        tops = self.top_ids.shape[2]
         for place, at in enumerate(logprobs, start):
             own = at[ids[place]]
             self.logprobs[row, place], self.ranks[row, place] = own.logprob, own.rank
             if tops:
-                best = sorted(at.items(), key=lambda pair: pair[1].rank)[:tops]
+                best = sorted(at.items(), key=lambda pair: pair[1].rank)
+                best = [pair for pair in best if pair[1].rank <= tops][:tops]  # not the token itself behind them
                 self.top_ids[row, place, : len(best)] = [token for token, _ in best]
                 self.top_logprobs[row, place, : len(best)] = [one.logprob for _, one in best]

@@ -26,6 +26,7 @@ def draw(
         keys: [S] keys of `jax.random`; a row's token depends on its own key, logits and parameters alone.
         temperature, top_k, top_p, min_p, typical_p: as of `SamplingParams`; temperature 0 takes the most likely token.
     """
+    _require_rows(logits)
     if keys.shape[:1] != logits.shape[:1]:
         raise ValueError(
             f"keys has the shape {list(keys.shape)}, expected a key for each of {logits.shape[0]} rows (split one)"
@@ -48,6 +49,7 @@ def sampling_logits(
     Those that are kept are divided by the temperature, up to a number that is the same for a row. Which these are counts as
     fixed for the gradient. Arguments are those of `draw`; a row with temperature 0, of which nothing is drawn, stays as it is.
     """
+    _require_rows(logits)
     limits = _limits(logits.shape[0], temperature, top_k, top_p, min_p, typical_p)
     return jnp.where((limits.temperature > 0)[:, None], limited(logits, limits), logits)
 
@@ -58,3 +60,8 @@ def _limits(rows: int, *given: Array | float) -> Limits:
     types = {name: jnp.int32 if name == "top_k" else jnp.float32 for name in names}
     pairs = zip(names, given, strict=True)
     return Limits(**{name: jnp.broadcast_to(jnp.asarray(value, types[name]), (rows,)) for name, value in pairs})
+
+
+def _require_rows(logits: Array) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"logits has the shape {list(logits.shape)}, expected [S, V]: reshape it, or use vmap")

@@ -58,6 +58,9 @@ def register_model(
     if config.architecture in FAMILIES:
         raise UserError(f"architecture {config.architecture!r} is built in: choose another name")
     names, leaves, structure = tree_names(params)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"params: two parameters have the name {twice[0]}: rename one")
+    leaves = [_array(name, leaf) for name, leaf in zip(names, leaves, strict=True)]
     cuts = dict(cuts or {})
     if unknown := sorted(cuts.keys() - set(names)):
         raise UserError(f"cuts: there is no parameter {', '.join(unknown)}: there are {', '.join(names)}")
@@ -78,3 +81,18 @@ def register_model(
     whole = config if placement is None else placement.config
     dtype = next((leaf.dtype for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.floating)), jnp.dtype(jnp.float32))
     return LoadedModel(whole, split_model(whole, dtype)[0], placed, jnp.dtype(dtype), mesh, tokenizer)
+
+
+def _array(name: str, leaf: Any) -> jax.Array:
+    """Returns a parameter as JAX has it.
+
+    Raises:
+        UserError: it is no array of numbers.
+    """
+    try:
+        array = jnp.asarray(leaf)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"params: {name} is {type(leaf).__name__}, expected an array: {str(error)[:100]}") from None
+    if not jnp.issubdtype(array.dtype, jnp.number):
+        raise UserError(f"params: {name} has the type {array.dtype}, expected numbers")
+    return array

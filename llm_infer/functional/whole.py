@@ -138,6 +138,7 @@ def _hidden(
         own = segments
         begins = jnp.concatenate((jnp.ones_like(own[:, :1], bool), own[:, 1:] != own[:, :-1]), axis=1)
         place = place - lax.cummax(jnp.where(begins, place, 0), axis=1)
+        own = jnp.cumsum(begins, axis=1, dtype=jnp.int32)  # a number that comes again is another sequence
     platform = StepSharding.of(model.config, model.mesh).platform
     if segments is None and has_kernels(model):
         rows = query_rows(platform, model.config.group_size)

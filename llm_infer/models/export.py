@@ -158,6 +158,8 @@ def _on_host(name: str, array: Array) -> np.ndarray:
 def _dtype(model: LoadedModel, undoing: Undo, layer: int, dtype: DTypeLike | None) -> np.dtype:
     """Returns the type of the tensors of a layer."""
     if dtype is not None:
+        if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            raise ModelError(f"dtype={jnp.dtype(dtype)}: expected a type of floating-point numbers")
         return np.dtype(jnp.dtype(dtype))
     if undoing.adds:
         return np.dtype(model.dtype)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from llm_infer.base.progress import Progress
 from llm_infer.functional.whole import token_logprobs
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params
-from llm_infer.train.state import Keeper, begin, make_step, require_finite
+from llm_infer.train.state import Keeper, begin, make_step, require_counts, require_finite
 
 Text = str | Sequence[int]
 """A text, or token ids."""
@@ -74,7 +74,8 @@ def finetune(
         UserError: an example is empty or too long, there is nothing to train, the loss is not finite, or what is kept is of
             another run.
     """
-    rows, masks = _rows(model, examples, max_len)
+    require_counts(steps=steps, batch_size=batch_size)
+    rows, masks = _rows(model, list(examples), max_len)
     optimizer = optax.adamw(1e-5) if optimizer is None else optimizer
     state, fixed = begin(model, optimizer, trainable)
     step = make_step(lambda params, batch: loss(model, params, *batch, remat=remat), optimizer)
@@ -126,20 +127,32 @@ def _rows(model: LoadedModel, examples: Sequence[Example], max_len: int | None) 
     return rows, masks
 
 
-def _parts(example: Example) -> tuple[Text, Text]:
-    """Returns prompt and completion; a tuple is a pair, unless it holds token ids."""
-    if isinstance(example, tuple) and not all(isinstance(each, int) for each in example):
-        prompt, completion = cast(tuple[Text, Text], example)
-        return prompt, completion
-    return (), cast(Text, example)
+def _parts(example: Any) -> tuple[Text, Text]:
+    """Returns prompt and completion; a pair may be a list, and holds texts or lists of ids, not ids."""
+    if isinstance(example, str):
+        return (), example
+    try:
+        found = list(example)
+    except TypeError:
+        found = []
+    if found and all(isinstance(each, int | np.integer) for each in found):
+        return (), [int(each) for each in found]
+    if len(found) == 2 and not any(isinstance(each, int | float | np.number) for each in found):
+        return found[0], found[1]
+    raise UserError(f"example {example!r:.60}: expected a text, token ids, or a pair of prompt and completion")
 
 
-def _ids(model: LoadedModel, text: Text, begins: bool) -> list[int]:
-    if not isinstance(text, str):
-        return [int(each) for each in text]
-    if model.tokenizer is None:
-        raise UserError("the model has no tokenizer: give examples as token ids")
-    return model.tokenizer.encode(text, add_special_tokens=begins, begins=begins)
+def _ids(model: LoadedModel, text: Any, begins: bool) -> list[int]:
+    """Returns token ids that the model has."""
+    if isinstance(text, str):
+        if model.tokenizer is None or not model.tokenizer.has_text:
+            raise UserError("the model has no tokenizer: give examples as token ids")
+        return model.tokenizer.encode(text, add_special_tokens=begins, begins=begins)
+    ids = list(text)
+    wrong = [i for i in ids if not isinstance(i, int | np.integer) or not 0 <= i < model.config.vocab_size]
+    if wrong:
+        raise UserError(f"token id {wrong[0]!r:.40}: expected whole numbers from 0 to {model.config.vocab_size - 1}")
+    return [int(each) for each in ids]
 
 
 def _batch(step: int, count: int, size: int, seed: int) -> np.ndarray:

@@ -26,9 +26,9 @@ from llm_infer.functional.whole import token_logprobs
 from llm_infer.llm import LLM
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params
-from llm_infer.train.state import Keeper, begin, make_step, require_finite
+from llm_infer.train.state import Keeper, begin, make_step, require_counts, require_finite
 
-SEED_STRIDE = 2**32
+SEED_STRIDE = 2**31
 """Between the seeds of two runs: more than rollouts that one makes."""
 
 Prompt = str | Sequence[int]
@@ -89,7 +89,13 @@ def grpo(
     Raises:
         UserError: settings do not fit, the function returns no number for each sample, or as `finetune`.
     """
-    sampling = _checked(sampling or SamplingParams(temperature=1.0, max_tokens=64), prompts, samples, updates)
+    require_counts(steps=steps, samples=samples, prompts_per_step=prompts_per_step, updates=updates)
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise UserError(f"seed={seed!r:.40}: expected a whole number from 0 to {2**31 - 1}")
+    if clip <= 0 or kl < 0:
+        raise UserError(f"clip={clip}, kl={kl}: expected a clip above 0 and a kl of at least 0")
+    prompts = list(prompts)
+    sampling = _checked(sampling or SamplingParams(temperature=1.0, max_tokens=64), prompts, samples)
     optimizer = optax.adamw(1e-6) if optimizer is None else optimizer
     state, fixed = begin(model, optimizer, trainable)
     heat = sampling.temperature
@@ -102,8 +108,8 @@ def grpo(
 
     step, told = make_step(of_batch, optimizer), jax.jit(probabilities)
     llm = LLM.from_model(replace(model, params={**fixed, **state.params}), progress=False, **engine)
-    longest = max(len(ids) for ids in _ids(llm, prompts)) + (sampling.max_tokens or 0)
-    pad_to = min(-(-longest // 16) * 16, model.config.max_position_embeddings)
+    longest = max(len(ids) for ids in _ids(llm, prompts)) + (sampling.max_tokens or llm.max_model_len)
+    pad_to = min(-(-longest // 16) * 16, llm.max_model_len)
     history: list[dict[str, float]] = []
     bar = Progress(enabled=progress).task("GRPO", total=steps)
     run = {"prompts": list(prompts), "sampling": sampling, "samples": samples, "prompts_per_step": prompts_per_step}
@@ -171,21 +177,22 @@ def loss(logprobs: jax.Array, batch: dict[str, Any], clip: float, kl: float) -> 
     return value, figures
 
 
-def _checked(sampling: SamplingParams, prompts: Sequence[Prompt], samples: int, updates: int) -> SamplingParams:
+def _checked(sampling: SamplingParams, prompts: Sequence[Prompt], samples: int) -> SamplingParams:
     neutral = SamplingParams()
     changed = [
         name for name in ("top_k", "top_p", "min_p", "typical_p") if getattr(sampling, name) != getattr(neutral, name)
     ]
+    if sampling.num_sequences > sampling.n:
+        changed.append("best_of")
     changed += (features_of(sampling) & (StepFeatures.PENALTIES | StepFeatures.MASKED)).words
     if changed or sampling.temperature <= 0:
         raise UserError(
             f"sampling: {', '.join(changed) or 'temperature=0'}: samples must come from the distribution that learns, so only a "
             "temperature above 0 may be set"
         )
-    if not prompts or samples < 2 or updates < 1:
+    if not prompts or samples < 2:
         raise UserError(
-            f"{len(prompts)} prompts, samples={samples}, updates={updates}: expected a prompt, at least 2 samples to compare, "
-            "and an update"
+            f"{len(prompts)} prompts, samples={samples}: expected a prompt, and at least 2 samples to compare"
         )
     return sampling
 
@@ -197,6 +204,7 @@ def _ids(llm: LLM, prompts: Sequence[Prompt]) -> list[Sequence[int]]:
 def _rewards(reward: Reward, asked: Sequence[Prompt], found: Rollout) -> np.ndarray:
     given = reward([asked[i] for i in found.prompt_index], found.texts)
     try:
+        given = list(given)
         rewards = np.asarray(given, np.float32)
     except (TypeError, ValueError):
         rewards = np.zeros(0, np.float32)

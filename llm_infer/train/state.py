@@ -96,10 +96,11 @@ class Keeper:
     def __init__(self, directory: str | Path | None, every: int, run: Mapping[str, Any], steps: int) -> None:
         self._every, self._manager, self._steps = every, None, steps
         self._run = {name: value if isinstance(value, int | float) else _digest(value) for name, value in run.items()}
-        if every < 1:
-            raise UserError(f"checkpoint_every={every}: expected 1 or more")
+        require_counts(checkpoint_every=every)
         if directory is not None:
             path, options = Path(directory).absolute(), ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+            if path.exists() and not path.is_dir():
+                raise UserError(f"checkpoint={str(path)!r} is a file: take a directory")
             try:
                 self._manager = ocp.CheckpointManager(path, options=options)
             except (OSError, ValueError) as error:
@@ -149,6 +150,17 @@ class Keeper:
         """Waits for what is being written."""
         if self._manager is not None:
             self._manager.close()
+
+
+def require_counts(**counts: Any) -> None:
+    """Refuses settings that are no whole numbers from 1.
+
+    Raises:
+        UserError: it names the first of them.
+    """
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value!r:.40}: expected a whole number from 1")
 
 
 def require_finite(figures: Mapping[str, float], step: int) -> None:

@@ -53,7 +53,9 @@ def test_gradients_are_those_of_plain_xla(name: str) -> None:
         assert_close(gradient, expected[parameter], parameter)
 
 
-@pytest.mark.parametrize("kinds", [("Q4_K", "Q6_K"), pytest.param(("Q4_0",), marks=pytest.mark.sweep)])
+@pytest.mark.parametrize(
+    "kinds", [("F32", "Q4_K"), *(pytest.param(each, marks=pytest.mark.sweep) for each in (("Q4_K", "Q6_K"), ("Q4_0",)))]
+)
 def test_gradients_through_stored_weights_are_those_through_dense_ones(tmp_path: Path, kinds: tuple[str, ...]) -> None:
     """Of what is not in blocks: norms, and biases where there are any."""
     path = tmp_path / "blocks.gguf"

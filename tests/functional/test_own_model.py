@@ -122,6 +122,12 @@ def test_what_cannot_be_registered() -> None:
         register_model(CONFIG, forward, logits, weights(), cuts={"layers.q": ("heads", "embed")})
     with pytest.raises(UserError, match=r"cuts: table \[64, 32\].*expected one name"):
         register_model(CONFIG, forward, logits, weights(), cuts={"table": ("vocab",)})
+    with pytest.raises(UserError, match=r"two parameters have the name a\.b"):
+        register_model(CONFIG, forward, logits, {"a": {"b": np.ones(2)}, "a.b": np.ones(2)})
+    with pytest.raises(UserError, match="params: a is str, expected an array"):
+        register_model(CONFIG, forward, logits, {"a": "b"})
+    doubles = {"table": np.ones((3, 3)), "factor": 2.0}
+    assert register_model(CONFIG, forward, logits, doubles).dtype == jnp.float32
 
 
 def test_functions_that_do_not_fit_their_config() -> None:

@@ -53,6 +53,11 @@ def test_segments_are_sequences_of_their_own(name: str) -> None:
     alone = jax.jit(lambda params, ids: forward(model, params, ids).logits)
     np.testing.assert_allclose(found[: len(first)], alone(model.params, np.array([first]))[0], atol=1e-4)
     np.testing.assert_allclose(found[len(first) : -1], alone(model.params, np.array([second]))[0], atol=1e-4)
+    segments[0, len(first) + 2 :] = 7  # a number that comes again is another sequence
+    again = token_logprobs(model, model.params, packed, segments=segments)[0]
+    rest = token_logprobs(model, model.params, np.array([[*second[2:], 0]]))[0]
+    np.testing.assert_allclose(again[len(first) + 2 :], rest, atol=1e-4)
+    segments[0, len(first) :] = 2
     logprobs = token_logprobs(model, model.params, packed, segments=segments)[0]
     assert logprobs[0] == 0 and logprobs[len(first)] == 0
     expected = token_logprobs(model, model.params, np.array([second]))[0]

@@ -90,6 +90,18 @@ def test_what_cannot_be_trained() -> None:
         finetune(model, EXAMPLES, steps=4, optimizer=optax.sgd(1e30), progress=False)
     with pytest.raises(UserError, match="nothing to learn"):
         finetune(model, [([5], [])], **rate)
+    for message, example in {
+        "token id 133: expected whole numbers from 0 to 127": [5, 133],
+        "token id -3": ([5], [-3]),
+        r"example \[5.5, 6.5\]: expected a text": [5.5, 6.5],
+        "example 7: expected a text": 7,
+    }.items():
+        with pytest.raises(UserError, match=message):
+            finetune(model, [example], **rate)
+    with pytest.raises(UserError, match="batch_size=0: expected a whole number from 1"):
+        finetune(model, EXAMPLES, batch_size=0, **rate)
+    with pytest.raises(UserError, match="sampling: best_of"):
+        grpo(model, [[5]], lambda p, t: [0.0], sampling=SamplingParams(temperature=1.0, best_of=8), **rate)
     with pytest.raises(UserError, match="sampling: top_p"):
         grpo(model, [[5]], lambda p, t: [0.0], sampling=SamplingParams(temperature=1.0, top_p=0.9), **rate)
     with pytest.raises(UserError, match="temperature=0"):
