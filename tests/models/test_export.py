@@ -240,7 +240,7 @@ def test_one_file_and_its_config(tmp_path: Path) -> None:
         ({"config": {"architectures": ["Llama"]}}, "'Llama' is not supported"),
         ({"config": {"num_hidden_layers": 5}}, "config is that of another model: it differs in num_layers"),
         ({"config": {}, "tokenizer_files": {"../x": b""}}, r"'\.\./x' is no name of a file below"),
-        ({"config": {}, "dtype": jnp.complex64}, "type complex64, supported are F64"),
+        ({"config": {}, "dtype": jnp.complex64}, "dtype=complex64: expected a type of floating-point numbers"),
     ],
 )
 def test_what_is_refused(arguments: dict, message: str, tmp_path: Path) -> None:
