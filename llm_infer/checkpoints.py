@@ -13,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.typing import DTypeLike
 
 from llm_infer.base.errors import ModelError
 from llm_infer.base.progress import Progress
 from llm_infer.models import export, fused
-from llm_infer.models.export import hf_tensors
+from llm_infer.models.export import hf_tensors, on_host
 from llm_infer.models.import_tree import from_tree
 from llm_infer.models.load import LoadedModel, save_model
 from llm_infer.models.new_weights import whole_config
@@ -74,7 +73,7 @@ def export_hf(
         model,
         destination,
         config=config if config is not None or files is None else files.config,
-        tokenizer_files=None if files is None else files.tokenizer,
+        tokenizer_files=None if files is None else files.tokenizer(),
         dtype=dtype,
         progress=Progress(enabled=progress),
     )
@@ -102,9 +101,9 @@ def save(model: LoadedModel, destination: str | Path, *, progress: bool = True) 
         )
     if model.mesh is not None:
         specs = split_model(model.config, model.dtype)[1]
-        whole = {n: restore(np.asarray(value), specs[n].axes, model.config) for n, value in model.params.items()}
+        whole = {n: restore(on_host(n, value), specs[n].axes, model.config) for n, value in model.params.items()}
         model = replace(model, params=whole, config=whole_config(model.config), mesh=None)
-    tokenizer = {} if model.files is None else model.files.tokenizer
+    tokenizer = {} if model.files is None else model.files.tokenizer()
     save_model(model, destination, tokenizer, progress=Progress(enabled=progress))
     return Path(destination).absolute()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -138,7 +139,7 @@ def load(
     )
     if tokenizer is None:
         tokenizer = IdsOnly(model.config.vocab_size, end_ids(opened, model.config.vocab_size))
-    files = ModelFiles(opened.config if opened.checkpoint is None else None, tokenizer_files(opened))
+    files = ModelFiles(opened.config if opened.checkpoint is None else None, partial(tokenizer_files, opened))
     opened.tensors.close()
     return replace(model, tokenizer=tokenizer, files=files)
 

@@ -18,7 +18,7 @@ from llm_infer.engine.compile_cache import enable_compile_cache
 from llm_infer.engine.engine import Engine
 from llm_infer.loading import load, require_same_tokens
 from llm_infer.models.load import LoadedModel, with_kernels
-from llm_infer.models.params import refuse_deleted, split_model
+from llm_infer.models.params import refuse_absent, split_model
 from llm_infer.options import EngineOptions
 from llm_infer.parallel.channel import Follower, Leader
 from llm_infer.parallel.distributed import Channel, join, keep
@@ -61,7 +61,7 @@ def start_with(model: LoadedModel, options: EngineOptions, tokenizer: Tokenizer 
         )
     if model.mesh is not None and any(each.process_index != jax.process_index() for each in model.mesh.devices.flat):
         raise UserError("the model's mesh has devices of other processes: make LLM(name, …) there, and call follow")
-    refuse_deleted(model.params)
+    refuse_absent(model.params)
     specs = split_model(model.config, model.dtype)[1]
     if missing := sorted(specs.keys() - model.params.keys()):
         raise ModelError(f"the model has no {', '.join(missing[:5])}")

@@ -49,11 +49,8 @@ def sample(logits: Float[Array, "S V"], rows: SamplingRows) -> Int[Array, " S"]:
 
 
 def drawn_from(logits: Float[Array, "S V"], rows: SamplingRows) -> Float[Array, "S V"]:
-    """Returns logits of the distribution that `sample` draws from: divided by the temperature, -inf where limits keep nothing.
-
-    Rows with temperature 0, of which nothing is drawn, stay as they are.
-    """
-    return jnp.where((rows.temperature > 0)[:, None], limited(logits, _limits(rows)), logits)
+    """Returns logits of the distribution that `sample` draws from, see `pallas_kernels.draw_tokens.limited`."""
+    return limited(logits, _limits(rows))
 
 
 def _limits(rows: SamplingRows) -> Limits:

@@ -68,9 +68,8 @@ def causal_attention(
         sink = None if sinks is None else sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
         if sink is not None:
             most = jnp.maximum(most, sink)
-        most = lax.stop_gradient(
-            jnp.where(jnp.isfinite(most), most, 0.0)
-        )  # a row of padding behind the last sees nothing
+        # A row of padding behind the last sees nothing.
+        most = lax.stop_gradient(jnp.where(jnp.isfinite(most), most, 0.0))
         exps = jnp.exp(scores - most)
         total = jnp.sum(exps, axis=-1, keepdims=True)
         total = jnp.where(total == 0, 1.0, total) if sink is None else total + jnp.exp(sink - most)

@@ -50,8 +50,7 @@ def sampling_logits(
     fixed for the gradient. Arguments are those of `draw`; a row with temperature 0, of which nothing is drawn, stays as it is.
     """
     _require_rows(logits)
-    limits = _limits(logits.shape[0], temperature, top_k, top_p, min_p, typical_p)
-    return jnp.where((limits.temperature > 0)[:, None], limited(logits, limits), logits)
+    return limited(logits, _limits(logits.shape[0], temperature, top_k, top_p, min_p, typical_p))
 
 
 def _limits(rows: int, *given: Array | float) -> Limits:

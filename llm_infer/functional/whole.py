@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from llm_infer.engine.platform import query_rows
 from llm_infer.engine.step.sharding import StepSharding
@@ -73,8 +73,9 @@ def forward(
 
     def run(params: Params, arrays: tuple[Array, Array | None]) -> tuple[Array, tuple[Array, ...]]:
         ids, own = arrays
+        params = kernel_params(model, params)
         hidden, kept = _hidden(model, params, ids, own, remat, page_size, list(kinds))
-        decoder = merge_model(model.definition, kernel_params(model, params))
+        decoder = merge_model(model.definition, params)
         logits = decoder.logits(hidden).reshape(*ids.shape, -1)
         return logits, tuple(each.reshape(*ids.shape, -1) for each in kept)
 
@@ -107,15 +108,13 @@ def token_logprobs(
 
     def run(params: Params, arrays: tuple[Array, Array | None, Array]) -> Array:
         ids, own, heat = arrays
+        params = kernel_params(model, params)
         hidden, _ = _hidden(model, params, ids, own, remat, page_size)
-        decoder = merge_model(model.definition, kernel_params(model, params))
+        decoder = merge_model(model.definition, params)
         following = jnp.roll(ids, -1, axis=1)
         found = _logprobs(decoder.logits, hidden, following.reshape(-1), jnp.roll(heat, -1, axis=1).reshape(-1))
         shifted = jnp.roll(found.reshape(ids.shape), 1, axis=1)
-        begins = jnp.zeros(ids.shape, bool).at[:, 0].set(True)
-        if own is not None:
-            begins = begins.at[:, 1:].set(own[:, 1:] != own[:, :-1])
-        return jnp.where(begins, 0.0, shifted)
+        return jnp.where(_begins(jnp.zeros_like(ids) if own is None else own), 0.0, shifted)
 
     rows = of_batch(model, token_ids.shape[0])
     return over_mesh(model, run, params, (token_ids, segments, heat), rows, rows)
@@ -130,21 +129,21 @@ def _hidden(
     page_size: int,
     wanted: Sequence[int] = (),
 ) -> tuple[Float[Array, "N E"], Float[Array, "W N E"]]:
-    """Computes hidden states after the last layer and after those `wanted`, of all rows' tokens, N = B · T."""
+    """Computes hidden states after the last layer and after those `wanted`, of all rows' tokens, N = B · T.
+
+    `params` are as of `kernel_params`.
+    """
     place = jnp.broadcast_to(jnp.arange(token_ids.shape[1], dtype=jnp.int32)[None], token_ids.shape)
-    if segments is None:
-        own = jnp.zeros_like(place)
-    else:
-        own = segments
-        begins = jnp.concatenate((jnp.ones_like(own[:, :1], bool), own[:, 1:] != own[:, :-1]), axis=1)
+    if segments is not None:
+        begins = _begins(segments)
         place = place - lax.cummax(jnp.where(begins, place, 0), axis=1)
-        own = jnp.cumsum(begins, axis=1, dtype=jnp.int32)  # a number that comes again is another sequence
+        segments = jnp.cumsum(begins, axis=1, dtype=jnp.int32)  # a number that comes again is another sequence
     platform = StepSharding.of(model.config, model.mesh).platform
     if segments is None and has_kernels(model):
         rows = query_rows(platform, model.config.group_size)
         attend = attend_by_pages(token_ids.shape[0], token_ids.shape[1], page_size, platform, rows)
     else:
-        attend = attend_within(own)
+        attend = attend_within(jnp.zeros_like(token_ids) if segments is None else segments)
     if isinstance(model.definition, OwnDefinition):
         if wanted:
             raise ValueError("hidden_states: only the last of a registered model are known")
@@ -152,13 +151,18 @@ def _hidden(
         return hidden, hidden[None][:0]
     return run_layers(
         model,
-        kernel_params(model, params),
+        params,
         token_ids.reshape(-1),
         place.reshape(-1),
         attend,
         remat=remat,
         wanted=wanted,
     )
+
+
+def _begins(segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Tells which tokens are the first of a run of equal numbers."""
+    return jnp.concatenate((jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]), axis=1)
 
 
 def _logprobs(

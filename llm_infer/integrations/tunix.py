@@ -67,6 +67,7 @@ class LLMRollout(BaseRollout):
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         self.llm = llm
+        self._config, self._dtype = llm.model.config, llm.model.dtype
         self._tokenizer = tokenizer if isinstance(tokenizer, TokenizerAdapter) else TokenizerAdapter(tokenizer)
         self._names = names
         if rollout_config is not None:
@@ -149,9 +150,8 @@ class LLMRollout(BaseRollout):
         if self._names is None:
             raise UserError("names: without a rollout_actor, say by which table the weights are to be read")
         with jax.transfer_guard("allow"):  # Tunix forbids transfers meanwhile, and where arrays go is decided here
-            config = self.llm.model.config
             # The trainer goes on to donate its arrays, so none is taken by reference.
-            self.llm.update_weights(from_tree(params, self._names, config), copy=True)
+            self.llm.update_weights(from_tree(params, self._names, self._config), copy=True)
 
     def pad_id(self) -> int:
         """Returns the id of padding."""
@@ -178,7 +178,7 @@ class LLMRollout(BaseRollout):
         ours = FOLLOWED | {"kv_cache_size"}
         if others := [each.name for each in fields(config) if each.name not in ours and _is_set(config, each)]:
             raise UserError(f"{', '.join(others)}: settings of other engines; make the LLM as it is to be")
-        dtype = self.llm.model.dtype
+        dtype = self._dtype
         if config.data_type is not None and jnp.dtype(config.data_type) != dtype:
             raise UserError(f"data_type={jnp.dtype(config.data_type)}: the LLM has {dtype}; make it with that dtype")
         mode = self.llm.engine.config.logprobs_mode

@@ -174,9 +174,8 @@ class ExpertsMLP(nnx.Module):
         def biased(matrices: Linear, out: Float[Array, "R O"], expert: Int[Array, ""]) -> Float[Array, "R O"]:
             if matrices.bias is None:
                 return out
-            return (
-                out + lax.dynamic_slice(pick(matrices.bias[...], layer), (expert * out.shape[1],), out.shape[1:])[None]
-            )
+            each, size = matrices.bias[...], out.shape[1]
+            return out + lax.dynamic_slice(each, (place(each.shape[0], layer), expert * size), (1, size))
 
         def block(index: Int[Array, ""]) -> Float[Array, "R E"]:
             expert = expert_of_block[index]

@@ -21,7 +21,7 @@ from llm_infer.models.hf_layout import undoings
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.new_weights import whole_config
 from llm_infer.models.opened import GGUF_TOKENIZER
-from llm_infer.models.params import missing, refuse_deleted, split_model
+from llm_infer.models.params import refuse_absent, split_model
 from llm_infer.models.registry import family
 from llm_infer.models.sharded import restore
 from llm_infer.models.text_part import text_class, text_config
@@ -48,7 +48,7 @@ def hf_tensors(model: LoadedModel, *, dtype: DTypeLike | None = None) -> Iterato
     Raises:
         ModelError: weights were given up or deleted, or are on devices of other hosts.
     """
-    _refuse_absent(model)
+    refuse_absent(model.params)
     axes = {name: spec.axes for name, spec in split_model(model.config, model.dtype)[1].items()}
     for each in undoings(model.config, model.dtype):
         values = [_Values(model, name, axes[name]) for name in each.params]
@@ -101,7 +101,7 @@ def export_hf(
         ModelError: the destination is in use or cannot be written, there is no config or one of another model, or as
             `hf_tensors`.
     """
-    _refuse_absent(model)
+    refuse_absent(model.params)
     files = dict(tokenizer_files or {})
     found = files.pop(CONFIG, None)
     if config is None:
@@ -125,7 +125,7 @@ class _Values:
         self._name, self._axes, self._config = name, axes, model.config
         value = model.params[name]
         # All layers at once where they are plain: on one device of this host nothing is copied.
-        self._value = value if isinstance(value, StoredWeights) else self._restored(_on_host(name, value))
+        self._value = value if isinstance(value, StoredWeights) else self._restored(on_host(name, value))
 
     def _restored(self, array: np.ndarray) -> np.ndarray:
         return np.asarray(restore(array, self._axes, self._config))
@@ -136,7 +136,7 @@ class _Values:
             return self._value if layer is None else self._value[layer]
         stack, index = self._value.places[layer or 0]
         kind, tiled, blocks = self._value.kinds[stack], self._value.is_tiled(stack), self._value.blocks[stack]
-        return self._restored(_on_host(self._name, _plain(blocks, index, kind, tiled)))
+        return self._restored(on_host(self._name, _plain(blocks, index, kind, tiled)))
 
 
 @partial(jax.jit, static_argnames=("kind", "tiled"))
@@ -148,8 +148,12 @@ def _plain(blocks: Array, index: Array | int, kind: str, tiled: bool) -> Array:
     return dequantise(rows, kind) if FORMATS[kind].dtype == "uint8" else rows
 
 
-def _on_host(name: str, array: Array) -> np.ndarray:
-    """Returns the values of an array, whatever it is cut over."""
+def on_host(name: str, array: Array) -> np.ndarray:
+    """Returns the values of a parameter, whatever it is cut over.
+
+    Raises:
+        ModelError: other hosts have some of them.
+    """
     if not array.is_fully_addressable:
         raise ModelError(f"{name} is on devices of several hosts: load the model on one host to export it")
     return np.asarray(array)
@@ -173,13 +177,6 @@ def _own_dtype(value: Array | StoredWeights, layer: int) -> DTypeLike:
         return value.dtype
     kind = FORMATS[value.kinds[value.places[layer if len(value.places) > 1 else 0][0]]]
     return jnp.float32 if kind.dtype == "uint8" else jnp.dtype(kind.dtype)
-
-
-def _refuse_absent(model: LoadedModel) -> None:
-    """Raises ModelError where weights have no values."""
-    if gone := missing(model.params):
-        raise ModelError(f"the weights were given up: {', '.join(gone[:5])}")
-    refuse_deleted(model.params)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jax import Array
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.hf_layout import tensor_shapes
+from llm_infer.models.new_weights import as_array
 from llm_infer.models.registry import family
 
 Transform = str | Callable[[Any], Any] | None
@@ -160,12 +161,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
         name = next((path.removesuffix(end) for end in _VARIABLE if path.endswith(end)), path)
         if name in found:
             raise ModelError(f"{name} is there twice")
-        if not isinstance(leaf, Array):
-            try:
-                leaf = np.asarray(leaf)
-            except Exception as error:  # what others' arrays raise is theirs
-                raise ModelError(f"{name} is {type(leaf).__name__}, expected an array: {error!s:.200}") from None
-        found[name] = leaf
+        found[name] = as_array(name, leaf)
     while found and all(name.startswith("params.") for name in found):
         found = {name.removeprefix("params."): leaf for name, leaf in found.items()}
     if not found:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -47,11 +47,11 @@ class ModelFiles:
 
     Attributes:
         config: as Hugging Face's config.json has it; None where there is none.
-        tokenizer: files of the tokenizer, relative path → content.
+        tokenizer: reads the files of the tokenizer, relative path → content; a start has no use for them.
     """
 
     config: Mapping[str, Any] | None
-    tokenizer: Mapping[str, bytes]
+    tokenizer: Callable[[], Mapping[str, bytes]]
 
 
 @dataclass(frozen=True)

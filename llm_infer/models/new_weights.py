@@ -16,7 +16,7 @@ from jax import Array
 from llm_infer.base.errors import ModelError
 from llm_infer.models.config import UNCUT, ModelConfig
 from llm_infer.models.load import LoadedModel
-from llm_infer.models.params import Params, missing, refuse_deleted, split_model
+from llm_infer.models.params import Params, listed, refuse_absent, refuse_deleted, split_model
 from llm_infer.models.registry import FAMILIES, family
 from llm_infer.models.sharded import Placement
 from llm_infer.models.tied_head import HEAD, embedding_name
@@ -56,7 +56,7 @@ def with_weights(model: LoadedModel, given: NewWeights, *, copy: bool = False) -
         raise ModelError("there are no weights: expected arrays by name")
     unknown = sorted(arrays.keys() - model.params.keys())
     if unknown and (len(unknown) < len(arrays) or model.config.own is not None):
-        raise ModelError(f"the model has no parameter {_listed(unknown)}: it has {_listed(list(model.params))}")
+        raise ModelError(f"the model has no parameter {listed(unknown)}: it has {listed(list(model.params))}")
     if unknown:
         arrays = _of_hugging_face(model, arrays)
     placement = None if model.mesh is None else Placement(model.config, model.mesh)
@@ -81,9 +81,7 @@ def weights_digest(params: Params) -> str:
     Raises:
         ModelError: weights have been given up (`Runner.sleep`).
     """
-    if gone := missing(params):
-        raise ModelError(f"the weights were given up: {_listed(gone)}")
-    refuse_deleted(params)
+    refuse_absent(params)
     digest = hashlib.sha256()
     sums = [
         (name, leaf, _bit_sums(leaf))
@@ -132,13 +130,21 @@ def _read(given: NewWeights) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise ModelError(f"expected arrays by name, or pairs of names and arrays: {error!s:.200}") from None
     refuse_deleted(arrays)
-    for name, value in arrays.items():
-        if not isinstance(value, Array | StoredWeights):
-            try:
-                arrays[name] = np.asarray(value)
-            except Exception as error:  # what others' arrays raise is theirs
-                raise ModelError(f"{name} is {type(value).__name__}, expected an array: {error!s:.200}") from None
-    return arrays
+    return {n: value if isinstance(value, StoredWeights) else as_array(n, value) for n, value in arrays.items()}
+
+
+def as_array(name: str, value: Any) -> Array | np.ndarray:
+    """Returns an array of JAX as it is, and others' as NumPy reads them.
+
+    Raises:
+        ModelError: it is no array.
+    """
+    if isinstance(value, Array):
+        return value
+    try:
+        return np.asarray(value)
+    except Exception as error:  # what others' arrays raise is theirs
+        raise ModelError(f"{name} is {type(value).__name__}, expected an array: {error!s:.200}") from None
 
 
 def _pairs(given: NewWeights, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -157,7 +163,7 @@ def _pairs(given: NewWeights, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Makes stacked parameters of tensors under Hugging Face's names."""
     if blocks := [name for name, value in arrays.items() if isinstance(value, StoredWeights)]:
-        raise ModelError(f"{_listed(blocks)}: matrices in blocks have the names of the model's parameters")
+        raise ModelError(f"{listed(blocks)}: matrices in blocks have the names of the model's parameters")
     config = whole_config(model.config)
     module = family({"architectures": [config.architecture]})
     specs = split_model(config, model.dtype)[1]
@@ -172,7 +178,7 @@ def _of_hugging_face(model: LoadedModel, arrays: Mapping[str, Any]) -> dict[str,
     if not found & names:
         own = FAMILIES[config.architecture].module.rpartition(".")[2]
         raise ModelError(
-            f"{_listed(sorted(arrays))}: neither parameters of the model ({_listed(list(model.params))}) nor tensors as "
+            f"{listed(sorted(arrays))}: neither parameters of the model ({listed(list(model.params))}) nor tensors as "
             f"Hugging Face names them for {own}"
         )
     given = [r for r in rules if any(n in names for group in r.tensor_names(config.num_layers) for n in group)]
@@ -258,7 +264,3 @@ def _placed(name: str, old: Described, new: Any, placement: Placement | None, co
 def _arranged(array: Array, placement: Placement, name: str, dtype: jnp.dtype) -> Array:
     """Arranges a parameter for a mesh on the devices where it is."""
     return placement.arrange(name, array.astype(dtype))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -81,6 +81,22 @@ def refuse_deleted(arrays: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_absent(params: Params) -> None:
+    """Refuses parameters without values.
+
+    Raises:
+        ModelError: weights have been given up (`Runner.sleep`), or deleted.
+    """
+    if gone := missing(params):
+        raise ModelError(f"the weights were given up: {listed(gone)}")
+    refuse_deleted(params)
+
+
+def listed(names: list[str]) -> str:
+    """Returns the first of some names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Counts the weights of a model."""
     _, specs = split_model(config)

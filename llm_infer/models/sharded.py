@@ -155,10 +155,10 @@ def arrange(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
         group = config.num_heads // heads if rows == "qkv" else 0
         queries, keys = xp.split(heads_first, [group], axis=1)
         keys = repeat(keys, "h r d ... -> h c r d ...", c=copies)
-        if group:  # each copy of a KV head serves its share of the head's queries
-            queries = rearrange(queries, "h (c g) d ... -> h c g d ...", c=copies)
-            keys = xp.concatenate([queries, keys], axis=2)
-        return xp.moveaxis(rearrange(keys, "h c r d ... -> (h c r d) ..."), 0, axis)
+        # Each copy of a KV head serves its share of the head's queries.
+        queries = rearrange(queries, "h (c g) d ... -> h c g d ...", c=copies)
+        both = xp.concatenate([queries, keys], axis=2)
+        return xp.moveaxis(rearrange(both, "h c r d ... -> (h c r d) ..."), 0, axis)
     return array
 
 
@@ -180,14 +180,9 @@ def restore(array: np.ndarray | jax.Array, axes: Axes, config: ModelConfig) -> n
         sizes = {"ep": shards.ep, "tp": shards.tp, "x": moe.num_experts // shards.ep}
         by_row = rearrange(by_row, "(ep tp x f) ... -> (ep x tp f) ...", **sizes)
     elif rows in ("qkv", "kv_heads") and shards.kv_copies > 1:
-        copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
-        copied = rearrange(by_row, "(h c r d) ... -> h c r d ...", h=heads, c=copies, d=config.head_dim)
-        group = config.num_heads // config.num_kv_heads if rows == "qkv" else 0
-        keys = copied[:, 0, group:]
-        if group:
-            queries = rearrange(copied[:, :, :group], "h c g d ... -> h (c g) d ...")
-            keys = xp.concatenate([queries, keys], axis=1)
-        by_row = rearrange(keys, "h r d ... -> (h r d) ...")
+        queries, keys = _copies(by_row, config, rows)
+        queries = rearrange(queries, "h c g d ... -> h (c g) d ...")
+        by_row = rearrange(xp.concatenate([queries, keys[:, 0]], axis=1), "h r d ... -> (h r d) ...")
     return xp.moveaxis(by_row, 0, axis)
 
 
@@ -198,15 +193,18 @@ def sum_copies(array: jax.Array, axes: Axes, config: ModelConfig) -> jax.Array:
     if rows is None or shards.kv_copies == 1:
         return array
     axis = array.ndim - len(axes) + axes.index(rows)
-    copies, heads = shards.kv_copies, config.num_kv_heads // shards.kv_copies
-    by_copy = rearrange(
-        jnp.moveaxis(array, axis, 0), "(h c r d) ... -> h c r d ...", h=heads, c=copies, d=config.head_dim
-    )
-    group = config.num_heads // config.num_kv_heads if rows == "qkv" else 0
-    queries, keys = jnp.split(by_copy, [group], axis=2)
+    queries, keys = _copies(jnp.moveaxis(array, axis, 0), config, rows)
     keys = jnp.broadcast_to(jnp.sum(keys, axis=1, keepdims=True), keys.shape)
     both = jnp.concatenate([queries, keys], axis=2)
     return jnp.moveaxis(rearrange(both, "h c r d ... -> (h c r d) ..."), 0, axis)
+
+
+def _copies(by_row: Any, config: ModelConfig, rows: str) -> tuple[Any, Any]:
+    """Takes arranged rows apart: queries [h, c, g, D, …] of copy c of KV head h, none but in "qkv", and keys and values."""
+    copies, heads = config.shards.kv_copies, config.num_kv_heads // config.shards.kv_copies
+    found = rearrange(by_row, "(h c r d) ... -> h c r d ...", h=heads, c=copies, d=config.head_dim)
+    group = config.num_heads // config.num_kv_heads if rows == "qkv" else 0
+    return found[:, :, :group], found[:, :, group:]
 
 
 def abstract_parameters(specs: Specs, placement: Placement) -> dict[str, jax.ShapeDtypeStruct]:

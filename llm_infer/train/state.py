@@ -26,12 +26,10 @@ class TrainState(NamedTuple):
     Attributes:
         params: those that are trained; others stay with the model.
         optimizer: what the optimizer remembers.
-        step: Int32[], steps done.
     """
 
     params: Params
     optimizer: Any
-    step: jax.Array
 
 
 Loss = Callable[[Params, Any], tuple[jax.Array, dict[str, jax.Array]]]
@@ -59,7 +57,7 @@ def begin(
     if not own:
         raise UserError("there is nothing to train: load the model with weights='dense', or choose other parameters")
     fixed = {name: value for name, value in model.params.items() if name not in own}
-    return TrainState(own, optimizer.init(own), jnp.int32(0)), fixed
+    return TrainState(own, optimizer.init(own)), fixed
 
 
 def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
@@ -75,7 +73,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation) -> Step:
             params: Any = optax.apply_updates(state.params, changes)
         squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(gradients)]
         figures = {"loss": value, "gradient_norm": jnp.sqrt(sum(squares, jnp.float32(0))), **figures}
-        return TrainState(params, remembered, state.step + 1), figures
+        return TrainState(params, remembered), figures
 
     return jax.jit(step, donate_argnums=0)
 
@@ -139,12 +137,12 @@ class Keeper:
 
     def keep(self, state: TrainState, history: list[dict[str, float]]) -> None:
         """Keeps a state if it is time, or the last one."""
-        step = int(state.step)
-        if self._manager is None or (step % self._every and len(history) < self._steps):
+        done = len(history)
+        if self._manager is None or (done % self._every and done < self._steps):
             return
         noted = {"run": self._run, "steps": list(history)}  # a copy: it is written while the run goes on
         items = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), history=ocp.args.JsonSave(noted))
-        self._manager.save(len(history), args=items)
+        self._manager.save(done, args=items)
 
     def close(self) -> None:
         """Waits for what is being written."""

@@ -100,10 +100,11 @@ def kept_tokens(scaled: Float[Array, "S V"], limits: Limits) -> Bool[Array, "S V
 def limited(logits: Float[Array, "S V"], limits: Limits) -> Float[Array, "S V"]:
     """Returns the logits of what `draw_tokens` draws from: divided by the temperature, -inf for tokens that no limit keeps.
 
-    What is kept counts as fixed for the gradient.
+    Rows with temperature 0, of which nothing is drawn, stay as they are. What is kept counts as fixed for the gradient.
     """
     scaled = scale(logits, limits)
-    return jnp.where(kept_tokens(lax.stop_gradient(scaled), limits), scaled, -jnp.inf)
+    kept = jnp.where(kept_tokens(lax.stop_gradient(scaled), limits), scaled, -jnp.inf)
+    return jnp.where((limits.temperature > 0)[:, None], kept, logits)
 
 
 def invert_cdf(mass: Float[Array, "S V"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:

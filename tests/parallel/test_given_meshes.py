@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -15,22 +11,14 @@ from jax.sharding import Mesh
 from llm_infer import load_model
 from llm_infer.base.errors import UserError
 from tests.models.family_checkpoints import FOLDER
+from tests.parallel.processes import output_of
 
-ROOT = Path(__file__).parents[2]
 SOME = ("explicit axes: served", "one device: served", "experts, model first: computed", "copies of KV heads: trained")
 
 
 @pytest.mark.parametrize("names", [SOME, pytest.param((), marks=pytest.mark.sweep)], ids=["some", "all"])
 def test_on_others_meshes(names: tuple[str, ...]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.parallel.given_meshes", *names],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(output_of("tests.parallel.given_meshes", *names)[-1])
     assert found["failures"] == {} and len(found["checked"]) >= len(names or range(10))
 
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +14,7 @@ from llm_infer.models.config import ModelConfig, MoEConfig
 from llm_infer.models.sharded import place_over
 from llm_infer.weights.rules import Rule
 from llm_infer.weights.stored_blocks import stored_kinds
-
-ROOT = Path(__file__).parents[2]
+from tests.parallel.processes import output_of
 
 CASES = (
     *("8/8 on 8x1", "8/8 on 1x8", "8/8 on 2x4", "8/2 on 8x1", "8/2 on 1x8", "8/2 on 2x4", "moe on 2x2x2"),
@@ -48,15 +43,8 @@ EVERYTHING = "everything on 2x2"
 
 def run_cases(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """Results of cases, from one process with eight devices."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.parallel.mesh_cases", *names],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    lines = output_of("tests.parallel.mesh_cases", *names)
+    results = [json.loads(line) for line in lines if line.startswith("{")]
     return {result["name"]: result for result in results}
 
 
