@@ -12,6 +12,7 @@ import pytest
 from llm_infer import LLM, SamplingParams, StructuredOutputsParams, load_model
 from llm_infer.base.errors import ModelError, RequestError, UserError
 from llm_infer.checkpoints import export_hf, fuse, hf_tensors, save, unfuse
+from llm_infer.functional import unpacked_mask
 from llm_infer.models.new_weights import weights_digest, with_weights
 from llm_infer.text.byte_tokenizer import byte_tokenizer
 from tests.engine.engines import without_clock
@@ -121,7 +122,7 @@ def test_log_probabilities_of_the_distribution_that_is_drawn_from(steps: int) ->
     """Against NumPy: a bias and a penalty, the temperature, then what top-k and top-p leave; the same tokens as without."""
     shaped = dict(temperature=0.7, top_k=6, top_p=0.8, logit_bias={40: 2.0}, presence_penalty=0.5)
     params = [
-        SamplingParams(max_tokens=6, seed=3, ignore_eos=True, logprobs=5, **more)
+        SamplingParams(max_tokens=6, seed=3, ignore_eos=True, logprobs=5, kept_tokens=bool(more["temperature"]), **more)
         for more in (shaped, {"temperature": 0.0})
     ]
     model = load_model(FOLDER / NAME, skip_tokenizer_init=True, progress=False)
@@ -129,6 +130,10 @@ def test_log_probabilities_of_the_distribution_that_is_drawn_from(steps: int) ->
     llm = LLM.from_model(model, num_scheduler_steps=steps, logprobs_mode="processed_logprobs", **ENGINE)
     found = llm.rollout(PROMPTS, params)
     assert (found.token_ids == raw.token_ids).all() and (found.mask == raw.mask).all()
+    assert found.kept is not None and raw.kept is not None
+    np.testing.assert_array_equal(found.kept, raw.kept)
+    bits = np.asarray(unpacked_mask(found.kept, model.config.vocab_size))
+    assert bits[1].all() and bits[0][~found.mask[0]].all()
     np.testing.assert_array_equal(found.logprobs[1], raw.logprobs[1])  # nothing is drawn of a greedy row
     every = LLM.from_model(model, **ENGINE).generate(PROMPTS[0], replace(params[0], logprobs=-1))[0].outputs[0]
     for step, (token, at) in enumerate(zip(every.token_ids, every.logprobs or (), strict=True)):
@@ -142,6 +147,7 @@ def test_log_probabilities_of_the_distribution_that_is_drawn_from(steps: int) ->
         expected = np.log(np.exp(values - values[order[0]]) / np.exp(values[kept] - values[order[0]]).sum())
         place = len(PROMPTS[0]) + step
         assert found.token_ids[0, place] == token and token in kept
+        assert set(np.flatnonzero(bits[0, place]).tolist()) == set(kept.tolist())
         np.testing.assert_allclose(found.logprobs[0, place], expected[token], atol=1e-4)
         tops = found.top_logprobs[0, place]
         assert np.isfinite(tops).sum() == min(5, len(kept))

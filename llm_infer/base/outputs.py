@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,8 @@ class CompletionOutput:
         error: what went wrong and which setting to change, where the finish reason is "error".
         stop_reason: the stop string, or the id of `stop_token_ids`, that ended it; None for anything else.
         logprobs: for each new token, its own log-probability and those of the most likely ones, by id; None if not asked for.
+        kept_tokens: for each new token Int32[W], the tokens that its draw could have given: bit `token % 32` of word
+            `token // 32`; None if not asked for.
         cumulative_logprob: sum over the new tokens; None if neither `logprobs` nor `best_of` asked for it.
         score: of a beam: summed log-probability / (number of new tokens) ** length_penalty.
     """
@@ -38,6 +44,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    kept_tokens: list[np.ndarray] | None = None
     score: float | None = None
     error: str | None = None
 

@@ -21,6 +21,8 @@ class Rollout:
         logprobs: Float32[N, T] of drawn tokens, 0 elsewhere; whose they are says `logprobs_mode`.
         top_ids, top_logprobs: Int32 and Float32[N, T, K] of the most likely tokens in the place of each drawn one, -inf where
             there is none; K is the largest `logprobs` of the parameters.
+        kept: Int32[N, T, W] of drawn tokens whose parameters have `kept_tokens`, a bit for each token that could have been
+            drawn (`functional.unpacked_mask`); elsewhere all bits are set. None if none has.
         lengths: Int32[N] tokens before the padding.
         prompt_lengths: Int32[N].
         prompt_index: Int32[N], the prompt of each row.
@@ -34,6 +36,7 @@ class Rollout:
     logprobs: np.ndarray
     top_ids: np.ndarray
     top_logprobs: np.ndarray
+    kept: np.ndarray | None
     lengths: np.ndarray
     prompt_lengths: np.ndarray
     prompt_index: np.ndarray

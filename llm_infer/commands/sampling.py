@@ -51,6 +51,7 @@ NO_FLAGS = {
     **dict.fromkeys(("logit_bias", "allowed_token_ids"), "mappings and sets of ids are for programs"),
     **dict.fromkeys(("prompt_logprobs", "truncate_prompt_tokens"), "about prompts, which are not shown"),
     **dict.fromkeys(("include_stop_str_in_output", "skip_special_tokens"), "for programs that read the answer"),
+    "kept_tokens": "for programs that train",
     "structured_outputs": "has flags of its own: STRUCTURED",
 }
 """Fields without a flag, and why."""

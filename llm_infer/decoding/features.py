@@ -12,7 +12,9 @@ class StepFeatures(enum.Flag):
     """Features of a step program; the plain one has none. Rows that need no feature may run in any variant.
 
     Attributes:
-        LOGPROBS: returns log-probabilities of the drawn and of the most likely tokens.
+        LOGPROBS: returns log-probabilities and ranks of the drawn tokens.
+        TOP_LOGPROBS: returns the most likely tokens and theirs, too.
+        KEPT: returns which tokens the limits of sampling keep.
         ALL_LOGPROBS: returns those of all tokens, too.
         PENALTIES: applies penalties and biases, whose per-slot state is kept on the device.
         MASKED: takes a bit mask of the allowed tokens of each row.
@@ -32,6 +34,8 @@ class StepFeatures(enum.Flag):
     DRAFTS = enum.auto()
     STEPS = enum.auto()
     ALL_LOGPROBS = enum.auto()
+    TOP_LOGPROBS = enum.auto()
+    KEPT = enum.auto()
 
     @property
     def words(self) -> list[str]:
@@ -51,6 +55,8 @@ _WORDS = {
     StepFeatures.DRAFTS: "proposed tokens",
     StepFeatures.STEPS: "several tokens a step",
     StepFeatures.ALL_LOGPROBS: "log-probabilities of all tokens",
+    StepFeatures.TOP_LOGPROBS: "most likely tokens",
+    StepFeatures.KEPT: "tokens kept by limits",
 }
 
 
@@ -63,8 +69,10 @@ def features_of(params: SamplingParams, *, pooled: bool = False) -> StepFeatures
         needed |= StepFeatures.PROMPT_LOGPROBS
     if params.logprobs is not None or params.num_sequences > params.n:
         needed |= StepFeatures.LOGPROBS
-    if params.logprobs == ALL_LOGPROBS:
-        needed |= StepFeatures.ALL_LOGPROBS
+    if params.logprobs:
+        needed |= StepFeatures.ALL_LOGPROBS if params.logprobs == ALL_LOGPROBS else StepFeatures.TOP_LOGPROBS
+    if params.kept_tokens:
+        needed |= StepFeatures.KEPT
     if params.has_penalties or params.logit_bias:
         needed |= StepFeatures.PENALTIES
     if params.allowed_token_ids is not None or params.bad_words or params.min_tokens or params.structured_outputs:

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
-from pallas_kernels.row_sums import logsumexp
+from pallas_kernels.row_sums import logsumexp, row_sums
 
 
 class Logprobs(NamedTuple):
@@ -27,5 +27,5 @@ def logprobs_of(logits: Float[Array, "S V"], ids: Int[Array, " S"], count: int) 
     total = logsumexp(logits)
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)
     values, top_ids = top_tokens(logits, count)
-    ranks = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+    ranks = 1 + row_sums(logits, chosen[:, 0], kind="above").astype(jnp.int32)
     return Logprobs(chosen[:, 0] - total, ranks, top_ids, values - lax.expand_dims(total, (1,)))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 class PenaltyState(NamedTuple):
@@ -73,6 +73,18 @@ def penalised(
 
 def mask_logits(logits: Float[Array, "S V"], allowed: Int[Array, "S W"]) -> Float[Array, "S V"]:
     """Returns the logits, −∞ where bit `token % 32` of word `token // 32` of the row's mask is 0."""
-    rows, vocab = logits.shape
-    bits = (allowed[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None]) & 1
-    return jnp.where(bits.reshape(rows, -1)[:, :vocab] == 1, logits, -jnp.inf)
+    return jnp.where(unpacked_mask(allowed, logits.shape[1]), logits, -jnp.inf)
+
+
+def unpacked_mask(mask: Int[Array, "*S W"], vocab: int) -> Bool[Array, "*S {vocab}"]:
+    """Returns a bit for each token of the vocabulary: bit `token % 32` of word `token // 32`."""
+    bits = (mask[..., None] >> lax.broadcasted_iota(jnp.int32, (*(1,) * mask.ndim, 32), mask.ndim)) & 1
+    return bits.reshape(*mask.shape[:-1], -1)[..., :vocab] == 1
+
+
+def packed_mask(allowed: Bool[Array, "S V"]) -> Int[Array, "S W"]:
+    """Packs what `unpacked_mask` unpacks."""
+    rows, vocab = allowed.shape
+    bits = jnp.pad(allowed, ((0, 0), (0, -vocab % 32))).reshape(rows, -1, 32).astype(jnp.uint32)
+    words = jnp.sum(bits << lax.broadcasted_iota(jnp.uint32, (1, 1, 32), 2), axis=-1, dtype=jnp.uint32)
+    return lax.bitcast_convert_type(words, jnp.int32)

@@ -99,7 +99,9 @@ class SamplingParams:
         ignore_eos: go on after an end-of-sequence token.
         logprobs: return the log-probability of each new token and of the most likely ones, this many (0: the new token's
             alone; -1: all of the vocabulary), under the model's distribution before any sampling rule; None returns none.
-        prompt_logprobs: the same for each token of the prompt, but for -1; all of its pages are then computed anew.
+        kept_tokens: return which tokens each draw could have given: those that grammars, other rules on tokens and the limits
+            (`top_k`, `top_p`, `min_p`, `typical_p`) leave. With temperature 0 nothing is drawn, and limits leave all.
+        prompt_logprobs: the same as `logprobs` for each token of the prompt, but for -1; all of its pages are then computed anew.
         truncate_prompt_tokens: keep only this many tokens from the end of the prompt.
         structured_outputs: what the output must look like. `allowed_token_ids`, `bad_words` and `min_tokens` narrow it
             further; where they leave nothing that may follow, the output ends with the finish reason "error", as does
@@ -138,6 +140,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    kept_tokens: bool = False
     prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool = True
@@ -181,7 +184,7 @@ class SamplingParams:
             _integer("truncate_prompt_tokens", self.truncate_prompt_tokens, 1)
         if self.beam_width is not None:
             _integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "kept_tokens", "skip_special_tokens"):
             _switch(name, getattr(self, name))
         normal: dict[str, object] = {
             "stop": _texts("stop", self.stop),

@@ -19,7 +19,7 @@ from llm_infer.decoding.speculative import Speculator
 from llm_infer.engine.draft_model import DraftModel
 from llm_infer.engine.memory import out_of_memory_names_the_setting
 from llm_infer.engine.requests import RequestOptions, make_request
-from llm_infer.engine.results import attach_logprobs, beam_candidates, collect_prompts
+from llm_infer.engine.results import attach_draws, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.engine.step.features import FOR_PROMPT
 from llm_infer.engine.warm_up import Company, WarmUp, between, prefill_sizes, up_to
@@ -442,8 +442,7 @@ class Engine:
         collect_prompts(pending.plan, outputs)
         candidates = beam_candidates(pending.plan, outputs) if "beam_ids" in outputs else ()
         events = self.scheduler.commit(pending.plan, outputs["ids"].tolist(), candidates)
-        if "logprobs" in outputs:
-            attach_logprobs(events, pending.plan, outputs)
+        attach_draws(events, pending.plan, outputs)
         self.times.device += read - started
         self.times.commit += time.perf_counter() - read
         return events

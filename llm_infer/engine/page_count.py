@@ -22,6 +22,7 @@ CPU_POOL_SHARE = 0.25
 
 LARGEST = (
     StepFeatures.LOGPROBS
+    | StepFeatures.TOP_LOGPROBS
     | StepFeatures.PENALTIES
     | StepFeatures.MASKED
     | StepFeatures.PROMPT_LOGPROBS

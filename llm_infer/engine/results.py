@@ -13,37 +13,42 @@ from llm_infer.decoding.sampling_params import ALL_LOGPROBS
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, TokenEvent, TokenLogprobs
 
+_OF_A_DRAW = StepFeatures.LOGPROBS | StepFeatures.KEPT
 
-def attach_logprobs(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
-    """Gives the events of requests that asked for them their log-probabilities; `outputs` are those of the step."""
+
+def attach_draws(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
+    """Gives the events of requests that asked for more than tokens what the step's `outputs` say of each draw."""
+    if "logprobs" not in outputs and "kept" not in outputs:
+        return
     places = {row.sequence: (shard, i) for shard, rows in enumerate(plan.rows) for i, row in enumerate(rows)}
     steps = Counter[Sequence]()
     for event in events:
         request = event.sequence.request
-        if StepFeatures.LOGPROBS not in request.features:
+        if not request.features & _OF_A_DRAW:
             continue  # results of a beam search may belong to sequences without a row in the step
         shard, row = places[event.sequence]
         place = (shard, row) if plan.num_steps == 1 else (shard, steps[event.sequence], row)
         steps[event.sequence] += 1
-        event.logprobs = logprobs_at(outputs, place, request.sampling.logprobs or 0)
+        if StepFeatures.LOGPROBS in request.features:
+            event.logprobs = logprobs_at(outputs, place, request.sampling.logprobs or 0)
+        if StepFeatures.KEPT in request.features:
+            event.kept = outputs["kept"][place]
 
 
 def logprobs_at(
     outputs: Mapping[str, np.ndarray], place: tuple[int, ...], count: int, prefix: str = ""
 ) -> TokenLogprobs:
     """Returns the log-probabilities of one row, with the `count` most likely tokens, or with all (ALL_LOGPROBS)."""
+    own = float(outputs[f"{prefix}logprobs"][place]), int(outputs[f"{prefix}ranks"][place])
+    if count == 0:
+        return TokenLogprobs(*own)
     if count == ALL_LOGPROBS:
         every = outputs["all_logprobs"][place]
         top_ids = np.argsort(-every, kind="stable")  # of equals the first comes first, as in the draw
         top_logprobs = every[top_ids]
     else:
         top_ids, top_logprobs = (outputs[f"{prefix}{name}"][place][:count] for name in ("top_ids", "top_logprobs"))
-    return TokenLogprobs(
-        float(outputs[f"{prefix}logprobs"][place]),
-        int(outputs[f"{prefix}ranks"][place]),
-        tuple(top_ids.tolist()),
-        tuple(top_logprobs.tolist()),
-    )
+    return TokenLogprobs(*own, tuple(top_ids.tolist()), tuple(top_logprobs.tolist()))
 
 
 @dataclass(slots=True)

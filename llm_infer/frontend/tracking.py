@@ -100,7 +100,11 @@ class _Sample:
     """One sample's output and what extends its text."""
 
     def __init__(self, tokenizer: Tokenizer, index: int, params: SamplingParams, prompt: Sequence[int]) -> None:
-        self.output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
+        self.output = CompletionOutput(
+            index,
+            logprobs=None if params.logprobs is None else [],
+            kept_tokens=[] if params.kept_tokens else None,
+        )
         self._tokenizer, self._params = tokenizer, params
         self._stop = StopStrings(
             params.stop,
@@ -124,6 +128,8 @@ class _Sample:
             if output.logprobs is not None:
                 logprobs = [position_logprobs(self._tokenizer, token, event.logprobs)]
                 output.logprobs += logprobs
+        if output.kept_tokens is not None and event.kept is not None:
+            output.kept_tokens.append(event.kept)
         search = len(output.token_ids) >= self._params.min_tokens
         reason = event.finish_reason
         # A token of `stop_token_ids` that ends a text is no part of it, unless asked for; a stop string may name it all the same.

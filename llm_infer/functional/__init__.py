@@ -8,6 +8,7 @@ logits, cache = decode_step(model, model.params, cache, prompts)         # [S, V
 token = draw(logits, keys, temperature=0.7, top_p=0.9)                   # [S]
 """
 
+from llm_infer.decoding.penalties import unpacked_mask
 from llm_infer.functional.decode import Cache, decode_step, make_cache
 from llm_infer.functional.drawing import draw, sampling_logits
 from llm_infer.functional.own_model import register_model
@@ -29,4 +30,5 @@ __all__ = [
     "register_model",
     "sampling_logits",
     "token_logprobs",
+    "unpacked_mask",
 ]

@@ -7,6 +7,8 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llm_infer.base.errors import RequestError
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
@@ -237,12 +239,14 @@ class TokenEvent:
         token_id: the drawn id.
         finish_reason: "stop" or "length" if the sequence ended with it.
         logprobs: log-probabilities, where the request asked for them; the engine adds them.
+        kept: the tokens that the draw could have given, likewise, one bit each.
     """
 
     sequence: Sequence
     token_id: int
     finish_reason: str | None
     logprobs: TokenLogprobs | None = None
+    kept: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,12 @@ from llm_infer.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-GENERATION = StepFeatures.LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKED
+LOGPROBS = StepFeatures.LOGPROBS | StepFeatures.TOP_LOGPROBS
+GENERATION = LOGPROBS | StepFeatures.PENALTIES | StepFeatures.MASKED
 """What rows of a generation may need: with these programs and the plain ones no such request waits for a compiler."""
 
 EVERYTHING = GENERATION | StepFeatures.PROMPT_LOGPROBS | StepFeatures.POOLED | StepFeatures.BEAMS
-SCORING = StepFeatures.LOGPROBS | StepFeatures.PROMPT_LOGPROBS
+SCORING = LOGPROBS | StepFeatures.PROMPT_LOGPROBS
 
 LEVELS = (PLAIN, GENERATION, StepFeatures.POOLED, StepFeatures.BEAMS, SCORING, EVERYTHING)
 """Programs that there may be of each size: with one for each mixture of requests, some client would always wait."""

@@ -15,7 +15,7 @@ from pallas_kernels.arguments import case_of, expect
 
 __all__ = ["KINDS", "logsumexp", "mean_squares", "row_sums", "softmax"]
 
-KINDS = ("values", "squares", "exps")
+KINDS = ("values", "squares", "exps", "above")
 
 
 def row_sums(
@@ -29,7 +29,8 @@ def row_sums(
     Args:
         x: Float[Array, "... E"] float32.
         shift: Float[Array, "..."] float32; None for 0.
-        kind: f: "values" is the number itself, "squares" its square, "exps" e to its power (finite numbers or -inf).
+        kind: f: "values" is the number itself, "squares" its square, "exps" e to its power (finite numbers or -inf),
+            "above" 1 if it is more than 0 and else 0.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
     Returns:

@@ -27,7 +27,12 @@ def _row_sum(k: Emitter, a: Frame, row: Value, kind: str) -> Value:
 
     def of(number: Value) -> Value:
         number = number - k.match(number, shift)[1]
-        return {"values": lambda: number, "squares": lambda: number * number, "exps": lambda: k.exp(number)}[kind]()
+        return {
+            "values": lambda: number,
+            "squares": lambda: number * number,
+            "exps": lambda: k.exp(number),
+            "above": lambda: k.select(number > 0.0, k.like(number, 1.0), 0.0),
+        }[kind]()
 
     sums, rest = [k.var(k.zeros(F32, LANES)) for _ in range(VECTORS)], k.var(k.const(F32, 0.0))
     blocks, vectors = a.E // block * block, a.E // LANES * LANES

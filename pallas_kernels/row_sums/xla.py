@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Case
 
-OF = {"values": lambda x: x, "squares": jnp.square, "exps": jnp.exp}
+OF = {
+    "values": lambda x: x,
+    "squares": jnp.square,
+    "exps": jnp.exp,
+    "above": lambda x: (x > 0).astype(x.dtype),
+}
 
 
 def why_not(case: Case) -> str | None:

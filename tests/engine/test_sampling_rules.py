@@ -124,7 +124,7 @@ def test_tokens_outside_the_vocabulary_are_named(make_engine: EngineFactory, nam
 
 def test_features_follow_the_parameters() -> None:
     assert not features_of(SamplingParams(top_k=3, min_p=0.1, typical_p=0.5, seed=1, stop=["x"]))
-    assert len(features_of(params(0))) == 3
+    assert len(features_of(params(0))) == 4  # log-probabilities of drawn and of most likely tokens are two
 
 
 def test_penalties_count_a_prompt_that_came_in_chunks(make_engine: EngineFactory) -> None:

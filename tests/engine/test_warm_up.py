@@ -95,7 +95,7 @@ def test_warming_up_for_everything_leaves_nothing_to_compile(
     assert len(engine.warm_up([3, 8], [StepFeatures.LOGPROBS])) == 0
     shown = SamplingParams(logprobs=1, prompt_logprobs=1, max_tokens=2)
     assert str(engine.warm_up_for([engine.add_request([1, 2, 3], shown)])) == (
-        "step programs (log-probabilities, log-probabilities of prompts, proposed tokens)"
+        "step programs (log-probabilities, log-probabilities of prompts, proposed tokens, most likely tokens)"
     )
 
 

@@ -15,7 +15,7 @@ from pallas_kernels.row_sums import KINDS, logsumexp, row_sums, softmax
 HAS_NATIVE = cpu_ffi.why_not() is None
 IMPLEMENTATIONS = ["xla", *(["cpu"] if HAS_NATIVE else [])]
 native = pytest.mark.skipif(not HAS_NATIVE, reason=f"native CPU kernels: {cpu_ffi.why_not()}")
-OF = {"values": lambda x: x, "squares": np.square, "exps": np.exp}
+OF = {"values": lambda x: x, "squares": np.square, "exps": np.exp, "above": lambda x: (x > 0).astype(float)}
 
 
 def numbers(*shape: int) -> np.ndarray:

@@ -15,5 +15,5 @@ def serves(program: StepFeatures, needed: StepFeatures) -> bool:
 
 def for_steps(features: StepFeatures) -> StepFeatures:
     """Returns the features that several decode steps in one program have, of those that requests need."""
-    logprobs = StepFeatures.LOGPROBS | StepFeatures.ALL_LOGPROBS
-    return (features & (logprobs | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS
+    told = StepFeatures.LOGPROBS | StepFeatures.TOP_LOGPROBS | StepFeatures.ALL_LOGPROBS | StepFeatures.KEPT
+    return (features & (told | StepFeatures.PENALTIES | StepFeatures.MASKED)) | StepFeatures.STEPS

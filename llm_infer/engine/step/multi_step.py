@@ -13,7 +13,7 @@ from llm_infer.decoding.penalties import PenaltyState
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import Cache, StepInputs, StepState
-from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs, logits_to_tell
+from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Definition, Params, merge_model
 from pallas_kernels.paged_attention import AttentionPlan
@@ -58,8 +58,7 @@ def make_steps(
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}
             drawn, penalties, shaped = draw_ids(logits, rows, penalties, mask)
             stopped = jnp.any(drawn[:, None] == f["stop_ids"], axis=1)
-            told = logits_to_tell(logits, shaped, rows, logprobs_mode)
-            outputs = drawn_outputs(told, drawn, features)
+            outputs = drawn_outputs(logits, shaped, drawn, rows, features, logprobs_mode)
             return jnp.where(active, drawn, ids), ended | (active & stopped), cache, penalties, outputs
 
         def proceeds(carry: tuple) -> Array:

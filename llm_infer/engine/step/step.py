@@ -13,7 +13,7 @@ from llm_infer.config import LOGPROBS_MODES
 from llm_infer.decoding.beam import NUM_CANDIDATES
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.logprobs import Logprobs, logprobs_of
-from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, penalised
+from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, packed_mask, penalised
 from llm_infer.decoding.sample import SamplingRows, drawn_from, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
 from llm_infer.engine.step.layout import StepLayout
@@ -45,10 +45,10 @@ def make_step(
 
     `step(params, state, inputs) -> (state, outputs)`: copies shared pages that are about to be written, fetches ids that
     are still on the device, runs the model over the pages, draws the next id of each row and keeps it in the row's slot
-    for the next step. `outputs["ids"]` is [dp, R], R rows of logits; with LOGPROBS there are the
-    fields of `Logprobs` with a leading dp axis; with PROMPT_LOGPROBS the same for the `targets`, [dp, T] with names
-    `prompt_…`; with POOLED `pooled_sum` and `pooled_last` [dp, R, E]; with BEAMS `beam_ids` and `beam_logprobs`
-    [dp, R, N], best first; with `keep_logits`, also `outputs["logits"]` [dp, R, V].
+    for the next step. `outputs["ids"]` is [dp, R], R rows of logits; with LOGPROBS there are the fields of `Logprobs` with a
+    leading dp axis, those of the most likely tokens only with TOP_LOGPROBS; with PROMPT_LOGPROBS all of them for the
+    `targets`, [dp, T] with names `prompt_…`; with POOLED `pooled_sum` and `pooled_last` [dp, R, E]; with BEAMS `beam_ids` and
+    `beam_logprobs` [dp, R, N], best first; with KEPT `kept` [dp, R, W]; with `keep_logits`, also `logits` [dp, R, V].
     """
 
     def step(params: Params, state: StepState, inputs: StepInputs) -> tuple[StepState, dict[str, Array]]:
@@ -68,8 +68,8 @@ def make_step(
         allowed = None if inputs.allowed is None else inputs.allowed[0]
         ids, penalties, shaped = draw_ids(logits, f, state.penalties, allowed)
         last_ids = state.last_ids.at[0, f["slot"]].set(ids)
-        told = logits_to_tell(logits, shaped, f, logprobs_mode)
-        outputs = {name: value[None] for name, value in drawn_outputs(told, ids, features).items()}
+        told = drawn_outputs(logits, shaped, ids, f, features, logprobs_mode)
+        outputs = {name: value[None] for name, value in told.items()}
         if StepFeatures.PROMPT_LOGPROBS in features:
             with jax.named_scope("prompt_logprobs"):
                 found = logprobs_in_blocks(model.logits, hidden, f["targets"])
@@ -106,23 +106,33 @@ def draw_ids(
         return ids, None if state is None else count_drawn(state, f["slot"], ids), logits
 
 
-def logits_to_tell(
-    logits: Float[Array, "R V"], shaped: Float[Array, "R V"], f: Mapping[str, Array], logprobs_mode: str
-) -> Float[Array, "R V"]:
-    """Returns the logits whose log-probabilities are told: the model's own, or those that ids are drawn from."""
-    if logprobs_mode == "raw_logprobs":
-        return logits
-    return drawn_from(shaped, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
+def drawn_outputs(
+    logits: Float[Array, "R V"],
+    shaped: Float[Array, "R V"],
+    ids: Int[Array, " R"],
+    f: Mapping[str, Array],
+    features: StepFeatures,
+    logprobs_mode: str,
+) -> dict[str, Array]:
+    """Returns `ids`, and of `Logprobs`, `all_logprobs` [R, V] and `kept` [R, W] what the features ask for.
 
-
-def drawn_outputs(logits: Float[Array, "R V"], ids: Int[Array, " R"], features: StepFeatures) -> dict[str, Array]:
-    """Returns `ids`, with LOGPROBS the fields of `Logprobs`, and with ALL_LOGPROBS `all_logprobs` [R, V]."""
+    Log-probabilities are those of the model's own `logits`, or of the distribution that is drawn from, by `logprobs_mode`;
+    `shaped` are the logits after penalties and masks, `kept` a bit for each token as in `penalties.unpacked_mask`.
+    """
     outputs = {"ids": ids}
+    limited = drawn_from(shaped, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
+    told = logits if logprobs_mode == "raw_logprobs" else limited
     if StepFeatures.LOGPROBS in features:
         with jax.named_scope("logprobs"):
-            outputs |= logprobs_of(logits, ids, min(MAX_LOGPROBS, logits.shape[-1]))._asdict()
+            found = logprobs_of(told, ids, min(MAX_LOGPROBS, told.shape[-1]))
+            outputs |= {"logprobs": found.logprobs, "ranks": found.ranks}
+            if StepFeatures.TOP_LOGPROBS in features:
+                outputs |= {"top_ids": found.top_ids, "top_logprobs": found.top_logprobs}
             if StepFeatures.ALL_LOGPROBS in features:
-                outputs["all_logprobs"] = logits.astype(jnp.float32) - logsumexp(logits)[:, None]
+                outputs["all_logprobs"] = told.astype(jnp.float32) - logsumexp(told)[:, None]
+    if StepFeatures.KEPT in features:
+        with jax.named_scope("kept"):
+            outputs["kept"] = packed_mask(jnp.isfinite(limited))
     return outputs
 
 
