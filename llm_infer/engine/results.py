@@ -10,10 +10,9 @@ import numpy as np
 
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.sampling_params import ALL_LOGPROBS
+from llm_infer.engine.step.features import TOLD_OF_DRAWS
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, TokenEvent, TokenLogprobs
-
-_OF_A_DRAW = StepFeatures.LOGPROBS | StepFeatures.KEPT
 
 
 def attach_draws(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mapping[str, np.ndarray]) -> None:
@@ -24,7 +23,7 @@ def attach_draws(events: Iterable[TokenEvent], plan: StepPlan, outputs: Mapping[
     steps = Counter[Sequence]()
     for event in events:
         request = event.sequence.request
-        if not request.features & _OF_A_DRAW:
+        if not request.features & TOLD_OF_DRAWS:
             continue  # results of a beam search may belong to sequences without a row in the step
         shard, row = places[event.sequence]
         place = (shard, row) if plan.num_steps == 1 else (shard, steps[event.sequence], row)

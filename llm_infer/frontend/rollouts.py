@@ -54,16 +54,14 @@ def rollout_of(results: Sequence[RequestOutput], asked: Sequence[Asked], pad_to:
         raise RequestError(error)
     longest = max((len(result.prompt_token_ids) + len(sample.token_ids) for _, result, sample in rows), default=1)
     found = _Rows(len(rows), row_length(longest, pad_to), tops)
+    kept: np.ndarray | None = None
     for row, (index, result, sample) in enumerate(rows):
         ids, start = [*result.prompt_token_ids, *sample.token_ids], len(result.prompt_token_ids)
         found.put(row, ids, start, sample.logprobs or [], asked[index].params.logprobs or 0)
-    kept: np.ndarray | None = None
-    for row, (_, result, sample) in enumerate(rows):
         if sample.kept_tokens:
             if kept is None:
                 kept = np.full((*found.token_ids.shape, len(sample.kept_tokens[0])), -1, np.int32)
-            start = len(result.prompt_token_ids)
-            kept[row, start : start + len(sample.kept_tokens)] = sample.kept_tokens
+            kept[row, start : len(ids)] = sample.kept_tokens
     return Rollout(
         token_ids=found.token_ids,
         mask=found.mask,

@@ -7,8 +7,6 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from llm_infer.base.errors import RequestError
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
@@ -17,6 +15,8 @@ from llm_infer.decoding.token_rules import TokenRules
 from llm_infer.kvcache.page_table import PageTable
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llm_infer.scheduler.strategies.strategy import Strategy
 
 

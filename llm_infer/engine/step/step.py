@@ -16,6 +16,7 @@ from llm_infer.decoding.logprobs import Logprobs, logprobs_of
 from llm_infer.decoding.penalties import PenaltyRows, PenaltyState, count_drawn, mask_logits, packed_mask, penalised
 from llm_infer.decoding.sample import SamplingRows, drawn_from, sample
 from llm_infer.decoding.sampling_params import MAX_LOGPROBS
+from llm_infer.engine.step.features import TOLD_OF_DRAWS
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import StepInputs, StepState
@@ -120,10 +121,12 @@ def drawn_outputs(
     `shaped` are the logits after penalties and masks, `kept` a bit for each token as in `penalties.unpacked_mask`.
     """
     outputs = {"ids": ids}
+    if not features & TOLD_OF_DRAWS:
+        return outputs  # before limits are traced that the compiler would take out again
     limited = drawn_from(shaped, SamplingRows(**{name: f[name] for name in SamplingRows._fields}))
-    told = logits if logprobs_mode == "raw_logprobs" else limited
     if StepFeatures.LOGPROBS in features:
         with jax.named_scope("logprobs"):
+            told = logits if logprobs_mode == "raw_logprobs" else limited
             found = logprobs_of(told, ids, min(MAX_LOGPROBS, told.shape[-1]))
             outputs |= {"logprobs": found.logprobs, "ranks": found.ranks}
             if StepFeatures.TOP_LOGPROBS in features:
