@@ -37,6 +37,9 @@ PAGE_DTYPES = (*DTYPES, "int8")
 LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
 """Whose log-probabilities are told: the model's own, or those after penalties, temperature and limits; names as in vLLM."""
 
+NUMERICS = ("auto", "invariant")
+"""Kernels that are fastest, or those that give a row the same bits in any company (`pallas_kernels.numerics`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
@@ -237,6 +240,7 @@ class EngineConfig:
         fused_qkv: store the query, key and value projections as one matrix per layer.
         speculative: propose tokens; None computes them one by one.
         logprobs_mode: one of LOGPROBS_MODES, for new tokens; those of prompts are always the model's own.
+        numerics: one of NUMERICS: "invariant" gives a token the same bits in any company.
     """
 
     cache: CacheConfig = CacheConfig()
@@ -247,12 +251,14 @@ class EngineConfig:
     fused_qkv: bool = True
     speculative: SpeculativeConfig | None = None
     logprobs_mode: str = LOGPROBS_MODES[0]
+    numerics: str = NUMERICS[0]
 
     def __post_init__(self) -> None:
         _require(
             self.logprobs_mode in LOGPROBS_MODES,
             f"logprobs_mode={self.logprobs_mode!r:.60}: expected one of {', '.join(LOGPROBS_MODES)}",
         )
+        _require(self.numerics in NUMERICS, f"numerics={self.numerics!r:.60}: expected one of {', '.join(NUMERICS)}")
         _require_integers(self, "seed")
         _require_switches(self, "overlap", "check_every_step", "fused_qkv")
         _require(self.seed >= 0, f"seed={self.seed}: expected 0 or more")

@@ -14,6 +14,7 @@ from llm_infer.base.settings import Setting, by_name, document, setting, setting
 from llm_infer.config import (
     DTYPES,
     LOGPROBS_MODES,
+    NUMERICS,
     PAGE_DTYPES,
     CacheConfig,
     EngineConfig,
@@ -120,6 +121,13 @@ class EngineOptions:
         "tokens are drawn from, after penalties, temperature and limits; those of prompts are always the model's.",
         choices=LOGPROBS_MODES,
     )
+    numerics: str = setting(
+        NUMERICS[0],
+        "`invariant` gives a token the same bits in any company. That is whatever the batch, chunks, preemption, "
+        "cached pages and speculation; a start that cannot promise it says why. Native CPU kernels always do so; a GPU takes "
+        "kernels with a fixed order of additions, which are slower (docs/precision.md).",
+        choices=NUMERICS,
+    )
     speculative_config: Mapping[str, Any] | None = setting(
         None,
         "Propose tokens that one step checks together (speculation). The output is the same, in fewer steps. "
@@ -187,6 +195,7 @@ class EngineOptions:
             check_every_step=self.check_every_step,
             fused_qkv=self.fused_qkv,
             logprobs_mode=self.logprobs_mode,
+            numerics=self.numerics,
             speculative=None if self.speculative_config is None else SpeculativeConfig.of(self.speculative_config),
         )
 

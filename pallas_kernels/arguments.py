@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import dispatch
+from pallas_kernels.numerics import is_invariant
 
 
 def expect(holds: bool, name: str, expected: str, found: jax.Array) -> None:
@@ -40,6 +41,8 @@ def layer_index(layer: jax.Array | int, num_layers: int) -> jax.Array:
 def case_of(arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct], **options: Any) -> dispatch.Case:
     """Returns the case of a call with these array arguments and static settings, on the device for which code is traced."""
     platform, device_kind = dispatch.target()
+    if is_invariant():
+        options["invariant"] = True
     return dispatch.Case(
         platform=platform,
         device_kind=device_kind,

@@ -31,7 +31,8 @@ class Case:
         device_kind: the device's own name ("TPU v5 lite", "NVIDIA H200"), as JAX reports it.
         shapes: shape of each array argument.
         dtypes: dtype name of each array argument.
-        options: static settings that matter to kernels (for example softcap, or whether there are sinks).
+        options: static settings that matter to kernels (for example softcap, or whether there are sinks); `invariant` where
+            a row must have the same bits in any company (see `pallas_kernels.numerics`).
     """
 
     platform: str
@@ -120,6 +121,7 @@ _DRAW_TOKENS = (
 )
 _ROW_SUMS = (
     Implementation("cpu", "pallas_kernels.row_sums.cpu", ("cpu",), ("llvmlite",)),
+    Implementation("gpu_triton", "pallas_kernels.row_sums.gpu_triton", ("gpu",)),
     Implementation("xla", "pallas_kernels.row_sums.xla"),
 )
 
@@ -174,6 +176,13 @@ def choose(op: str, case: Case, override: str | None = None, environ: Mapping[st
 # What `pick` chose in this process: (op, case in words) -> (choice, how often a program was traced with it).
 _PICKED: dict[tuple[str, str], tuple[Choice, int]] = {}
 MAX_PICKED = 512
+
+
+def why_not_xla(case: Case) -> str | None:
+    """Says why XLA's own sums cannot run a case on an accelerator: it chooses their order by the number of rows."""
+    if case.options.get("invariant") and case.platform != "cpu":
+        return "adds in an order that depends on the number of rows, which numerics='invariant' does not allow"
+    return None
 
 
 def pick(op: str, case: Case, override: str | None = None) -> Callable[..., Any]:

@@ -32,6 +32,9 @@ _CAPABILITIES = (
     ("P100", (6, 0)),
 )
 
+STREAMING_MULTIPROCESSORS = 132
+"""Multiprocessors of an H100 or H200; on a card with fewer, thread blocks queue."""
+
 
 def compute_capability(device_kind: str) -> tuple[int, int] | None:
     """Returns (major, minor) of a card such as "NVIDIA H200"; None for one that is not in the table."""

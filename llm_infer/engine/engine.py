@@ -18,10 +18,12 @@ from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.decoding.speculative import Speculator
 from llm_infer.engine.draft_model import DraftModel
 from llm_infer.engine.memory import out_of_memory_names_the_setting
+from llm_infer.engine.platform import why_not_invariant
 from llm_infer.engine.requests import RequestOptions, make_request
 from llm_infer.engine.results import attach_draws, beam_candidates, collect_prompts
 from llm_infer.engine.runner import PendingStep, Runner
 from llm_infer.engine.step.features import FOR_PROMPT
+from llm_infer.engine.step.sharding import StepSharding
 from llm_infer.engine.warm_up import Company, WarmUp, between, prefill_sizes, up_to
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import missing
@@ -77,6 +79,9 @@ class Engine:
         refuse_lost_child()
         config = config or EngineConfig()
         model.config.check_context(config.scheduler.max_model_len)
+        platform = StepSharding.of(model.config, model.mesh).platform
+        if config.numerics == "invariant" and (why_not := why_not_invariant(model, platform)):
+            raise UserError(f"numerics='invariant': {why_not}")
         self.config = config
         self.max_model_len = config.scheduler.max_model_len or model.config.max_position_embeddings
         self.vocab_size = model.config.vocab_size

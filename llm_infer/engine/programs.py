@@ -15,7 +15,7 @@ from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.decoding.penalties import PenaltyState, empty_penalties
 from llm_infer.decoding.token_rules import mask_words
 from llm_infer.engine.memory import page_dtype
-from llm_infer.engine.platform import layer_loop, query_rows
+from llm_infer.engine.platform import compiler_options, layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.multi_step import make_steps
 from llm_infer.engine.step.paged import Paging
@@ -27,6 +27,7 @@ from llm_infer.models.config import ModelConfig
 from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.limits import tokens_ahead
 from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
+from pallas_kernels.numerics import numerics
 from pallas_kernels.paged_attention.plan import PlanShape
 
 
@@ -143,7 +144,9 @@ class StepPrograms:
             step = make_step(self.definition, layout, features, paging, keep_logits=keep_logits, **how)
         params = dict(self.params)
         state, inputs = self.state(features, num_pages), self.inputs(bucket, features)
-        return sharding.jit(step, params, state, inputs).lower(params, state, inputs)
+        options = compiler_options(sharding.platform, params, self.engine.numerics)
+        with numerics(self.engine.numerics if sharding.platform == "gpu" else "auto"):
+            return sharding.jit(step, params, state, inputs, options).lower(params, state, inputs)
 
 
 def described(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -15,6 +15,8 @@ from llm_infer.models.config import UNCUT, ModelConfig, Shards
 from llm_infer.parallel.axes import Axes, ParamSpec
 from llm_infer.parallel.collectives import MeshAxes, first_of_part, gather_columns, sum_over
 from llm_infer.quant import StoredWeights
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.numerics import is_invariant
 from pallas_kernels.quant_matmul import Norm
 from pallas_kernels.row_sums import mean_squares, row_sums
 
@@ -82,6 +84,8 @@ def linear(
         return stacked.matmul(x, layer, part, gate).astype(x.dtype)
     if gate is not None:
         x = silu(gate) * x
+    if is_invariant() and part is None:
+        return invariant_matmul(x, stacked, place(stacked.shape[0], layer))
     if part is None:
         weight = pick(stacked, layer)
     else:
@@ -92,8 +96,17 @@ def linear(
 
 def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
     """Computes `x @ weight.T`, accumulated in float32, in the dtype of `x`."""
+    if is_invariant():
+        return invariant_matmul(x, weight[None], 0)
     out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
+
+
+def invariant_matmul(
+    x: Float[Array, "T I"], stacked: Float[Array, "L O I"], layer: Layer | int, dtype: DTypeLike | None = None
+) -> Float[Array, "T O"]:
+    """Computes `x @ stacked[layer].T` in an order of additions that does not depend on T: that of experts' matrices."""
+    return grouped_matmul(x, stacked, jnp.full((1,), x.shape[0], jnp.int32), layer, dtype=dtype)
 
 
 def rms_norm(
@@ -268,6 +281,8 @@ class Embedding(nnx.Module):
         weight = self.weight.get_value()
         if isinstance(weight, StoredWeights):
             out = weight.matmul(x, 0)
+        elif is_invariant():
+            out = invariant_matmul(x, weight[None], 0, jnp.float32)
         else:
             out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         return gather_columns(out, self.axes)[:, : self.vocab] if self.axes else out

@@ -5,8 +5,11 @@ Axis letters: M rows, K their width, N output features, X experts (groups), L la
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import case_of, expect, layer_index
@@ -21,6 +24,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     layer: jax.Array | int = 0,
     *,
+    dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Multiplies each x[i] with the transposed matrix of row i's expert, for rows that are sorted by expert.
@@ -33,10 +37,11 @@ def grouped_matmul(
         weights: Float[Array, "L X*N K"], float32 or bfloat16: the experts' matrices [N, K] below each other, all layers.
         group_sizes: Int32[Array, " X"], dynamic, each at least 0, together at most M.
         layer: Int32 scalar, may be traced; selects the layer of the weights.
+        dtype: of the result; None is that of x.
         implementation: name of the implementation to use, see `pallas_kernels.dispatch`.
 
     Returns:
-        Float[Array, "M N"] in x's dtype; rows of nobody are 0.
+        Float[Array, "M N"] in that dtype; rows of nobody are 0.
 
     Raises:
         ValueError: at trace time, for shapes or dtypes other than these.
@@ -50,4 +55,5 @@ def grouped_matmul(
     index = layer_index(layer, weights.shape[0])
     case = case_of({"x": x, "weights": weights, "group_sizes": group_sizes})
     run = dispatch.pick("grouped_matmul", case, implementation)
+    run = run if dtype is None else functools.partial(run, dtype=dtype)
     return differentiable(run, x, weights, group_sizes, index)

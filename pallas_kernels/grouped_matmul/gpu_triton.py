@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
 
 from pallas_kernels.dispatch import Case, target
-from pallas_kernels.gpu_devices import shared_memory, why_not_capability
+from pallas_kernels.gpu_devices import STREAMING_MULTIPROCESSORS, shared_memory, why_not_capability
 
 
 def why_not(case: Case) -> str | None:
@@ -34,16 +35,30 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def choose_blocks(rows: int, num_experts: int, device_kind: str, *, exact: bool) -> Blocks:
-    """Chooses sizes, for bfloat16 by what was fastest on an H100 (docs/performance.md); `exact` for float32 products."""
+# Sizes of each tile: where there are many blocks, and where there are few.
+_SIZES = {
+    16: (Blocks(16, 64, 128, 4, 4), Blocks(16, 16, 256, 2, 4)),
+    32: (Blocks(32, 64, 128, 4, 4), Blocks(32, 64, 128, 4, 4)),
+    64: (Blocks(64, 256, 64, 4, 4), Blocks(64, 64, 128, 4, 4)),
+    128: (Blocks(128, 256, 64, 8, 3), Blocks(128, 128, 64, 8, 4)),
+}
+
+
+def choose_blocks(rows: int, num_experts: int, features: int, device_kind: str, *, exact: bool) -> Blocks:
+    """Chooses sizes, for bfloat16 by what was fastest on an H100 (docs/performance.md); `exact` for float32 products.
+
+    A row's sums have the same bits with all of them: a thread block adds up the whole width from its beginning.
+    """
     # Were the rows even, a tile would hold all of an expert's, between what a matrix unit takes and what registers hold.
     per_expert = pl.cdiv(rows, num_experts)
     tile = min(64 if exact else 128, max(16, 1 << (per_expert - 1).bit_length()))
     if exact:
         return Blocks(tile, 64, 32, 4, 2)
-    columns, depth = (64, 128) if tile < 64 else (256, 64)
-    fit = shared_memory(device_kind) // ((tile + columns) * depth * 2)
-    return Blocks(tile, columns, depth, 8 if tile == 128 else 4, min(3 if tile == 128 else 4, fit))
+    wide, narrow = _SIZES[tile]
+    blocks = pl.cdiv(features, wide.columns) * (num_experts + rows // tile)
+    chosen = wide if blocks >= STREAMING_MULTIPROCESSORS else narrow  # more and smaller blocks fill the chip
+    fit = shared_memory(device_kind) // ((tile + chosen.columns) * chosen.depth * 2)
+    return chosen._replace(stages=min(chosen.stages, fit))
 
 
 def grouped_matmul(
@@ -52,6 +67,7 @@ def grouped_matmul(
     group_sizes: jax.Array,
     layer: jax.Array,
     *,
+    dtype: DTypeLike | None = None,
     blocks: Blocks | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -63,12 +79,14 @@ def grouped_matmul(
     features = weights.shape[1] // num_experts
     if blocks is None:
         exact = jnp.promote_types(x.dtype, weights.dtype) == jnp.float32
-        blocks = choose_blocks(rows, num_experts, target()[1], exact=exact)
+        blocks = choose_blocks(rows, num_experts, features, target()[1], exact=exact)
     tiles = _tiles(group_sizes, rows, blocks.tile)
+    if rows < blocks.tile:  # were all rows of a tile known to be the same one, its loads would not be fetched ahead
+        x = jnp.pad(x, ((0, blocks.tile - rows), (0, 0)))
     return pl.pallas_call(
         functools.partial(_kernel, features, tile=blocks.tile, columns=blocks.columns, depth=blocks.depth),
         grid=(tiles.shape[0], pl.cdiv(features, blocks.columns)),
-        out_shape=jax.ShapeDtypeStruct((rows, features), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((rows, features), dtype or x.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=blocks.warps, num_stages=blocks.stages),
         interpret=interpret,
         name=f"grouped_matmul_{weights.dtype.name}_{blocks.tile}",

@@ -35,7 +35,7 @@ def _backward(
         product = partial(grouped_matmul, group_sizes=group_sizes, layer=layer)
         return jax.vjp(product, x, weights)[1](change)
 
-    to_x, to_weights = pull_back(change, *saved)
+    to_x, to_weights = pull_back(change.astype(saved[0].dtype), *saved)
     return to_x, to_weights, None, None
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from pallas_kernels import tuned
+from pallas_kernels.gpu_devices import STREAMING_MULTIPROCESSORS
+from pallas_kernels.numerics import is_invariant
 from pallas_kernels.paged_attention.pages import itemsize_of
 from pallas_kernels.paged_attention.plan import AttentionPlan
 
-STREAMING_MULTIPROCESSORS = 132
-"""Multiprocessors of an H100 or H200; on a card with fewer, thread blocks queue."""
+EVERYTHING = 1 << 30
+"""More tokens than any context has."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,10 @@ def choose_blocks(
 ) -> Blocks:
     """Returns the sizes measured on this kind of device (see `pallas_kernels.tuned`), else those of the heuristic for `sizes`.
 
-    `max_splits` is kept as given.
+    `max_splits` is kept as given. Where rows must have the same bits in any company, the sizes follow from the model alone.
     """
+    if is_invariant():
+        return invariant(sizes["head_dim"], sizes["item_bytes"])
     blocks = heuristic(plan, page_bytes=itemsize_of(page_dtype), **sizes)
     key = tuned_key(page_dtype, sizes["head_dim"], plan.write_slot.shape[0])
     measured = tuned.block_sizes(device_kind, "paged_attention").get(key, {})
@@ -62,6 +66,21 @@ def choose_blocks(
     if "tile" in measured:  # an item may have fewer queries than that
         measured["tile"] = min(measured["tile"], max(16, power_of_two(plan.q_block * sizes["group"])))
     return replace(blocks, **measured, max_splits=max_splits or blocks.max_splits)
+
+
+def invariant(head_dim: int, item_bytes: int) -> Blocks:
+    """Returns blocks in which a row's keys are added up in the same order by every step: no runs of keys are split, and tiles
+    are as large for a token alone as for a prompt, since a tile's shape decides how its rows are added up."""
+    exact, wide = item_bytes == 4, head_dim > 128
+    return Blocks(
+        tile=16 if exact else 64,
+        keys=32 if exact or wide else 64,
+        warps=8 if exact or wide else 4,
+        stages=2 if exact or wide else 3,
+        split_keys=EVERYTHING,
+        max_splits=1,
+        programs=0,
+    )
 
 
 def heuristic(

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Case, target
-from pallas_kernels.gpu_devices import compute_capability
+from pallas_kernels.gpu_devices import STREAMING_MULTIPROCESSORS, compute_capability
 from pallas_kernels.paged_attention.gpu_blocks import (
     DECODING_TOKENS,
-    STREAMING_MULTIPROCESSORS,
+    EVERYTHING,
     choose_blocks,
     power_of_two,
 )
@@ -30,8 +30,6 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 OLDEST_JAX = (0, 11)
 SPLIT_KEYS = 512
-EVERYTHING = 1 << 30
-"""A window that no context reaches."""
 
 
 def why_not(case: Case) -> str | None:
@@ -40,6 +38,8 @@ def why_not(case: Case) -> str | None:
     num_kv_heads, head_dim = case.shapes["k_new"][1:]
     group, page_size = case.shapes["q"][1] // num_kv_heads, pages[4] if len(pages) == 6 else 0
     tokens = case.shapes["q"][0]
+    if case.options.get("invariant"):
+        return "adds up a row's keys in other parts than a prefill does"
     if jax.__version_info__ < OLDEST_JAX:
         return f"needs jax 0.11 or newer, this is {jax.__version__}"
     if compute_capability(case.device_kind) != (9, 0):

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.dispatch import Case, target
 from pallas_kernels.gpu_devices import why_not_capability
+from pallas_kernels.numerics import is_invariant
 from pallas_kernels.paged_attention.gpu_blocks import Blocks, choose_blocks, power_of_two
 from pallas_kernels.paged_attention.gpu_merge import LOG2_E, merge_splits
 from pallas_kernels.paged_attention.gpu_units import Part, make_units, partial_slots
@@ -125,6 +126,7 @@ def attend(
         split_keys=blocks.split_keys,
         max_splits=blocks.max_splits,
         window=options["window"],
+        align_keys=blocks.keys if is_invariant() else 1,
         part=part,
     )
     inputs = {

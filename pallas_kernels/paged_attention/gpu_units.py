@@ -52,6 +52,7 @@ def make_units(
     split_keys: int,
     max_splits: int,
     window: jax.Array | int | None,
+    align_keys: int = 1,
     part: Part = "all",
 ) -> Units:
     """Cuts the plan's items into units.
@@ -64,6 +65,7 @@ def make_units(
         split_keys: least keys of a unit, where there are more of them.
         max_splits: most units over the keys of one tile; 1 does not split.
         window: tokens that a row sees; pages before them are left out.
+        align_keys: a run of keys begins at a multiple of this, where that is more than a page.
         part: "all" items; or only those of "one" row, whose results are then all partial, with the row as the slot; or only those
             of "many" rows.
     """
@@ -79,7 +81,9 @@ def make_units(
     end_page = first_page + pages
     if window is not None:
         oldest = jnp.maximum(first_position - window + 1, 0)
-        first_page = jnp.maximum(first_page, lax.div(oldest, jnp.int32(page_size)))
+        least = max(align_keys, page_size)
+        oldest_page = lax.div(oldest, jnp.int32(least)) * (least // page_size)
+        first_page = jnp.maximum(first_page, oldest_page)
     pages = end_page - first_page
 
     can_split = used if rows_split else used & (rows == 1) & (index < slots)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Case
+from pallas_kernels.dispatch import Case, why_not_xla
 from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     from_page_dtype,
@@ -20,8 +20,8 @@ from pallas_kernels.paged_attention.plan import AttentionPlan
 
 
 def why_not(case: Case) -> str | None:
-    """Refuses nothing: it runs everywhere, but reads whole block tables, so it is for tests."""
-    return why_not_any_layout(case)
+    """Refuses what XLA does: it runs everywhere else, but reads whole block tables, so it is for tests."""
+    return why_not_any_layout(case) or why_not_xla(case)
 
 
 def paged_attention(

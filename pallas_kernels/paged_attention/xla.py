@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.dispatch import Case
+from pallas_kernels.dispatch import Case, why_not_xla
 from pallas_kernels.paged_attention.options import AttentionOptions
 from pallas_kernels.paged_attention.pages import (
     from_page_dtype,
@@ -34,8 +34,8 @@ MASKED = -1e30  # first running maximum: finite, so that a fully masked chunk gi
 
 
 def why_not(case: Case) -> str | None:
-    """Refuses no platform, but pages of an unknown layout."""
-    return why_not_any_layout(case)
+    """Refuses no platform, but pages of an unknown layout, and to give the same bits in any company on accelerators."""
+    return why_not_any_layout(case) or why_not_xla(case)
 
 
 def paged_attention(

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from pallas_kernels import cpu_ffi
 from pallas_kernels.cpu_ffi.batches import as_rows
 from pallas_kernels.dispatch import Case
-from pallas_kernels.row_sums.xla import OF
+from pallas_kernels.row_sums.gradients import differentiable
 
 _SOURCES = (str(Path(__file__).with_name("cpu_kernel.py")),)
 
@@ -23,17 +22,9 @@ def why_not(case: Case) -> str | None:
     return cpu_ffi.why_not()
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def row_sums(x: jax.Array, shift: jax.Array, kind: str) -> jax.Array:
     """Adds up natively, see `pallas_kernels.row_sums.row_sums`; x is [R, E]."""
-    return _call(kind)(x, shift)
-
-
-@row_sums.defjvp
-def _tangent(kind: str, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
-    (x, shift), (dx, dshift) = primals, tangents
-    _, change = jax.jvp(OF[kind], (x - shift[:, None],), (dx - dshift[:, None],))
-    return row_sums(x, shift, kind), jnp.sum(change, axis=-1)
+    return differentiable(_call(kind), kind, x, shift)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Case
+from pallas_kernels.dispatch import Case, why_not_xla
 
 OF = {
     "values": lambda x: x,
@@ -16,8 +16,8 @@ OF = {
 
 
 def why_not(case: Case) -> str | None:
-    """Takes every case."""
-    return None
+    """Refuses programs whose rows must have the same bits in any company, on accelerators."""
+    return why_not_xla(case)
 
 
 def row_sums(x: jax.Array, shift: jax.Array, kind: str) -> jax.Array:

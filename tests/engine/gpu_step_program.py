@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from llm_infer.config import NUMERICS
 from llm_infer.decoding.features import PLAIN
 from llm_infer.engine.platform import compiler_options, layer_loop, query_rows
 from llm_infer.engine.step.layout import StepLayout
@@ -20,6 +21,7 @@ from llm_infer.models.architectures import read_architecture
 from llm_infer.models.params import abstract_params, split_model
 from llm_infer.models.registry import family
 from pallas_kernels import dispatch
+from pallas_kernels.numerics import numerics
 from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape
 from pallas_kernels.targets import TARGETS, make_mesh
@@ -37,13 +39,14 @@ sizes = dict(num_layers=2, page_size=PAGE_SIZE, num_kv_heads=config.num_kv_heads
 shape = kv_pool_shape("gpu", num_pages=NUM_PAGES, dtype=jnp.bfloat16, **sizes)
 pool = array(shape, kv_pool_dtype("gpu", jnp.bfloat16))
 found = {}
-for tokens in (8,):
+tokens = 8
+for how in NUMERICS:
     rows = min(tokens, query_rows("gpu", config.num_heads // config.num_kv_heads))
     layout = StepLayout(PlanShape(tokens, min(tokens, 64), 4096 // PAGE_SIZE, rows))
     step = make_step(definition, layout, PLAIN, Paging(one_group(2), PAGE_SIZE), loop=layer_loop(target.platform))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         assert dispatch.target() == ("gpu", target.device_kind)
-        options = compiler_options("gpu", params)
+        options = compiler_options("gpu", params, how)
         jitted = jax.jit(
             step, donate_argnums=1, in_shardings=replicated, out_shardings=replicated, compiler_options=options
         )
@@ -52,9 +55,10 @@ for tokens in (8,):
             StepInputs(array((1, layout.size), jnp.int32)),
         )
         arguments = params, state, inputs
-        compiled = jitted.lower(*arguments).compile()
+        with numerics(how):
+            compiled = jitted.lower(*arguments).compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    found[tokens] = {
+    found[how] = {
         "alias": memory.alias_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
         "waits": text.count(" while(") + text.count(" conditional("),
@@ -63,6 +67,8 @@ for tokens in (8,):
             name in text
             for name in ("write_kv_bfloat16_128", "paged_attention_bfloat16_128", "copy_pages", "draw_tokens")
         ],
+        "fixed order": [name in text for name in ("grouped_matmul_bfloat16", "row_sums_squares")],
+        "cublas": text.count("__cublas"),
     }
 matrices = [2 * math.prod(spec.shape[1:]) for spec in params.values() if len(spec.shape) == 3]
 print(json.dumps({"pool": 2 * math.prod(shape), "smallest_matrix": min(matrices), "steps": found}))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from llm_infer.config import SpeculativeConfig
+from llm_infer.base.errors import UserError
+from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
+from llm_infer.engine.platform import why_not_invariant
 from llm_infer.models.load import compute_dtype, load_model
 from llm_infer.models.opened import open_model
 from llm_infer.weights.sources import resolve
@@ -103,6 +106,21 @@ def test_the_default_model(default_gguf: Path) -> None:
     prompts = load_goldens().prompts
     longest = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     check(make, [prompts[i] for i in (*longest[:1], 0, 3, 5, 7, 11)], 40)
+
+
+def test_a_start_that_cannot_promise_it_says_why(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "qwen3_mha", "qwen3")
+    opened = open_model(resolve(str(tmp_path / "model.gguf")))
+    stored, dense = load_model(opened, stored=STORED), load_model(opened)
+    limits = EngineConfig(CacheConfig(num_pages=8), SchedulerConfig(2, 16, 64), numerics="invariant")
+    assert Engine(stored, limits).config.numerics == "invariant"
+    with pytest.raises(UserError, match="numerics='invariant': XLA multiplies with some matrices"):
+        Engine(dense, limits)
+    with pytest.raises(UserError, match="numerics='fixed': expected one of auto, invariant"):
+        EngineConfig(numerics="fixed")
+    assert why_not_invariant(dense, "gpu") is None and "on TPUs" in str(why_not_invariant(dense, "tpu"))
+    mesh = jax.sharding.Mesh(np.array([jax.devices()[0]] * 2), ("tp",))
+    assert "over several devices" in str(why_not_invariant(replace(dense, mesh=mesh), "gpu"))
 
 
 NAMES = sorted(path.parent.name for path in FOLDER.glob("*/config.json"))

@@ -34,7 +34,9 @@ EXPERTS = {"gpt-oss-20b": 12, "qwen3-30b-a3b": 12}
 """Architecture → layers of it that fit beside the pages."""
 
 
-def make_engine(setting: Setting, name: str = "llama-3.1-8b", layers: int | None = None) -> Measured:
+def make_engine(
+    setting: Setting, name: str = "llama-3.1-8b", layers: int | None = None, numerics: str = "auto"
+) -> Measured:
     """Starts the engine with an architecture, or with its first layers."""
     architecture = read_architecture(name)
     if layers is not None:
@@ -52,7 +54,7 @@ def make_engine(setting: Setting, name: str = "llama-3.1-8b", layers: int | None
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     model = dummy_model(config, dtype)
     cache = CacheConfig(page_size=page_size, memory_bytes=memory, enable_prefix_caching=False)
-    engine = Engine(model, EngineConfig(cache=cache, scheduler=limits))
+    engine = Engine(model, EngineConfig(cache=cache, scheduler=limits, numerics=numerics))
     # Compiling a program for each power of two would take longer than measuring.
     buckets = {engine.runner.bucket_of(n) for n in (*batches, limits.max_num_batched_tokens)}
     engine.runner.buckets = tuple(sorted(buckets))
@@ -69,10 +71,17 @@ def experts(setting: Setting) -> Iterator[Row]:
             yield {"model": name, "layers": layers} | row
 
 
-def throughput(setting: Setting, name: str = "llama-3.1-8b", layers: int | None = None) -> Iterator[Row]:
+def invariant(setting: Setting) -> Iterator[Row]:
+    """Measures the same with the same bits for a token in any company; a CPU has them anyhow."""
+    yield from throughput(setting, numerics="auto" if jax.default_backend() == "cpu" else "invariant")
+
+
+def throughput(
+    setting: Setting, name: str = "llama-3.1-8b", layers: int | None = None, numerics: str = "auto"
+) -> Iterator[Row]:
     """Measures prefill and decode tokens per second through `Engine`, and the step's share of the weights' roofline."""
     started = time.monotonic()
-    engine, batches, prompt, new, weights = make_engine(setting, name, layers)
+    engine, batches, prompt, new, weights = make_engine(setting, name, layers, numerics)
     yield {"batch": "all", "start s": time.monotonic() - started, "programs": len(engine.runner.buckets)}
     rng = np.random.default_rng(0)
     for batch in batches:

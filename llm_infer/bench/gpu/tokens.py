@@ -117,14 +117,15 @@ def _generate(
         while engine.has_work:
             engine.step()
         results[kind] = [
-            _prompt_logprobs(request) if kind == "prompt logprobs" else sequence.tokens[len(prompt) :]
+            prompt_logprobs(request) if kind == "prompt logprobs" else sequence.tokens[len(prompt) :]
             for request, prompt in zip(requests, prompts, strict=True)
             for sequence in request.sequences
         ]
     return results
 
 
-def _prompt_logprobs(request: Any) -> list[float]:
+def prompt_logprobs(request: Any) -> list[float]:
+    """Returns those of a prompt's tokens, the first left out."""
     return [entry.logprob for entry in request.prompt_results if entry is not None]
 
 

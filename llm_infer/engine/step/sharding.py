@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from llm_infer.engine.platform import compiler_options
 from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction
 from llm_infer.models.config import ModelConfig
@@ -97,15 +96,21 @@ class StepSharding:
         """Makes an array of zeros of that description."""
         return jnp.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
-    def jit(self, step: StepFunction, params: Mapping[str, Any], state: StepState, inputs: StepInputs) -> Any:
-        """Jits the step with the state donated; the cut of each argument is that of its description.
+    def jit(
+        self,
+        step: StepFunction,
+        params: Mapping[str, Any],
+        state: StepState,
+        inputs: StepInputs,
+        options: Mapping[str, Any],
+    ) -> Any:
+        """Jits the step with the state donated, for XLA with these options; the cut of each argument is that of its description.
 
         Over a mesh every device runs the step on its part of each argument. All collectives are written out in the
         model; the devices of a shard draw the same ids because they gather the same logits.
         """
-        options = compiler_options(self.platform, params)
         if self.mesh is None:
-            return jax.jit(step, donate_argnums=1, compiler_options=options)
+            return jax.jit(step, donate_argnums=1, compiler_options=dict(options))
         cuts = partial(jax.tree.map, lambda x: x.sharding.spec)
         # The first process reads the results of all shards, also of those on other hosts.
         several_hosts = len({device.process_index for device in self.devices}) > 1
@@ -122,4 +127,4 @@ class StepSharding:
             out_specs=(cuts(state), PartitionSpec() if several_hosts else self.batch),
             check_vma=False,
         )
-        return jax.jit(over_mesh, donate_argnums=1, compiler_options=options)
+        return jax.jit(over_mesh, donate_argnums=1, compiler_options=dict(options))
