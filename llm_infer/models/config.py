@@ -152,6 +152,9 @@ class Shards:
 
 UNCUT = Shards()
 
+LAYER_KINDS = ("attention", "conv")
+"""What mixes the tokens of a layer: attention over pages, or a short convolution whose last inputs are its state."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
@@ -182,6 +185,9 @@ class ModelConfig:
         logit_scale: by which logits are multiplied.
         logit_softcap: c in c · tanh(logit / c); None for none.
         windows: tokens that the rows of each layer see, themselves included; None for all. Empty where all layers see all.
+        kinds: of each layer, what mixes its tokens: a key of LAYER_KINDS. Empty where all layers attend.
+        conv_taps: tokens that a layer of kind "conv" sees, the own one included.
+        conv_bias: its matrices and its taps have biases.
         moe: experts in place of the MLP; `intermediate_size` is then not used.
         fused_qkv: query, key and value projections are one matrix, rows grouped per KV head [q…q|k|v].
         shards: how the model is cut over devices; `num_kv_heads` then counts every copy of a KV head.
@@ -219,6 +225,9 @@ class ModelConfig:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     windows: tuple[int | None, ...] = ()
+    kinds: tuple[str, ...] = ()
+    conv_taps: int = 0
+    conv_bias: bool = False
     moe: MoEConfig | None = None
     fused_qkv: bool = True
     shards: Shards = UNCUT
@@ -240,6 +249,12 @@ class ModelConfig:
             )
         if len(self.layer_ropes) not in (0, self.num_layers):
             raise ModelError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
+        if self.kinds and (len(self.kinds) != self.num_layers or not set(self.kinds) <= set(LAYER_KINDS)):
+            raise ModelError(
+                f"layer_types={self.kinds}: expected one of {', '.join(LAYER_KINDS)} for each of the {self.num_layers} layers"
+            )
+        if "conv" in self.kinds and self.conv_taps < 2:
+            raise ModelError(f"conv_L_cache={self.conv_taps}: expected at least 2")
         if self.windows and (
             len(self.windows) != self.num_layers or any(w is not None and w < 1 for w in self.windows)
         ):
@@ -261,13 +276,27 @@ class ModelConfig:
     def with_layers(self, number: int) -> ModelConfig:
         """Returns the configuration of the first layers alone."""
         moe = self.moe and replace(self.moe, dense_first=min(self.moe.dense_first, number))
-        own = {"windows": self.windows[:number], "layer_ropes": self.layer_ropes[:number]}
+        own = {name: getattr(self, name)[:number] for name in ("windows", "layer_ropes", "kinds")}
         return replace(self, num_layers=number, moe=moe, **own)
 
     @property
     def dense_first(self) -> int:
         """Layers with a dense MLP before the first with experts; 0 for models without experts, which have but one kind."""
         return 0 if self.moe is None else self.moe.dense_first
+
+    def layers_of(self, kind: str) -> tuple[int, ...]:
+        """Returns the layers of one of LAYER_KINDS."""
+        kinds = self.kinds or ("attention",) * self.num_layers
+        return tuple(layer for layer, each in enumerate(kinds) if each == kind)
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a state of fixed size for each sequence."""
+        return len(self.layers_of("attention")) < self.num_layers
+
+    def state_bytes(self, itemsize: int = 2) -> int:
+        """Counts the bytes of the states of one sequence: of each convolution the inputs that the next token sees."""
+        return len(self.layers_of("conv")) * (self.conv_taps - 1) * self.hidden_size * itemsize
 
     @property
     def group_size(self) -> int:
@@ -284,10 +313,11 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int = 4) -> int:
         """Counts the bytes of K and V of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        return 2 * len(self.layers_of("attention")) * self.num_kv_heads * self.head_dim * itemsize
 
     def kv_bytes(self, length: int, itemsize: int = 2) -> int:
         """Counts the bytes of K and V of what the layers see of a sequence of so many tokens."""
-        seen = sum(length if window is None else min(length, window) for window in self.windows)
-        tokens = seen if self.windows else self.num_layers * length
-        return tokens * self.kv_bytes_per_token(itemsize) // self.num_layers
+        attending = self.layers_of("attention")
+        windows = [self.windows[layer] if self.windows else None for layer in attending]
+        seen = sum(length if window is None else min(length, window) for window in windows)
+        return seen * self.kv_bytes_per_token(itemsize) // len(attending)
