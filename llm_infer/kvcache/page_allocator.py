@@ -107,6 +107,10 @@ class PageAllocator:
         """
         self._pinned[shard].add(page)
 
+    def is_pinned(self, shard: int, page: int) -> bool:
+        """Tells whether a page is kept from being handed out."""
+        return page in self._pinned[shard]
+
     def unpin_all(self) -> None:
         """Ends every pin. Pages that lost their owners meanwhile become free or idle."""
         for shard, pinned in enumerate(self._pinned):

@@ -30,7 +30,8 @@ class Admission:
         """
         allocator, page_size = self.books.allocator, self.books.page_size
         of_others: list[list[int]] | None = [[] for _ in self.books.windows]
-        if sequence.table is None:
+        # Those have pages of a position, but no state behind it.
+        if sequence.table is None and self.books.states is None:
             found = sequence.request.strategy.pages_of_others(sequence, page_size)
             if found is None:
                 return None
@@ -65,7 +66,13 @@ class Admission:
         left = 1 + request.strategy.num_joint(sequence)
         full = (len(sequence.tokens) - left) // self.books.page_size
         cache.extend(sequence.digests, sequence.tokens, full, request.cache_salt, request.weights)
-        return cache.lookup(shard, sequence.digests[:full])
+        found = cache.lookup(shard, sequence.digests[:full])
+        states = self.books.states
+        while states is not None and (known := states.longest(shard, sequence.digests[: len(found[0])])) < len(
+            found[0]
+        ):
+            found = cache.lookup(shard, sequence.digests[:known])
+        return found
 
     def _fits(self, sequence: Sequence, shard: int, cached: list[list[int]], num_running: int) -> bool:
         """Tells whether all its pages are there, and beside other sequences the watermark and a page for each of them to grow.

@@ -8,6 +8,7 @@ from llm_infer.kvcache.groups import Windows
 from llm_infer.kvcache.page_allocator import NULL_PAGE, PageAllocator
 from llm_infer.kvcache.page_table import PageTable
 from llm_infer.kvcache.prefix_cache import PrefixCache
+from llm_infer.kvcache.states import States
 from llm_infer.scheduler.request import Sequence, Status
 
 
@@ -20,6 +21,7 @@ class Books:
         parked: `parked[shard]`, the waiting sequences that hold pages: forks that share those of their prompt.
         free_slots: `free_slots[shard]`.
         allocator, prefix_cache: the pages; None without prefix caching.
+        states: pages of states; None for models without.
         windows: of each group of layers that has pages.
         ahead: tokens of a sequence that may be planned and not committed.
     """
@@ -34,11 +36,13 @@ class Books:
         enable_prefix_caching: bool,
         windows: Windows = (None,),
         ahead: int = 0,
+        num_states: int = 0,
     ) -> None:
         self.page_size, self.windows, self.ahead = page_size, windows, ahead
         self.num_slots = num_slots
         self.allocator = PageAllocator(num_pages, num_shards)
         self.prefix_cache = PrefixCache(self.allocator, page_size, windows) if enable_prefix_caching else None
+        self.states = States(num_states, num_shards) if num_states else None
         self.waiting: list[Sequence] = []
         self.running: list[list[Sequence]] = [[] for _ in range(num_shards)]
         self.parked: list[list[Sequence]] = [[] for _ in range(num_shards)]
@@ -59,6 +63,8 @@ class Books:
             sequence.table.adopt(cached)
             sequence.num_computed = sequence.table.length
             sequence.num_cached_pages = len(cached[0])
+            if self.states is not None and cached[0]:
+                sequence.state = self.states.adopt(shard, sequence.digests[len(cached[0]) - 1])
         sequence.request.shard = shard
         self.enter_slot(sequence, shard)
         return sequence.table
@@ -90,6 +96,22 @@ class Books:
         child.num_computed = length
         child.digests = list(parent.digests)
         child.num_cached_pages = parent.num_cached_pages
+        self.share_state(parent, child)
+
+    def share_state(self, parent: Sequence, child: Sequence) -> None:
+        """Gives `child`, which has none, the state of `parent` too."""
+        if self.states is not None and parent.state is not None:
+            assert parent.table is not None
+            self.states.allocator.share(parent.table.shard, (parent.state,))
+            child.state = parent.state
+
+    def drop_state(self, sequence: Sequence) -> None:
+        """Gives back the state of a sequence that has its pages still, and its snapshots that nobody has seen."""
+        if self.states is not None:
+            assert sequence.table is not None
+            pages = [page for _, page in sequence.snapshots] + ([] if sequence.state is None else [sequence.state])
+            self.states.allocator.release(sequence.table.shard, pages)
+            sequence.state, sequence.snapshots = None, []
 
     def end(self, sequence: Sequence) -> None:
         """Takes a sequence out for good, from wherever it is."""
@@ -115,6 +137,24 @@ class Books:
                     if pages[index] != NULL_PAGE:
                         cache.insert(table.shard, sequence.digests[index], pages[index], group)
         sequence.num_cached_pages = full
+        if sequence.snapshots:
+            self._offer_snapshots(sequence, full)
+
+    def _offer_snapshots(self, sequence: Sequence, full: int) -> None:
+        """Registers the snapshots behind the first `full` pages; of those behind drawn tokens only the last one stays."""
+        states, table = self.states, sequence.table
+        assert states is not None and table is not None
+        shard, prompt = table.shard, len(sequence.request.prompt)
+        ready = [each for each in sequence.snapshots if each[0] <= full * self.page_size]
+        for length, page in ready:
+            digest = sequence.digests[length // self.page_size - 1]
+            states.insert(shard, digest, page)
+            if length > prompt:
+                if sequence.latest is not None:
+                    states.drop(shard, sequence.latest)
+                sequence.latest = digest
+            states.allocator.release(shard, (page,))
+        sequence.snapshots = sequence.snapshots[len(ready) :]
 
     def enter_slot(self, sequence: Sequence, shard: int) -> None:
         """Makes a sequence that has its pages run; there is a slot."""
@@ -137,6 +177,7 @@ class Books:
 
     def _drop_pages(self, sequence: Sequence) -> None:
         assert sequence.table is not None
+        self.drop_state(sequence)
         sequence.table.free()
         sequence.table = None
         sequence.num_computed = sequence.num_cached_pages = 0

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from llm_infer.kvcache.page_allocator import NULL_PAGE, InvariantError
+from llm_infer.kvcache.states import States
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.plan import StepPlan
 from llm_infer.scheduler.request import Request, Sequence, Status
@@ -50,6 +51,20 @@ def check_books(books: Books, requests: Iterable[Request]) -> None:
         for shard, lists in enumerate(owners):
             lists.append(books.prefix_cache.pages(shard))
     books.allocator.check(owners)
+    if books.states is not None:
+        _check_states(books, books.states)
+
+
+def _check_states(books: Books, states: States) -> None:
+    owners = []
+    for shard, (running, parked) in enumerate(zip(books.running, books.parked, strict=True)):
+        holders = [*running, *parked]
+        for sequence in holders:
+            if (sequence.state is None) != (sequence.num_computed == 0):
+                raise InvariantError(f"{sequence} has the state {sequence.state}")
+        held = [[page for _, page in s.snapshots] + ([] if s.state is None else [s.state]) for s in holders]
+        owners.append([*held, states.pages(shard)])
+    states.allocator.check(owners)
 
 
 def _check_sequence(books: Books, sequence: Sequence) -> None:

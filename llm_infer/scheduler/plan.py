@@ -20,6 +20,8 @@ class ScheduledRow:
         samples: the last of them is the last token of the sequence, so the step draws the next one.
         feeds: the (single) token is still on its way back from the device: the step before drew it.
         drafts: proposed tokens, which are the last ones of the row. The step then draws after each of them, too.
+        state_from, state_to: of a recurrent model, the pages of the state before the row and behind it (`kvcache.states`); the
+            one before the first token is all zeros, wherever it is read from.
         steps: tokens that are drawn one after the other in this step, each computed before the next is drawn; with more
             than one the row has a single token and no drafts. Fewer come if the sequence ends.
     """
@@ -31,6 +33,13 @@ class ScheduledRow:
     feeds: bool
     drafts: tuple[int, ...] = ()
     steps: int = 1
+    state_from: int = 0
+    state_to: int = 0
+
+    @property
+    def certain(self) -> int:
+        """Tokens of the row that are no proposals: the state takes in these alone."""
+        return self.count - len(self.drafts)
 
     @property
     def end(self) -> int:

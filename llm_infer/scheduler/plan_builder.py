@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llm_infer.kvcache.page_table import PageTable
+from llm_infer.kvcache.states import States
 from llm_infer.scheduler.books import Books
 from llm_infer.scheduler.plan import ScheduledRow, StepPlan
 from llm_infer.scheduler.request import Sequence, Status
@@ -59,6 +60,7 @@ class ShardPlan:
         step: the plan of all shards.
         shard: which one it is.
         steps: as of the step.
+        states: pages of states; None for models without.
         running: its running sequences.
         budget: tokens that may still be planned.
         single, longer: rows of one token, and of more.
@@ -69,11 +71,12 @@ class ShardPlan:
 
     __slots__ = (
         *("allocator", "books", "budget", "copies", "longer", "num_drafts", "running", "shard", "short_of_pages"),
-        *("single", "step", "steps"),
+        *("single", "states", "step", "steps"),
     )
 
     def __init__(self, step: PlanBuilder, shard: int, budget: int) -> None:
         self.step, self.shard, self.budget, self.steps = step, shard, budget, step.steps
+        self.states = step.books.states
         self.books, self.allocator, self.running = step.books, step.books.allocator, step.books.running[shard]
         self.single: list[ScheduledRow] = []
         self.longer: list[ScheduledRow] = []
@@ -94,11 +97,6 @@ class ShardPlan:
         start, in_flight = sequence.num_computed, sequence.in_flight
         samples = start + count == len(sequence.tokens) + in_flight
         count += len(drafts)
-        row = ScheduledRow(sequence, start, count, samples, in_flight > 0, drafts, steps)
-        if count == 1:
-            self.single.append(row)
-        else:
-            self.longer.append(row)
         self.budget -= count
         sequence.num_computed = start + count + steps - 1
         if samples:
@@ -106,6 +104,44 @@ class ShardPlan:
             request = sequence.request
             if not request.forked:
                 request.strategy.fork(sequence, self)
+        states = (0, 0) if self.states is None else self._next_state(sequence, start, self.states)
+        row = ScheduledRow(sequence, start, count, samples, in_flight > 0, drafts, steps, *states)
+        (self.single if count == 1 else self.longer).append(row)
+
+    def _next_state(self, sequence: Sequence, start: int, states: States) -> tuple[int, int]:
+        """Chooses the pages from which a row reads its state and to which it writes it.
+
+        The old state stays where it is for whoever shares it, and as a snapshot behind a full page of tokens if there is a page
+        to spare. No row of a step writes what another one reads.
+        """
+        shard, allocator, old = self.shard, states.allocator, sequence.state
+        if old is None:
+            sequence.state = self._page_for_state(states)
+            return 0, sequence.state
+        wanted = self.books.prefix_cache is not None and start % self.books.page_size == 0
+        if allocator.refcount(shard, old) > 1 or allocator.is_pinned(shard, old):
+            sequence.state = self._page_for_state(states)
+        elif wanted and allocator.num_available(shard) > 0:
+            (sequence.state,) = allocator.allocate(shard, 1)
+        else:
+            return old, old
+        allocator.pin(shard, old)
+        if wanted:
+            sequence.snapshots.append((start, old))
+        else:
+            allocator.release(shard, (old,))
+        return old, sequence.state
+
+    def _page_for_state(self, states: States) -> int:
+        """Returns a page for a state. There are two for each running sequence; what else holds some gives them up."""
+        shard, allocator, books = self.shard, states.allocator, self.books
+        while not allocator.num_available(shard):
+            holder = next((each for each in reversed(self.running) if each.snapshots), None)
+            if holder is not None:
+                allocator.release(shard, (holder.snapshots.pop()[1],))
+            else:
+                books.unpark(books.parked[shard][-1])
+        return allocator.allocate(shard, 1)[0]
 
     def make_room(self, sequence: Sequence) -> bool:
         """Makes a place for the next token of a running sequence; False if it had to give up its own pages."""

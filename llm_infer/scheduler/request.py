@@ -138,7 +138,8 @@ class Request:
         for sequence in self.sequences:
             if sequence.status is not Status.FINISHED:
                 sequence.error, sequence.finish_reason = why, "error"
-                sequence.table, sequence.slot = None, None
+                sequence.table, sequence.slot, sequence.state = None, None, None
+                sequence.snapshots = []
                 sequence.num_computed = sequence.num_cached_pages = sequence.in_flight = sequence.num_drafts = 0
                 sequence.status = Status.FINISHED
 
@@ -167,10 +168,13 @@ class Sequence:
         score: of a result of a beam search.
         num_drafts: proposed tokens in a step whose result is not here yet; until it is, the sequence is in no other.
         speculation: what is known of proposals for it.
+        state: of a recurrent model, the page with the state behind the computed tokens; None where none is computed.
+        snapshots: states behind full pages of tokens that are not committed yet: (tokens, page).
+        latest: digest of the last snapshot that was taken while it drew tokens, of which the last alone is kept.
     """
 
     __slots__ = (
-        *("digests", "error", "finish_reason", "first_step", "in_flight", "max_length", "num_cached_pages"),
+        *("digests", "error", "finish_reason", "first_step", "in_flight", "latest", "max_length", "num_cached_pages"),
         *(
             "num_computed",
             "num_drafts",
@@ -179,7 +183,9 @@ class Sequence:
             "sample_index",
             "score",
             "slot",
+            "snapshots",
             "speculation",
+            "state",
             "status",
             "stop_ids",
             "table",
@@ -207,6 +213,9 @@ class Sequence:
         self.score: float | None = None
         self.num_drafts = 0
         self.speculation: Speculation | None = None
+        self.state: int | None = None
+        self.snapshots: list[tuple[int, int]] = []
+        self.latest: bytes | None = None
 
     @property
     def group(self) -> SequenceOf[Sequence]:

@@ -51,6 +51,8 @@ class Scheduler:
         num_shards: data-parallel shards.
         enable_prefix_caching: keep and find full pages by their tokens.
         windows: of each group of layers that has pages of its own, see `PageGroups`.
+        num_states: of a recurrent model, pages for states of one shard, with the null page: two for each sequence that may run,
+            and those of snapshots.
         clock: current time in seconds.
         speculator: proposes tokens for requests that allow it.
     """
@@ -65,6 +67,7 @@ class Scheduler:
         num_shards: int = 1,
         enable_prefix_caching: bool = True,
         windows: Windows = (None,),
+        num_states: int = 0,
         clock: Callable[[], float] = time.monotonic,
         speculator: Speculator | None = None,
     ) -> None:
@@ -80,6 +83,7 @@ class Scheduler:
             enable_prefix_caching=enable_prefix_caching,
             windows=windows,
             ahead=tokens_ahead(config),
+            num_states=num_states,
         )
         self.allocator = self.books.allocator
         self.prefix_cache = self.books.prefix_cache
@@ -176,6 +180,8 @@ class Scheduler:
         self._num_weights += 1
         if self.prefix_cache is not None:
             self.prefix_cache.clear()
+        if self.books.states is not None:
+            self.books.states.clear()
         for request in self.requests.values():
             if any(sequence.table is not None for sequence in request.sequences):
                 continue
@@ -222,6 +228,8 @@ class Scheduler:
         for sequence in builder.forked:  # only now: the step that computes the prompt comes before the forks' first
             self.books.enqueue(sequence)
         self.allocator.unpin_all()
+        if self.books.states is not None:
+            self.books.states.allocator.unpin_all()
         self.num_preemptions += builder.num_preemptions
         plan = builder.build(self._num_planned)
         if plan is None and builder.preempted and not self._submitted:  # those may be admitted now
@@ -251,9 +259,26 @@ class Scheduler:
     def _prefill(self, sequence: Sequence, plan: ShardPlan) -> None:
         """Computes as much as the budget allows of what a sequence computes without others."""
         end = sequence.length - sequence.request.strategy.num_joint(sequence)
-        count = plan.chunk(sequence, min(end - sequence.num_computed, plan.budget))
-        if count:
+        count = min(end - sequence.num_computed, plan.budget)
+        if plan.states is not None:
+            count = self._until_wanted_state(sequence, count, end)
+        if count := plan.chunk(sequence, count):
             plan.add_row(sequence, count)
+
+    def _until_wanted_state(self, sequence: Sequence, count: int, end: int) -> int:
+        """Returns how many of `count` tokens, of those before `end`, lead to a state that others can go on from.
+
+        That is the one before the last token of a prompt, from which samples fork, and those behind full pages.
+        """
+        request, start, size = sequence.request, sequence.num_computed, self.page_size
+        prompt = len(request.prompt)
+        if request.width == 1 < request.n and not request.forked and start < prompt - 1:
+            end = min(end, prompt - 1)
+            count = min(count, end - start)
+        if self.prefix_cache is None or (start >= prompt and count <= size):  # such as tokens that were proposed
+            return count
+        border = (end - 1 if start + count == end else start + count) // size * size
+        return border - start if border > start else count
 
     def _break_stall(self, plan: ShardPlan) -> bool:
         """Makes the last group give way where nothing can run, because groups wait for the rest of their own."""

@@ -57,6 +57,10 @@ class FakeDevice:
         allocator = scheduler.allocator
         self.scheduler = scheduler
         self.pages = np.full((scheduler.num_shards, allocator.num_pages, scheduler.page_size, 3), -1, np.int64)
+        states = scheduler.books.states
+        num_states = 0 if states is None else states.allocator.num_pages
+        # Of each page of a state the tokens that it has taken in, and how often the weights had changed for the oldest.
+        self.states: list[list[tuple[list[int], int]]] = [[([-1], -1)] * num_states for _ in self.pages]
         self.candidates: list[list[list[tuple[int, float]]]] = []
         self.written: dict[Sequence, dict[int, int]] = {}  # tokens by position
         self.ended: set[Sequence] = set()  # before the host knows: what steps do for them is for nothing
@@ -97,6 +101,8 @@ class FakeDevice:
             for position, token in enumerate(fed, row.start):
                 if row.sequence not in self.ended:
                     self._write(shard, row.sequence, position, token, written)
+        if self.scheduler.books.states is not None:
+            self._run_states(shard, rows)
         if plan.num_steps > 1:
             return self._run_steps(shard, plan, written)
         self._check_readers(shard, rows, written)
@@ -107,6 +113,28 @@ class FakeDevice:
             if row.drafts:  # nobody may use it
                 self.last_ids[shard, row.sequence.slot] = -1
         return ids
+
+    def _run_states(self, shard: int, rows: tuple[ScheduledRow, ...]) -> None:
+        """Each row goes on from the state behind the tokens before it; nobody reads what another row writes."""
+        reads = {row.state_from for row in rows if row.start}
+        writes = [row.state_to for row in rows]
+        assert 0 not in writes and len(set(writes)) == len(writes)
+        for row in rows:
+            others = (
+                reads if row.state_from != row.state_to else {x.state_from for x in rows if x is not row and x.start}
+            )
+            assert row.state_to not in others, "a row writes the state that another one reads"
+        before = list(self.states[shard])
+        for row in rows:
+            sequence = row.sequence
+            if sequence in self.ended:
+                continue
+            taken, weights = before[row.state_from] if row.start else ([], self.scheduler._num_weights)
+            tokens = [self.written[sequence][at] for at in range(row.start, row.start + row.certain)]
+            known = sequence.tokens[: row.start]
+            assert len(taken) == row.start and taken[: len(known)] == known, f"{sequence}: state of {taken}"
+            assert weights >= sequence.request.weights, f"{sequence} goes on from a state of older weights"
+            self.states[shard][row.state_to] = [*taken, *tokens], weights
 
     def _write(self, shard: int, sequence: Sequence, position: int, token: int, written: set[tuple[int, int]]) -> None:
         assert sequence.table is not None and position < sequence.table.length
@@ -133,6 +161,8 @@ class FakeDevice:
             for step in range(0 if sequence in self.ended else row.steps):
                 if step:
                     self._write(shard, sequence, row.start + step, ids[step - 1][index], written)
+                    if row.state_to:
+                        self.states[shard][row.state_to][0].append(ids[step - 1][index])
                 ids[step][index] = self._attend(shard, sequence, row.start + step + 1)
                 if ids[step][index] in sequence.stop_ids:
                     self.ended.add(sequence)

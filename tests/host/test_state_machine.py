@@ -137,8 +137,12 @@ class HostMachine(RuleBasedStateMachine):
         self.take(0)
         scheduler = self.engine.scheduler
         assert not self.live and not scheduler.num_waiting and not scheduler.num_running
+        states = scheduler.books.states
         for shard in range(scheduler.num_shards):
             assert scheduler.allocator.num_available(shard) == scheduler.allocator.num_usable, "pages leaked"
+            assert states is None or states.allocator.num_available(shard) == states.allocator.num_usable, (
+                "states leaked"
+            )
         cache = scheduler.prefix_cache
         self.totals["steps"] += len(self.engine.plans)
         self.totals["pages given back"] += self.given_back
@@ -158,9 +162,12 @@ def configuration(number: int) -> dict[str, Any]:
     draw = random.Random(number)
     max_num_seqs = draw.randint(1, 6)
     page_size = draw.choice([1, 2, 4])
+    # None, no snapshots, and so many that none has to go.
+    num_states = random.Random(number + 200).choice([0, 2 * max_num_seqs + 1, 2 * max_num_seqs + 4, 100])
     windows = random.Random(number + 100).choice([(None,), (None, 3), (4, None), (None, 2, 7), (None, 1, 5, 5), (12,)])
     return {
         "windows": windows,
+        "num_states": num_states,
         "overlap": number % 2 == 0,
         "enable_prefix_caching": number % 3 > 0,
         "num_shards": 2 if number % 4 == 2 or number % 8 == 3 else 1,

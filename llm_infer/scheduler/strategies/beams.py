@@ -147,6 +147,7 @@ def _reorder(books: Books, request: Request, children: SequenceOf[Child], step: 
     parents = {child.parent for child in children}
     for place, beam in enumerate(beams):
         if place not in parents and beam.table is not None:
+            books.drop_state(beam)
             beam.table.free()
     for place, child in enumerate(children):
         beam, parent = beams[place], beams[child.parent]
@@ -155,6 +156,7 @@ def _reorder(books: Books, request: Request, children: SequenceOf[Child], step: 
             if running:
                 assert parent.table is not None
                 beam.table = parent.table.fork()
+                books.share_state(parent, beam)
                 beam.num_computed, beam.num_cached_pages = parent.num_computed, parent.num_cached_pages
                 beam.first_step = step
                 if beam.status is not Status.RUNNING:

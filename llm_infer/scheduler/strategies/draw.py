@@ -36,9 +36,10 @@ class Draw(Strategy):
             if reason is not None:
                 break
         windows = sequence.table is not None and sequence.table.has_windows
-        # The last token is not computed.
-        if windows or len(tokens) > sequence.num_cached_pages * result.page_size + result.page_size:
-            result.offer_pages(sequence, len(tokens) - 1)
+        # The last token is not computed. Proposals that were accepted are not in the state, and are computed once more.
+        computed = row.start + row.certain if row.state_to and row.drafts else len(tokens) - 1
+        if windows or computed >= sequence.num_cached_pages * result.page_size + result.page_size:
+            result.offer_pages(sequence, computed)
         if reason is not None:
             result.finish(sequence, reason)
 

@@ -66,7 +66,7 @@ class Speculative(Draw):
         self.speculator.observe(self._speculation(sequence), len(row.drafts), accepted)
         if sequence.status is Status.RUNNING:
             assert sequence.table is not None
-            sequence.num_computed = len(sequence.tokens) - 1
+            sequence.num_computed = row.start + row.certain if row.state_to else len(sequence.tokens) - 1
             sequence.table.truncate(sequence.num_computed)
 
     def goes_on(self, sequence: Sequence, steps: int) -> bool:
