@@ -56,6 +56,8 @@ class CacheConfig:
         disable_hybrid_kv_cache_manager: keep the pages that layers with a window have left behind, as if they saw all.
         dtype: of keys and values in the pages, one of PAGE_DTYPES; None takes the model's. int8 is for CPUs: each token and head
             has a scale in its page.
+        num_state_snapshots: of recurrent models, states kept for later prompts, beside two for each running sequence; None takes
+            256 MiB of them.
     """
 
     page_size: int = 16
@@ -65,9 +67,14 @@ class CacheConfig:
     enable_prefix_caching: bool = True
     dtype: str | None = None
     disable_hybrid_kv_cache_manager: bool = False
+    num_state_snapshots: int | None = None
 
     def __post_init__(self) -> None:
-        _require_integers(self, "page_size", "num_pages", "memory_bytes")
+        _require_integers(self, "page_size", "num_pages", "memory_bytes", "num_state_snapshots")
+        _require(
+            self.num_state_snapshots is None or self.num_state_snapshots >= 0,
+            f"num_state_snapshots={self.num_state_snapshots}: expected 0 or more",
+        )
         _require_switches(self, "enable_prefix_caching", "disable_hybrid_kv_cache_manager")
         _require(
             self.dtype is None or self.dtype in PAGE_DTYPES,

@@ -71,6 +71,11 @@ class EngineOptions:
     )
     enable_prefix_caching: bool = setting(True, "Share the pages of equal prompt beginnings.")
     disable_hybrid_kv_cache_manager: bool = setting(False, "Keep the pages that layers with a window have left behind.")
+    num_state_snapshots: int | None = setting(
+        None,
+        "States of recurrent models to keep for later prompts. Behind full pages, so that the prefix cache can go on from "
+        "there; else 256 MiB of them. Counts per data-parallel shard.",
+    )
     policy: str = setting(
         "fcfs",
         "Order of waiting requests. First come, first served; or by the `priority` of each, smaller first.",
@@ -182,6 +187,7 @@ class EngineOptions:
                 enable_prefix_caching=self.enable_prefix_caching,
                 disable_hybrid_kv_cache_manager=self.disable_hybrid_kv_cache_manager,
                 dtype=pages if self.kv_cache_dtype == "auto" else self.kv_cache_dtype,
+                num_state_snapshots=self.num_state_snapshots,
             ),
             scheduler=SchedulerConfig(
                 self.max_num_seqs,

@@ -125,6 +125,11 @@ _ROW_SUMS = (
     Implementation("xla", "pallas_kernels.row_sums.xla"),
 )
 
+_CAUSAL_CONV = (
+    Implementation("xla", "pallas_kernels.causal_conv.xla"),
+    Implementation("reference", "pallas_kernels.causal_conv.reference"),
+)
+
 # op -> its implementations, the first that can run the case is taken.
 IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "paged_attention": _ATTENTION,
@@ -134,6 +139,7 @@ IMPLEMENTATIONS: Mapping[str, tuple[Implementation, ...]] = {
     "grouped_matmul": _GROUPED_MATMUL,
     "draw_tokens": _DRAW_TOKENS,
     "row_sums": _ROW_SUMS,
+    "causal_conv": _CAUSAL_CONV,
 }
 
 

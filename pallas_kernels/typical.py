@@ -14,7 +14,7 @@ def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]
     """Returns (op, what is special about it, case) for a platform (cpu, gpu or tpu) and device.
 
     Attention: Llama-3.1-8B's heads, 64 tokens per step. Experts: Qwen3-30B-A3B. Weights: a matrix of 4096 × 4096.
-    Logits: Llama 3's.
+    Logits: Llama 3's. Convolutions: LFM2-1.2B.
     """
     found: list[tuple[str, str, Case]] = []
     dtype = "float32" if platform == "cpu" else "bfloat16"
@@ -48,6 +48,12 @@ def typical_cases(platform: str, device_kind: str) -> list[tuple[str, str, Case]
         found.append(("scaled_matmul", label, Case(platform, device_kind, shapes, dtypes)))
     logits = Case(platform, device_kind, {"logits": (64, 128256)}, {"logits": "float32"})
     norm = Case(platform, device_kind, {"x": (64, 4096)}, {"x": "float32"}, {"kind": "squares"})
+    rows = {"q_start": (65,), "state_from": (64,), "state_to": (64,), "state_count": (64,)}
+    shapes = {"x": (64, 2048), "taps": (2048, 3), "states": (10, 1024, 2, 2048)}
+    convolved = Case(
+        platform, device_kind, {**shapes, **rows}, dict.fromkeys(shapes, dtype) | dict.fromkeys(rows, "int32")
+    )
+    found.append(("causal_conv", "LFM2-1.2B, 64 rows", convolved))
     return [*found, ("draw_tokens", "64 rows", logits), ("row_sums", "a norm of 64 rows", norm)]
 
 

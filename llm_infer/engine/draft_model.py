@@ -72,6 +72,11 @@ class DraftModel:
                 f"the draft model has a vocabulary of {model.config.vocab_size} tokens, the model has {vocab_size}: set "
                 "speculative_config['model'] to a model with the same tokenizer"
             )
+        if model.config.recurrent:
+            raise UserError(
+                f"a draft model of {model.config.architecture} is not supported: its states cannot be set back when proposals "
+                "are refused; take one that only attends, or the method 'ngram'"
+            )
         if model.config.max_position_embeddings < max_model_len:
             raise UserError(
                 f"the draft model's context is {model.config.max_position_embeddings} tokens, max_model_len is "

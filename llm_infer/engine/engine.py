@@ -435,6 +435,7 @@ class Engine:
             num_shards=self._num_shards,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
             windows=self.runner.step_programs.groups.windows,
+            num_states=self.runner.step_programs.num_states,
             speculator=self.speculator,
         )
 

@@ -12,6 +12,7 @@ from llm_infer.base.errors import CapacityError
 from llm_infer.decoding.features import PLAIN, StepFeatures
 from llm_infer.engine.memory import device_bytes, is_out_of_memory, local_bytes, memory_limit, physical_memory
 from llm_infer.engine.programs import StepPrograms
+from llm_infer.engine.step.state import PAGES
 
 UTILIZATION = 0.9
 """Share of an accelerator's memory that weights, pages and steps may take where nothing is said."""
@@ -83,10 +84,10 @@ def choose_num_pages(
         )
     if cache.num_pages is None and jax.process_count() > 1:  # hosts may differ in memory, not in pages
         pages = int(multihost_utils.process_allgather(np.int32(pages)).min())
-    whole = pages * page_bytes(steps) * len(sharding.devices) // jax.process_count()
+    whole = (pages * page_bytes(steps) + local_bytes(steps.states())) * len(sharding.devices) // jax.process_count()
     if sharding.platform == "cpu" and whole > physical_memory():
         raise CapacityError(
-            f"num_pages={pages} makes a page pool of {whole / 1e9:.1f} GB, the machine has "
+            f"num_pages={pages} makes pools of {whole / 1e9:.1f} GB, the machine has "
             f"{physical_memory() / 1e9:.1f} GB: lower num_pages"
         )
     return pages
@@ -94,7 +95,7 @@ def choose_num_pages(
 
 def page_bytes(steps: StepPrograms) -> int:
     """Counts the bytes of a page on each device."""
-    return local_bytes(steps.cache(2)) // 2
+    return local_bytes(steps.cache(2)[PAGES]) // 2
 
 
 def pages_in(steps: StepPrograms, memory: int, max_pages: int) -> int:

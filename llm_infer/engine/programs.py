@@ -20,7 +20,7 @@ from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.multi_step import make_steps
 from llm_infer.engine.step.paged import Paging
 from llm_infer.engine.step.sharding import StepSharding
-from llm_infer.engine.step.state import PAGES, StepInputs, StepState
+from llm_infer.engine.step.state import CONV, PAGES, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
 from llm_infer.kvcache.groups import PageGroups, group_layers, one_group, pages_at_most
 from llm_infer.models.config import ModelConfig
@@ -29,6 +29,11 @@ from llm_infer.scheduler.limits import tokens_ahead
 from llm_infer.scheduler.strategies.speculative import MAX_DRAFTS
 from pallas_kernels.numerics import numerics
 from pallas_kernels.paged_attention.plan import PlanShape
+
+SNAPSHOT_BYTES = 256 << 20
+"""Memory of the snapshots of states, where their number is not given …"""
+MOST_SNAPSHOTS = 4096
+"""… and their number at most."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,10 @@ class StepPrograms:
     def groups(self) -> PageGroups:
         """The groups of layers that share pages."""
         if self.engine.cache.disable_hybrid_kv_cache_manager:
-            return one_group(self.config.num_layers)
+            return one_group(len(self.config.layers_of("attention")))
         ahead = tokens_ahead(self.engine.scheduler)
-        return group_layers(self.config.windows, self.config.num_layers, self.max_model_len, ahead)
+        layers = len(self.config.layers_of("attention"))
+        return group_layers(self.config.windows, layers, self.max_model_len, ahead)
 
     @property
     def most_pages(self) -> int:
@@ -90,25 +96,49 @@ class StepPrograms:
         return scheduler.max_num_seqs * pages_at_most(self.groups.windows, *sizes) + 1
 
     @property
+    def num_states(self) -> int:
+        """Pages for states of each data-parallel shard: two for each running sequence, the null page, and snapshots."""
+        if not self.config.recurrent:
+            return 0
+        cache, running = self.engine.cache, 2 * self.engine.scheduler.max_num_seqs + 1
+        if not cache.enable_prefix_caching:
+            return running
+        if cache.num_state_snapshots is not None:
+            return running + cache.num_state_snapshots
+        one = self.config.state_bytes(self.state_dtype.itemsize)
+        return running + min(SNAPSHOT_BYTES // one, MOST_SNAPSHOTS)
+
+    @property
+    def state_dtype(self) -> jnp.dtype:
+        """The type of states: that of activations."""
+        return jnp.dtype(self.params["final_norm.weight"].dtype)
+
+    @property
     def query_rows(self) -> int:
         """Most query rows of one work item of a prefill."""
         return query_rows(self.sharding.platform, self.config.group_size)
 
     def layout(self, bucket: int, features: StepFeatures = PLAIN) -> StepLayout:
         """Lays out the step buffer of a token bucket: all sizes follow from the bucket and the configured maxima."""
-        scheduler, groups = self.engine.scheduler, len(self.groups.windows)
+        scheduler, groups, states = self.engine.scheduler, len(self.groups.windows), self.config.recurrent
         sequences = min(bucket, max(self.smallest_batch, scheduler.max_num_seqs))
         if StepFeatures.STEPS in features:  # a token of each sequence
             shape = PlanShape(sequences, sequences, self.pages_per_seq, min(self.query_rows, sequences))
-            return StepLayout(shape, sequences, scheduler.num_scheduler_steps, groups)
+            return StepLayout(shape, sequences, scheduler.num_scheduler_steps, groups, states)
         draws = min(bucket, sequences + MAX_DRAFTS) if StepFeatures.DRAFTS in features else sequences
         shape = PlanShape(bucket, sequences, self.pages_per_seq, min(self.query_rows, bucket))
-        return StepLayout(shape, draws, groups=groups)
+        return StepLayout(shape, draws, groups=groups, states=states)
 
     def cache(self, num_pages: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Describes the pools, `num_pages` of each data-parallel shard."""
+        """Describes the pools: `num_pages` of each data-parallel shard, and those of states."""
         sizes = num_pages, self.engine.cache.page_size, self.groups.depth
-        return {PAGES: self.sharding.pool(*sizes, self.page_dtype)}
+        return {PAGES: self.sharding.pool(*sizes, self.page_dtype)} | self.states()
+
+    def states(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Describes the pools of states; none for models without."""
+        if not self.num_states:
+            return {}
+        return {CONV: self.sharding.conv_states(self.num_states, self.state_dtype)}
 
     def penalties(self) -> PenaltyState:
         """Describes what steps with PENALTIES keep of each slot."""

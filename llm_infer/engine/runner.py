@@ -340,6 +340,13 @@ class Runner:
                 end = row.start + row.count - len(row.drafts)
                 f["token_ids"][first : first + row.count] = (*row.sequence.tokens[row.start : end], *row.drafts)
             first += row.count
+        if layout.states:
+            for name, values in (
+                ("state_from", (row.state_from for row in rows)),
+                ("state_to", (row.state_to for row in rows)),
+                ("state_count", (row.certain for row in rows)),
+            ):
+                f[name][:n] = np.fromiter(values, np.int32, n)
         f["logits_row"][:n] = ends - 1
         f["slot"][:] = self.max_num_seqs
         f["slot"][:n] = np.where(samples, slot, self.max_num_seqs)

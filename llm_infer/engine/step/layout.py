@@ -34,12 +34,14 @@ class StepLayout:
         draws: rows R of logits: one per sequence, behind them those of proposed tokens; 0 stands for one per sequence.
         steps: tokens that are drawn one after the other at most.
         groups: groups of layers with block tables of their own; `more_tables` has those after the first.
+        states: sequences have states, and the fields of `causal_conv.StateRows` for them.
     """
 
     plan: PlanShape
     draws: int = 0
     steps: int = 1
     groups: int = 1
+    states: bool = False
 
     @property
     def num_draws(self) -> int:
@@ -66,6 +68,8 @@ class StepLayout:
         fields = {**per_token, **per_row, **copies, "num_copies": (1,), **plan_fields(self.plan)}
         if self.groups > 1:
             fields |= {"more_tables": (self.groups - 1, self.plan.sequences, self.plan.pages_per_seq)}
+        if self.states:
+            fields |= dict.fromkeys(("state_from", "state_to", "state_count"), (self.plan.sequences,))
         if self.steps > 1:
             fields |= {"num_steps": rows, "max_steps": (1,), "stop_ids": (*rows, STOP_IDS)}
         return fields

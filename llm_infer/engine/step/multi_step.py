@@ -16,6 +16,7 @@ from llm_infer.engine.step.state import Cache, StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction, draw_ids, drawn_outputs
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Definition, Params, merge_model
+from pallas_kernels.causal_conv import StateRows
 from pallas_kernels.paged_attention import AttentionPlan
 from pallas_kernels.paged_attention.decode_plan import decode_plan
 
@@ -52,7 +53,11 @@ def make_steps(
             positions = f["positions"] + index
             plan = decode_plan(first_plan, positions, active, paging.page_size)
             rows = jnp.arange(ids.shape[0], dtype=jnp.int32)
-            attend = paging.attention_over(plan, f.get("more_tables"), rows, positions, active)
+            states = None
+            if layout.states:  # only the first step reads another state than it writes
+                before = jnp.where(index == 0, f["state_from"], f["state_to"])
+                states = StateRows(plan.q_start, before, jnp.where(active, f["state_to"], 0), active.astype(jnp.int32))
+            attend = paging.attention_over(plan, f.get("more_tables"), rows, positions, active, states)
             hidden, cache = model(ids, positions, cache, attend, loop=loop)
             logits = model.logits(hidden)
             rows = f | {"position": f["position"] + index, "slot": jnp.where(active, f["slot"], unread)}

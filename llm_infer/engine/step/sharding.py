@@ -85,6 +85,13 @@ class StepSharding:
         axes[1], axes[KV_HEADS_AXIS] = "pages", "kv_heads"
         return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes, names=self.names))
 
+    def conv_states(self, num_states: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+        """Describes the states of convolutions: `num_states` of each shard with ids of its own, and each device's channels."""
+        config = self.config
+        channels = config.hidden_size // config.shards.devices
+        local = len(config.layers_of("conv")), num_states, config.conv_taps - 1, channels
+        return self.whole(local, dtype, partition(None, "pages", None, "mlp", names=self.names))
+
     def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         """Describes the array of which every device has a part of shape `local`."""
         if self.mesh is None:

@@ -19,6 +19,9 @@ Pages = Shaped[Array, "L P ..."]
 PAGES = "pages"
 """The pool of pages with keys and values, of which groups of layers have theirs (`kvcache.groups`)."""
 
+CONV = "conv"
+"""The last inputs of short convolutions, a state of each to a page (`kvcache.states`)."""
+
 Cache = Mapping[str, Pages]
 """What layers remember, by its kind."""
 

@@ -22,6 +22,7 @@ from llm_infer.engine.step.paged import Paging, copied_pages
 from llm_infer.engine.step.state import StepInputs, StepState
 from llm_infer.models.decoder import LayerLoop
 from llm_infer.models.params import Definition, Params, merge_model
+from pallas_kernels.causal_conv import StateRows
 from pallas_kernels.draw_tokens.top_tokens import top_tokens
 from pallas_kernels.paged_attention import AttentionPlan
 from pallas_kernels.row_sums import logsumexp
@@ -63,7 +64,8 @@ def make_step(
         token = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
         owner = jnp.sum(token[:, None] >= f["q_start"][None, 1:], axis=1, dtype=jnp.int32)
         used = token < f["q_start"][-1]
-        attend = paging.attention_over(plan, f.get("more_tables"), owner, f["positions"], used)
+        states = StateRows(**{name: f[name] for name in StateRows._fields}) if layout.states else None
+        attend = paging.attention_over(plan, f.get("more_tables"), owner, f["positions"], used, states)
         hidden, cache = model(token_ids, f["positions"], cache, attend, loop=loop)
         logits = model.logits(hidden[f["logits_row"]])
         allowed = None if inputs.allowed is None else inputs.allowed[0]
