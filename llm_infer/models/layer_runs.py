@@ -49,13 +49,23 @@ class Run(NamedTuple):
     @property
     def firsts(self) -> range:
         """The layer with which each repetition begins."""
-        return range(self.start, self.start + self.repetitions * self.period, self.period)
+        return self.turn(0)
+
+    def turn(self, offset: int) -> range:
+        """Returns the layers that come so many behind the first of their repetition."""
+        first = self.start + offset
+        return range(first, first + self.repetitions * self.period, self.period)
+
+
+def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
+    """Returns the kind of each layer."""
+    mixers = config.kinds or ("attention",) * config.num_layers
+    return tuple(LayerKind(mixer, layer < config.dense_first) for layer, mixer in enumerate(mixers))
 
 
 def layer_runs(config: ModelConfig) -> tuple[Run, ...]:
-    """Returns the runs of all layers of a model, of one kind as few as its layers with and without experts need."""
-    kinds = config.kinds or ("attention",) * config.num_layers
-    each = tuple(LayerKind(mixer, layer < config.dense_first) for layer, mixer in enumerate(kinds))
+    """Returns the runs of all layers of a model, one where all are of one kind."""
+    each = layer_kinds(config)
     return tuple(Run(start, each[start : start + period], times) for start, period, times in _patterns(each))
 
 

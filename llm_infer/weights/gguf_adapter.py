@@ -184,7 +184,9 @@ def _mixers(file: GGUFFile, key: str, layers: int) -> list[str]:
     if not isinstance(value, np.ndarray):
         return ["full_attention"] * layers
     if len(value) != layers:
-        raise ModelError(f"{file.path}: metadata {key} has {len(value)} numbers, expected one for each of {layers} layers")
+        raise ModelError(
+            f"{file.path}: metadata {key} has {len(value)} numbers, expected one for each of {layers} layers"
+        )
     return ["full_attention" if each else "conv" for each in value.tolist()]
 
 

@@ -132,7 +132,10 @@ def rules(config: ModelConfig) -> list[Rule]:
         *(Rule(f"layers.{name}.weight", (f"{BLOCK}{tensor}.weight",)) for name, tensor in _NORMS.items()),
         *(replace(rule, layers=attending) for rule in attention),
         *(replace(rule, layers=convolving) for rule in (_conv_rules(config) if convolving else ())),
-        *(Rule(f"layers.mlp.{name}.weight", (f"{BLOCK}feed_forward.{tensor}.weight",)) for name, tensor in _MLP.items()),
+        *(
+            Rule(f"layers.mlp.{name}.weight", (f"{BLOCK}feed_forward.{tensor}.weight",))
+            for name, tensor in _MLP.items()
+        ),
         Rule("final_norm.weight", ("model.embedding_norm.weight",)),
         *([] if config.tie_word_embeddings else [Rule("head.weight", ("lm_head.weight",))]),
     ]
