@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences, without pages: for training, scoring and hidden states."""
+"""Causal attention and convolution over whole sequences, without a cache: for training, scoring and hidden states."""
 
 from __future__ import annotations
 
@@ -25,6 +25,40 @@ def attend_within(segments: Int[Array, "B T"]) -> Attend:
         return causal_attention(q, k, v, segments, **options).reshape(query.shape), cache
 
     return attend
+
+
+class WithConvolutions:
+    """What a model with short convolutions computes whole rows with: something to attend with, and convolutions beside it."""
+
+    def __init__(self, attend: Attend, segments: Int[Array, "B T"]) -> None:
+        self._attend, self._segments = attend, segments
+
+    def __call__(self, *arrays: Any, **options: Any) -> tuple[Array, Any]:
+        """Attends."""
+        return self._attend(*arrays, **options)
+
+    def causal_conv(
+        self, inputs: Float[Array, "N C"], taps: Float[Array, "C K"], cache: Any, layer: Array, /
+    ) -> tuple[Float[Array, "N C"], Any]:
+        """Computes the convolution of every row; a token sees none of another segment. N = B · T."""
+        rows = inputs.reshape(*self._segments.shape, -1)
+        return causal_conv(rows, taps, self._segments).reshape(inputs.shape), cache
+
+
+def causal_conv(
+    inputs: Float[Array, "B T C"], taps: Float[Array, "C K"], segments: Int[Array, "B T"]
+) -> Float[Array, "B T C"]:
+    """Computes y[t] = Σ_k taps[:, k] · x[t - K + 1 + k] over those before t that have its segment, in float32."""
+    width, length = taps.shape[1], inputs.shape[1]
+    found = jnp.zeros(inputs.shape, jnp.float32)
+    for tap in range(width):
+        back = width - 1 - tap
+        shifted = jnp.pad(inputs, ((0, 0), (back, 0), (0, 0)))[:, :length].astype(jnp.float32)
+        # No segment has the number -1; zeros that are shifted in are those of nobody.
+        of = jnp.pad(segments, ((0, 0), (back, 0)), constant_values=-1)[:, :length]
+        seen = (of == segments)[:, :, None]
+        found = found + jnp.where(seen, shifted, 0.0) * taps[:, tap].astype(jnp.float32)[None, None]
+    return found.astype(inputs.dtype)
 
 
 def causal_attention(

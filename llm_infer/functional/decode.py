@@ -48,8 +48,14 @@ def make_cache(model: LoadedModel, sequences: int, max_len: int, *, page_size: i
     """Makes an empty cache for so many sequences of up to `max_len` tokens, on the model's devices.
 
     Raises:
-        UserError: sizes below 1, or a number of sequences that the shards of the batch do not divide.
+        UserError: sizes below 1, a number of sequences that the shards of the batch do not divide, or a model with other
+            layers than attention.
     """
+    if model.config.recurrent:
+        raise UserError(
+            f"{model.config.architecture} has layers that do not attend, whose state these functions do not keep: generate with "
+            "an engine (LLM.from_model), or compute whole sequences with forward"
+        )
     if min(sequences, max_len, page_size) < 1:
         raise UserError(f"sequences={sequences}, max_len={max_len}, page_size={page_size}: expected at least 1 of each")
     shards, sharding = model.num_shards, StepSharding.of(model.config, model.mesh)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.decoder import Attend, Decoder
 from llm_infer.models.experts import ExpertsMLP
+from llm_infer.models.layer_runs import Run, layer_runs
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import Params, merge_model
 from llm_infer.quant import StoredWeights
@@ -49,38 +50,48 @@ def run_layers(
 
     kept = keep(jnp.zeros((len(wanted), *x.shape), x.dtype), jnp.int32(0), x)
 
-    def block(dense: bool, whole: Params, carry: tuple[Array, Array], each: tuple[Array, dict[str, Array]]) -> Any:
-        (x, kept), (layer, slices) = carry, each
-        own = {name: _alone(params[name], value) for name, value in slices.items()}
-        merged = merge_model(model.definition, {**whole, **own})
-        assert isinstance(merged, Decoder)
-        layers = merged.layers
-        if isinstance(layers.mlp, ExpertsMLP):
-            layers.mlp.counted = True
-        x, _ = layers(x, angles, None, layer, attend, **({"dense": True} if dense else {}))
-        return (x, keep(kept, layer + 1, x)), None
+    def block(run: Run, carry: tuple[Array, Array], each: tuple[Array, tuple[dict[str, Array], ...]]) -> Any:
+        (x, kept), (first, slices) = carry, each
+        for offset, (kind, of_layer) in enumerate(zip(run.kinds, slices, strict=True)):
+            layer = first + offset if offset else first
+            own = {name: _alone(params[name], value) for name, value in of_layer.items()}
+            merged = merge_model(model.definition, {**params, **own})
+            assert isinstance(merged, Decoder)
+            layers = merged.layers
+            if isinstance(layers.mlp, ExpertsMLP):
+                layers.mlp.counted = True
+            x, _ = layers(x, angles, None, layer, attend, **kind.options)
+            kept = keep(kept, layer + 1, x)
+        return (x, kept), None
 
-    for dense, start, end in ((True, 0, config.dense_first), (False, config.dense_first, config.num_layers)):
-        if start < end:
-            slices, whole = _cut(params, config, dense, start, end)
-            body = partial(block, dense, whole)
-            body = jax.checkpoint(body, prevent_cse=False) if remat else body
-            (x, kept), _ = lax.scan(body, (x, kept), (jnp.arange(start, end, dtype=jnp.int32), slices))
+    for run in layer_runs(config):
+        slices = tuple(_cut(params, config, run, offset) for offset in range(run.period))
+        body = partial(block, run)
+        body = jax.checkpoint(body, prevent_cse=False) if remat else body
+        (x, kept), _ = lax.scan(body, (x, kept), (jnp.array(run.firsts, jnp.int32), slices))
     return x, kept
 
 
-def _cut(params: Params, config: ModelConfig, dense: bool, start: int, end: int) -> tuple[dict[str, Array], Params]:
-    """Returns the stacks of floating-point numbers over these layers, and all else as it is."""
-    own: dict[str, Array] = {}
+def _cut(params: Params, config: ModelConfig, run: Run, offset: int) -> dict[str, Array]:
+    """Returns the stacks of floating-point numbers over the layers that take the same turn of a run."""
+    found: dict[str, Array] = {}
     for name, value in params.items():
         stack = _stack(value)
         if stack is None or not name.startswith("layers."):
             continue
-        if stack.shape[0] == config.num_layers:
-            own[name] = stack[start:end]
-        elif name.startswith("layers.dense_mlp.") == dense:
-            own[name] = stack
-    return own, {name: value for name, value in params.items() if name not in own}
+        places = [place for place, layer in enumerate(_layers_of(name, config)) if layer in run.turn(offset)]
+        if places:
+            step = places[1] - places[0] if len(places) > 1 else 1
+            found[name] = stack[places[0] : places[-1] + 1 : step]
+    return found
+
+
+def _layers_of(name: str, config: ModelConfig) -> Sequence[int]:
+    """Returns the layers that have a parameter."""
+    part, dense = name.split(".")[1], config.dense_first
+    own = {"dense_mlp": range(dense), "mlp": range(dense, config.num_layers)}
+    own |= {"attn": config.layers_of("attention"), "conv": config.layers_of("conv")}
+    return own.get(part, range(config.num_layers))
 
 
 def _stack(value: Any) -> Array | None:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from llm_infer.engine.platform import query_rows
 from llm_infer.engine.step.sharding import StepSharding
-from llm_infer.functional.attention import attend_within
+from llm_infer.functional.attention import WithConvolutions, attend_within
 from llm_infer.functional.decode import PAGE_SIZE
 from llm_infer.functional.layers import run_layers
 from llm_infer.functional.over_mesh import of_batch, over_mesh
@@ -139,11 +139,14 @@ def _hidden(
         place = place - lax.cummax(jnp.where(begins, place, 0), axis=1)
         segments = jnp.cumsum(begins, axis=1, dtype=jnp.int32)  # a number that comes again is another sequence
     platform = StepSharding.of(model.config, model.mesh).platform
+    own = jnp.zeros_like(token_ids) if segments is None else segments
     if segments is None and has_kernels(model):
         rows = query_rows(platform, model.config.group_size)
         attend = attend_by_pages(token_ids.shape[0], token_ids.shape[1], page_size, platform, rows)
     else:
-        attend = attend_within(jnp.zeros_like(token_ids) if segments is None else segments)
+        attend = attend_within(own)
+    if model.config.recurrent:
+        attend = WithConvolutions(attend, own)
     if isinstance(model.definition, OwnDefinition):
         if wanted:
             raise ValueError("hidden_states: only the last of a registered model are known")

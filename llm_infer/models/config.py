@@ -255,6 +255,8 @@ class ModelConfig:
             )
         if "conv" in self.kinds and self.conv_taps < 2:
             raise ModelError(f"conv_L_cache={self.conv_taps}: expected at least 2")
+        if "conv" in self.kinds and any(window is not None for window in self.windows):
+            raise ModelError("sliding windows beside layers with convolutions are not supported")
         if self.windows and (
             len(self.windows) != self.num_layers or any(w is not None and w < 1 for w in self.windows)
         ):

@@ -15,17 +15,19 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.experts import ExpertsMLP
-from llm_infer.models.layers import Embedding, Layer, Linear, Normed, RMSNorm, gated, parameter, pick, softcap
+from llm_infer.models.layer_runs import Run, layer_runs, own_number
+from llm_infer.models.layers import Cache, Embedding, Layer, Linear, Normed, RMSNorm, gated, parameter, pick, softcap
 from llm_infer.models.rotary import Angles, angles_of, rotate
 from llm_infer.models.rotary import angles as rope_angles
-
-Cache = Any
-"""Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked pools, by group of layers."""
+from llm_infer.models.short_conv import Convolve, ShortConv
 
 
 @runtime_checkable
 class Attend(Protocol):
-    """What a model attends with. The model owns the scale and what a layer may see; the caller owns where K and V lie."""
+    """What a model attends with. The model owns the scale and what a layer may see; the caller owns where K and V lie.
+
+    For models with short convolutions it is a `Convolve` too.
+    """
 
     def __call__(
         self,
@@ -41,7 +43,10 @@ class Attend(Protocol):
         softcap: float | None = None,
         sinks: Float[Array, " Hq"] | None = None,
     ) -> tuple[Float[Array, "T Hq D"], Cache]:
-        """Writes a layer's keys and values and attends causally; arguments as of `paged_attention`."""
+        """Writes a layer's keys and values and attends causally; arguments as of `paged_attention`.
+
+        `layer` is the number among the layers that attend.
+        """
         ...
 
 
@@ -62,7 +67,7 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023); the cache and what attends over it are the caller's."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
-        layers, width = config.num_layers, config.hidden_size
+        layers, width = len(config.layers_of("attention")), config.hidden_size
         query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         bias = config.qkv_bias
         if config.fused_qkv:
@@ -104,7 +109,10 @@ class Attention(nnx.Module):
         return query, key, value
 
     def options(self, layer: Layer) -> dict[str, Any]:
-        """Returns what a layer's `attend` is told beside the arrays; a family may override it."""
+        """Returns what a layer's `attend` is told beside the arrays; a family may override it.
+
+        A model whose layers do not all attend has no windows, so that one number serves both stacks and windows.
+        """
         config = self.config
         scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
         found: dict[str, Any] = {"scale": scale, "window": window_of(config.windows, layer)}
@@ -126,12 +134,13 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "T E"] | Normed, angles: Angles, cache: Cache, layer: Layer, attend: Attend
     ) -> tuple[Float[Array, "T E"], Cache]:
-        query, key, value = self.project(x, layer)
-        query, key = self.normed(query, key, layer)
-        if (own := angles_of(self.config, angles, layer)) is not None:
-            query, key = rotate(query, key, own)
-        out, cache = attend(query, key, value, cache, layer, **self.options(layer))
-        return self.o(rearrange(out, "t h d -> t (h d)"), layer), cache
+        own = own_number(self.config, "attention", layer)
+        query, key, value = self.project(x, own)
+        query, key = self.normed(query, key, own)
+        if (turns := angles_of(self.config, angles, layer)) is not None:
+            query, key = rotate(query, key, turns)
+        out, cache = attend(query, key, value, cache, own, **self.options(own))
+        return self.o(rearrange(out, "t h d -> t (h d)"), own), cache
 
 
 def window_of(windows: tuple[int | None, ...], layer: Layer) -> Array | int | None:
@@ -161,7 +170,10 @@ class GatedMLP(nnx.Module):
 
 
 class DecoderLayers(nnx.Module):
-    """All layers at once: every weight is stacked, `__call__` computes the one that `layer` names."""
+    """All layers at once: every weight is stacked, `__call__` computes the one that `layer` names.
+
+    Norms and MLPs are stacked over all layers, what mixes tokens over the layers of its kind.
+    """
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
         layers, width = config.num_layers, config.hidden_size
@@ -171,20 +183,35 @@ class DecoderLayers(nnx.Module):
         if config.norms != "before":
             self.attn_out_norm = norm(config, layers, width, dtype=dtype)
             self.mlp_out_norm = norm(config, layers, width, dtype=dtype)
-        self.attn = Attention(config, dtype=dtype)
+        if config.layers_of("attention"):
+            self.attn = Attention(config, dtype=dtype)
+        if config.layers_of("conv"):
+            self.conv = ShortConv(config, dtype=dtype)
         self.mlp = (GatedMLP if config.moe is None else ExpertsMLP)(config, dtype=dtype)
         if config.dense_first:
             self.dense_mlp = GatedMLP(config, dtype=dtype, layers=config.dense_first)
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "T E"], angles: Angles, cache: Cache, layer: Layer, attend: Attend, dense: bool = False
+        self,
+        x: Float[Array, "T E"],
+        angles: Angles,
+        cache: Cache,
+        layer: Layer,
+        attend: Attend,
+        dense: bool = False,
+        mixer: str = "attention",
     ) -> tuple[Float[Array, "T E"], Cache]:
-        """Computes one layer; `dense` says that it is one of the first, of which some mixtures have no experts."""
+        """Computes one layer; `dense` and `mixer` say of which kind it is, see `LayerKind`."""
         before, after = self.config.norms != "after", self.config.norms != "before"
-        with jax.named_scope("attention"):
+        with jax.named_scope(mixer):
             normed = self.attn_norm.later(x, layer) if before else x
-            out, cache = self.attn(normed, angles, cache, layer, attend)
+            if mixer == "conv":
+                if not isinstance(attend, Convolve):
+                    raise TypeError("the model has short convolutions: what it attends with must have a causal_conv")
+                out, cache = self.conv(normed, cache, own_number(self.config, mixer, layer), attend)
+            else:
+                out, cache = self.attn(normed, angles, cache, layer, attend)
             x = self._sum(x, self.attn_out_norm(out, layer) if after else out)
         with jax.named_scope("mlp"):
             normed = self.mlp_norm.later(x, layer) if before else x
@@ -233,18 +260,20 @@ class Decoder(nnx.Module):
         x = self.embed_tokens(token_ids, positions)
         angles = self.angles(positions)
 
-        def block(dense: bool, carry: tuple[Array, Cache], layer: Layer) -> tuple[tuple[Array, Cache], None]:
-            more = {"dense": True} if dense else {}
-            return self.layers(carry[0], angles, carry[1], layer, attend, **more), None
+        def in_turn(run: Run, carry: tuple[Array, Cache], first: Layer | int) -> tuple[tuple[Array, Cache], None]:
+            for offset, kind in enumerate(run.kinds):
+                layer = first + offset if offset else first
+                layer = jnp.int32(layer) if isinstance(layer, int) else layer
+                carry = self.layers(carry[0], angles, carry[1], layer, attend, **kind.options)
+            return carry, None
 
-        first = self.config.dense_first
-        for dense, layers in ((True, range(first)), (False, range(first, self.config.num_layers))):
+        for run in layer_runs(self.config):
             if loop == "unroll":
-                for index in layers:
-                    (x, cache), _ = block(dense, (x, cache), jnp.int32(index))
-            elif len(layers):
-                numbers = jnp.array(layers, jnp.int32)
-                (x, cache), _ = lax.scan(partial(block, dense), (x, cache), numbers, unroll=loop)
+                for first in run.firsts:
+                    (x, cache), _ = in_turn(run, (x, cache), first)
+            else:
+                firsts, unroll = jnp.array(run.firsts, jnp.int32), max(1, loop // run.period)
+                (x, cache), _ = lax.scan(partial(in_turn, run), (x, cache), firsts, unroll=unroll)
         return x, cache
 
     def normed(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:

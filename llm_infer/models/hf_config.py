@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
 }
 """Hugging Face's name of an activation → that of `ModelConfig`."""
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"
 """Kinds of layers, as `layer_types` names them."""
 
 
@@ -97,7 +97,7 @@ class ConfigReader:
         window = self.integer("sliding_window", 4096) if switched_on else None
         first = self.count("max_window_layers", 28)
         default = [FULL if i < first else SLIDING for i in range(self.layers())]
-        return self.layer_windows(window, self._kinds(default, FULL, *([SLIDING] if switched_on else [])))
+        return self.layer_windows(window, self.kinds(default, FULL, *([SLIDING] if switched_on else [])))
 
     def full_attention(self) -> None:
         """Refuses sliding windows, in the older and the newer way to ask for them."""
@@ -120,7 +120,8 @@ class ConfigReader:
                 raise ModelError(f"config.json: layer_types has {kind!r:.60}, which is not supported")
         return kinds
 
-    def _kinds(self, default: list[str], *allowed: str) -> list[str]:
+    def kinds(self, default: list[str], *allowed: str) -> list[str]:
+        """Reads `layer_types`, each one of those allowed; where they are not listed, the default."""
         kinds = self._layer_types(*allowed) or default
         if len(kinds) != len(default):
             raise ModelError(
@@ -141,7 +142,7 @@ class ConfigReader:
     def layer_kinds(self, full_every: int | None = None) -> list[str]:
         """Reads `layer_types`, of full and sliding layers; where they are not listed, each `full_every`-th is full, or none."""
         default = [FULL if full_every and (i + 1) % full_every == 0 else SLIDING for i in range(self.layers())]
-        return self._kinds(default, FULL, SLIDING)
+        return self.kinds(default, FULL, SLIDING)
 
     def layer_windows(self, window: int | None, kinds: Sequence[str]) -> tuple[int | None, ...]:
         """Returns the window of each layer of these kinds; a window as long as the context hides nothing and is none."""
@@ -153,17 +154,17 @@ class ConfigReader:
         """Reads `sliding_window`, of all layers but those that `layer_types` calls full."""
         return self.layer_windows(self.optional_integer("sliding_window"), self.layer_kinds())
 
-    def rope(self, *, partial: bool = False, original: int | None = None) -> RopeConfig:
+    def rope(self, *, partial: bool = False, original: int | None = None, theta: float = 10000.0) -> RopeConfig:
         """Reads `rope_theta` with `rope_scaling`, or the newer `rope_parameters` that holds both.
 
         `partial` says that the architecture may rotate a part of each head; `original` is the context before the scaling where
-        the config has it elsewhere.
+        the config has it elsewhere, `theta` the base unless the config says it.
         """
         name = "rope_parameters" if self.take("rope_parameters", None) else "rope_scaling"
         scaling = an_object(name, self.take(name, {}))
         if original is not None and {"short_factor", "long_factor"} <= scaling.keys():
             scaling["original_max_position_embeddings"] = original
-        theta, fraction = self.take("rope_theta", 10000.0), self.take("partial_rotary_factor", 1.0) if partial else 1.0
+        theta, fraction = self.take("rope_theta", theta), self.take("partial_rotary_factor", 1.0) if partial else 1.0
         result = read_rope(name, scaling, theta, fraction, self._context)
         if result.fraction != 1.0 and not partial:
             raise ModelError("config.json: a partial_rotary_factor other than 1 is not supported here")
@@ -225,8 +226,8 @@ class ConfigReader:
         biased = self.flag("attention_bias", False)
         return {"qkv_bias": biased, "output_bias": biased}
 
-    def sizes(self) -> dict[str, Any]:
-        """Reads the sizes, and the epsilon of norms."""
+    def sizes(self, epsilon: str = "rms_norm_eps") -> dict[str, Any]:
+        """Reads the sizes, and the epsilon of norms, whose key has this name."""
         heads, width = self.integer("num_attention_heads"), self.integer("hidden_size")
         return {
             "vocab_size": self.integer("vocab_size"),
@@ -237,7 +238,7 @@ class ConfigReader:
             "head_dim": self.integer("head_dim", max(1, width // heads)),
             "intermediate_size": self.integer("intermediate_size"),
             "max_position_embeddings": self.integer("max_position_embeddings"),
-            "norm_eps": self.number("rms_norm_eps", 1e-6, high=1.0),
+            "norm_eps": self.number(epsilon, 1e-6, high=1.0),
         }
 
     def finish(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from pallas_kernels.quant_matmul import Norm
 from pallas_kernels.row_sums import mean_squares, row_sums
 
 Layer = Int[Array, ""]
+
+Cache = Any
+"""Whatever `attend` reads and writes; the model passes it through. In the engine: the stacked pools, by group of layers."""
 
 
 def place(layers: int, layer: Layer | int) -> Layer | int:

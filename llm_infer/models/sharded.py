@@ -32,6 +32,8 @@ def why_not(config: ModelConfig, parallel: ParallelConfig) -> str | None:
             f"{parallel} cuts the heads {cut} times: the {heads} query heads must divide by that, and it must divide "
             f"the {kv_heads} KV heads or be a multiple of them"
         )
+    if config.recurrent and config.hidden_size % cut:
+        return f"{parallel}: hidden_size={config.hidden_size}, the channels of convolutions, does not divide by {cut}"
     if moe is None and config.intermediate_size % cut:
         return f"{parallel}: intermediate_size={config.intermediate_size} does not divide by {cut}"
     if moe is not None and moe.num_experts % ep:

@@ -16,6 +16,7 @@ MESH_AXES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tp", "ep"),  # of keys or values, and so the K and V in the pages
     "qkv": ("tp", "ep"),  # fused rows, grouped per KV head [q…q|k|v]
     "mlp": ("tp", "ep"),
+    "channels": ("tp", "ep"),  # of short convolutions
     "experts": ("ep",),  # E rows of each expert
     "expert_mlp": ("tp",),
     "expert_rows": ("ep", "tp"),  # F rows of each expert of a layer, see `models.sharded.arrange`
@@ -26,6 +27,7 @@ MESH_AXES: Mapping[str, tuple[str, ...]] = {
     "router": (),
     "positions": (),
     "narrow": (),
+    "taps": (),
 }
 """Logical axis → mesh axes over which it is cut, the outermost first; a mesh may call these otherwise (`AxisNames`)."""
 

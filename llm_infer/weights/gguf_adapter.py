@@ -16,6 +16,7 @@ from pallas_kernels.quant_matmul.formats import FORMATS
 
 _EXPERT_STACKS = {"ffn_gate_exps": "gate", "ffn_up_exps": "up", "ffn_down_exps": "down"}
 
+_KV_HEADS = "attention.head_count_kv"
 _PATTERN = "attention.sliding_window_pattern"
 _ROPE_FACTORS = "rope_freqs.weight"  # read as part of the config, not as a weight
 
@@ -116,7 +117,7 @@ def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) ->
         "intermediate_size": integer("feed_forward_length"),
         "num_hidden_layers": integer("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": integer("attention.head_count_kv", heads),
+        "num_key_value_heads": _kv_heads(file, architecture) or heads,
         "head_dim": head_dim,
         "max_position_embeddings": integer("context_length"),
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
@@ -143,6 +144,8 @@ def gguf_to_hf_config(file: GGUFFile, hf_class: str, architecture: GGUFNames) ->
             config[hf_key] = value if isinstance(value, bool) else integer(key) if whole else number(key)
     if _PATTERN in present:
         config["layer_types"] = _layer_types(file, prefix + _PATTERN, config["num_hidden_layers"])
+    if architecture.convolutions:
+        config["layer_types"] = _mixers(file, prefix + _KV_HEADS, config["num_hidden_layers"])
     for name in ("bos", "eos"):
         if (key := f"tokenizer.ggml.{name}_token_id") in file.metadata:
             config[f"{name}_token_id"] = file.require(key, int)
@@ -164,6 +167,29 @@ def _layer_types(file: GGUFFile, key: str, layers: int) -> list[str]:
     return ["sliding_attention" if each else "full_attention" for each in flags]
 
 
+def _kv_heads(file: GGUFFile, architecture: GGUFNames) -> int | None:
+    """Returns the number of KV heads of the layers that attend; None where the file does not say."""
+    key = f"{file.require('general.architecture', str)}.{_KV_HEADS}"
+    if key not in file.metadata:
+        return None
+    value = file.metadata[key]
+    if architecture.convolutions and isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        return _equal(file, key, value[value != 0])
+    return _integer(file, key)
+
+
+def _mixers(file: GGUFFile, key: str, layers: int) -> list[str]:
+    """Reads which layers attend: those with KV heads; all where there is one number for all of them."""
+    value = file.metadata.get(key)
+    if not isinstance(value, np.ndarray):
+        return ["full_attention"] * layers
+    if len(value) != layers:
+        raise ModelError(
+            f"{file.path}: metadata {key} has {len(value)} numbers, expected one for each of {layers} layers"
+        )
+    return ["full_attention" if each else "conv" for each in value.tolist()]
+
+
 def _is_neutral(key: str, value: Any) -> bool:
     """Checks whether a key of `_NEUTRAL_KEYS` has one of its values there."""
     return any(type(value) is type(each) and value == each for each in _NEUTRAL_KEYS[key])
@@ -171,7 +197,11 @@ def _is_neutral(key: str, value: Any) -> bool:
 
 def _integer(file: GGUFFile, key: str) -> int:
     """Returns a positive whole number; a list with one for each layer counts if all are equal."""
-    value = file.metadata.get(key)
+    return _equal(file, key, file.metadata.get(key))
+
+
+def _equal(file: GGUFFile, key: str, value: Any) -> int:
+    """Returns what `_integer` does, of a key's value."""
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size and (value == value[0]).all():
         value = int(value[0])
     else:
@@ -204,8 +234,7 @@ class GGUFSource:
         self._heads: dict[str, int] = {}
         prefix = file.require("general.architecture", str)
         heads = _integer(file, f"{prefix}.attention.head_count")
-        kv_key = f"{prefix}.attention.head_count_kv"
-        kv_heads = _integer(file, kv_key) if kv_key in file.metadata else heads
+        kv_heads = _kv_heads(file, architecture) or heads
         reordered = {"attn_q": heads, "attn_k": kv_heads} if architecture.interleaved_rope else {}
         for name, tensor in file.tensors.items():
             if name == _ROPE_FACTORS or name in LONG_FACTORS:

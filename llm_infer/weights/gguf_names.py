@@ -52,6 +52,7 @@ class GGUFNames:
         experts: whether the MLP is a mixture of experts, whose matrices the file holds stacked in one tensor per layer.
         expert_names: see EXPERT.
         partial_rotary: whether a part of each head may be rotated.
+        convolutions: whether layers without KV heads have a short convolution in place of attention.
         keys: further metadata keys, below "<architecture>.", → keys of the Hugging Face config that hold the same number.
         values: keys of the Hugging Face config that the file does not say.
         adjust: changes the finished config, for what a table cannot say.
@@ -72,6 +73,7 @@ class GGUFNames:
     experts: bool = False
     expert_names: Mapping[str, str] = field(default_factory=lambda: EXPERT)
     partial_rotary: bool = False
+    convolutions: bool = False
     keys: Mapping[str, str] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=lambda: {"hidden_act": "silu"})
     adjust: Callable[[dict[str, Any]], None] | None = None

@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 
 Arrange = Callable[[Sequence[np.ndarray]], np.ndarray]
+Make = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 
 
 class HasShape(Protocol):
@@ -31,7 +32,9 @@ class Rule:
             to each layer; either all of the names have it or none.
         arrange: makes the parameter (of one layer) of the tensors, in the order of `sources`; None takes the only one
             as it is. It must work for every float type and decide by shapes alone.
-        first, end: the layers that have it, from the first to the one before `end`; None: to the last.
+        layers: those that have it; None: all.
+        back: makes the tensors again of the parameter, in its place alone; None where `arrange` does but move whole rows of
+            these and others of the same tensors, which `undo_rules` undoes itself.
         optional: the parameter may be absent from the file; then it is left out of what the loader returns. A
             parameter that the model does not have (no spec) is skipped, and its tensors are not surplus.
     """
@@ -40,8 +43,8 @@ class Rule:
     sources: tuple[str, ...]
     arrange: Arrange | None = None
     optional: bool = False
-    first: int = 0
-    end: int | None = None
+    layers: Sequence[int] | None = None
+    back: Make | None = None
 
     def __post_init__(self) -> None:
         if not self.sources or (self.arrange is None and len(self.sources) != 1):
@@ -56,17 +59,17 @@ class Rule:
 
     def tensor_names(self, num_layers: int) -> list[tuple[str, ...]]:
         """Returns the names of the tensors, see `names_by_layer`."""
-        return names_by_layer(self.sources, num_layers, self.first, self.end)
+        return names_by_layer(self.sources, num_layers, self.layers)
 
 
 def names_by_layer(
-    names: tuple[str, ...], num_layers: int, first: int = 0, end: int | None = None
+    names: tuple[str, ...], num_layers: int, layers: Sequence[int] | None = None
 ) -> list[tuple[str, ...]]:
-    """Returns names with the numbers of the layers from `first` to `end`, one tuple per layer; one in all without `{layer}`."""
+    """Returns names with the numbers of these of a model's layers, one tuple per layer; one in all without `{layer}`."""
     if "{layer}" not in names[0]:
         return [names]
-    layers = range(first, num_layers if end is None else min(end, num_layers))
-    return [tuple(name.replace("{layer}", str(layer)) for name in names) for layer in layers]
+    numbers = range(num_layers) if layers is None else [layer for layer in layers if layer < num_layers]
+    return [tuple(name.replace("{layer}", str(layer)) for name in names) for layer in numbers]
 
 
 def fuse_qkv(num_kv_heads: int, head_dim: int) -> Arrange:

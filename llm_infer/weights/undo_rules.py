@@ -12,9 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from llm_infer.weights.rules import HasShape, Rule, names_by_layer
-
-Make = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+from llm_infer.weights.rules import HasShape, Make, Rule, names_by_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +23,14 @@ class Undo:
         params: the parameters.
         tensors: names of the tensors; with `{layer}` in them, the parameters are stacked and `make` is given one layer's.
         make: makes the tensors, in order, of the parameters, in order. It must work for every type.
-        first, end: see `Rule`.
+        layers: see `Rule`.
         adds: whether a number was added to what the file holds.
     """
 
     params: tuple[str, ...]
     tensors: tuple[str, ...]
     make: Make
-    first: int = 0
-    end: int | None = None
+    layers: Sequence[int] | None = None
     adds: bool = False
 
     @property
@@ -43,7 +40,7 @@ class Undo:
 
     def groups(self, num_layers: int) -> list[tuple[str, ...]]:
         """Returns the names of the tensors, one tuple per layer; see `names_by_layer`."""
-        return names_by_layer(self.tensors, num_layers, self.first, self.end)
+        return names_by_layer(self.tensors, num_layers, self.layers)
 
     def shapes(self, specs: Mapping[str, HasShape]) -> list[tuple[int, ...]]:
         """Returns the shape of each tensor of a layer."""
@@ -76,9 +73,8 @@ def undo(rules: Sequence[Rule], specs: Mapping[str, HasShape], rows: Callable[[s
 def _undo(rules: list[Rule], specs: Mapping[str, HasShape], rows: Callable[[str], int | None]) -> Undo:
     first = rules[0]
     params = tuple(rule.param for rule in rules)
-    ends = {"first": first.first, "end": first.end}
-    if len(rules) == 1 and first.arrange is None:
-        return Undo(params, first.sources, list, **ends)
+    if len(rules) == 1 and (first.back is not None or first.arrange is None):
+        return Undo(params, first.sources, first.back or list, first.layers)
     total = sum(specs[name].shape[1 if first.stacked else 0] for name in params)
     known = [rows(source) for source in first.sources] if len(first.sources) > 1 else [total]
     sizes = [total // len(known) if each is None else each for each in known]
@@ -98,7 +94,7 @@ def _undo(rules: list[Rule], specs: Mapping[str, HasShape], rows: Callable[[str]
         whole = _placed(arrays, places, added)
         return [whole[a:b] for a, b in pairwise(bounds)]
 
-    return Undo(params, first.sources, make, adds=any(added), **ends)
+    return Undo(params, first.sources, make, first.layers, any(added))
 
 
 def _placed(arrays: Sequence[np.ndarray], places: Sequence[np.ndarray], added: Sequence[int]) -> np.ndarray:

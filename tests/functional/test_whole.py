@@ -15,7 +15,7 @@ from llm_infer.functional import forward, token_logprobs
 from llm_infer.loading import load_model
 from tests.models.family_checkpoints import FOLDER, NAMES, golden, load
 
-SOME = ("gemma3_gqa", "glm4_moe_gqa", "opt_pre")
+SOME = ("gemma3_gqa", "glm4_moe_gqa", "lfm2_gqa", "opt_pre")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SOME else pytest.mark.sweep) for n in NAMES])
@@ -41,6 +41,7 @@ def test_logits_and_hidden_states_are_those_of_transformers(name: str) -> None:
     "name",
     [
         "gpt_oss_gqa",
+        "lfm2_mha",
         pytest.param("qwen3_window", marks=pytest.mark.sweep),
         pytest.param("opt_pre", marks=pytest.mark.sweep),
     ],

@@ -26,9 +26,11 @@ def num_parameters(config: ModelConfig) -> int:
         mlp += 3 * moe.shared_size * width + width * moe.shared_gate
         dense = moe.dense_first
         mlps = (config.num_layers - dense) * mlp + dense * 3 * config.intermediate_size * width
+    conv = 4 * width * width + config.conv_taps * width + 5 * width * config.conv_bias
+    mixers = len(config.layers_of("attention")) * attention + len(config.layers_of("conv")) * conv
     norms = 4 if config.norms == "both" else 2
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    return embeddings + config.num_layers * (attention + norms * width) + mlps + width
+    return embeddings + mixers + config.num_layers * norms * width + mlps + width
 
 
 def _of_opt(config: OPTConfig) -> int:

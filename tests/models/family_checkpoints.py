@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_infer.models.layer_runs import Run, layer_runs
 from llm_infer.models.load import LoadedModel, load_model
 from llm_infer.models.opened import open_model
 from llm_infer.models.params import merge_model
@@ -78,6 +80,21 @@ def dense_attend(
     return jnp.einsum("hqk,khd->qhd", weights, value).astype(query.dtype), cache
 
 
+class DenseAttend:
+    """`dense_attend` with convolutions over the inputs of this call alone."""
+
+    def __call__(self, *arrays: Any, **options: Any) -> tuple:
+        return dense_attend(*arrays, **options)
+
+    def causal_conv(
+        self, inputs: jax.Array, taps: jax.Array, cache: object, layer: object, /
+    ) -> tuple[jax.Array, object]:
+        width, length = taps.shape[1], len(inputs)
+        padded = jnp.pad(inputs.astype(jnp.float32), ((width - 1, 0), (0, 0)))
+        out = sum(padded[k : k + length] * taps[:, k].astype(jnp.float32)[None] for k in range(width))
+        return jnp.asarray(out, inputs.dtype), cache
+
+
 def dense_run(model: LoadedModel) -> Callable[[Sequence[int]], tuple[np.ndarray, np.ndarray]]:
     """What `dense` computes, compiled once for each length."""
 
@@ -87,18 +104,18 @@ def dense_run(model: LoadedModel) -> Callable[[Sequence[int]], tuple[np.ndarray,
         positions = jnp.arange(len(ids), dtype=jnp.int32)
         angles = decoder.angles(positions)
 
-        def layer(x: jax.Array, index: jax.Array, **first: bool) -> tuple[jax.Array, jax.Array]:
-            x, _ = decoder.layers(x, angles, None, index, dense_attend, **first)
-            return x, x
+        def layer(run: Run, x: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = []
+            for offset, kind in enumerate(run.kinds):
+                x, _ = decoder.layers(x, angles, None, first + offset, DenseAttend(), **kind.options)
+                found.append(x)
+            return x, jnp.stack(found)
 
-        layers = jnp.arange(model.config.num_layers, dtype=jnp.int32)
-        num_dense = model.config.dense_first
         x, found = decoder.embed_tokens(ids, positions), []
-        for index in range(num_dense):
-            x, _ = layer(x, jnp.int32(index), dense=True)
-            found.append(x)
-        last, hidden = jax.lax.scan(layer, x, layers[num_dense:])
-        return decoder.logits(last), jnp.concatenate((jnp.stack(found), hidden)) if found else hidden
+        for each in layer_runs(model.config):
+            x, hidden = jax.lax.scan(partial(layer, each), x, jnp.array(each.firsts, jnp.int32))
+            found.append(hidden.reshape(-1, *x.shape))
+        return decoder.logits(x), jnp.concatenate(found)
 
     def call(ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         logits, hidden = run(model.params, jnp.asarray(ids, jnp.int32))

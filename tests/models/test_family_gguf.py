@@ -39,6 +39,7 @@ MORE_NUMBERS = {
     "n_shared_experts": "add_expert_shared_count",
     "first_k_dense_replace": "add_leading_dense_block_count",
     "routed_scaling_factor": "add_expert_weights_scale",
+    "conv_L_cache": "add_shortconv_l_cache",
     "num_nextn_predict_layers": "add_nextn_predict_layers",
 }
 """Key of config.json → the writer's method."""
@@ -58,10 +59,12 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(layers + more)
-    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_feed_forward_length(load(name).config.intermediate_size)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    kinds = config.get("layer_types") or []
+    kv_heads = config["num_key_value_heads"]
+    writer.add_head_count_kv([0 if each == "conv" else kv_heads for each in kinds] if "conv" in kinds else kv_heads)
+    writer.add_layer_norm_rms_eps(config["norm_eps" if "norm_eps" in config else "rms_norm_eps"])
     ropes = config["rope_parameters"]
     rope = ropes.get("full_attention", ropes)
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -88,7 +91,6 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
     for key, method in MORE_NUMBERS.items():
         if config.get(key) is not None:
             getattr(writer, method)(config[key])
-    kinds = config.get("layer_types") or []
     if "sliding_attention" in kinds:
         writer.add_sliding_window_pattern([each == "sliding_attention" for each in kinds])
     experts = next(
@@ -130,6 +132,8 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
             base, suffix = tensor.removesuffix("_bias"), "bias"
         if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
             values += 1
+        if tensor.endswith("conv.conv.weight"):
+            values = values[:, 0]
         if architecture in INTERLEAVED and (found := re.search(r"([qk])_proj$", base)):
             count = heads if found[1] == "q" else config["num_key_value_heads"]
             values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
@@ -161,6 +165,7 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("phi3_longrope", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
         *(("minimax_m2_mha", "minimax-m2"), ("minimax_m2_gqa", "minimax-m2"), ("mixtral_gqa", "llama")),
         *(("glm4_moe_mha", "glm4moe"), ("glm4_moe_gqa", "glm4moe"), ("ministral3_mha", "mistral3")),
+        ("lfm2_gqa", "lfm2"),
     ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:
@@ -216,6 +221,7 @@ def values_in_more_bits(tensor: str) -> str:
         ("qwen3_moe_gqa", "qwen3moe", one_kind),
         ("glm4_moe_gqa", "glm4moe", one_kind),
         ("mixtral_gqa", "llama", one_kind),
+        ("lfm2_gqa", "lfm2", one_kind),
     ],
 )
 def test_weights_that_stay_in_their_blocks_compute_the_same(
@@ -230,7 +236,7 @@ def test_weights_that_stay_in_their_blocks_compute_the_same(
     assert stored.config.fused_qkv == (kind is not values_in_more_bits)
     assert len(up.kinds) == (2 if kind is more_bits_for_some_layers else 1)
     for found, expected in zip(dense(stored, range(1, 12)), dense(read, range(1, 12)), strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+        np.testing.assert_allclose(found, expected, atol=4e-5, rtol=1e-4)
 
 
 @pytest.mark.skipif(compute_dtype("auto", "exact")[1] is None, reason="needs the native CPU kernels")

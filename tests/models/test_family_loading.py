@@ -37,7 +37,8 @@ def check_error(directory: Path, message: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_surplus_and_misshapen_tensors(name: str, tmp_path: Path) -> None:
     directory = copy(name, tmp_path)
-    block = "model.decoder.layers.1." if name.startswith("opt") else "model.layers.1."
+    number = 2 if name == "lfm2_gqa" else 1  # one that attends
+    block = f"model.decoder.layers.{number}." if name.startswith("opt") else f"model.layers.{number}."
     matrix = "qkv_proj" if name.startswith("phi3") else "v_proj"
     change(directory, lambda tensors: tensors.pop(f"{block}self_attn.{matrix}.weight"))
     check_error(directory, rf"missing \(1\): {block}self_attn.{matrix}.weight$")
@@ -46,7 +47,7 @@ def test_missing_surplus_and_misshapen_tensors(name: str, tmp_path: Path) -> Non
     change(directory, lambda tensors: tensors.update({block + "self_attn.twist": np.zeros(4, np.float32)}))
     check_error(directory, rf"surplus \(1\): {block}self_attn.twist$")
 
-    directory, out = copy(name, tmp_path / "shape"), "out_proj" if name.startswith("opt") else "o_proj"
+    directory, out = copy(name, tmp_path / "shape"), "out_proj" if name.startswith(("opt", "lfm2")) else "o_proj"
     change(directory, lambda tensors: tensors.update({f"{block}self_attn.{out}.weight": np.zeros((7, 32), np.float32)}))
     check_error(directory, rf"wrong shape \(1\): .*{block}self_attn.{out}.weight \[7, 32\]")
 

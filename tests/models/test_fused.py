@@ -18,7 +18,7 @@ from llm_infer.quant.stored import StoredWeights, store_dense
 from llm_infer.weights.sources import resolve
 from tests.models.family_checkpoints import FOLDER, load
 
-NAMES = ["llama_gqa", "qwen2_gqa", "phi3_gqa", "glm4_gqa", "opt_pre", "gpt_oss_gqa", "gemma3_gqa"]
+NAMES = ["llama_gqa", "qwen2_gqa", "phi3_gqa", "glm4_gqa", "opt_pre", "gpt_oss_gqa", "gemma3_gqa", "lfm2_gqa"]
 
 
 def check_same(found: Params, expected: Params) -> None:

@@ -95,15 +95,15 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
 def rules(config: ModelConfig) -> list[Rule]:
     """Names Llama's tensors, the dense layers' MLP, the router with its correction, the experts, and the one of all tokens."""
     assert config.moe is not None
-    dense = config.moe.dense_first
+    dense = range(config.moe.dense_first)
     found = [
         *llama_rules(config),
         *(
-            Rule(f"layers.dense_mlp.{name}.weight", (f"{BLOCK}mlp.{name}_proj.weight",), end=dense)
+            Rule(f"layers.dense_mlp.{name}.weight", (f"{BLOCK}mlp.{name}_proj.weight",), layers=dense)
             for name in (EXPERT if dense else ())
         ),
         *(
-            replace(rule, first=dense)
+            replace(rule, layers=range(len(dense), config.num_layers))
             for rule in (
                 *expert_rules(config),
                 Rule("layers.mlp.correction", (BLOCK + _CORRECTION,)),

@@ -26,6 +26,8 @@ from transformers import (
     GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxM2Config,
@@ -420,6 +422,29 @@ MODELS = {
             sliding_window=7,
             tie_word_embeddings=True,
             rope_parameters={**YARN, "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.1},
+        ),
+    ),
+    # Kinds of layers that repeat in threes and in twos, and that do not, with biases.
+    "lfm2_gqa": (
+        Lfm2ForCausalLM,
+        Lfm2Config(
+            **{**COMMON, **GQA, "num_hidden_layers": 9},
+            intermediate_size=96,
+            block_multiple_of=16,
+            layer_types=[*("conv", "conv", "full_attention") * 2, *("conv", "full_attention"), "conv"],
+        ),
+    ),
+    "lfm2_mha": (
+        Lfm2ForCausalLM,
+        Lfm2Config(
+            **{**COMMON, **MHA, "num_hidden_layers": 3},
+            block_ff_dim=48,
+            block_auto_adjust_ff_dim=False,
+            conv_L_cache=4,
+            conv_bias=True,
+            full_attn_idxs=[1],
+            tie_embedding=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         ),
     ),
 }
