@@ -25,6 +25,7 @@ class Limits:
         num_pages: pages that can be handed out.
         page_size: tokens in a page.
         windows, ahead: see `Books`.
+        states: sequences have states. Those behind the pages that beams share are not kept: each comes back with pages of its own.
     """
 
     max_model_len: int
@@ -33,6 +34,7 @@ class Limits:
     page_size: int
     windows: Windows = (None,)
     ahead: int = 0
+    states: bool = False
 
     def longest(self, request: Request) -> int:
         """Returns the number of tokens to which a sequence of a request may grow.
@@ -75,5 +77,5 @@ class Limits:
         if request.width == 1:
             return pages_at_most(self.windows, length, self.page_size, self.ahead)
         # Until all beams have returned from a preemption, layers with a window keep everything, too.
-        shared = (len(request.prompt) - 1) // self.page_size
+        shared = 0 if self.states else (len(request.prompt) - 1) // self.page_size
         return len(self.windows) * (shared + request.width * (-(-length // self.page_size) - shared))

@@ -93,7 +93,8 @@ class Scheduler:
         self._strategies = Strategies(speculator, config.max_num_batched_tokens)
         self._admission = Admission(self.books, int(config.watermark * self.allocator.num_usable))
         self._limits = Limits(
-            *(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size, windows, self.books.ahead)
+            *(max_model_len, config.max_num_seqs, self.allocator.num_usable, page_size, windows, self.books.ahead),
+            states=num_states > 0,
         )
         self._submitted: deque[StepPlan] = deque()
         self._num_arrived = self._num_weights = 0

@@ -51,7 +51,10 @@ class EngineFactory:
         steps: int = 1,
     ) -> Engine:
         config = EngineConfig(
-            CacheConfig(num_pages=self.num_pages, enable_prefix_caching=cache, dtype=self.page_dtype),
+            # No states but those two of each sequence, of which some are spare: the same shapes without prefix caching.
+            CacheConfig(
+                num_pages=self.num_pages, enable_prefix_caching=cache, dtype=self.page_dtype, num_state_snapshots=0
+            ),
             SchedulerConfig(
                 self.max_num_seqs, max(chunk, self.max_num_seqs), self.max_model_len, policy, num_scheduler_steps=STEPS
             ),
@@ -75,6 +78,7 @@ class EngineFactory:
             max_model_len=self.max_model_len,
             enable_prefix_caching=cache,
             windows=engine.runner.step_programs.groups.windows,
+            num_states=engine.runner.step_programs.num_states,
             speculator=engine.speculator,
         )
         return engine

@@ -90,7 +90,7 @@ class StepSharding:
         config = self.config
         channels = config.hidden_size // config.shards.devices
         local = len(config.layers_of("conv")), num_states, config.conv_taps - 1, channels
-        return self.whole(local, dtype, partition(None, "pages", None, "mlp", names=self.names))
+        return self.whole(local, dtype, partition(None, "pages", None, "channels", names=self.names))
 
     def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         """Describes the array of which every device has a part of shape `local`."""
