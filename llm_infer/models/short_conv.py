@@ -42,7 +42,7 @@ class ShortConv(nnx.Module):
         self.taps = parameter((layers, width, config.conv_taps), ("layers", "channels", "taps"), dtype=dtype, std=std)
         self.taps_bias = parameter((layers, width), ("layers", "channels"), dtype=dtype) if bias else None
         reduce = config.shards.axes
-        self.out = Linear(layers, width, width, axes=axes[::-1], bias=bias, reduce=reduce, dtype=dtype)
+        self.out = Linear(layers, width, width, axes=("embed", "channels"), bias=bias, reduce=reduce, dtype=dtype)
 
     def __call__(
         self, x: Float[Array, "T E"] | Normed, cache: Cache, layer: Layer, convolve: Convolve
