@@ -126,6 +126,7 @@ _ROW_SUMS = (
 )
 
 _CAUSAL_CONV = (
+    Implementation("cpu", "pallas_kernels.causal_conv.cpu", ("cpu",), ("llvmlite",)),
     Implementation("xla", "pallas_kernels.causal_conv.xla"),
     Implementation("reference", "pallas_kernels.causal_conv.reference"),
 )

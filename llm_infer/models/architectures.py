@@ -50,13 +50,15 @@ def table(length: int = 8192) -> str:
     """Lists all architectures with their parameters and the memory of weights and KV pages, as `llm-infer models` prints it.
 
     Sizes are in GB and MB (10⁹ and 10⁶ bytes); KV bytes are over all layers, of one token and of a sequence of `length` tokens
-    (or of the whole context, where it is shorter), of which layers with a window keep fewer.
+    (or of the whole context, where it is shorter), of which layers with a window keep fewer. State bytes are those of recurrent
+    layers for one sequence, however long it is.
     """
     from llm_infer.models.params import num_parameters  # needs JAX, which names of architectures do not
 
     head = f"{'architecture':<18}{'parameters':>17}{'float32':>11}{'bfloat16':>11}" + 2 * f"{'KV B/token':>13}"
     units = f"{'':<18}{'':>17}{'GB':>11}{'GB':>11}{'4-byte pages':>13}{'2-byte pages':>13}"
-    head, units = f"{head}{'KV MB at':>15}", f"{units}{f'{length:,}, 2-byte':>15}{'context':>10}"
+    head = f"{head}{'KV MB at':>15}{'state MB':>10}"
+    units = f"{units}{f'{length:,}, 2-byte':>15}{'2-byte':>10}{'context':>10}"
     lines = [head, units]
     configs = {name: architecture_config(name) for name in architecture_names()}
     counts = {name: num_parameters(config) for name, config in configs.items()}
@@ -65,6 +67,7 @@ def table(length: int = 8192) -> str:
         kept = config.kv_bytes(min(length, config.max_position_embeddings)) / 1e6
         lines.append(
             f"{name:<18}{count:>17,}{count * 4 / 1e9:>11.2f}{count * 2 / 1e9:>11.2f}"
-            f"{config.kv_bytes_per_token(4):>13,}{config.kv_bytes_per_token(2):>13,}{kept:>15,.1f}{config.max_position_embeddings:>10,}"
+            f"{config.kv_bytes_per_token(4):>13,}{config.kv_bytes_per_token(2):>13,}{kept:>15,.1f}"
+            f"{config.state_bytes() / 1e6:>10,.2f}{config.max_position_embeddings:>10,}"
         )
     return "\n".join(lines)

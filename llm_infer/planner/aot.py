@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from llm_infer.base.errors import UserError
 from llm_infer.config import CacheConfig, EngineConfig, ParallelConfig, SchedulerConfig
 from llm_infer.decoding.features import PLAIN
-from llm_infer.engine.memory import device_bytes
+from llm_infer.engine.memory import device_bytes, local_bytes
 from llm_infer.engine.page_count import UTILIZATION
 from llm_infer.engine.programs import StepPrograms
 from llm_infer.engine.step.sharding import StepSharding
@@ -130,7 +130,7 @@ def compile_step(
         config, parallel, devices, EngineConfig(CacheConfig(page_size=page_size), scheduler), dtype
     )
     layout = programs.layout(tokens)
-    size = StepSize(tokens, layout.num_draws, layout.size, max_num_seqs)
+    size = StepSize(tokens, layout.num_draws, layout.size, max_num_seqs, local_bytes(programs.states()))
     one_page = page_bytes(config, cut, target.platform, page_size, dtype, programs.groups.depth)
     budget = int(target.memory_bytes * UTILIZATION)
     fits = pages_beside_weights(config, cut, size, budget, one_page)

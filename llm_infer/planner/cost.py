@@ -40,12 +40,14 @@ class StepSize:
         draws: R, rows of logits.
         buffer_words: int32 words of the step's packed buffer.
         slots: sequences that may run at once.
+        state_bytes: of the states of recurrent layers on a device.
     """
 
     tokens: int
     draws: int
     buffer_words: int
     slots: int
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters, with every copy of a KV head and the padding of the vocabulary.
-        pages: the pool.
+        pages: the pool, and that of states.
         buffers: what the host sends and the step returns.
         temporaries: activations of one layer and the logits.
     """
@@ -85,7 +87,11 @@ def page_bytes(
     """Counts the bytes of one page of all layers, or of so many, on one device, in the platform's layout."""
     from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape  # needs JAX
 
-    sizes = {"num_layers": layers or config.num_layers, "page_size": page_size, "head_dim": config.head_dim}
+    sizes = {
+        "num_layers": layers or len(config.layers_of("attention")),
+        "page_size": page_size,
+        "head_dim": config.head_dim,
+    }
     shape = kv_pool_shape(platform, num_pages=2, num_kv_heads=cut.kv_heads(config), dtype=dtype, **sizes)
     return math.prod(shape) // 2 * kv_pool_dtype(platform, dtype).itemsize
 
@@ -126,7 +132,7 @@ def estimate(
     buffers = 4 * (step.buffer_words + 2 * (step.slots + 1) + 2 * step.draws)
     return MemoryEstimate(
         weights_of_device(config, cut) * itemsize,
-        num_pages * bytes_of_page,
+        num_pages * bytes_of_page + step.state_bytes,
         buffers,
         temporaries(config, cut, step, itemsize),
     )

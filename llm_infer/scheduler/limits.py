@@ -25,7 +25,7 @@ class Limits:
         num_pages: pages that can be handed out.
         page_size: tokens in a page.
         windows, ahead: see `Books`.
-        states: sequences have states. Those behind the pages that beams share are not kept: each comes back with pages of its own.
+        states: sequences have states. None is kept behind the pages that beams share, so each comes back with pages of its own.
     """
 
     max_model_len: int
