@@ -34,7 +34,7 @@ class WithConvolutions:
         self._attend, self._segments = attend, segments
 
     def __call__(self, *arrays: Any, **options: Any) -> tuple[Array, Any]:
-        """Attends."""
+        """Implements `Attend`."""
         return self._attend(*arrays, **options)
 
     def causal_conv(

@@ -30,7 +30,7 @@ class LayerKind(NamedTuple):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Returns what the layers of a decoder are told of it; a family's own may not know of what its models do not have."""
+        """What the layers of a decoder are told of it; a family's own may not know of what its models do not have."""
         return ({"dense": True} if self.dense else {}) | ({} if self.mixer == "attention" else {"mixer": self.mixer})
 
 
