@@ -15,12 +15,14 @@ from jaxtyping import Array, Float
 from llm_infer.base.errors import UserError
 from llm_infer.base.files import read_text
 from llm_infer.base.progress import Progress
-from llm_infer.engine.step.paged import attention_over
+from llm_infer.engine.step.paged import PagedAttention
+from llm_infer.engine.step.sharding import StepSharding
 from llm_infer.engine.step.state import PAGES
 from llm_infer.loading import differing_tokens, load
 from llm_infer.models.load import LoadedModel
 from llm_infer.models.params import merge_model
 from llm_infer.text.tokenizer import Tokenizer
+from pallas_kernels.causal_conv import StateRows
 from pallas_kernels.paged_attention import AttentionPlan, kv_pool_dtype, kv_pool_shape
 from pallas_kernels.paged_attention.plan import PlanShape, fill_plan, plan_fields
 
@@ -73,7 +75,7 @@ class TeacherForced:
         platform = jax.default_backend()
         pool_shape = kv_pool_shape(
             platform,
-            num_layers=config.num_layers,
+            num_layers=len(config.layers_of("attention")),
             num_pages=self._shape.pages_per_seq + 1,
             page_size=PAGE,
             num_kv_heads=config.num_kv_heads,
@@ -81,13 +83,18 @@ class TeacherForced:
             dtype=page_dtype,
         )
         pool_dtype = kv_pool_dtype(platform, page_dtype)
+        pools = StepSharding.of(config, None).states(1, model.dtype)
 
         @jax.jit
         def forward(params: dict, ids: Array, positions: Array, plan: AttentionPlan) -> Float[Array, "T V"]:
             decoder = merge_model(model.definition, params)
 
-            cache = {PAGES: jnp.zeros(pool_shape, pool_dtype)}
-            hidden, _ = decoder(ids, positions, cache, attention_over(plan))
+            # Texts are computed whole: states begin with zeros, and nobody goes on from where they end.
+            null = jnp.zeros(1, jnp.int32)
+            states = {name: jnp.zeros(each.shape, each.dtype) for name, each in pools.items()}
+            cache = {PAGES: jnp.zeros(pool_shape, pool_dtype), **states}
+            attend = PagedAttention(plan, StateRows(plan.q_start, null, null, null))
+            hidden, _ = decoder(ids, positions, cache, attend)
             return jax.nn.log_softmax(decoder.logits(hidden), axis=-1)
 
         self._forward = forward

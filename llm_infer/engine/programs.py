@@ -20,7 +20,7 @@ from llm_infer.engine.step.layout import StepLayout
 from llm_infer.engine.step.multi_step import make_steps
 from llm_infer.engine.step.paged import Paging
 from llm_infer.engine.step.sharding import StepSharding
-from llm_infer.engine.step.state import CONV, PAGES, StepInputs, StepState
+from llm_infer.engine.step.state import PAGES, StepInputs, StepState
 from llm_infer.engine.step.step import make_step
 from llm_infer.kvcache.groups import PageGroups, group_layers, one_group, pages_at_most
 from llm_infer.models.config import ModelConfig
@@ -136,9 +136,7 @@ class StepPrograms:
 
     def states(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Describes the pools of states; none for models without."""
-        if not self.num_states:
-            return {}
-        return {CONV: self.sharding.conv_states(self.num_states, self.state_dtype)}
+        return self.sharding.states(self.num_states, self.state_dtype) if self.num_states else {}
 
     def penalties(self) -> PenaltyState:
         """Describes what steps with PENALTIES keep of each slot."""

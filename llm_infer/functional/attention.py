@@ -11,6 +11,8 @@ from jax import Array, lax
 from jaxtyping import Float, Int
 
 from llm_infer.models.decoder import Attend
+from pallas_kernels.causal_conv import StateRows
+from pallas_kernels.causal_conv import causal_conv as kernel
 
 QUERY_BLOCK = 128
 """Queries whose scores exist at the same time."""
@@ -30,8 +32,9 @@ def attend_within(segments: Int[Array, "B T"]) -> Attend:
 class WithConvolutions:
     """What a model with short convolutions computes whole rows with: something to attend with, and convolutions beside it."""
 
-    def __init__(self, attend: Attend, segments: Int[Array, "B T"]) -> None:
-        self._attend, self._segments = attend, segments
+    def __init__(self, attend: Attend, segments: Int[Array, "B T"], *, by_kernel: bool) -> None:
+        """`by_kernel` has the engine's kernel convolve, for rows of one segment."""
+        self._attend, self._segments, self._by_kernel = attend, segments, by_kernel
 
     def __call__(self, *arrays: Any, **options: Any) -> tuple[Array, Any]:
         """Implements `Attend`."""
@@ -42,7 +45,31 @@ class WithConvolutions:
     ) -> tuple[Float[Array, "N C"], Any]:
         """Computes the convolution of every row; a token sees none of another segment. N = B · T."""
         rows = inputs.reshape(*self._segments.shape, -1)
-        return causal_conv(rows, taps, self._segments).reshape(inputs.shape), cache
+        found = conv_by_kernel(rows, taps) if self._by_kernel else causal_conv(rows, taps, self._segments)
+        return found.reshape(inputs.shape), cache
+
+
+@jax.custom_vjp
+def conv_by_kernel(inputs: Float[Array, "B T C"], taps: Float[Array, "C K"]) -> Float[Array, "B T C"]:
+    """Computes `causal_conv` of rows that are a segment each with the bits of the engine; XLA may round otherwise."""
+    rows, length, channels = inputs.shape
+    null = jnp.zeros(rows, jnp.int32)
+    begins = jnp.arange(rows + 1, dtype=jnp.int32) * length
+    states = jnp.zeros((1, 1, taps.shape[1] - 1, channels), inputs.dtype)
+    out, _ = kernel(inputs.reshape(-1, channels), taps, states, StateRows(begins, null, null, null), 0)
+    return out.reshape(inputs.shape)
+
+
+def _conv_and_arguments(inputs: Array, taps: Array) -> tuple[Array, tuple[Array, Array]]:
+    return conv_by_kernel(inputs, taps), (inputs, taps)
+
+
+def _conv_changes(arguments: tuple[Array, Array], change: Array) -> tuple[Array, Array]:
+    segments = jnp.zeros(arguments[0].shape[:2], jnp.int32)
+    return jax.vjp(lambda inputs, taps: causal_conv(inputs, taps, segments), *arguments)[1](change)
+
+
+conv_by_kernel.defvjp(_conv_and_arguments, _conv_changes)
 
 
 def causal_conv(

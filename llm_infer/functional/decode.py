@@ -14,19 +14,22 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.base.errors import UserError
 from llm_infer.engine.platform import layer_loop, query_rows
-from llm_infer.engine.step.paged import attention_over
+from llm_infer.engine.step.paged import PagedAttention
 from llm_infer.engine.step.sharding import StepSharding
 from llm_infer.engine.step.state import PAGES
 from llm_infer.functional.over_mesh import over_mesh
 from llm_infer.models.load import LoadedModel, kernel_params
 from llm_infer.models.params import Params, merge_model
+from pallas_kernels.causal_conv import StateRows
 from pallas_kernels.paged_attention import device_plan
 
 PAGE_SIZE = 16
 """Tokens in a page where nothing is said."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["pages", "tables", "lengths"], meta_fields=["page_size"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["pages", "tables", "lengths", "states"], meta_fields=["page_size"]
+)
 @dataclass(frozen=True)
 class Cache:
     """What sequences remember: keys and values in pages, and where they are. A pytree, to be donated.
@@ -36,39 +39,36 @@ class Cache:
         tables: [S, B] pages of each sequence.
         lengths: [S] tokens of each sequence.
         page_size: tokens in a page.
+        states: of layers that do not attend, a pool for each kind of state; the sequence in row i has page i + 1.
     """
 
     pages: Any
     tables: Any
     lengths: Any
     page_size: int
+    states: Any = None
 
 
 def make_cache(model: LoadedModel, sequences: int, max_len: int, *, page_size: int = PAGE_SIZE) -> Cache:
     """Makes an empty cache for so many sequences of up to `max_len` tokens, on the model's devices.
 
     Raises:
-        UserError: sizes below 1, a number of sequences that the shards of the batch do not divide, or a model with other
-            layers than attention.
+        UserError: sizes below 1, or a number of sequences that the shards of the batch do not divide.
     """
-    if model.config.recurrent:
-        raise UserError(
-            f"{model.config.architecture} has layers that do not attend, whose state these functions do not keep: generate with "
-            "an engine (LLM.from_model), or compute whole sequences with forward"
-        )
     if min(sequences, max_len, page_size) < 1:
         raise UserError(f"sequences={sequences}, max_len={max_len}, page_size={page_size}: expected at least 1 of each")
     shards, sharding = model.num_shards, StepSharding.of(model.config, model.mesh)
     if sequences % shards:
         raise UserError(f"sequences={sequences}: expected a multiple of the {shards} shards of the batch")
     pages_each, rows = -(-max_len // page_size), sequences // shards
-    pool = sharding.pool(1 + rows * pages_each, page_size, model.config.num_layers, model.dtype)
+    pool = sharding.pool(1 + rows * pages_each, page_size, len(model.config.layers_of("attention")), model.dtype)
     tables = 1 + jnp.arange(rows * pages_each, dtype=jnp.int32).reshape(rows, pages_each)
     tables, lengths = jnp.tile(tables, (shards, 1)), jnp.zeros(sequences, jnp.int32)
     if model.mesh is not None:
         batch = NamedSharding(model.mesh, sharding.batch)
         tables, lengths = jax.device_put((tables, lengths), batch)
-    return Cache(sharding.zeros(pool), tables, lengths, page_size)
+    states = {name: sharding.zeros(each) for name, each in sharding.states(1 + rows, model.dtype).items()}
+    return Cache(sharding.zeros(pool), tables, lengths, page_size, states)
 
 
 def decode_step(
@@ -108,9 +108,14 @@ def decode_step(
     def run(params: Params, arrays: tuple[Cache, Array, Array]) -> tuple[Array, Cache]:
         return _step(model, sharding.platform, params, *arrays, all_tokens)
 
-    pool = sharding.pool(2, cache.page_size, model.config.num_layers, model.dtype).sharding
-    batch = PartitionSpec() if pool is None else sharding.batch
-    cuts = replace(cache, pages=PartitionSpec() if pool is None else pool.spec, tables=batch, lengths=batch)
+    batch = PartitionSpec() if model.mesh is None else sharding.batch
+
+    def cut(pool: jax.ShapeDtypeStruct) -> PartitionSpec:
+        return PartitionSpec() if pool.sharding is None else pool.sharding.spec
+
+    pool = sharding.pool(2, cache.page_size, len(model.config.layers_of("attention")), model.dtype)
+    states = {name: cut(each) for name, each in sharding.states(2, model.dtype).items()}
+    cuts = replace(cache, pages=cut(pool), tables=batch, lengths=batch, states=states)
     logits, cache = over_mesh(model, run, params, (cache, rows, counts), (cuts, batch, batch), (batch, cuts))
     return (logits if all_tokens and token_ids.ndim == 2 else logits.reshape(len(rows), -1)), cache
 
@@ -134,11 +139,14 @@ def _step(
     owner = jnp.minimum(jnp.sum(row[:, None] >= plan.q_start[None, 1:], axis=1, dtype=jnp.int32), sequences - 1)
     offset = jnp.clip(row - plan.q_start[owner], 0, most - 1)
     decoder = merge_model(model.definition, kernel_params(model, params))
+    own = 1 + jnp.arange(sequences, dtype=jnp.int32)
+    before, behind = jnp.where(cache.lengths > 0, own, 0), jnp.where(counts > 0, own, 0)
+    states = StateRows(plan.q_start, before, behind, counts) if model.config.recurrent else None
     hidden, pools = decoder(
         rows[owner, offset],
         cache.lengths[owner] + offset,
-        {PAGES: cache.pages},
-        attention_over(plan),
+        {PAGES: cache.pages, **(cache.states or {})},
+        PagedAttention(plan, states),
         loop=layer_loop(platform),
     )
     if all_tokens:
@@ -149,4 +157,5 @@ def _step(
     logits = decoder.logits(hidden[picked])
     if all_tokens:
         logits = logits.reshape(sequences, most, -1)
-    return logits, replace(cache, pages=pools[PAGES], lengths=lengths)
+    states = {name: pool for name, pool in pools.items() if name != PAGES}
+    return logits, replace(cache, pages=pools[PAGES], lengths=lengths, states=states)

@@ -146,7 +146,7 @@ def _hidden(
     else:
         attend = attend_within(own)
     if model.config.recurrent:
-        attend = WithConvolutions(attend, own)
+        attend = WithConvolutions(attend, own, by_kernel=segments is None and has_kernels(model))
     if isinstance(model.definition, OwnDefinition):
         if wanted:
             raise ValueError("hidden_states: only the last of a registered model are known")

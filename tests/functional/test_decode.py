@@ -25,7 +25,7 @@ def padded() -> np.ndarray:
     return ids
 
 
-@pytest.mark.parametrize("name", ["qwen3_window", pytest.param("gpt_oss_gqa", marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("name", ["qwen3_window", "lfm2_gqa", pytest.param("gpt_oss_gqa", marks=pytest.mark.sweep)])
 def test_a_scan_writes_what_the_engine_writes(name: str) -> None:
     model = load_model(FOLDER / name, skip_tokenizer_init=True, progress=False)
 
@@ -49,9 +49,10 @@ def test_a_scan_writes_what_the_engine_writes(name: str) -> None:
     assert (cache.lengths == LENGTHS + 8).all()
 
 
-def test_prompts_in_parts_have_the_bits_of_a_whole_pass() -> None:
+@pytest.mark.parametrize("name", ["llama_gqa", "lfm2_gqa"])
+def test_prompts_in_parts_have_the_bits_of_a_whole_pass(name: str) -> None:
     """Three steps of up to 9 tokens, in the second of which a sequence rests; the logits of each token."""
-    model, ids = load("llama_gqa"), padded()
+    model, ids = load(name), padded()
     whole = jax.jit(lambda params: forward(model, params, ids, page_size=32).logits)(model.params)
     step = jax.jit(partial(decode_step, model, all_tokens=True), donate_argnums=1)
     cache, done = make_cache(model, 2, 32, page_size=32), np.zeros(2, np.int32)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 
 from llm_infer.engine.step.state import CONV, PAGES, Cache
 from llm_infer.kvcache.groups import PageGroups
-from llm_infer.models.decoder import Attend, Layer
+from llm_infer.models.decoder import Layer
 from pallas_kernels.causal_conv import StateRows, causal_conv
 from pallas_kernels.paged_attention import AttentionPlan, copy_pages, paged_attention
 
@@ -66,11 +66,6 @@ class GroupedAttention(PagedAttention):
         group = self.group_of[layer]
         own = self.plan._replace(block_tables=self.tables[group], write_slot=self.slots[group])
         return PagedAttention(own)(query, key, value, cache, self.place_of[layer], **options)
-
-
-def attention_over(plan: AttentionPlan) -> Attend:
-    """Makes what the model attends with, where all layers have the same pages."""
-    return PagedAttention(plan)
 
 
 @dataclass(frozen=True)

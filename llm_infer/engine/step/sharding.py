@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from llm_infer.engine.step.state import StepInputs, StepState
+from llm_infer.engine.step.state import CONV, StepInputs, StepState
 from llm_infer.engine.step.step import StepFunction
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.params import Params
@@ -85,12 +85,15 @@ class StepSharding:
         axes[1], axes[KV_HEADS_AXIS] = "pages", "kv_heads"
         return self.whole(shape, kv_pool_dtype(self.platform, dtype), partition(*axes, names=self.names))
 
-    def conv_states(self, num_states: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
-        """Describes the states of convolutions: `num_states` of each shard with ids of its own, and each device's channels."""
+    def states(self, num_states: int, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """Describes the pools of states, by kind: `num_states` of each shard with ids of its own, of which each device has its
+        channels; none for models without."""
         config = self.config
+        if not config.layers_of("conv"):
+            return {}
         channels = config.hidden_size // config.shards.devices
         local = len(config.layers_of("conv")), num_states, config.conv_taps - 1, channels
-        return self.whole(local, dtype, partition(None, "pages", None, "channels", names=self.names))
+        return {CONV: self.whole(local, dtype, partition(None, "pages", None, "channels", names=self.names))}
 
     def whole(self, local: tuple[int, ...], dtype: DTypeLike, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
         """Describes the array of which every device has a part of shape `local`."""
