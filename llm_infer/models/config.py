@@ -71,6 +71,7 @@ class MoEConfig:
     Attributes:
         num_experts, experts_per_token, intermediate_size: X, K, and F of one expert.
         norm_topk_prob: the K weights of a token are divided by their sum.
+        norm_epsilon: added to that sum.
         router_bias, expert_biases: the router, and the experts' matrices, have biases.
         shared_size: F of the expert that every token runs through beside its own; 0 for none.
         shared_gate: what that expert computes is multiplied by the sigmoid of a number for each token.
@@ -97,6 +98,7 @@ class MoEConfig:
     top_groups: int = 1
     scale: float = 1.0
     dense_first: int = 0
+    norm_epsilon: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_experts > 1 << 16:  # lists are made that long
@@ -245,7 +247,8 @@ class ModelConfig:
             raise ModelError("all layers with rotary positions must rotate as many elements of a head")
         if self.dense_first > self.num_layers:
             raise ModelError(
-                f"first_k_dense_replace={self.dense_first} is more than num_hidden_layers={self.num_layers}"
+                f"first_k_dense_replace={self.dense_first} is more than num_hidden_layers={self.num_layers} "
+                "(num_dense_layers in some configs)"
             )
         if len(self.layer_ropes) not in (0, self.num_layers):
             raise ModelError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")

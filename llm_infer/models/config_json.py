@@ -13,8 +13,8 @@ from llm_infer.models.config import ModelConfig
 from llm_infer.models.config_numbers import MAX_INTEGER
 from llm_infer.models.registry import family
 
-# Embeddings as wide as the model; no such expert, no such layers, no such scaling, no convolutions.
-_MAY_BE_ZERO = ("embedding_size", "shared_size", "dense_first", "query_beta", "conv_taps")
+# Embeddings as wide as the model; no such expert, layers, scaling, or convolutions; nothing added to a sum.
+_MAY_BE_ZERO = ("embedding_size", "shared_size", "dense_first", "query_beta", "conv_taps", "norm_epsilon")
 
 
 def config_to_json(config: ModelConfig) -> dict[str, Any]:

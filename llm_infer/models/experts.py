@@ -37,7 +37,8 @@ def route(
         _, experts = lax.top_k(_in_best_groups(ranked, config), config.experts_per_token)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.norm_topk_prob:
-        weights = weights / row_sums(weights)[:, None]
+        total = row_sums(weights)[:, None]
+        weights = weights / (total + config.norm_epsilon if config.norm_epsilon else total)
     return weights * config.scale if config.scale != 1.0 else weights, experts
 
 

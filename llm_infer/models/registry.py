@@ -45,6 +45,7 @@ FAMILIES: dict[str, Family] = {
     "GptOssForCausalLM": Family(f"{_HERE}.gpt_oss", gguf=("gpt-oss",)),
     "GraniteForCausalLM": Family(f"{_HERE}.granite", gguf=("granite",)),
     "Lfm2ForCausalLM": Family(f"{_HERE}.lfm2", gguf=("lfm2",)),
+    "Lfm2MoeForCausalLM": Family(f"{_HERE}.lfm2_moe", gguf=("lfm2moe",)),
     "LlamaForCausalLM": Family(f"{_HERE}.llama", gguf=("llama",)),
     "MiniMaxM2ForCausalLM": Family(f"{_HERE}.minimax_m2", gguf=("minimax-m2",)),
     "MistralForCausalLM": Family(f"{_HERE}.mistral", text_of=("Mistral3ForConditionalGeneration",)),

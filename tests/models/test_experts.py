@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from flax import nnx
 
 from llm_infer.models.config import ModelConfig, MoEConfig
-from llm_infer.models.experts import ExpertsMLP, _blocks, block_rows
+from llm_infer.models.experts import ExpertsMLP, _blocks, block_rows, route
 
 E, F, L = 16, 12, 2
 
@@ -68,6 +70,18 @@ def test_one_product_for_all_experts_adds_their_biases(monkeypatch: pytest.Monke
     monkeypatch.setattr(ExpertsMLP, "_has_grouped_kernel", lambda *_: True)
     grouped = jax.jit(lambda params: nnx.merge(definition, params)(x, jnp.int32(1)))(params)
     np.testing.assert_allclose(grouped, blocks, rtol=2e-5, atol=2e-5)
+
+
+def test_what_is_added_to_the_sum_of_weights() -> None:
+    """It shows where all scores are small."""
+    logits = jnp.array([[-14.0, -15.0, -13.0]])
+    config = MoEConfig(3, 2, F, scores="sigmoid", scale=2.0)
+    plain, numbers = route(logits, config)
+    raised, same = route(logits, replace(config, norm_epsilon=1e-6))
+    scores = 1 / (1 + np.exp([13.0, 14.0]))
+    np.testing.assert_allclose(plain[0], 2 * scores / scores.sum(), rtol=1e-6)
+    np.testing.assert_allclose(raised[0], 2 * scores / (scores.sum() + 1e-6), rtol=1e-6)
+    assert numbers.tolist() == same.tolist() == [[2, 0]]
 
 
 def test_a_gpu_multiplies_with_all_experts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

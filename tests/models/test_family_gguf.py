@@ -38,6 +38,7 @@ MORE_NUMBERS = {
     "topk_group": "add_expert_group_used_count",
     "n_shared_experts": "add_expert_shared_count",
     "first_k_dense_replace": "add_leading_dense_block_count",
+    "num_dense_layers": "add_leading_dense_block_count",
     "routed_scaling_factor": "add_expert_weights_scale",
     "conv_L_cache": "add_shortconv_l_cache",
     "num_nextn_predict_layers": "add_nextn_predict_layers",
@@ -101,8 +102,9 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         writer.add_expert_used_count(config["num_experts_per_tok"])
         if architecture != "llama":
             writer.add_expert_feed_forward_length(config.get("moe_intermediate_size", config["intermediate_size"]))
-    if architecture == "glm4moe":
+    if architecture in ("glm4moe", "lfm2moe"):
         writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    if architecture == "glm4moe":
         writer.add_expert_weights_norm(config["norm_topk_prob"])
 
     def read(tensor: str) -> np.ndarray:
@@ -130,6 +132,8 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
             base, suffix = tensor, "weight"
         if tensor.endswith("correction_bias"):
             base, suffix = tensor.removesuffix("_bias"), "bias"
+        if tensor.endswith("expert_bias"):
+            base, suffix = tensor, "bias"
         if architecture.startswith("gemma") and tensor.endswith("norm.weight"):
             values += 1
         if tensor.endswith("conv.conv.weight"):
@@ -139,11 +143,13 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
             values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
         add(f"{names.get_name(base)}.{suffix}", values)
     parts = ("weight", "bias") if architecture == "gpt-oss" else ("weight",)
-    for layer in range(config.get("first_k_dense_replace", 0), layers if experts else 0):
+    dense_layers = config.get("first_k_dense_replace", config.get("num_dense_layers", 0))
+    for layer in range(dense_layers, layers if experts else 0):
         for matrix, suffix in itertools.product(("gate", "up", "down"), parts):
             of_one = GGUFNames("").expert_names[matrix]
-            if architecture in ("minimax-m2", "llama"):
-                of_one = f"block_sparse_moe.experts.{{x}}.{dict(gate='w1', up='w3', down='w2')[matrix]}"
+            if architecture in ("minimax-m2", "llama", "lfm2moe"):
+                mlp = "feed_forward" if architecture == "lfm2moe" else "block_sparse_moe"
+                of_one = f"{mlp}.experts.{{x}}.{dict(gate='w1', up='w3', down='w2')[matrix]}"
             block = f"model.layers.{layer}.{of_one}.{suffix}"
             stack = np.stack([read(block.replace("{x}", str(x))) for x in range(experts)])
             add(f"blk.{layer}.ffn_{matrix}_exps.{suffix}", stack)
@@ -165,7 +171,7 @@ def write_gguf(path: Path, name: str, architecture: str, kind: Callable[[str], s
         *(("phi3_mha", "phi3"), ("phi3_gqa", "phi3"), ("phi3_longrope", "phi3"), ("qwen2_moe_mha", "qwen2moe")),
         *(("minimax_m2_mha", "minimax-m2"), ("minimax_m2_gqa", "minimax-m2"), ("mixtral_gqa", "llama")),
         *(("glm4_moe_mha", "glm4moe"), ("glm4_moe_gqa", "glm4moe"), ("ministral3_mha", "mistral3")),
-        ("lfm2_gqa", "lfm2"),
+        *(("lfm2_gqa", "lfm2"), ("lfm2_moe_gqa", "lfm2moe")),
     ],
 )
 def test_gguf_gives_the_same_model(tmp_path: Path, name: str, architecture: str) -> None:
@@ -222,6 +228,7 @@ def values_in_more_bits(tensor: str) -> str:
         ("glm4_moe_gqa", "glm4moe", one_kind),
         ("mixtral_gqa", "llama", one_kind),
         ("lfm2_gqa", "lfm2", one_kind),
+        ("lfm2_moe_gqa", "lfm2moe", one_kind),
     ],
 )
 def test_weights_that_stay_in_their_blocks_compute_the_same(

@@ -37,7 +37,7 @@ def check_error(directory: Path, message: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_surplus_and_misshapen_tensors(name: str, tmp_path: Path) -> None:
     directory = copy(name, tmp_path)
-    number = 2 if name == "lfm2_gqa" else 1  # one that attends
+    number = 2 if name in ("lfm2_gqa", "lfm2_moe_gqa") else 1  # one that attends
     block = f"model.decoder.layers.{number}." if name.startswith("opt") else f"model.layers.{number}."
     matrix = "qkv_proj" if name.startswith("phi3") else "v_proj"
     change(directory, lambda tensors: tensors.pop(f"{block}self_attn.{matrix}.weight"))

@@ -18,7 +18,7 @@ from llm_infer.functional import make_cache
 from llm_infer.models.architectures import architecture_config
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.layer_runs import layer_runs
-from llm_infer.models.load import load_model
+from llm_infer.models.load import dummy_model, load_model
 from llm_infer.models.opened import gguf_model, open_model
 from llm_infer.models.params import merge_model
 from llm_infer.models.registry import family
@@ -46,7 +46,10 @@ def _noted(cache: jax.Array, row: int, layer: Any) -> jax.Array:
 
 
 @pytest.mark.parametrize("loop", [1, 4, "unroll"])
-@pytest.mark.parametrize(("name", "fused_qkv"), [("lfm2_gqa", True), ("lfm2_gqa", False), ("lfm2_mha", True)])
+@pytest.mark.parametrize(
+    ("name", "fused_qkv"),
+    [("lfm2_gqa", True), ("lfm2_gqa", False), ("lfm2_mha", True), ("lfm2_moe_gqa", True), ("lfm2_moe_mha", False)],
+)
 def test_every_loop_computes_each_layer_in_order(name: str, fused_qkv: bool, loop: Any) -> None:
     model, expected = load(name, fused_qkv=fused_qkv), golden(name)
     ids = jnp.asarray(expected.prompts[0], jnp.int32)
@@ -73,10 +76,11 @@ def runs_of(config: ModelConfig) -> list[tuple[int, int, int]]:
 def test_runs_of_layers() -> None:
     assert runs_of(architecture_config("lfm2-1.2b")) == [(0, 3, 3), (9, 2, 3), (15, 1, 1)]
     assert runs_of(architecture_config("lfm2-2.6b")) == [(0, 3, 2), (6, 4, 4), (22, 3, 2), (28, 1, 2)]
+    assert runs_of(architecture_config("lfm2-8b-a1b")) == [(0, 1, 2), (2, 4, 4), (18, 3, 2)]
     assert runs_of(architecture_config("llama-3.2-1b")) == [(0, 1, 16)]
     assert runs_of(load("glm4_moe_gqa").config) == [(0, 1, 2), (2, 1, 2)]
     assert runs_of(load("glm4_moe_mha").config) == [(0, 1, 1), (1, 1, 2)]
-    for name in ("lfm2-1.2b", "lfm2-2.6b"):
+    for name in ("lfm2-1.2b", "lfm2-2.6b", "lfm2-8b-a1b"):
         config = architecture_config(name)
         found = sorted(layer for run in layer_runs(config) for turn in range(run.period) for layer in run.turn(turn))
         assert found == list(range(config.num_layers))
@@ -145,6 +149,42 @@ def test_the_size_of_the_mlp(change: dict[str, Any], size: int) -> None:
 def test_configs_that_cannot_be(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         config_of("lfm2_mha", change)
+
+
+def test_what_configs_with_experts_leave_out() -> None:
+    plain = config_of("lfm2_moe_mha", {})
+    older = {"tie_embedding": False, "rope_theta": 500.0, "tie_word_embeddings": True, "use_pos_enc": None}
+    assert config_of("lfm2_moe_mha", older, ("rope_parameters",)) == plain
+    without = ("num_dense_layers", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "use_expert_bias")
+    without += ("norm_topk_prob", "routed_scaling_factor", "intermediate_size")
+    moe = config_of("lfm2_moe_mha", {}, without).moe
+    assert moe == architecture_config("lfm2-8b-a1b").moe
+    assert config_of("lfm2_moe_mha", {"num_dense_layers": 0}).dense_first == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer_types": ["conv"] * 3}, "no layer attends"),
+        ({"layer_types": None}, "config.json has no 'layer_types'"),
+        ({"layer_types": ["conv", "mamba", "conv"]}, "layer_types has 'mamba'"),
+        ({"num_dense_layers": 4}, r"=4 is more than num_hidden_layers=3 \(num_dense_layers in some configs\)"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 is more than num_experts=8"),
+        ({"expert_gating_func": 1}, "expert_gating_func=1 is not supported"),
+        ({"full_attn_idxs": [1]}, "does not know: full_attn_idxs"),
+    ],
+)
+def test_configs_with_experts_that_cannot_be(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_of("lfm2_moe_mha", change)
+
+
+def test_experts_in_every_layer() -> None:
+    """A model without dense layers has no parameters for them."""
+    config = config_of("lfm2_moe_gqa", {"num_dense_layers": 0})
+    params = {rule.param for rule in family({"architectures": [config.architecture]}).rules(config)}
+    assert not any("dense_mlp" in param for param in params) and "layers.mlp.correction" in params
+    assert params == dummy_model(config).params.keys()
 
 
 def test_windows_beside_convolutions_are_refused() -> None:

@@ -88,6 +88,7 @@ CASES = {
     "minimax on 2x2x2": Case("minimax_m2_gqa", (2, 2, 2)),
     "glm-4.5 on 2x2x2": Case("glm4_moe_gqa", (2, 2, 2)),
     "lfm2 on 2x4": Case("lfm2_gqa", (2, 4, 1)),
+    "lfm2-moe on 2x2x2": Case("lfm2_moe_gqa", (2, 2, 2)),
     "lfm2 sampled, cached on 2x2": Case("lfm2_gqa", (2, 2, 1), draw=dict(temperature=1.0, n=2), rounds=2),
     "olmo2 on 1x8": Case("olmo2_gqa", (1, 8, 1)),
     "native kernels on 2x2": Case("llama 8/8", (2, 2, 1), {"stored": "exact"}),

@@ -32,6 +32,7 @@ CASES = (
 )
 MORE_CASES = (
     "lfm2 on 2x4",
+    "lfm2-moe on 2x2x2",
     *("olmo2 on 1x8", "gpt-oss on 2x2x2", "minimax on 2x2x2", "glm-4.5 on 2x2x2"),
     "wide experts on 1x2x2",
     "unfused on 1x4",
@@ -74,7 +75,9 @@ def check_collectives(result: dict[str, Any]) -> None:
         2 if result["name"].startswith("glm-4.5") else 1
     )  # a loop over dense layers, and one over those with experts
     alone = 0
-    if result["name"].startswith("lfm2"):  # three layers in the loop, which goes around twice, and three behind it
+    if result["name"].startswith("lfm2-moe"):  # a loop over dense layers, and one over pairs of those with experts
+        inside = 3 * inside
+    elif result["name"].startswith("lfm2"):  # three layers in the loop, which goes around twice, and three behind it
         inside, alone = 3 * inside, 3 * inside
     assert result["inside"] == {"all-reduce": inside}, "a layer (the body of the loop over layers)"
     assert result["outside"] == {"all-reduce": 1 + alone, "all-gather": 1}

@@ -27,12 +27,12 @@ _DEFAULTS = {
 }
 _NEWER_NAMES = {"block_ff_dim": "intermediate_size", "tie_embedding": "tie_word_embeddings"}
 """Keys of the first published configs, which transformers prefers, → those that they stand for."""
-_MLP = {"gate": "w1", "up": "w3", "down": "w2"}
+MLP = {"gate": "w1", "up": "w3", "down": "w2"}
 _NORMS = {"attn_norm": "operator_norm", "mlp_norm": "ffn_norm"}
 _HEAD_NORMS = {"attn.q_norm": "self_attn.q_layernorm", "attn.k_norm": "self_attn.k_layernorm"}
 
 
-def _as_published(config: dict[str, Any]) -> None:
+def as_published(config: dict[str, Any]) -> None:
     """Names the epsilon as this family's configs do."""
     config["norm_eps"] = config.pop("rms_norm_eps")
 
@@ -48,7 +48,7 @@ GGUF = GGUFNames(
         "attn_q_norm": "self_attn.q_layernorm",
         "attn_k_norm": "self_attn.k_layernorm",
         "ffn_norm": "ffn_norm",
-        **{f"ffn_{name}": f"feed_forward.{tensor}" for name, tensor in _MLP.items()},
+        **{f"ffn_{name}": f"feed_forward.{tensor}" for name, tensor in MLP.items()},
         "shortconv.conv": "conv.conv",
         "shortconv.in_proj": "conv.in_proj",
         "shortconv.out_proj": "conv.out_proj",
@@ -58,7 +58,7 @@ GGUF = GGUFNames(
     # The file says the size that comes of the adjustment.
     values={"block_auto_adjust_ff_dim": False},
     convolutions=True,
-    adjust=_as_published,
+    adjust=as_published,
 )
 
 
@@ -82,22 +82,28 @@ def config(values: Mapping[str, Any], *, fused_qkv: bool = True) -> ModelConfig:
     reader.ignore("block_mlp_init_scale", "block_out_init_scale", "block_use_xavier_init", "conv_use_xavier_init")
     reader.ignore("block_norm_eps", "theta")
     fields["intermediate_size"] = _inner_size(reader, fields["intermediate_size"])
-    kinds = ["attention" if kind == FULL else "conv" for kind in _layer_types(reader, fields["num_layers"])]
-    result = ModelConfig(
-        "Lfm2ForCausalLM",
-        **fields,
-        rope=reader.rope(theta=1e6),
-        tie_word_embeddings=reader.flag("tie_word_embeddings", True),
-        qk_norm=True,
-        kinds=tuple(kinds),
-        conv_taps=reader.integer("conv_L_cache", 3),
-        conv_bias=reader.flag("conv_bias", False),
-        fused_qkv=fused_qkv,
-    )
+    fields |= mixing(reader, _layer_types(reader, fields["num_layers"]))
+    result = ModelConfig("Lfm2ForCausalLM", **fields, fused_qkv=fused_qkv)
     reader.finish()
-    if not result.layers_of("attention"):
-        raise ModelError("config.json: no layer attends, which is not supported")
     return result
+
+
+def mixing(reader: ConfigReader, layer_types: Sequence[str]) -> dict[str, Any]:
+    """Reads the fields of `ModelConfig` on how layers mix tokens, and on the head, which the models with experts share.
+
+    Raises:
+        ModelError: none of the layers attends.
+    """
+    if FULL not in layer_types:
+        raise ModelError("config.json: no layer attends, which is not supported")
+    return {
+        "rope": reader.rope(theta=1e6),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", True),
+        "qk_norm": True,
+        "kinds": tuple("attention" if kind == FULL else "conv" for kind in layer_types),
+        "conv_taps": reader.integer("conv_L_cache", 3),
+        "conv_bias": reader.flag("conv_bias", False),
+    }
 
 
 def _inner_size(reader: ConfigReader, size: int) -> int:
@@ -121,6 +127,18 @@ def _layer_types(reader: ConfigReader, layers: int) -> list[str]:
 
 def rules(config: ModelConfig) -> list[Rule]:
     """Says where each parameter comes from, by Hugging Face tensor name."""
+    return [*rules_but_mlp(config), *mlp_rules("mlp")]
+
+
+def mlp_rules(mlp: str) -> list[Rule]:
+    """Names the matrices of a dense MLP, whose parameters have this name within a layer."""
+    return [
+        Rule(f"layers.{mlp}.{name}.weight", (f"{BLOCK}feed_forward.{tensor}.weight",)) for name, tensor in MLP.items()
+    ]
+
+
+def rules_but_mlp(config: ModelConfig) -> list[Rule]:
+    """Names all parameters but those of the MLP."""
     attending, convolving = config.layers_of("attention"), config.layers_of("conv")
     attention = [
         *qkv_rules(config),
@@ -132,10 +150,6 @@ def rules(config: ModelConfig) -> list[Rule]:
         *(Rule(f"layers.{name}.weight", (f"{BLOCK}{tensor}.weight",)) for name, tensor in _NORMS.items()),
         *(replace(rule, layers=attending) for rule in attention),
         *(replace(rule, layers=convolving) for rule in (_conv_rules(config) if convolving else ())),
-        *(
-            Rule(f"layers.mlp.{name}.weight", (f"{BLOCK}feed_forward.{tensor}.weight",))
-            for name, tensor in _MLP.items()
-        ),
         Rule("final_norm.weight", ("model.embedding_norm.weight",)),
         *([] if config.tie_word_embeddings else [Rule("head.weight", ("lm_head.weight",))]),
     ]

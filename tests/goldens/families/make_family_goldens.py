@@ -28,6 +28,8 @@ from transformers import (
     GraniteForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Lfm2MoeConfig,
+    Lfm2MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MiniMaxM2Config,
@@ -447,6 +449,37 @@ MODELS = {
             rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         ),
     ),
+    "lfm2_moe_gqa": (
+        Lfm2MoeForCausalLM,
+        Lfm2MoeConfig(
+            **{**COMMON, **GQA, "num_hidden_layers": 6},
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            num_experts=8,
+            num_experts_per_tok=3,
+            num_dense_layers=2,
+            layer_types=["conv", *("conv", "full_attention") * 2, "conv"],
+        ),
+    ),
+    "lfm2_moe_mha": (
+        Lfm2MoeForCausalLM,
+        Lfm2MoeConfig(
+            **{**COMMON, **MHA, "num_hidden_layers": 3},
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_experts=8,
+            num_experts_per_tok=2,
+            num_dense_layers=1,
+            use_expert_bias=False,
+            norm_topk_prob=False,
+            routed_scaling_factor=1.5,
+            conv_L_cache=4,
+            conv_bias=True,
+            layer_types=["conv", "full_attention", "conv"],
+            tie_embedding=False,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        ),
+    ),
 }
 
 
@@ -465,7 +498,7 @@ def fill(model: torch.nn.Module, seed: int) -> None:
             values = noise * parameter.shape[-1] ** -0.5
         parameter.data = values.to(torch.bfloat16).float()
     for name, buffer in model.named_buffers():
-        if name.endswith("correction_bias"):
+        if name.endswith(("correction_bias", "expert_bias")):
             buffer.copy_((0.3 * torch.randn(buffer.shape, generator=generator)).to(torch.bfloat16).float())
 
 
