@@ -72,7 +72,7 @@ LAYERS = (
         ("llm_infer/weights/", "llm_infer/scheduler/", "llm_infer/decoding/"),
         "files to parameters; which tokens a step computes; how tokens are chosen",
     ),
-    LayerOfCode(("llm_infer/kvcache/",), "page allocator, page tables, prefix cache"),
+    LayerOfCode(("llm_infer/kvcache/",), "page allocator, page tables, prefix cache, states"),
     LayerOfCode(("llm_infer/parallel/",), "mesh, what is cut over it, collectives, several hosts"),
     LayerOfCode(("llm_infer/quant/",), "weights in fewer bits as pytrees"),
     LayerOfCode(("llm_infer/options.py",), "every setting of an engine, once: arguments, files and flags"),

@@ -120,10 +120,20 @@ def test_random_weights_that_do_not_fit() -> None:
 
 def test_the_table() -> None:
     lines = {line.split()[0]: line.split() for line in table().splitlines() if line.strip()}
-    assert lines["opt-13b"][1:] == ["12,853,473,280", "51.41", "25.71", "1,638,400", "819,200", "1,677.7", "2,048"]
-    assert lines["gemma-3-1b"][-2] == "45.1"  # 4 layers keep 8192 tokens, 22 their window of 512
+    assert lines["opt-13b"][1:] == [
+        "12,853,473,280",
+        "51.41",
+        "25.71",
+        "1,638,400",
+        "819,200",
+        "1,677.7",
+        "0.00",
+        "2,048",
+    ]
+    assert lines["lfm2-1.2b"][-3:] == ["100.7", "0.08", "128,000"]  # 10 layers keep 2 inputs of 2048 channels
+    assert lines["gemma-3-1b"][-3] == "45.1"  # 4 layers keep 8192 tokens, 22 their window of 512
     lines = {line.split()[0]: line.split() for line in table(512).splitlines() if line.strip()}
-    assert lines["gemma-3-1b"][-2] == "13.6"
+    assert lines["gemma-3-1b"][-3] == "13.6"
     assert lines.keys() >= PUBLISHED.keys()
     with pytest.raises(ModelError, match=r"no architecture 'gpt-5'; there are gemma-2-27b"):
         read_architecture("gpt-5")

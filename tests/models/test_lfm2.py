@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm_infer.base.errors import ModelError, UserError
+from llm_infer.base.errors import ModelError
 from llm_infer.config import ParallelConfig
-from llm_infer.functional import make_cache
 from llm_infer.models.architectures import architecture_config
 from llm_infer.models.config import ModelConfig
 from llm_infer.models.layer_runs import layer_runs
@@ -197,11 +196,6 @@ def test_channels_must_divide() -> None:
     assert why_not(load("lfm2_mha").config, ParallelConfig(tensor_parallel_size=4)) is None
     reason = why_not(config, ParallelConfig(tensor_parallel_size=4))
     assert reason is not None and "hidden_size=38, the channels of convolutions, does not divide by 4" in reason
-
-
-def test_functions_that_keep_no_state_say_so() -> None:
-    with pytest.raises(UserError, match=r"Lfm2ForCausalLM has layers that do not attend.*an engine"):
-        make_cache(load("lfm2_gqa"), 1, 8)
 
 
 def test_what_attends_must_convolve() -> None:
