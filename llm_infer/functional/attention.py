@@ -33,7 +33,7 @@ class WithConvolutions:
     """What a model with short convolutions computes whole rows with: something to attend with, and convolutions beside it."""
 
     def __init__(self, attend: Attend, segments: Int[Array, "B T"], *, by_kernel: bool) -> None:
-        """`by_kernel` has the engine's kernel convolve, for rows of one segment."""
+        """Takes what attends; `by_kernel` has the engine's kernel convolve, for rows of one segment."""
         self._attend, self._segments, self._by_kernel = attend, segments, by_kernel
 
     def __call__(self, *arrays: Any, **options: Any) -> tuple[Array, Any]:

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import cpu_ffi, dispatch
+from pallas_kernels.causal_conv import StateRows, causal_conv
+from pallas_kernels.causal_conv.cases import CASES as CONV_CASES
+from pallas_kernels.causal_conv.cases import build as build_conv
 from pallas_kernels.draw_tokens import draw_tokens
 from pallas_kernels.draw_tokens.cases import random_limits, random_logits
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -72,6 +75,9 @@ def op_calls():
     draws = batch_of(lambda seed: random_logits(np.random.default_rng(seed), 8, 300))
     limits = batch_of(lambda seed: random_limits(np.random.default_rng(seed), 8, 300))
     places = jnp.arange(1, 5, dtype=jnp.int32)
+    x, taps, states, fields = map(partial(jax.tree.map, jnp.asarray), build_conv(CONV_CASES["chunk"]))
+    x, states = jnp.nan_to_num(x), jnp.nan_to_num(states)
+    conv_rows = StateRows(**fields)
     return {
         "quant_matmul": (lambda x: quant_matmul(x, blocks, 1, kind="q4_1"), rows),
         "row_sums": (row_sums, rows),
@@ -82,6 +88,11 @@ def op_calls():
             lambda new, pages: paged_attention(*new, pages, inputs.plan, layer=1, scale=inputs.scale),
             tokens,
             turned,
+        ),
+        "causal_conv": (
+            lambda x, states: causal_conv(x, taps, states, conv_rows, 1),
+            batch_of(lambda seed: x + seed),
+            batch_of(lambda seed: states - seed),
         ),
         "copy_pages": (
             lambda pages, count: copy_pages(pages, places, places + 4, count),
