@@ -41,9 +41,7 @@ def run(
             seconds[length] = min(seconds[length], tpot)
     pool = engine.runner.state.cache[PAGES]
     config, layers = engine.runner.model.config, pool.shape[0]
-    token_bytes = (
-        pool.nbytes // (pool.shape[1] * engine.config.cache.page_size) * len(config.layers_of("attention")) // layers
-    )
+    token_bytes = pool.nbytes // (pool.shape[1] * engine.config.cache.page_size) * config.num_attending // layers
     # Of tokens that layers with a window have left behind nothing is read.
     added = {n: (config.kv_bytes(n) - config.kv_bytes(lengths[0])) / config.kv_bytes_per_token(2) for n in lengths}
     report = growth(seconds, token_bytes, copy_bandwidth(len(os.sched_getaffinity(0))), added)

@@ -75,7 +75,7 @@ class TeacherForced:
         platform = jax.default_backend()
         pool_shape = kv_pool_shape(
             platform,
-            num_layers=len(config.layers_of("attention")),
+            num_layers=config.num_attending,
             num_pages=self._shape.pages_per_seq + 1,
             page_size=PAGE,
             num_kv_heads=config.num_kv_heads,

@@ -79,9 +79,10 @@ class Engine:
         refuse_lost_child()
         config = config or EngineConfig()
         model.config.check_context(config.scheduler.max_model_len)
-        platform = StepSharding.of(model.config, model.mesh).platform
-        if config.numerics == "invariant" and (why_not := why_not_invariant(model, platform)):
-            raise UserError(f"numerics='invariant': {why_not}")
+        if config.numerics == "invariant":
+            platform = StepSharding.of(model.config, model.mesh).platform
+            if why_not := why_not_invariant(model, platform):
+                raise UserError(f"numerics='invariant': {why_not}")
         self.config = config
         self.max_model_len = config.scheduler.max_model_len or model.config.max_position_embeddings
         self.vocab_size = model.config.vocab_size

@@ -83,10 +83,9 @@ class StepPrograms:
     def groups(self) -> PageGroups:
         """The groups of layers that share pages."""
         if self.engine.cache.disable_hybrid_kv_cache_manager:
-            return one_group(len(self.config.layers_of("attention")))
+            return one_group(self.config.num_attending)
         ahead = tokens_ahead(self.engine.scheduler)
-        layers = len(self.config.layers_of("attention"))
-        return group_layers(self.config.windows, layers, self.max_model_len, ahead)
+        return group_layers(self.config.windows, self.config.num_attending, self.max_model_len, ahead)
 
     @property
     def most_pages(self) -> int:

@@ -61,7 +61,7 @@ def make_cache(model: LoadedModel, sequences: int, max_len: int, *, page_size: i
     if sequences % shards:
         raise UserError(f"sequences={sequences}: expected a multiple of the {shards} shards of the batch")
     pages_each, rows = -(-max_len // page_size), sequences // shards
-    pool = sharding.pool(1 + rows * pages_each, page_size, len(model.config.layers_of("attention")), model.dtype)
+    pool = sharding.pool(1 + rows * pages_each, page_size, model.config.num_attending, model.dtype)
     tables = 1 + jnp.arange(rows * pages_each, dtype=jnp.int32).reshape(rows, pages_each)
     tables, lengths = jnp.tile(tables, (shards, 1)), jnp.zeros(sequences, jnp.int32)
     if model.mesh is not None:
@@ -113,7 +113,7 @@ def decode_step(
     def cut(pool: jax.ShapeDtypeStruct) -> PartitionSpec:
         return PartitionSpec() if pool.sharding is None else pool.sharding.spec
 
-    pool = sharding.pool(2, cache.page_size, len(model.config.layers_of("attention")), model.dtype)
+    pool = sharding.pool(2, cache.page_size, model.config.num_attending, model.dtype)
     states = {name: cut(each) for name, each in sharding.states(2, model.dtype).items()}
     cuts = replace(cache, pages=cut(pool), tables=batch, lengths=batch, states=states)
     logits, cache = over_mesh(model, run, params, (cache, rows, counts), (cuts, batch, batch), (batch, cuts))

@@ -187,7 +187,7 @@ class ModelConfig:
         logit_scale: by which logits are multiplied.
         logit_softcap: c in c · tanh(logit / c); None for none.
         windows: tokens that the rows of each layer see, themselves included; None for all. Empty where all layers see all.
-        kinds: of each layer, what mixes its tokens: a key of LAYER_KINDS. Empty where all layers attend.
+        kinds: of each layer, what mixes its tokens: one of LAYER_KINDS. Empty where all layers attend.
         conv_taps: tokens that a layer of kind "conv" sees, the own one included.
         conv_bias: its matrices and its taps have biases.
         moe: experts in place of the MLP; `intermediate_size` is then not used.
@@ -289,15 +289,24 @@ class ModelConfig:
         """Layers with a dense MLP before the first with experts; 0 for models without experts, which have but one kind."""
         return 0 if self.moe is None else self.moe.dense_first
 
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """What mixes the tokens of each layer: one of LAYER_KINDS."""
+        return self.kinds or ("attention",) * self.num_layers
+
     def layers_of(self, kind: str) -> tuple[int, ...]:
         """Returns the layers of one of LAYER_KINDS."""
-        kinds = self.kinds or ("attention",) * self.num_layers
-        return tuple(layer for layer, each in enumerate(kinds) if each == kind)
+        return tuple(layer for layer, each in enumerate(self.mixers) if each == kind)
+
+    @property
+    def num_attending(self) -> int:
+        """Layers that attend, and so have keys and values."""
+        return self.mixers.count("attention")
 
     @property
     def recurrent(self) -> bool:
         """Whether some layers keep a state of fixed size for each sequence."""
-        return len(self.layers_of("attention")) < self.num_layers
+        return self.num_attending < self.num_layers
 
     def state_bytes(self, itemsize: int = 2) -> int:
         """Counts the bytes of the states of one sequence: of each convolution the inputs that the next token sees."""
@@ -318,7 +327,7 @@ class ModelConfig:
 
     def kv_bytes_per_token(self, itemsize: int = 4) -> int:
         """Counts the bytes of K and V of one token over all layers."""
-        return 2 * len(self.layers_of("attention")) * self.num_kv_heads * self.head_dim * itemsize
+        return 2 * self.num_attending * self.num_kv_heads * self.head_dim * itemsize
 
     def kv_bytes(self, length: int, itemsize: int = 2) -> int:
         """Counts the bytes of K and V of what the layers see of a sequence of so many tokens."""

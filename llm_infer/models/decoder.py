@@ -67,7 +67,7 @@ class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al., 2023); the cache and what attends over it are the caller's."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike) -> None:
-        layers, width = len(config.layers_of("attention")), config.hidden_size
+        layers, width = config.num_attending, config.hidden_size
         query_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         bias = config.qkv_bias
         if config.fused_qkv:
@@ -183,7 +183,7 @@ class DecoderLayers(nnx.Module):
         if config.norms != "before":
             self.attn_out_norm = norm(config, layers, width, dtype=dtype)
             self.mlp_out_norm = norm(config, layers, width, dtype=dtype)
-        if config.layers_of("attention"):
+        if config.num_attending:
             self.attn = Attention(config, dtype=dtype)
         if config.layers_of("conv"):
             self.conv = ShortConv(config, dtype=dtype)

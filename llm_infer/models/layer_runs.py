@@ -59,8 +59,7 @@ class Run(NamedTuple):
 
 def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
     """Returns the kind of each layer."""
-    mixers = config.kinds or ("attention",) * config.num_layers
-    return tuple(LayerKind(mixer, layer < config.dense_first) for layer, mixer in enumerate(mixers))
+    return tuple(LayerKind(mixer, layer < config.dense_first) for layer, mixer in enumerate(config.mixers))
 
 
 def layer_runs(config: ModelConfig) -> tuple[Run, ...]:

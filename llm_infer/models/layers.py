@@ -88,29 +88,27 @@ def linear(
         return stacked.matmul(x, layer, part, gate).astype(x.dtype)
     if gate is not None:
         x = silu(gate) * x
-    if is_invariant() and part is None:
-        return invariant_matmul(x, stacked, place(stacked.shape[0], layer))
     if part is None:
-        weight = pick(stacked, layer)
-    else:
-        rows, own = stacked.shape[1] // part[0], place(stacked.shape[0], layer)
-        weight = lax.dynamic_slice(stacked, (own, part[1] * rows, jnp.int32(0)), (1, rows, stacked.shape[2]))[0]
-    return matmul_rows(x, weight)
+        return product(x, stacked, layer)
+    rows, own = stacked.shape[1] // part[0], place(stacked.shape[0], layer)
+    alone = lax.dynamic_slice(stacked, (own, part[1] * rows, jnp.int32(0)), (1, rows, stacked.shape[2]))
+    return product(x, alone, layer)
 
 
-def matmul_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """Computes `x @ weight.T`, accumulated in float32, in the dtype of `x`."""
-    if is_invariant():
-        return invariant_matmul(x, weight[None], 0)
-    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return out.astype(x.dtype)
-
-
-def invariant_matmul(
+def product(
     x: Float[Array, "T I"], stacked: Float[Array, "L O I"], layer: Layer | int, dtype: DTypeLike | None = None
 ) -> Float[Array, "T O"]:
-    """Computes `x @ stacked[layer].T` in an order of additions that does not depend on T: that of experts' matrices."""
-    return grouped_matmul(x, stacked, jnp.full((1,), x.shape[0], jnp.int32), layer, dtype=dtype)
+    """Computes `x @ stacked[layer].T`, accumulated in float32, in this dtype or that of `x`; `layer` as of `place`.
+
+    Where a row must have the same bits in any company (`pallas_kernels.numerics`), the kernel of experts' matrices multiplies:
+    its order of additions does not depend on T.
+    """
+    if is_invariant():
+        own = place(stacked.shape[0], layer)
+        return grouped_matmul(x, stacked, jnp.full((1,), x.shape[0], jnp.int32), own, dtype=dtype)
+    weight = pick(stacked, layer)
+    out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out.astype(x.dtype if dtype is None else dtype)
 
 
 def rms_norm(
@@ -283,10 +281,6 @@ class Embedding(nnx.Module):
     def logits(self, x: Float[Array, "S E"]) -> Float[Array, "S V"]:
         """Scores of every token, float32."""
         weight = self.weight.get_value()
-        if isinstance(weight, StoredWeights):
-            out = weight.matmul(x, 0)
-        elif is_invariant():
-            out = invariant_matmul(x, weight[None], 0, jnp.float32)
-        else:
-            out = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        stored = isinstance(weight, StoredWeights)
+        out = weight.matmul(x, 0) if stored else product(x, weight[None], 0, jnp.float32)
         return gather_columns(out, self.axes)[:, : self.vocab] if self.axes else out

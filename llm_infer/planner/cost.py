@@ -88,7 +88,7 @@ def page_bytes(
     from pallas_kernels.paged_attention import kv_pool_dtype, kv_pool_shape  # needs JAX
 
     sizes = {
-        "num_layers": layers or len(config.layers_of("attention")),
+        "num_layers": layers or config.num_attending,
         "page_size": page_size,
         "head_dim": config.head_dim,
     }

@@ -6,18 +6,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from llm_infer.bench.gpu.section import Row, Setting
-from llm_infer.bench.gpu.tokens import SHAPE, WINDOW, prompt_logprobs
+from llm_infer.bench.gpu.tokens import SHAPE, prompt_logprobs, small_model
 from llm_infer.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculativeConfig
 from llm_infer.decoding.features import StepFeatures
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
-from llm_infer.models.architectures import read_architecture
-from llm_infer.models.load import LoadedModel, dummy_model
-from llm_infer.models.registry import family
+from llm_infer.models.load import LoadedModel
 from llm_infer.scheduler.request import Sequence
 
 WIDE = dict(num_hidden_layers=4)  # layers as wide as published
@@ -36,10 +33,7 @@ Bits = list[tuple[int, float]]
 def bits(setting: Setting) -> Iterator[Row]:
     """Compares with each prompt alone; `ok` where all tokens and log-probabilities are equal. On a CPU nothing is promised."""
     for name, (architecture, dtype, page_size, sizes) in list(MODELS.items())[: 1 if setting.small else None]:
-        numbers = read_architecture(architecture) | sizes
-        if "sliding_window" in numbers:
-            numbers["sliding_window"] = WINDOW
-        model = dummy_model(family(numbers).config(numbers, fused_qkv=True), jnp.dtype(dtype))
+        model = small_model(architecture, dtype, sizes)
         for numerics in ("auto",) if setting.small else ("invariant", "auto"):
             if setting.seconds_left <= 0:
                 return

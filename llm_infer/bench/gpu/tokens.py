@@ -11,7 +11,7 @@ import operator
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from llm_infer.decoding.features import features_of
 from llm_infer.decoding.sampling_params import SamplingParams
 from llm_infer.engine.engine import Engine
 from llm_infer.models.architectures import read_architecture
-from llm_infer.models.load import dummy_model
+from llm_infer.models.load import LoadedModel, dummy_model
 from llm_infer.models.registry import family
 
 SHAPE = dict(num_hidden_layers=4, hidden_size=512, intermediate_size=1024, num_attention_heads=8, vocab_size=4096)
@@ -99,10 +99,7 @@ def generate(engines: list[str], kinds: list[str]) -> dict[str, dict[str, Any]]:
 def _generate(
     kinds: list[str], name: str, dtype: str, page_size: int, speculative: SpeculativeConfig | None
 ) -> dict[str, Any]:
-    architecture = read_architecture(name) | SHAPE
-    if "sliding_window" in architecture:
-        architecture["sliding_window"] = WINDOW
-    model = dummy_model(family(architecture).config(architecture, fused_qkv=True), jnp.dtype(dtype))
+    model = small_model(name, dtype)
     limits = SchedulerConfig(max_num_seqs=16, max_num_batched_tokens=128, max_model_len=512)
     cache = CacheConfig(page_size=page_size, memory_bytes=1 << 26)
     engine = Engine(model, EngineConfig(cache=cache, scheduler=limits, speculative=speculative))
@@ -122,6 +119,14 @@ def _generate(
             for sequence in request.sequences
         ]
     return results
+
+
+def small_model(name: str, dtype: str, sizes: Mapping[str, int] = SHAPE) -> LoadedModel:
+    """Makes a model of an architecture in these sizes, with short windows where it has any."""
+    architecture = {**read_architecture(name), **sizes}
+    if "sliding_window" in architecture:
+        architecture["sliding_window"] = WINDOW
+    return dummy_model(family(architecture).config(architecture, fused_qkv=True), jnp.dtype(dtype))
 
 
 def prompt_logprobs(request: Any) -> list[float]:

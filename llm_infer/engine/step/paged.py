@@ -43,7 +43,7 @@ class PagedAttention:
         return out, {**cache, CONV: states}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroupedAttention(PagedAttention):
     """The same for layers in groups: `plan` is that of no group, but what they have in common.
 
@@ -52,17 +52,15 @@ class GroupedAttention(PagedAttention):
         group_of, place_of: of each layer, its group and its place in the pages of the group.
     """
 
-    tables: Int[Array, "G S B"] | None = None
-    slots: Int[Array, "G T"] | None = None
-    group_of: Int[Array, " L"] | None = None
-    place_of: Int[Array, " L"] | None = None
+    tables: Int[Array, "G S B"]
+    slots: Int[Array, "G T"]
+    group_of: Int[Array, " L"]
+    place_of: Int[Array, " L"]
 
     def __call__(
         self, query: Array, key: Array, value: Array, cache: Cache, layer: Layer, **options: Any
     ) -> tuple[Array, Cache]:
         """Implements `Attend`."""
-        assert self.tables is not None and self.slots is not None
-        assert self.group_of is not None and self.place_of is not None
         group = self.group_of[layer]
         own = self.plan._replace(block_tables=self.tables[group], write_slot=self.slots[group])
         return PagedAttention(own)(query, key, value, cache, self.place_of[layer], **options)
@@ -99,7 +97,7 @@ class Paging:
         pages = tables.at[:, rows, positions // self.page_size].get(mode="clip")
         slots = jnp.where(used[None], pages * self.page_size + (positions % self.page_size)[None], 0)
         group_of, place_of = (jnp.array(each, jnp.int32) for each in self.groups.places())
-        return GroupedAttention(plan, states, tables, slots, group_of, place_of)
+        return GroupedAttention(plan, states, tables=tables, slots=slots, group_of=group_of, place_of=place_of)
 
 
 def copied_pages(cache: Cache, f: Mapping[str, Array]) -> Cache:

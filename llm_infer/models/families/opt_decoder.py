@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from llm_infer.models.decoder import Attend, Attention, Cache, Decoder
 from llm_infer.models.families.opt import POSITION_OFFSET, OPTConfig
-from llm_infer.models.layers import Embedding, Layer, LayerNorm, Linear, matmul_rows, parameter
+from llm_infer.models.layers import Embedding, Layer, LayerNorm, Linear, parameter, product
 from llm_infer.models.rotary import Angles
 from llm_infer.parallel.collectives import MeshAxes
 
@@ -58,7 +58,7 @@ class Projection(nnx.Module):
         self.weight = parameter((out_features, in_features), axes, dtype=dtype, std=in_features**-0.5)
 
     def __call__(self, x: Float[Array, "T I"]) -> Float[Array, "T O"]:
-        return matmul_rows(x, self.weight[...])
+        return product(x, self.weight[...][None], 0)
 
 
 class OPTDecoder(Decoder):
